@@ -1,0 +1,44 @@
+# Every target sets up what it needs: an environment in .venv with the versions of requirements/tested.txt.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+OLDEST := .venv-oldest
+
+.PHONY: help demo test test-oldest lint clean
+
+help:
+	@echo "make demo         train a small GMA language model, generate, reload it, plot its components (3 minutes)"
+	@echo "make test         run the tests"
+	@echo "make test-oldest  run a quick part of the tests against the oldest supported versions"
+	@echo "make lint         check style and formatting"
+	@echo "make clean        remove the environments and what the demo wrote"
+
+$(VENV)/.ready: pyproject.toml requirements/tested.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -r requirements/tested.txt
+	$(BIN)/python -m pip install --quiet --no-deps --editable .
+	@touch $@
+
+$(OLDEST)/.ready: pyproject.toml requirements/oldest.txt
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet --upgrade pip
+	$(OLDEST)/bin/python -m pip install --quiet -r requirements/oldest.txt
+	$(OLDEST)/bin/python -m pip install --quiet --no-deps --editable .
+	@touch $@
+
+demo: $(VENV)/.ready
+	$(BIN)/python scripts/demo.py
+
+test: $(VENV)/.ready
+	$(BIN)/python -m pytest -n auto
+
+test-oldest: $(OLDEST)/.ready
+	$(OLDEST)/bin/python -m pytest -n auto -m quick
+
+lint: $(VENV)/.ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:
+	rm -rf $(VENV) $(OLDEST) outputs

@@ -1,0 +1,42 @@
+# Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
+"""
+Gaussian Mixture Attention for Hugging Face Transformers.
+
+`import gma_hf` registers the models with the Auto classes, so that `AutoModelForCausalLM.from_pretrained` loads them.
+"""
+
+from .auto import register_auto_classes
+from .configuration import GMAConfig
+from .modeling import (
+    GMAForCausalLM,
+    GMAForMaskedLM,
+    GMAForQuestionAnswering,
+    GMAForSequenceClassification,
+    GMAForTokenClassification,
+    GMAModel,
+    GMAPreTrainedModel,
+    load_cache,
+    save_cache,
+)
+from .ops import gaussian_mixture_affinity, gaussian_mixture_attention, gaussian_mixture_responsibilities
+from .version import __version__
+
+
+register_auto_classes()
+
+__all__ = [
+    "GMAConfig",
+    "GMAForCausalLM",
+    "GMAForMaskedLM",
+    "GMAForQuestionAnswering",
+    "GMAForSequenceClassification",
+    "GMAForTokenClassification",
+    "GMAModel",
+    "GMAPreTrainedModel",
+    "__version__",
+    "gaussian_mixture_affinity",
+    "gaussian_mixture_attention",
+    "gaussian_mixture_responsibilities",
+    "load_cache",
+    "save_cache",
+]

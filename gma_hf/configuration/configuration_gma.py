@@ -1,0 +1,323 @@
+# Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
+"""Configuration of the GMA models."""
+
+import os
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+
+from ..remote_code import add_remote_code
+
+
+POSITION_EMBEDDING_TYPES = ("learned", "rope", "none")
+LAYER_TYPES = ("linear_attention", "full_attention")
+
+# The two blocks that the documentation speaks of. Everything that a preset does not name keeps the default of `GMAConfig`.
+GMA_PRESETS: dict[str, dict[str, Any]] = {
+    # The block of the paper: normalised read, every token writes with weight one, nothing is forgotten, learned
+    # absolute positions. These are the defaults of `GMAConfig`, so the entry is empty.
+    "paper": {},
+    # The block to train for quality: short convolution instead of positions, learned forgetting and write weight,
+    # un-normalised read, a norm per head and a gate. RoPE serves the softmax layers of hybrids only.
+    "gated": {
+        "position_embedding_type": "rope",
+        "rope_on_routing": False,
+        "normalize_read": False,
+        "conv_kernel_size": 4,
+        "use_write_weight": True,
+        "use_decay": True,
+        "use_output_gate": True,
+    },
+}
+
+
+@strict
+class GMAConfig(PreTrainedConfig):
+    r"""
+    Configuration of a Gaussian Mixture Attention model (Huang and Raza, arXiv:2606.18283). `GMAConfig()` is the paper's
+    block; `GMAConfig.from_preset("gated")` is the block to train for quality.
+
+    Args:
+        vocab_size (`int`, *optional*, defaults to 32000):
+            Size of the vocabulary.
+        hidden_size (`int`, *optional*, defaults to 768):
+            Width of the residual stream.
+        intermediate_size (`int`, *optional*, defaults to 2048):
+            Width of the SwiGLU MLP.
+        num_hidden_layers (`int`, *optional*, defaults to 12):
+            Number of layers.
+        num_attention_heads (`int`, *optional*, defaults to 12):
+            Number of heads. Every head of a GMA layer has a mixture of its own.
+        num_key_value_heads (`int`, *optional*):
+            Number of key and value heads (grouped-query attention); divides `num_attention_heads`, which is the default.
+        head_dim (`int`, *optional*):
+            Dimension of a value (and, in softmax layers, of a query and a key). Defaults to
+            `hidden_size // num_attention_heads`.
+        routing_dim (`int`, *optional*):
+            Dimension of the queries and keys of GMA layers, the space the mixture lives in. Defaults to `head_dim`.
+        num_components (`int`, *optional*, defaults to 64):
+            Number of Gaussian components per head (the paper's K): the number of memory slots.
+        layer_types (`list[str]`, *optional*):
+            One entry per layer: `"linear_attention"` is GMA, `"full_attention"` is softmax. Defaults to GMA everywhere.
+        is_causal (`bool`, *optional*, defaults to `True`):
+            `True` for language models, `False` for bidirectional encoders.
+        position_embedding_type (`str`, *optional*, defaults to `"learned"`):
+            `"learned"` adds learned absolute positions to the embeddings, `"rope"` rotates queries and keys, `"none"`
+            gives no positions.
+        rope_on_routing (`bool`, *optional*, defaults to `True`):
+            With `position_embedding_type="rope"`: whether GMA layers rotate their routing queries and keys as well, or
+            only the softmax layers do.
+        rope_parameters (`RopeParameters`, *optional*):
+            RoPE in the usual Transformers form: `rope_theta`, `rope_type` and what that type needs.
+        max_position_embeddings (`int`, *optional*, defaults to 2048):
+            Length of the table of learned positions; only learned positions bound the length of a sequence.
+        normalize_read (`bool`, *optional*, defaults to `True`):
+            Divide the read by the accumulated responsibility (the paper), or leave it un-normalised and put a norm per
+            head behind it.
+        conv_kernel_size (`int`, *optional*, defaults to 0):
+            Width of the depthwise short convolution (with SiLU) on queries, keys and values of GMA layers; 0 for none.
+        use_write_weight (`bool`, *optional*, defaults to `False`):
+            A learned write weight `w_t = softplus(...)` per token and head, 1 otherwise.
+        use_decay (`bool`, *optional*, defaults to `False`):
+            A learned forgetting factor `a_t = exp(-A * softplus(...))` per token and head, 1 otherwise. Causal only.
+        use_output_gate (`bool`, *optional*, defaults to `False`):
+            Norm per head and SiLU gate on what the heads read.
+        read_eps (`float`, *optional*, defaults to 1e-06):
+            The constant that keeps the normaliser of the read away from zero.
+        variance_floor (`float`, *optional*, defaults to 0.0001):
+            The smallest variance of a component in any dimension.
+        mean_init_std (`float`, *optional*, defaults to 1.0):
+            Standard deviation of the initial component means.
+        variance_init (`float`, *optional*, defaults to 0.6931472):
+            Initial variance of the components; must exceed `variance_floor`. The default is softplus(0).
+        time_step_min (`float`, *optional*, defaults to 0.001):
+            Smallest initial step: write weights and decays start from steps drawn log-uniformly in
+            [`time_step_min`, `time_step_max`], as in Mamba-2.
+        time_step_max (`float`, *optional*, defaults to 0.1):
+            Largest initial step.
+        decay_rate_range (`tuple[float, float]`, *optional*, defaults to `(1.0, 16.0)`):
+            Range of the initial decay rates A.
+        hidden_act (`str`, *optional*, defaults to `"silu"`):
+            Activation of the MLP.
+        hidden_dropout (`float`, *optional*, defaults to 0.0):
+            Dropout on the embeddings and on the output of every attention and MLP block.
+        attention_dropout (`float`, *optional*, defaults to 0.0):
+            Dropout on the attention weights of the softmax layers.
+        classifier_dropout (`float`, *optional*, defaults to 0.0):
+            Dropout before the classification heads.
+        attention_bias (`bool`, *optional*, defaults to `False`):
+            Biases in the query, key, value and output projections.
+        mlp_bias (`bool`, *optional*, defaults to `False`):
+            Biases in the MLP.
+        rms_norm_eps (`float`, *optional*, defaults to 1e-06):
+            Epsilon of the RMS norms.
+        initializer_range (`float`, *optional*, defaults to 0.02):
+            Standard deviation of the initial projections and embeddings.
+        use_cache (`bool`, *optional*, defaults to `True`):
+            Whether the model returns its state, for generation.
+        tie_word_embeddings (`bool`, *optional*, defaults to `True`):
+            Whether input and output embeddings share their weights.
+
+    Raises:
+        ValueError: for every impossible value or combination, with the valid choice in the message.
+
+    ```python
+    >>> from gma_hf import GMAConfig, GMAForCausalLM
+
+    >>> config = GMAConfig.from_preset("gated", hidden_size=256, num_hidden_layers=4, num_attention_heads=4)
+    >>> model = GMAForCausalLM(config)
+    ```
+    """
+
+    model_type = "gma"
+    keys_to_ignore_at_inference = ["past_key_values"]
+    # The parameters of a mixture, of the convolution and of the forgetting belong to whole heads; attention itself is
+    # cheap. So the projections are computed in shards and gathered, and every rank runs the attention.
+    base_model_tp_plan = {
+        "layers.*.self_attn.q_proj": "colwise_gather_output",
+        "layers.*.self_attn.k_proj": "colwise_gather_output",
+        "layers.*.self_attn.v_proj": "colwise_gather_output",
+        "layers.*.self_attn.o_proj": "rowwise_split_input",
+        "layers.*.mlp.gate_proj": "colwise",
+        "layers.*.mlp.up_proj": "colwise",
+        "layers.*.mlp.down_proj": "rowwise",
+    }
+    base_model_pp_plan = {
+        "embed_tokens": (["input_ids"], ["inputs_embeds"]),
+        "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
+        "norm": (["hidden_states"], ["hidden_states"]),
+    }
+
+    vocab_size: int = 32000
+    hidden_size: int = 768
+    intermediate_size: int = 2048
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    routing_dim: int | None = None
+    num_components: int = 64
+    layer_types: list[str] | None = None
+    is_causal: bool = True
+    position_embedding_type: str = "learned"
+    rope_on_routing: bool = True
+    rope_parameters: dict | None = None
+    max_position_embeddings: int = 2048
+    normalize_read: bool = True
+    conv_kernel_size: int = 0
+    use_write_weight: bool = False
+    use_decay: bool = False
+    use_output_gate: bool = False
+    read_eps: float = 1e-6
+    variance_floor: float = 1e-4
+    mean_init_std: float = 1.0
+    variance_init: float = 0.6931472
+    time_step_min: float = 1e-3
+    time_step_max: float = 1e-1
+    decay_rate_range: list[float] | tuple[float, ...] = (1.0, 16.0)
+    hidden_act: str = "silu"
+    hidden_dropout: float | int = 0.0
+    attention_dropout: float | int = 0.0
+    classifier_dropout: float | int = 0.0
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    rms_norm_eps: float = 1e-6
+    initializer_range: float = 0.02
+    use_cache: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    tie_word_embeddings: bool = True
+
+    def __post_init__(self, **kwargs):
+        # Before the derived values below divide by them
+        for name in ("hidden_size", "num_attention_heads", "num_hidden_layers"):
+            _check_positive(self, name)
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.head_dim is None:
+            if self.hidden_size % self.num_attention_heads != 0:
+                raise ValueError(
+                    f"`hidden_size` ({self.hidden_size}) is not a multiple of `num_attention_heads` "
+                    f"({self.num_attention_heads}). Choose a multiple, or set `head_dim` yourself."
+                )
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.routing_dim is None:
+            self.routing_dim = self.head_dim
+        if self.layer_types is None:
+            self.layer_types = ["linear_attention"] * self.num_hidden_layers
+        super().__post_init__(**kwargs)
+
+    @classmethod
+    def from_preset(cls, preset: str, **overrides) -> "GMAConfig":
+        """
+        A configuration of one of the documented blocks.
+
+        Args:
+            preset (`str`): `"paper"` or `"gated"`. A bidirectional gated block has no decay: nothing comes "before".
+            overrides: any field of the configuration; they win over the preset.
+
+        Returns:
+            `GMAConfig`.
+
+        Raises:
+            ValueError: if there is no such preset, or the overrides are impossible.
+        """
+        if preset not in GMA_PRESETS:
+            raise ValueError(f"There is no preset {preset!r}. Choose one of {sorted(GMA_PRESETS)}.")
+        values = dict(GMA_PRESETS[preset])
+        if not overrides.get("is_causal", True):
+            values.pop("use_decay", None)
+        return cls(**{**values, **overrides})
+
+    def validate_architecture(self):
+        """Part of the `@strict` validation: impossible values and combinations, with the valid choice in the message."""
+        for name in (
+            "vocab_size",
+            "intermediate_size",
+            "num_key_value_heads",
+            "head_dim",
+            "routing_dim",
+            "num_components",
+            "max_position_embeddings",
+            "read_eps",
+            "variance_floor",
+            "rms_norm_eps",
+            "time_step_min",
+        ):
+            _check_positive(self, name)
+        for name in ("mean_init_std", "initializer_range"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"`{name}` must not be negative, got {getattr(self, name)}.")
+        for name in ("hidden_dropout", "attention_dropout", "classifier_dropout"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise ValueError(f"`{name}` must lie in [0, 1), got {getattr(self, name)}.")
+
+        if self.num_attention_heads % self.num_key_value_heads != 0:
+            raise ValueError(
+                f"`num_key_value_heads` ({self.num_key_value_heads}) must divide `num_attention_heads` "
+                f"({self.num_attention_heads})."
+            )
+        if self.position_embedding_type not in POSITION_EMBEDDING_TYPES:
+            raise ValueError(
+                f"`position_embedding_type` must be one of {list(POSITION_EMBEDDING_TYPES)}, "
+                f"got {self.position_embedding_type!r}."
+            )
+        unknown_layer_types = sorted(set(self.layer_types) - set(LAYER_TYPES))
+        if unknown_layer_types:
+            raise ValueError(
+                f"`layer_types` must hold 'linear_attention' (GMA) and 'full_attention' (softmax) only, "
+                f"got {unknown_layer_types}."
+            )
+        if len(self.layer_types) != self.num_hidden_layers:
+            raise ValueError(
+                f"`layer_types` needs one entry per layer: `num_hidden_layers` is {self.num_hidden_layers}, "
+                f"but it has {len(self.layer_types)} entries."
+            )
+        if self.position_embedding_type == "rope":
+            rotated = {"head_dim": "full_attention" in self.layer_types, "routing_dim": self.rope_on_routing}
+            for name, is_rotated in rotated.items():
+                if is_rotated and getattr(self, name) % 2 != 0:
+                    raise ValueError(f"RoPE rotates pairs of dimensions: `{name}` must be even, got {getattr(self, name)}.")
+        if self.use_decay and not self.is_causal:
+            raise ValueError(
+                "`use_decay=True` needs `is_causal=True`: a bidirectional layer has no order in which to forget. "
+                "Set `use_decay=False` for an encoder."
+            )
+        if self.conv_kernel_size < 0 or self.conv_kernel_size == 1:
+            raise ValueError(
+                f"`conv_kernel_size` must be 0 (no short convolution) or at least 2, got {self.conv_kernel_size}."
+            )
+        if self.variance_init <= self.variance_floor:
+            raise ValueError(
+                f"`variance_init` ({self.variance_init}) must exceed `variance_floor` ({self.variance_floor})."
+            )
+        if self.time_step_max < self.time_step_min:
+            raise ValueError(
+                f"`time_step_max` ({self.time_step_max}) must not be below `time_step_min` ({self.time_step_min})."
+            )
+        if len(self.decay_rate_range) != 2 or not 0 < self.decay_rate_range[0] <= self.decay_rate_range[1]:
+            raise ValueError(
+                f"`decay_rate_range` must be two numbers (low, high) with 0 < low <= high, got {self.decay_rate_range}."
+            )
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class="AutoConfig"):
+        """Nothing to do: every folder that [`save_pretrained`] writes already loads with `trust_remote_code=True`."""
+
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs):
+        """
+        Save the configuration, and beside it the few lines that let programs which never import gma_hf load the folder
+        with `trust_remote_code=True`. See [`PreTrainedConfig.save_pretrained`] for the arguments.
+        """
+        add_remote_code(self, save_directory)
+        super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+
+
+def _check_positive(config: GMAConfig, name: str):
+    if getattr(config, name) <= 0:
+        raise ValueError(f"`{name}` must be positive, got {getattr(config, name)}.")
+
+
+__all__ = ["GMA_PRESETS", "GMAConfig"]

@@ -1,0 +1,85 @@
+# Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
+"""The mixtures of one layer: their parameters, and the one door through which attention is computed."""
+
+import math
+
+import torch
+from torch import nn
+from transformers import initialization as init
+
+from ..ops import gaussian_mixture_affinity, gaussian_mixture_attention, gaussian_mixture_responsibilities
+
+
+class GMAMixture(nn.Module):
+    """
+    One Gaussian mixture per head, shared by queries and keys; its forward pass is the attention.
+
+    Name the attribute that holds it `mixture_norm`: every Hugging Face Trainer exempts parameters below a `..._norm` from
+    weight decay, and a decay would pull the components of a mixture towards each other.
+
+    Args:
+        num_heads (`int`): number of mixtures.
+        num_components (`int`): components per mixture.
+        routing_dim (`int`): dimension of queries and keys.
+        variance_floor (`float`): smallest variance.
+        eps (`float`): constant added to the normaliser of the read.
+
+    Attributes:
+        means (`torch.Tensor` of shape `(num_heads, num_components, routing_dim)`): mu.
+        raw_variances (`torch.Tensor` of the same shape): omega, with sigma^2 = softplus(omega) + variance_floor.
+        prior_logits (`torch.Tensor` of shape `(num_heads, num_components)`): alpha, with pi = softmax(alpha).
+    """
+
+    def __init__(self, num_heads: int, num_components: int, routing_dim: int, variance_floor: float, eps: float):
+        super().__init__()
+        self.variance_floor = variance_floor
+        self.eps = eps
+        self.means = nn.Parameter(torch.empty(num_heads, num_components, routing_dim))
+        self.raw_variances = nn.Parameter(torch.empty(num_heads, num_components, routing_dim))
+        self.prior_logits = nn.Parameter(torch.empty(num_heads, num_components))
+
+    def reset_parameters(self, mean_std: float, variance: float):
+        """Means ~ N(0, `mean_std`^2), all variances `variance`, equal priors."""
+        init.normal_(self.means, mean=0.0, std=mean_std)
+        init.constant_(self.raw_variances, math.log(math.expm1(variance - self.variance_floor)))
+        init.zeros_(self.prior_logits)
+
+    def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **kwargs):
+        """
+        Gaussian mixture attention, see [`gaussian_mixture_attention`] for shapes and further arguments. A forward
+        pre-hook on this module sees the queries and keys exactly as they are routed.
+        """
+        return gaussian_mixture_attention(
+            query,
+            key,
+            value,
+            self.means,
+            self.raw_variances,
+            self.prior_logits,
+            eps=self.eps,
+            variance_floor=self.variance_floor,
+            **kwargs,
+        )
+
+    def affinity(self, query: torch.Tensor, key: torch.Tensor, **kwargs) -> torch.Tensor:
+        """The matrix that the attention implies, `(batch, heads, query_length, key_length)`: quadratic, to look at."""
+        return gaussian_mixture_affinity(
+            query,
+            key,
+            self.means,
+            self.raw_variances,
+            self.prior_logits,
+            eps=self.eps,
+            variance_floor=self.variance_floor,
+            **kwargs,
+        )
+
+    def responsibilities(self, states: torch.Tensor) -> torch.Tensor:
+        """Posterior of the components, `(batch, heads, length, num_components)`, of queries or keys."""
+        return gaussian_mixture_responsibilities(
+            states, self.means, self.raw_variances, self.prior_logits, variance_floor=self.variance_floor
+        )
+
+    def extra_repr(self) -> str:
+        num_heads, num_components, routing_dim = self.means.shape
+        return f"num_heads={num_heads}, num_components={num_components}, routing_dim={routing_dim}"

@@ -1,0 +1,91 @@
+# Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
+"""
+The depthwise short convolution in front of the mixture, y_t = SiLU(sum_j weight_j * x_{t-j}), over the real tokens of a
+sequence alone: padding, wherever it stands, and other packed sequences do not take part.
+"""
+
+import torch
+from torch import nn
+
+
+class GMAShortConvolution(nn.Conv1d):
+    """
+    Depthwise convolution of width `kernel_size` with SiLU, causal or centred.
+
+    Args:
+        num_channels (`int`): number of channels.
+        kernel_size (`int`): number of tokens that one output sees.
+    """
+
+    def __init__(self, num_channels: int, kernel_size: int):
+        super().__init__(num_channels, num_channels, kernel_size, groups=num_channels, bias=False)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        causal: bool = True,
+        padding_mask: torch.Tensor | None = None,
+        sequence_ids: torch.Tensor | None = None,
+        history: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Convolve along the sequence.
+
+        Args:
+            hidden_states (`torch.Tensor` of shape `(batch, length, channels)`): one row per token.
+            causal (`bool`): look back only, or to both sides.
+            padding_mask (`torch.BoolTensor` of shape `(batch, length)`, *optional*): `True` at real tokens.
+            sequence_ids (`torch.LongTensor` of shape `(batch, length)`, *optional*): packed sequences.
+            history (`torch.Tensor` of shape `(batch, kernel_size - 1, channels)`, *optional*): the last real inputs
+                before these, as returned by an earlier call; causal only. They belong to the first sequence of the row.
+
+        Returns:
+            `tuple(torch.Tensor)`: the outputs `(batch, length, channels)`, zero at padding, and the new history.
+        """
+        batch_size, length, num_channels = hidden_states.shape
+        width = self.kernel_size[0]
+        before = width - 1 if causal else width // 2
+        if history is None:
+            history = hidden_states.new_zeros(batch_size, width - 1, num_channels)
+        inputs = torch.cat([history[:, width - 1 - before :].to(hidden_states.dtype), hidden_states], dim=1)
+        if sequence_ids is not None:
+            sequence_ids = torch.cat([sequence_ids[:, :1].expand(-1, before), sequence_ids], dim=1)
+
+        order = None
+        if padding_mask is not None:
+            # Padding moves to the front of the row, so that neighbours are neighbouring real tokens. The history counts
+            # as real: where a row is shorter it holds zeros, as in front of any sequence.
+            is_real = torch.cat([padding_mask.new_ones(batch_size, before), padding_mask], dim=1)
+            order = torch.argsort(is_real.to(torch.uint8), dim=1, stable=True)
+            gather_index = order[..., None].expand(-1, -1, num_channels)
+            inputs = inputs.masked_fill(~is_real[..., None], 0).gather(1, gather_index)
+            if sequence_ids is not None:
+                sequence_ids = sequence_ids.gather(1, order)
+        new_history = inputs[:, inputs.shape[1] - (width - 1) :]
+        if sequence_ids is not None:
+            is_last = sequence_ids == sequence_ids[:, -1:]
+            new_history = new_history * is_last[:, inputs.shape[1] - (width - 1) :, None]
+
+        if sequence_ids is None:
+            channels_first = nn.functional.pad(inputs.transpose(1, 2), (before if order is not None else 0, width - 1 - before))
+            outputs = nn.functional.conv1d(channels_first, self.weight, groups=num_channels).transpose(1, 2)
+        else:
+            outputs = self._convolve_packed(inputs, sequence_ids, before)[:, before if order is None else 0 :]
+        outputs = nn.functional.silu(outputs)
+
+        if order is not None:
+            outputs = torch.zeros_like(inputs).scatter(1, gather_index, outputs)[:, before:]
+            outputs = outputs * padding_mask[..., None]
+        return outputs, new_history
+
+    def _convolve_packed(self, inputs: torch.Tensor, sequence_ids: torch.Tensor, before: int) -> torch.Tensor:
+        """The convolution tap by tap, each tap closed where it would reach into another sequence."""
+        width, length = self.kernel_size[0], inputs.shape[1]
+        padded_inputs = nn.functional.pad(inputs, (0, 0, before, width - 1 - before))
+        # -1 is no sequence's number
+        padded_ids = nn.functional.pad(sequence_ids, (before, width - 1 - before), value=-1)
+        outputs = torch.zeros_like(inputs)
+        for tap in range(width):
+            is_same = padded_ids[:, tap : tap + length] == sequence_ids
+            outputs = outputs + padded_inputs[:, tap : tap + length] * is_same[..., None] * self.weight[:, 0, tap]
+        return outputs

@@ -1,0 +1,87 @@
+# Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
+"""Forgetting within a block of chunks: exp of sums of log a over segments, and the way back.
+
+    pairs_ij   = exp(sum_{j < l <= i} log a_l)     j <= i, both in chunk n: what is left at i of what j wrote
+    from_start = exp(sum_{l <= i} log a_l)         what is left at i of the state before the chunk
+    to_end     = exp(sum_{l > j} log a_l)          what is left after the chunk of what j wrote
+
+log_decay [h, B, n, T], where h is 1 when the heads forget alike, or the number of mixtures.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+class Decays(NamedTuple):
+    """The decays of one block; queries that share a mixture are R * T rows."""
+
+    pairs: Tensor  # [h, B, n, R * T, T], zero above the diagonal
+    from_start: Tensor  # [h, B, n, R * T, 1]
+    to_end: Tensor  # [h, B, n, T, 1]
+    chunks: Tensor  # [h, B, n + 1, n + 1], from the state before the block (0) or chunk j - 1's writes to before chunk i
+    whole_chunk: Tensor  # [h, B, n, 1]
+    resets: Tensor  # [h, B, n, T], True where a token forgets everything before it
+
+
+def smallest_decay(dtype: torch.dtype) -> float:
+    """Smaller factors count as a reset: 1e-19 in float32, invisible beside anything that the eps of the read lets by.
+
+    It also keeps denormal numbers, on which many CPUs are a hundred times slower, out of the matrix products.
+    """
+    return math.sqrt(torch.finfo(dtype).tiny)
+
+
+def segment_decays(log_decay: Tensor) -> Tensor:
+    """exp(x_{j+1} + ... + x_i) for j <= i, else 0: [..., length] -> [..., length, length].
+
+    The segment sums are differences of cumulative sums, taken in float64 (where the device has it) so that short
+    segments keep their digits behind large ones.
+    """
+    wide = torch.float32 if log_decay.device.type == "mps" else torch.float64
+    sums = log_decay.cumsum(dim=-1, dtype=wide)
+    decays = (sums.unsqueeze(-1) - sums.unsqueeze(-2)).to(log_decay.dtype).exp_().tril_()
+    return F.threshold_(decays, smallest_decay(decays.dtype), 0.0)
+
+
+def block_decays(log_decay: Tensor, strict: bool, repeats: int) -> Decays:
+    """The decays of a block from its log_decay [h, B, n, T], with the queries' rows repeated `repeats` times."""
+    smallest = smallest_decay(log_decay.dtype)
+    # exp(-inf) and exp of the limit are both below the smallest decay; the latter has finite sums.
+    log_decay = log_decay.clamp(min=2.0 * math.log(smallest))
+    pairs = segment_decays(log_decay)
+    from_start = F.threshold_(log_decay.cumsum(dim=-1).exp_(), smallest, 0.0)
+    return Decays(
+        pairs=(pairs.tril(-1) if strict else pairs).repeat(1, 1, 1, repeats, 1),
+        from_start=from_start.repeat(1, 1, 1, repeats).unsqueeze(-1),
+        to_end=pairs[..., -1, :].unsqueeze(-1),
+        chunks=segment_decays(F.pad(log_decay.sum(dim=-1), (1, 0))),
+        whole_chunk=from_start[..., -1:],
+        resets=log_decay.exp() < smallest,
+    )
+
+
+def forget_(pairs: Tensor, decays: Decays) -> Tensor:
+    """Multiply pair weights [M, B, n, R * T, T] by their decays, in place; denormal products become zero."""
+    return F.threshold_(pairs.mul_(decays.pairs), torch.finfo(pairs.dtype).tiny ** 0.8, 0.0)
+
+
+def log_decay_gradient(at_read: Tensor, at_write: Tensor, kept: Tensor, carried: Tensor, decays: Decays) -> Tensor:
+    """Gradient of log a_l, [h, B, n, T]: what every product that spans l contributes to the loss.
+
+    Args:
+        at_read: [M, B, n, T], products that are read at i: pairs (i, j) summed over j, and reads of the state.
+        at_write: [M, B, n, T], pairs (i, j) summed over i. Pairs with j >= l count in both sums and cancel.
+        kept: [M, B, n, T], what j wrote to the state after the chunk.
+        carried: [M, B, n, 1], what the chunk carried over from the state before it.
+        decays: of the block.
+    """
+    read_behind = (at_read - at_write).flip(-1).cumsum(dim=-1).flip(-1)
+    kept_before = kept.cumsum(dim=-1) - kept
+    gradient = read_behind + kept_before + carried
+    if decays.resets.shape[0] != gradient.shape[0]:
+        gradient = gradient.sum(dim=0, keepdim=True)
+    return gradient.masked_fill_(decays.resets, 0.0)

@@ -1,0 +1,119 @@
+# Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
+"""The mixture: how likely is it that component c produced token x?
+
+    gamma_c(x) = softmax_c( log pi_c - 1/2 sum_m [ log sigma^2_cm + (x_m - mu_cm)^2 / sigma^2_cm ] )
+
+with pi = softmax(prior_logits) and sigma^2 = softplus(raw_variances) + variance_floor. Expanding the square gives two
+matrix products and a bias, so that no [length, components, routing_dim] tensor is ever formed:
+
+    logits = x @ (mu / sigma^2)^T + (x * x) @ (-1/2 / sigma^2)^T + bias
+    bias_c = log pi_c - 1/2 sum_m [ log sigma^2_cm + mu_cm^2 / sigma^2_cm ]
+
+Softmax does not see what all components share. Two such terms are removed, because they are large and would cost the
+small differences between components their digits:
+
+- x and mu are centred on the components' average mean, so that a common offset is never squared;
+- the components' average precision is subtracted in the quadratic product, so that x * x is only multiplied by what
+  tells components apart (nothing at all when their variances are equal).
+
+Equations of Y. Huang and H. Raza, "Gaussian Mixture Attention", arXiv:2606.18283; the centring is ours.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+# Coordinates further than this from the mixture's centre are clipped, so that their squares (times precisions up to
+# 1e12) stay finite in float32: an arbitrarily large key then has a one-hot responsibility, never NaN.
+MAX_DISTANCE = 1e12
+
+
+class MixtureCoefficients(NamedTuple):
+    """One mixture per head as the map that gives the logits of the components."""
+
+    centre: Tensor  # [heads, 1, routing_dim]
+    linear: Tensor  # [heads, components, routing_dim], mu / sigma^2
+    quadratic: Tensor  # [heads, components, routing_dim], -1/2 / sigma^2
+    bias: Tensor  # [heads, 1, components]
+
+
+def mixture_coefficients(
+    means: Tensor, raw_variances: Tensor, prior_logits: Tensor, variance_floor: float, dtype: torch.dtype
+) -> MixtureCoefficients:
+    """The coefficients of means and raw variances [heads, components, routing_dim] and prior logits, in `dtype`."""
+    means, raw_variances, prior_logits = means.to(dtype), raw_variances.to(dtype), prior_logits.to(dtype)
+    variances = F.softplus(raw_variances) + variance_floor
+    precisions = variances.reciprocal()
+    # What is subtracted is common to all components, so responsibilities do not depend on it: no gradient either.
+    centre = means.detach().mean(dim=1, keepdim=True)
+    common_precision = precisions.detach().mean(dim=1, keepdim=True)
+    means = means - centre
+    linear = means * precisions
+    quadratic = -0.5 * (precisions - common_precision)
+    bias = prior_logits.log_softmax(dim=-1) - 0.5 * (variances.log() + means * linear).sum(dim=-1)
+    return MixtureCoefficients(centre, linear, quadratic, bias.unsqueeze(-2))
+
+
+def centred(x: Tensor, centre: Tensor) -> Tensor:
+    """x - centre, clipped to coordinates whose squares are finite."""
+    return (x.to(centre.dtype) - centre).clamp_(-MAX_DISTANCE, MAX_DISTANCE)
+
+
+def component_logits(x: Tensor, coefficients: MixtureCoefficients) -> Tensor:
+    """Logits of the components for centred tokens, at most 0: [heads, ..., routing_dim] -> [heads, ..., components]."""
+    rows = x.flatten(1, -2)
+    logits = torch.baddbmm(coefficients.bias, rows, coefficients.linear.transpose(1, 2))
+    logits = logits.baddbmm_(rows * rows, coefficients.quadratic.transpose(1, 2))
+    # The smallest responsibility is 1e-19 of the largest (float32): far below rounding, yet the product of two is still
+    # a normal number. Arithmetic on denormal numbers is a hundred times slower on many CPUs.
+    smallest = 0.5 * math.log(torch.finfo(logits.dtype).tiny)
+    logits = logits.sub_(logits.detach().amax(dim=-1, keepdim=True)).clamp_(min=smallest)
+    return logits.unflatten(1, x.shape[1:-1])
+
+
+def posterior(x: Tensor, coefficients: MixtureCoefficients) -> Tensor:
+    """Responsibilities of centred tokens, in the logits' memory and without autograd: shapes of `component_logits`."""
+    gamma = component_logits(x, coefficients).exp_()
+    return gamma.div_(gamma.sum(dim=-1, keepdim=True))
+
+
+def posterior_backward(
+    grad: Tensor, gamma: Tensor, x: Tensor, coefficients: MixtureCoefficients
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of `posterior` with respect to x, linear, quadratic and bias. Overwrites `grad` (of gamma) and `x`.
+
+    d logit_c = gamma_c (d gamma_c - sum_j gamma_j d gamma_j), and the logits are linear in x, in x * x and in the
+    coefficients. Together this is the paper's responsibility-modulated gradient.
+    """
+    weighted = grad.mul_(gamma)
+    grad_logits = weighted.addcmul_(gamma, weighted.sum(dim=-1, keepdim=True), value=-1).flatten(1, -2)
+    rows = x.flatten(1, -2)
+    grad_linear = torch.bmm(grad_logits.transpose(1, 2), rows)
+    grad_rows = torch.bmm(grad_logits, coefficients.linear)
+    grad_rows.addcmul_(rows, torch.bmm(grad_logits, coefficients.quadratic), value=2)
+    grad_quadratic = torch.bmm(grad_logits.transpose(1, 2), rows.mul_(rows))
+    return grad_rows.view_as(x), grad_linear, grad_quadratic, grad_logits.sum(dim=1, keepdim=True)
+
+
+def responsibilities(x: Tensor, coefficients: MixtureCoefficients) -> Tensor:
+    """Posterior over the components: [batch, heads, length, routing_dim] -> [batch, heads, length, components].
+
+    With a multiple of the mixtures' heads, neighbouring heads share a mixture.
+    """
+    heads, mixtures = x.shape[1], coefficients.centre.shape[0]
+    x = x.unflatten(1, (mixtures, heads // mixtures)).transpose(0, 1)
+    x = centred(x, coefficients.centre[:, :, None, None])
+    return component_logits(x, coefficients).softmax(dim=-1).transpose(0, 1).flatten(1, 2)
+
+
+def repeat_heads(x: Tensor, heads: int) -> Tensor:
+    """Each head of [batch, h, ...] repeated to give `heads` heads; a view when h is `heads` or 1."""
+    if x.shape[1] == heads:
+        return x
+    if x.shape[1] == 1:
+        return x.expand(-1, heads, *x.shape[2:])
+    return x.repeat_interleave(heads // x.shape[1], dim=1)

@@ -1,0 +1,59 @@
+# Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
+"""The recurrence, one token at a time from a state: the form for decoding.
+
+    S_t = a_t S_{t-1} + w_t gamma^K_t v_t^T
+    z_t = a_t z_{t-1} + w_t gamma^K_t
+    o_t = gamma^Q_t S_t / (gamma^Q_t z_t + eps)          or gamma^Q_t S_t when the read is not normalised
+
+query [B, Hq, N, d], key [B, Hk, N, d], value [B, Hk, N, dv], mixtures M -> output [B, Hq, N, dv],
+S [B, M, C, dv], z [B, M, C].
+"""
+
+import torch
+from torch import Tensor
+
+from .mixture import repeat_heads, responsibilities
+from .registry import AttentionCall, State, register_backend
+
+
+def recurrent_attention(call: AttentionCall) -> tuple[Tensor, State | None]:
+    """Evaluate a causal call token by token."""
+    dtype, mixtures = call.state_dtype, call.means.shape[0]
+    coefficients = call.coefficients()
+    gamma_query = responsibilities(call.query, coefficients).unflatten(1, (mixtures, -1))  # [B, M, Hq / M, N, C]
+    gamma_key = responsibilities(repeat_heads(call.key, mixtures), coefficients)  # [B, M, N, C]
+    value = repeat_heads(call.value.to(dtype), mixtures)
+    if call.write_weight is not None:
+        gamma_key = gamma_key * call.write_weight.to(dtype).unsqueeze(-1)
+    decay = None if call.log_decay is None else call.log_decay.to(dtype).exp()[..., None, None]
+
+    batch, _, length, components = gamma_key.shape
+    if call.initial_state is None:
+        S = value.new_zeros(batch, mixtures, components, value.shape[-1])
+        z = value.new_zeros(batch, mixtures, components, 1)
+    else:
+        S, z = call.initial_state[0].to(dtype), call.initial_state[1].to(dtype).unsqueeze(-1)
+
+    outputs = []
+    for t in range(length):
+        write = gamma_key[:, :, t].unsqueeze(-1)  # [B, M, C, 1]
+        if decay is not None:
+            S, z = S * decay[:, :, t], z * decay[:, :, t]
+        S = S + write * value[:, :, t].unsqueeze(-2)
+        z = z + write
+        read = gamma_query[:, :, :, t]  # [B, M, Hq / M, C]
+        output = read @ S
+        outputs.append(output / (read @ z + call.eps) if call.normalize else output)
+    output = torch.stack(outputs, dim=3) if outputs else gamma_query @ S
+    return output.flatten(1, 2).to(call.value.dtype), (S, z.squeeze(-1))
+
+
+def supports(call: AttentionCall) -> str | None:
+    if not call.causal or call.strict:
+        return "the recurrence is causal, and position i reads what positions j <= i wrote."
+    return None
+
+
+register_backend(
+    "recurrent", recurrent_attention, supports=supports, priority=lambda call: 20 if call.key.shape[2] <= 2 else 0
+)

@@ -1,0 +1,25 @@
+# Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
+"""Training: data, tokenizers, the trainer and its reports. The scripts in `scripts/` only put these together."""
+
+from .callbacks import MixtureHealth, MixtureHealthCallback, measure_mixture_health
+from .errors import NonFiniteTrainingError, TrainingInputError
+from .packing import PackedCollator, PackedText, pack_documents
+from .tokenization import train_tokenizer
+from .trainer import GMATrainer, GMATrainingArguments, find_last_checkpoint, mixture_parameters
+
+
+__all__ = [
+    "GMATrainer",
+    "GMATrainingArguments",
+    "MixtureHealth",
+    "MixtureHealthCallback",
+    "NonFiniteTrainingError",
+    "PackedCollator",
+    "PackedText",
+    "TrainingInputError",
+    "find_last_checkpoint",
+    "measure_mixture_health",
+    "mixture_parameters",
+    "pack_documents",
+    "train_tokenizer",
+]

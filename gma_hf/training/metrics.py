@@ -1,0 +1,106 @@
+# Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
+"""Metrics of evaluation: perplexity, accuracy and F1, exact over batches and processes of any size."""
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+from transformers import EvalPrediction
+
+from .packing import IGNORE_INDEX, PackedText
+
+
+def perplexity(nll: float) -> float:
+    """exp of a negative log-likelihood per token in nats; infinity where that overflows."""
+    try:
+        return math.exp(nll)
+    except OverflowError:
+        return math.inf
+
+
+def token_statistics(shift_labels: bool) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """Return a `preprocess_logits_for_metrics` that reduces logits to three numbers a row, so memory stays small.
+
+    Args:
+        shift_labels: True for causal models (position i predicts label i + 1), False for masked ones.
+
+    Returns:
+        A function of logits `[batch, length, vocabulary]` and labels `[batch, length]` that returns
+        `[batch, 3]`: sum of negative log-likelihoods (nats), correct predictions, predicted tokens.
+    """
+
+    def reduce(logits: torch.Tensor | tuple, labels: torch.Tensor) -> torch.Tensor:
+        logits = logits[0] if isinstance(logits, tuple) else logits
+        if shift_labels:
+            logits, labels = logits[:, :-1], labels[:, 1:]
+        nll = F.cross_entropy(
+            logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORE_INDEX, reduction="none"
+        ).view(labels.shape)
+        counted = labels != IGNORE_INDEX
+        correct = (logits.argmax(dim=-1) == labels) & counted
+        # float32 holds these sums exactly enough: one row has at most some 10^5 tokens
+        return torch.stack([nll.sum(dim=-1), correct.sum(dim=-1).float(), counted.sum(dim=-1).float()], dim=-1)
+
+    return reduce
+
+
+def language_model_metrics(prediction: EvalPrediction) -> dict[str, float]:
+    """Sum what `token_statistics` left: loss per token, perplexity, accuracy and number of predicted tokens."""
+    nll, correct, count = np.asarray(prediction.predictions, dtype=np.float64).sum(axis=0)
+    loss = nll / max(count, 1.0)
+    return {
+        "loss": loss,
+        "perplexity": perplexity(loss),
+        "accuracy": correct / max(count, 1.0),
+        "num_tokens": int(count),
+    }
+
+
+def text_metrics(loss: float, num_tokens: int, text: PackedText) -> dict[str, float]:
+    """Scores that do not depend on the tokenizer, from the loss over every token of a text.
+
+    Args:
+        loss: negative log-likelihood per token, in nats.
+        num_tokens: tokens it is the mean of.
+        text: the text, for its size.
+
+    Returns:
+        `bits_per_byte`, and `word_perplexity` per piece between white space (as in lm-evaluation-harness).
+    """
+    nll = loss * num_tokens
+    return {
+        "bits_per_byte": nll / math.log(2) / max(text.num_bytes, 1),
+        "word_perplexity": perplexity(nll / max(text.num_words, 1)),
+    }
+
+
+def predicted_classes(logits: torch.Tensor | tuple, labels: torch.Tensor) -> torch.Tensor:
+    """A `preprocess_logits_for_metrics` for classification: the most likely class of each row, `[batch]`."""
+    return (logits[0] if isinstance(logits, tuple) else logits).argmax(dim=-1)
+
+
+def classification_metrics(prediction: EvalPrediction) -> dict[str, float]:
+    """Accuracy and F1 of predicted classes (see `predicted_classes`)."""
+    return accuracy_and_f1(np.asarray(prediction.predictions), np.asarray(prediction.label_ids))
+
+
+def accuracy_and_f1(predicted: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """Accuracy, macro F1, and with classes 0 and 1 alone also the F1 of class 1.
+
+    F1 of a class is 2 TP / (2 TP + FP + FN). The macro mean runs over the classes that occur among labels or
+    predictions, as in scikit-learn.
+
+    Args:
+        predicted: `[n]` class indices.
+        labels: `[n]` class indices.
+    """
+    scores = {}
+    for c in np.union1d(predicted, labels).tolist():
+        true_positives = np.sum((predicted == c) & (labels == c))
+        scores[c] = float(2 * true_positives / (np.sum(predicted == c) + np.sum(labels == c)))
+    metrics = {"accuracy": float(np.mean(predicted == labels)), "f1_macro": float(np.mean(list(scores.values())))}
+    if set(scores) <= {0, 1}:
+        metrics["f1_binary"] = scores.get(1, 0.0)
+    return metrics

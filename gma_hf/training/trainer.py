@@ -1,0 +1,163 @@
+# Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
+"""A `Trainer` that gives mixtures their own learning rate and stops before a NaN can replace a good checkpoint.
+
+A stock `transformers.Trainer` trains GMA models too: the mixtures get no weight decay there either.
+"""
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import Trainer, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from ..modeling import GMAMixture
+from .callbacks import MixtureHealthCallback
+from .errors import NonFiniteTrainingError, TrainingInputError
+
+
+@dataclass
+class GMATrainingArguments(TrainingArguments):
+    """`TrainingArguments` and what is particular to mixtures.
+
+    Args:
+        mixture_learning_rate: learning rate of means, variances and priors of the mixtures, with the same schedule as
+            `learning_rate`, which they get when this is None.
+        mixture_health_steps: report the health of the mixtures every so many steps, too; they are reported at every
+            evaluation anyway.
+        overwrite_output_dir: start anew in an output folder that holds checkpoints (they are deleted) or a model.
+    """
+
+    mixture_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of the mixtures' parameters; default: learning_rate."}
+    )
+    mixture_health_steps: int | None = field(
+        default=None, metadata={"help": "Report the mixtures' health every so many steps, not only at evaluations."}
+    )
+    overwrite_output_dir: bool = field(
+        default=False,
+        metadata={"help": "Start anew even if output_dir holds a model or checkpoints; these are deleted."},
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.mixture_learning_rate is not None and self.mixture_learning_rate < 0:
+            raise ValueError(f"`mixture_learning_rate` must not be negative, got {self.mixture_learning_rate}.")
+        if self.mixture_health_steps is not None and self.mixture_health_steps < 1:
+            raise ValueError(f"`mixture_health_steps` must be at least 1, got {self.mixture_health_steps}.")
+
+
+class GMATrainer(Trainer):
+    """`Trainer` with a learning rate for mixtures, reports of their health, and checks for NaN.
+
+    Takes the arguments of `transformers.Trainer`; `args` should be a `GMATrainingArguments`.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.add_callback(MixtureHealthCallback(self, every_steps=getattr(self.args, "mixture_health_steps", None)))
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Create the stock optimizer and move the mixtures into a group of their own if they have their own rate."""
+        created = self.optimizer is None
+        optimizer = super().create_optimizer() if model is None else super().create_optimizer(model)
+        learning_rate = getattr(self.args, "mixture_learning_rate", None)
+        if created and learning_rate is not None:
+            _give_own_learning_rate(optimizer, mixture_parameters(model or self.model), learning_rate)
+        return optimizer
+
+    def training_step(self, *args, **kwargs) -> torch.Tensor:
+        """One step as in `Trainer`; a NaN or infinite loss stops the training before the weights are touched."""
+        loss = super().training_step(*args, **kwargs)
+        finite = torch.isfinite(loss).all()
+        if self.args.world_size > 1:
+            # Another process may have seen the bad batch, and its gradients are already in ours
+            finite = self.accelerator.reduce(finite.float(), "sum") == self.args.world_size
+        if not finite:
+            raise NonFiniteTrainingError(
+                f"The training loss became {loss.item()} at step {self.state.global_step + 1}. The weights were not "
+                f"updated with it. {self._last_good_checkpoint()} Lower the learning rate, clip the gradients "
+                "(--max_grad_norm), use --bf16 instead of --fp16, or look at the data of this step."
+            )
+        return loss
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the model as `Trainer` does, unless one of its weights is NaN or infinite.
+
+        Raises:
+            NonFiniteTrainingError: before anything is written.
+        """
+        bad = [
+            name
+            for name, parameter in self.model.named_parameters()
+            if parameter.is_floating_point() and not torch.isfinite(_local(parameter.detach())).all()
+        ]
+        any_bad = torch.tensor(float(bool(bad)), device=self.args.device)
+        if self.is_fsdp_enabled:  # each process holds a part of the weights
+            any_bad = self.accelerator.reduce(any_bad, "sum")
+        if any_bad:
+            raise NonFiniteTrainingError(
+                f"The model has NaN or infinite weights at step {self.state.global_step}"
+                + (f" (first in {bad[0]!r})" if bad else "")
+                + f", so it is not saved. {self._last_good_checkpoint()} Lower the learning rate or clip the gradients."
+            )
+        super().save_model(output_dir, _internal_call)
+
+    def _last_good_checkpoint(self) -> str:
+        checkpoint = find_last_checkpoint(self.args.output_dir)
+        if checkpoint is None:
+            return "No checkpoint had been saved before."
+        return f"The last good checkpoint is {checkpoint}; --resume_from_checkpoint {checkpoint} continues from it."
+
+
+def mixture_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Return the trainable parameters of all mixtures of a model, converted and adapted models included."""
+    found = (
+        parameter
+        for module in model.modules()
+        if isinstance(module, GMAMixture)
+        for parameter in module.parameters()
+        if parameter.requires_grad
+    )
+    return list({id(parameter): parameter for parameter in found}.values())
+
+
+def find_last_checkpoint(output_dir: str | os.PathLike) -> str | None:
+    """Return the newest complete checkpoint of a folder, or None.
+
+    A checkpoint is complete when the Trainer's state, which is written last, lies in it.
+    """
+    folder = Path(output_dir)
+    candidates = [
+        path
+        for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+        if path.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-").isdigit() and (path / "trainer_state.json").is_file()
+    ]
+    return str(max(candidates, key=lambda path: int(path.name.rsplit("-", 1)[1]))) if candidates else None
+
+
+def _give_own_learning_rate(
+    optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], learning_rate: float
+) -> None:
+    """Move parameters from their groups into a new one with its own learning rate and no weight decay."""
+    if not parameters:
+        raise TrainingInputError(
+            "`mixture_learning_rate` is set, but the model has no trainable mixture. Leave it out."
+        )
+    moved = {id(parameter) for parameter in parameters}
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    if not moved <= held:
+        raise TrainingInputError(
+            f"{type(optimizer).__name__} keeps its parameters outside of parameter groups, so the mixtures cannot have "
+            "their own learning rate. Choose another --optim, or leave --mixture_learning_rate out."
+        )
+    for group in optimizer.param_groups:
+        group["params"] = [parameter for parameter in group["params"] if id(parameter) not in moved]
+    optimizer.add_param_group({"params": parameters, "lr": learning_rate, "weight_decay": 0.0})
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    """Return this process's part of a sharded tensor, or the tensor itself."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor

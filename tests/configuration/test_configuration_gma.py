@@ -1,0 +1,105 @@
+# Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
+"""A configuration is either possible and complete, or refused with the valid choice in the message."""
+
+import re
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+from transformers import AutoConfig, PreTrainedConfig
+
+import gma_hf
+from gma_hf import GMAConfig
+
+
+pytestmark = pytest.mark.quick
+
+
+def test_defaults_are_the_papers_block():
+    assert GMAConfig() == GMAConfig.from_preset("paper")
+    config = GMAConfig()
+    assert config.normalize_read and config.is_causal and config.position_embedding_type == "learned"
+    assert not (config.conv_kernel_size or config.use_decay or config.use_write_weight or config.use_output_gate)
+    assert set(config.layer_types) == {"linear_attention"}
+
+
+def test_gated_preset_is_the_gated_block():
+    config = GMAConfig.from_preset("gated", num_hidden_layers=3)
+    assert config.conv_kernel_size == 4 and config.use_decay and config.use_write_weight and config.use_output_gate
+    assert not config.normalize_read and not config.rope_on_routing
+    assert config.num_hidden_layers == 3
+
+
+def test_a_bidirectional_gated_block_has_no_decay():
+    assert not GMAConfig.from_preset("gated", is_causal=False).use_decay
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"hidden_size": 100, "num_attention_heads": 12}, "not a multiple of `num_attention_heads`"),
+        ({"num_attention_heads": 12, "num_key_value_heads": 5}, "must divide `num_attention_heads`"),
+        ({"num_components": 0}, "`num_components` must be positive"),
+        ({"hidden_size": 0}, "`hidden_size` must be positive"),
+        ({"position_embedding_type": "alibi"}, "one of ['learned', 'rope', 'none']"),
+        ({"layer_types": ["linear_attention", "sliding_attention"], "num_hidden_layers": 2}, "'full_attention' (softmax)"),
+        ({"layer_types": ["linear_attention"], "num_hidden_layers": 2}, "one entry per layer"),
+        ({"use_decay": True, "is_causal": False}, "`use_decay=True` needs `is_causal=True`"),
+        ({"conv_kernel_size": 1}, "0 (no short convolution) or at least 2"),
+        ({"conv_kernel_size": -1}, "0 (no short convolution) or at least 2"),
+        ({"position_embedding_type": "rope", "routing_dim": 7}, "`routing_dim` must be even"),
+        ({"variance_init": 1e-5}, "must exceed `variance_floor`"),
+        ({"time_step_min": 0.5, "time_step_max": 0.1}, "must not be below `time_step_min`"),
+        ({"decay_rate_range": (4.0, 2.0)}, "0 < low <= high"),
+        ({"hidden_dropout": 1.0}, "must lie in [0, 1)"),
+    ],
+)
+def test_impossible_values_are_refused_with_the_valid_choice(values, message):
+    with pytest.raises(Exception, match=re.escape(message)):
+        GMAConfig(**values)
+
+
+def test_a_wrong_type_is_refused():
+    with pytest.raises(Exception, match="num_components"):
+        GMAConfig(num_components="many")
+
+
+def test_an_unknown_preset_names_the_known_ones():
+    with pytest.raises(ValueError, match=r"\['gated', 'paper'\]"):
+        GMAConfig.from_preset("mamba")
+
+
+def test_a_configuration_survives_disk(tmp_path):
+    config = GMAConfig.from_preset(
+        "gated",
+        num_hidden_layers=2,
+        layer_types=["linear_attention", "full_attention"],
+        decay_rate_range=(2.0, 8.0),
+        rope_parameters={"rope_type": "default", "rope_theta": 5000.0},
+        num_labels=5,
+    )
+    config.save_pretrained(tmp_path)
+    reloaded = AutoConfig.from_pretrained(tmp_path)
+    assert isinstance(reloaded, GMAConfig)
+    original, reloaded = config.to_dict(), reloaded.to_dict()
+    original["decay_rate_range"] = list(original["decay_rate_range"])
+    reloaded.pop("_name_or_path"), original.pop("_name_or_path")
+    assert reloaded == original
+
+
+def test_every_field_is_read_somewhere():
+    """A field that nothing reads promises something that does not happen."""
+    package = Path(gma_hf.__file__).parent
+    sources = "\n".join(
+        path.read_text() for path in package.rglob("*.py") if path.name != "configuration_gma.py"
+    )
+    inherited = {field.name for field in fields(PreTrainedConfig)}
+    # These are read by Transformers: generation, initialisation, tying of weights
+    read_by_transformers = {"bos_token_id", "eos_token_id", "use_cache", "tie_word_embeddings", "initializer_range"}
+    unread = [
+        field.name
+        for field in fields(GMAConfig)
+        if field.name not in inherited | read_by_transformers
+        and not re.search(rf"config\.{field.name}\b", sources)
+    ]
+    assert unread == []

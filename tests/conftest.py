@@ -1,0 +1,67 @@
+# Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
+"""Small models that every test module may use, and the settings of the property-based tests."""
+
+import os
+
+
+# Nothing in the tests reaches for a hub
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from hypothesis import settings  # noqa: E402
+
+import gma_hf  # noqa: E402
+
+
+settings.register_profile("gma_hf", deadline=None, derandomize=True, print_blob=True)
+settings.load_profile("gma_hf")
+torch.set_num_threads(1)
+
+TINY = {
+    "vocab_size": 99,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_components": 6,
+    "max_position_embeddings": 160,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+HYBRID_LAYERS = ["linear_attention", "full_attention", "linear_attention"]
+# The blocks that a user may choose between: every promise of the models holds for each of them
+BLOCKS = {
+    "paper": {"preset": "paper"},
+    "paper-rope": {"preset": "paper", "position_embedding_type": "rope", "num_key_value_heads": 2, "routing_dim": 12},
+    "gated": {"preset": "gated"},
+    "gated-gqa": {"preset": "gated", "num_key_value_heads": 2, "routing_dim": 6, "normalize_read": True},
+    "hybrid": {"preset": "gated", "layer_types": HYBRID_LAYERS},
+}
+
+
+def tiny_config(block: str = "gated", **overrides) -> gma_hf.GMAConfig:
+    return gma_hf.GMAConfig.from_preset(**{**TINY, **BLOCKS[block], **overrides})
+
+
+def make_model(model_class, config, seed: int = 0):
+    """A model in evaluation mode whose every parameter has been moved away from where its initialisation put it."""
+    torch.manual_seed(seed)
+    model = model_class(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    return model
+
+
+@pytest.fixture(params=list(BLOCKS))
+def block(request):
+    return request.param
+
+
+@pytest.fixture
+def tokens():
+    """Two rows of 19 tokens, none of them special."""
+    return torch.randint(3, TINY["vocab_size"], (2, 19), generator=torch.Generator().manual_seed(1))

@@ -1,0 +1,118 @@
+# Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
+"""The models compile without graph breaks, decode without recompilation, and export."""
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounter
+from transformers import StaticCache
+
+import gma_hf
+from tests.conftest import TINY, make_model, tiny_config
+
+
+TOLERANCE = {"rtol": 1e-4, "atol": 2e-5}
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def test_forward_and_backward_compile_in_one_graph(block, tokens):
+    model = make_model(gma_hf.GMAForCausalLM, tiny_config(block)).train()
+    expected = model(tokens, labels=tokens, use_cache=False)
+    expected.loss.backward()
+    gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    outputs = compiled(tokens, labels=tokens, use_cache=False)
+    torch.testing.assert_close(outputs.logits, expected.logits, **TOLERANCE)
+    outputs.loss.backward()
+    for name, parameter in model.named_parameters():
+        scale = gradients[name].abs().max()
+        assert (parameter.grad - gradients[name]).abs().max() <= 1e-4 * scale + 1e-6, name
+
+
+def test_padded_batches_compile_in_one_graph(block, tokens):
+    model = make_model(gma_hf.GMAForCausalLM, tiny_config(block))
+    mask = torch.ones_like(tokens)
+    mask[0, :6] = 0
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        logits = compiled(tokens, attention_mask=mask, use_cache=False).logits
+        expected = model(tokens, attention_mask=mask, use_cache=False).logits
+    torch.testing.assert_close(logits[mask == 1], expected[mask == 1], **TOLERANCE)
+
+
+def test_compiled_decoding_never_recompiles(block, tokens):
+    model = make_model(gma_hf.GMAForCausalLM, tiny_config(block))
+    cache = StaticCache(config=model.config, max_cache_len=64)
+    counter = CompileCounter()
+    step = torch.compile(model.forward, fullgraph=True, backend=counter)
+    steps = torch.randint(3, TINY["vocab_size"], (2, 10), generator=torch.Generator().manual_seed(4))
+    with torch.no_grad():
+        model(tokens, past_key_values=cache)
+        logits = []
+        for position in range(10):
+            arguments = model.prepare_inputs_for_generation(
+                steps[:, position : position + 1],
+                past_key_values=cache,
+                position_ids=torch.full((2, 1), 19 + position),
+            )
+            logits.append(step(**arguments).logits)
+            if position == 0:
+                compilations = counter.frame_count
+        expected = model(torch.cat([tokens, steps], dim=1), use_cache=False).logits[:, 19:]
+    assert counter.frame_count == compilations
+    torch.testing.assert_close(torch.cat(logits, dim=1), expected, **TOLERANCE)
+
+
+def test_export_with_any_length(block, tokens):
+    model = make_model(gma_hf.GMAForCausalLM, tiny_config(block))
+    exported = torch.export.export(
+        model,
+        (),
+        {"input_ids": tokens, "use_cache": False},
+        dynamic_shapes={"input_ids": {1: torch.export.Dim("length", min=2, max=128)}, "use_cache": None},
+        strict=False,
+    )
+    longer = torch.cat([tokens, tokens, tokens], dim=1)
+    torch.testing.assert_close(
+        exported.module()(input_ids=longer, use_cache=False).logits, model(longer, use_cache=False).logits, **TOLERANCE
+    )
+
+
+class DecodingStep(torch.nn.Module):
+    """One token in, logits out; the state stays inside, in the buffers of the exported program."""
+
+    def __init__(self, model, prompt):
+        super().__init__()
+        self.model = model
+        self.cache = StaticCache(config=model.config, max_cache_len=64)
+        with torch.no_grad():
+            model(prompt, past_key_values=self.cache)
+        for index, layer in enumerate(self.cache.layers):
+            tensors = {"count": layer.cumulative_length}
+            if layer.keys is not None:
+                tensors.update(keys=layer.keys, values=layer.values)
+            else:
+                tensors.update(state=layer.state[0], normalizer=layer.state[1], conv=layer.conv_history)
+            for name, tensor in tensors.items():
+                if tensor is not None:
+                    self.register_buffer(f"{name}_{index}", tensor)
+
+    def forward(self, input_ids, position_ids):
+        return self.model(input_ids, position_ids=position_ids, past_key_values=self.cache).logits
+
+
+def test_a_decoding_step_exports_with_its_state(block, tokens):
+    model = make_model(gma_hf.GMAForCausalLM, tiny_config(block))
+    steps = torch.randint(3, TINY["vocab_size"], (2, 5), generator=torch.Generator().manual_seed(4))
+    expected = model(torch.cat([tokens, steps], dim=1), use_cache=False).logits[:, 19:]
+    example = (steps[:, :1], torch.full((2, 1), 19))
+    with torch.no_grad():
+        program = torch.export.export(DecodingStep(model, tokens), example, strict=True).module()
+        logits = [program(steps[:, i : i + 1], torch.full((2, 1), 19 + i)) for i in range(5)]
+    torch.testing.assert_close(torch.cat(logits, dim=1), expected, **TOLERANCE)

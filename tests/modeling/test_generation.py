@@ -1,0 +1,232 @@
+# Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
+"""Generating with the state equals generating without, however the tokens arrive, and the state never grows."""
+
+import copy
+
+import pytest
+import torch
+from transformers import DynamicCache, StaticCache
+from transformers.cache_utils import Cache
+
+import gma_hf
+from gma_hf.modeling import GMACacheLayer
+from tests.conftest import TINY, make_model, tiny_config
+
+
+# Float32 sums in another order, as in the padding tests
+TOLERANCE = {"rtol": 1e-4, "atol": 2e-5}
+# Always `max_new_tokens`, so that every comparison covers all of them
+LENGTH = {"max_new_tokens": 12, "eos_token_id": None, "pad_token_id": 0}
+
+
+def cache_bytes(cache: Cache) -> int:
+    states = [
+        state for layer in cache.layers for state in (*layer.recurrent_states.values(), *layer.conv_states.values())
+    ]
+    return sum(state.numel() * state.element_size() for state in states if state is not None)
+
+
+@pytest.fixture
+def model(block):
+    return make_model(gma_hf.GMAForCausalLM, tiny_config(block))
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"do_sample": False},
+        {"do_sample": True, "top_k": 20},
+        {"do_sample": False, "num_beams": 3},
+        {"do_sample": True, "num_beams": 2},
+        {"do_sample": True, "num_return_sequences": 3},
+        {"do_sample": False, "repetition_penalty": 1.3},
+    ],
+    ids=["greedy", "sampling", "beam", "beam-sampling", "several", "penalty"],
+)
+def test_generating_with_the_cache_equals_generating_without(model, tokens, arguments):
+    mask = torch.ones_like(tokens)
+    results = []
+    for use_cache in (True, False):
+        torch.manual_seed(0)
+        results.append(model.generate(tokens, attention_mask=mask, use_cache=use_cache, **arguments, **LENGTH))
+    assert torch.equal(*results)
+
+
+@pytest.mark.quick
+def test_static_cache_equals_dynamic_cache(model, tokens):
+    expected = model.generate(tokens, do_sample=False, **LENGTH)
+    for arguments in ({"do_sample": False}, {"do_sample": False, "num_beams": 1, "max_length": None}):
+        static = model.generate(tokens, cache_implementation="static", **arguments, **LENGTH)
+        assert torch.equal(static, expected)
+    beams = [
+        model.generate(tokens, do_sample=False, num_beams=3, cache_implementation=implementation, **LENGTH)
+        for implementation in (None, "static")
+    ]
+    assert torch.equal(*beams)
+
+
+@pytest.mark.quick
+def test_left_padded_prompts_generate_as_alone(model, tokens):
+    short = tokens[0, :7]
+    batch = torch.zeros(2, 19, dtype=torch.long)
+    batch[0, 12:], batch[1] = short, tokens[1]
+    for implementation in (None, "static"):
+        together = model.generate(
+            batch,
+            attention_mask=(batch != 0).long(),
+            do_sample=False,
+            cache_implementation=implementation,
+            **LENGTH,
+        )[:, 19:]
+        alone = [model.generate(row[None], do_sample=False, **LENGTH)[0, len(row) :] for row in (short, tokens[1])]
+        assert torch.equal(together, torch.stack(alone))
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("splits", [[1] * 19, [5, 1, 13], [18, 1], [7, 12]])
+def test_tokens_may_arrive_in_any_portions(model, tokens, splits, static):
+    expected = model(tokens, use_cache=False).logits
+    cache = StaticCache(config=model.config, max_cache_len=32) if static else DynamicCache(config=model.config)
+    logits = [model(part, past_key_values=cache).logits for part in tokens.split(splits, dim=1)]
+    torch.testing.assert_close(torch.cat(logits, dim=1), expected, **TOLERANCE)
+    assert int(cache.get_seq_length()) == 19
+
+
+@pytest.mark.quick
+def test_a_cache_made_without_configuration_works_too(model, tokens):
+    expected = model(tokens, use_cache=False).logits
+    cache = DynamicCache()
+    first = model(tokens[:, :9], past_key_values=cache).logits
+    second = model(tokens[:, 9:], past_key_values=cache).logits
+    torch.testing.assert_close(torch.cat([first, second], dim=1), expected, **TOLERANCE)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("static", [False, True])
+def test_a_reset_cache_is_a_new_cache(model, tokens, static):
+    cache = StaticCache(config=model.config, max_cache_len=32) if static else DynamicCache(config=model.config)
+    expected = model(tokens, past_key_values=cache).logits
+    cache.reset()
+    assert int(cache.get_seq_length()) == 0
+    torch.testing.assert_close(model(tokens, past_key_values=cache).logits, expected, rtol=0, atol=0)
+
+
+@pytest.mark.quick
+def test_a_prompt_is_saved_loaded_and_forked(model, tokens, tmp_path):
+    prompt = tokens[:1]
+    cache = model(prompt[:, :-1], use_cache=True).past_key_values
+    gma_hf.save_cache(cache, tmp_path / "prompt.safetensors")
+    expected = model.generate(prompt, do_sample=False, **LENGTH)
+
+    loaded = gma_hf.load_cache(tmp_path / "prompt.safetensors", model.config)
+    assert loaded.get_seq_length() == 18
+    for fork in (copy.deepcopy(loaded), copy.deepcopy(loaded)):
+        assert torch.equal(model.generate(prompt, past_key_values=fork, do_sample=False, **LENGTH), expected)
+
+    loaded.batch_repeat_interleave(3)
+    many = prompt.expand(3, -1)
+    torch.manual_seed(0)
+    continued = model.generate(many, past_key_values=loaded, do_sample=True, **LENGTH)
+    torch.manual_seed(0)
+    assert torch.equal(continued, model.generate(many, do_sample=True, **LENGTH))
+
+
+@pytest.mark.quick
+def test_a_cache_that_does_not_fit_is_refused(tokens, tmp_path):
+    model = make_model(gma_hf.GMAForCausalLM, tiny_config("gated"))
+    path = tmp_path / "state.safetensors"
+    with pytest.raises(ValueError, match="cache is empty"):
+        gma_hf.save_cache(gma_hf.modeling.adopt_cache(DynamicCache(config=model.config), model.config), path)
+    gma_hf.save_cache(model(tokens, use_cache=True).past_key_values, path)
+    with pytest.raises(ValueError, match="does not fit the model"):
+        gma_hf.load_cache(path, tiny_config("gated", num_components=5))
+    with pytest.raises(ValueError, match="does not fit the model"):
+        gma_hf.load_cache(path, tiny_config("hybrid"))
+    static = StaticCache(config=model.config, max_cache_len=32)
+    model(tokens, past_key_values=static)
+    with pytest.raises(ValueError, match="Only a `DynamicCache` can be saved"):
+        gma_hf.save_cache(static, path)
+    model.model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="holds no cache"):
+        gma_hf.load_cache(tmp_path / "model.safetensors", model.config)
+
+
+@pytest.mark.quick
+def test_batch_operations_on_the_cache(model, tokens):
+    cache = model(tokens[:, :9], use_cache=True).past_key_values
+    cache.batch_repeat_interleave(2)
+    cache.batch_select_indices(torch.tensor([3, 0]))
+    cache.reorder_cache(torch.tensor([1, 0]))
+    logits = model(tokens[:, 9:], past_key_values=cache).logits
+    torch.testing.assert_close(logits, model(tokens).logits[:, 9:], **TOLERANCE)
+
+
+@pytest.mark.quick
+def test_the_state_is_float32_and_its_size_does_not_depend_on_the_length(tokens):
+    model = make_model(gma_hf.GMAForCausalLM, tiny_config("gated")).to(torch.bfloat16)
+    sizes = []
+    for length in (1, 4, 19):
+        cache = model(tokens[:, :length], use_cache=True).past_key_values
+        sizes.append(cache_bytes(cache))
+        for layer in cache.layers:
+            assert isinstance(layer, GMACacheLayer)
+            assert all(state.dtype == torch.float32 for state in layer.state)
+    assert sizes[0] == sizes[1] == sizes[2]
+
+
+def test_a_hundred_thousand_tokens_stream_through_with_flat_memory():
+    config = tiny_config("gated", num_hidden_layers=1, hidden_size=16, intermediate_size=16, num_attention_heads=2)
+    model = make_model(gma_hf.GMAForCausalLM, config)
+    generator = torch.Generator().manual_seed(0)
+    cache, sizes = DynamicCache(config=config), []
+    with torch.no_grad():
+        for _ in range(50):
+            segment = torch.randint(3, TINY["vocab_size"], (1, 2000), generator=generator)
+            outputs = model(segment, past_key_values=cache, logits_to_keep=1)
+            sizes.append(cache_bytes(cache))
+    assert cache.get_seq_length() == 100_000
+    assert len(set(sizes)) == 1
+    assert outputs.logits.isfinite().all()
+
+
+@pytest.mark.quick
+def test_gradients_flow_from_one_segment_to_the_next(model, tokens):
+    """Training on long texts segment by segment, with the state carried over."""
+    model(tokens, labels=tokens, use_cache=False).logits[:, 12:].square().sum().backward()
+    expected = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    cache = model(tokens[:, :12], use_cache=True).past_key_values
+    model(tokens[:, 12:], past_key_values=cache).logits.square().sum().backward()
+    for name, parameter in model.named_parameters():
+        scale = expected[name].abs().max()
+        assert (parameter.grad - expected[name]).abs().max() <= 1e-4 * scale + 1e-6, name
+
+
+@pytest.mark.quick
+def test_what_a_running_state_cannot_do_is_refused(tokens):
+    model = make_model(gma_hf.GMAForCausalLM, tiny_config("gated"))
+    with pytest.raises(ValueError, match="assisted generation is not supported with stateful models"):
+        model.generate(tokens[:1], assistant_model=copy.deepcopy(model), max_new_tokens=4)
+    cache = model(tokens, use_cache=True).past_key_values
+    assert not cache.is_croppable
+    with pytest.raises(ValueError, match="cannot remove tokens"):
+        cache.crop(-1)
+    encoder = make_model(gma_hf.GMAModel, tiny_config("gated", is_causal=False))
+    with pytest.raises(ValueError, match="bidirectional model has no state"):
+        encoder(tokens, past_key_values=DynamicCache())
+
+
+@pytest.mark.quick
+def test_generation_from_embeddings(model, tokens):
+    embeds = model.get_input_embeddings()(tokens)
+    from_embeds = model.generate(inputs_embeds=embeds, do_sample=False, **LENGTH)
+    assert torch.equal(from_embeds, model.generate(tokens, do_sample=False, **LENGTH)[:, 19:])
+
+
+@pytest.mark.quick
+def test_logits_to_keep(model, tokens):
+    expected = model(tokens).logits
+    torch.testing.assert_close(model(tokens, logits_to_keep=1).logits, expected[:, -1:])
+    torch.testing.assert_close(model(tokens, logits_to_keep=torch.tensor([2, 5])).logits, expected[:, [2, 5]])

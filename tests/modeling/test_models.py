@@ -1,0 +1,365 @@
+# Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
+"""The models behave as every model of Transformers does."""
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+
+import gma_hf
+from gma_hf.modeling import GMAMixture
+from tests.conftest import HYBRID_LAYERS, TINY, make_model, tiny_config
+
+
+HEADS = {
+    "AutoModel": gma_hf.GMAModel,
+    "AutoModelForCausalLM": gma_hf.GMAForCausalLM,
+    "AutoModelForMaskedLM": gma_hf.GMAForMaskedLM,
+    "AutoModelForSequenceClassification": gma_hf.GMAForSequenceClassification,
+    "AutoModelForTokenClassification": gma_hf.GMAForTokenClassification,
+    "AutoModelForQuestionAnswering": gma_hf.GMAForQuestionAnswering,
+}
+LABELS = {
+    gma_hf.GMAForCausalLM: lambda tokens: {"labels": tokens},
+    gma_hf.GMAForMaskedLM: lambda tokens: {"labels": tokens},
+    gma_hf.GMAForSequenceClassification: lambda tokens: {"labels": tokens[:, 0] % 2},
+    gma_hf.GMAForTokenClassification: lambda tokens: {"labels": tokens % 2},
+    gma_hf.GMAForQuestionAnswering: lambda tokens: {"start_positions": tokens[:, 0] % 5, "end_positions": tokens[:, 1] % 5},
+}
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("auto_name", HEADS)
+def test_auto_classes_build_save_and_load(auto_name, tokens, tmp_path):
+    auto_class, model_class = getattr(transformers, auto_name), HEADS[auto_name]
+    is_causal = auto_name != "AutoModelForMaskedLM"
+    model = auto_class.from_config(tiny_config("gated", is_causal=is_causal)).eval()
+    assert type(model) is model_class
+    model.save_pretrained(tmp_path)
+    reloaded, info = auto_class.from_pretrained(tmp_path, output_loading_info=True)
+    assert type(reloaded) is model_class
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    with torch.no_grad():
+        torch.testing.assert_close(reloaded(tokens)[0], model(tokens)[0], rtol=0, atol=0)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("model_class", LABELS)
+def test_every_parameter_learns(model_class, block, tokens):
+    config = tiny_config(block, is_causal=model_class is gma_hf.GMAForCausalLM)
+    model = make_model(model_class, config).train()
+    loss = model(tokens, **LABELS[model_class](tokens)).loss
+    loss.backward()
+    # The last position of a learned table is never used here, but the table as a whole is
+    without_gradient = [
+        name for name, parameter in model.named_parameters() if parameter.grad is None or not parameter.grad.any()
+    ]
+    assert torch.isfinite(loss) and without_gradient == []
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_from_pretrained_keeps_every_weight_in_every_dtype(dtype, block, tmp_path):
+    model = make_model(gma_hf.GMAForCausalLM, tiny_config(block))
+    model.save_pretrained(tmp_path)
+    reloaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype)
+    expected = model.state_dict()
+    for name, tensor in reloaded.state_dict().items():
+        assert tensor.dtype == dtype
+        torch.testing.assert_close(tensor, expected[name].to(dtype), rtol=0, atol=0, msg=name)
+
+
+def test_a_model_saved_in_shards_loads_the_same(tokens, tmp_path):
+    model = make_model(gma_hf.GMAForCausalLM, tiny_config("gated"))
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    reloaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    torch.testing.assert_close(reloaded(tokens).logits, model(tokens).logits, rtol=0, atol=0)
+
+
+def test_a_model_built_on_the_meta_device_loads_its_means(tmp_path):
+    model = make_model(gma_hf.GMAForCausalLM, tiny_config("gated"))
+    model.save_pretrained(tmp_path)
+    with torch.device("meta"):
+        empty = gma_hf.GMAForCausalLM(model.config)
+    empty.load_state_dict(load_file(tmp_path / "model.safetensors"), strict=False, assign=True)
+    mixtures = [module for module in empty.modules() if isinstance(module, GMAMixture)]
+    originals = [module for module in model.modules() if isinstance(module, GMAMixture)]
+    assert len(mixtures) == 3
+    for mixture, original in zip(mixtures, originals):
+        torch.testing.assert_close(mixture.means, original.means, rtol=0, atol=0)
+
+
+def test_device_map_loads_and_runs(tokens, tmp_path):
+    model = make_model(gma_hf.GMAForCausalLM, tiny_config("hybrid"))
+    model.save_pretrained(tmp_path)
+    reloaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, device_map={"": "cpu"})
+    torch.testing.assert_close(reloaded(tokens).logits, model(tokens).logits, rtol=0, atol=0)
+
+
+def test_only_the_new_head_is_initialised_when_fine_tuning(tokens, tmp_path):
+    base = make_model(gma_hf.GMAForCausalLM, tiny_config("gated"))
+    base.save_pretrained(tmp_path)
+    classifier, info = transformers.AutoModelForSequenceClassification.from_pretrained(
+        tmp_path, num_labels=4, output_loading_info=True
+    )
+    assert {key.split(".")[0] for key in info["missing_keys"]} == {"score"}
+    for name, tensor in classifier.model.state_dict().items():
+        torch.testing.assert_close(tensor, base.model.state_dict()[name], rtol=0, atol=0, msg=name)
+
+
+@pytest.mark.quick
+def test_initialisation_is_what_the_configuration_says():
+    config = tiny_config("gated", num_components=64, mean_init_std=2.0, variance_init=0.3, hidden_size=64)
+    attention = gma_hf.GMAModel(config).layers[0].self_attn
+    mixture = attention.mixture_norm
+    # 4 heads x 64 components x 16 dimensions = 4096 draws: the standard error of their deviation is 2 / sqrt(8192)
+    assert abs(mixture.means.std().item() - 2.0) < 5 * 2.0 / 8192**0.5
+    variances = torch.nn.functional.softplus(mixture.raw_variances) + config.variance_floor
+    torch.testing.assert_close(variances, torch.full_like(variances, 0.3))
+    assert not mixture.prior_logits.any()
+    steps = torch.nn.functional.softplus(attention.dt_bias)
+    assert (steps >= config.time_step_min * 0.999).all() and (steps <= config.time_step_max * 1.001).all()
+    rates = attention.A_log_bias.exp()
+    assert (rates >= 0.999).all() and (rates <= 16.001).all()
+
+
+@pytest.mark.quick
+def test_tied_embeddings_stay_tied(tmp_path):
+    model = gma_hf.GMAForCausalLM(tiny_config())
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    model.resize_token_embeddings(120)
+    assert model.lm_head.weight is model.model.embed_tokens.weight and model.lm_head.weight.shape[0] == 120
+    model.save_pretrained(tmp_path)
+    reloaded = gma_hf.GMAForCausalLM.from_pretrained(tmp_path)
+    assert reloaded.lm_head.weight is reloaded.model.embed_tokens.weight and reloaded.config.vocab_size == 120
+    untied = gma_hf.GMAForCausalLM(tiny_config(tie_word_embeddings=False))
+    assert untied.lm_head.weight is not untied.model.embed_tokens.weight
+
+
+@pytest.mark.quick
+def test_inputs_embeds_equal_input_ids(block, tokens):
+    model = make_model(gma_hf.GMAForCausalLM, tiny_config(block))
+    embeds = model.get_input_embeddings()(tokens)
+    torch.testing.assert_close(model(inputs_embeds=embeds).logits, model(tokens).logits, rtol=0, atol=0)
+    with pytest.raises(ValueError, match="exactly one of input_ids or inputs_embeds"):
+        model(input_ids=tokens, inputs_embeds=embeds)
+
+
+@pytest.mark.quick
+def test_hidden_states_and_attentions(block, tokens):
+    config = tiny_config(block)
+    config._attn_implementation = "eager"
+    model = make_model(gma_hf.GMAForCausalLM, config)
+    outputs = model(tokens, output_hidden_states=True, output_attentions=True, use_cache=False)
+    assert len(outputs.hidden_states) == 4 and len(outputs.attentions) == 3
+    torch.testing.assert_close(model.lm_head(outputs.hidden_states[-1]), outputs.logits)
+    for attention in outputs.attentions:
+        assert attention.shape == (2, 4, 19, 19)
+        assert (attention >= 0).all() and not attention.triu(1).any()
+    if config.normalize_read and not config.use_write_weight:
+        # Row sums are d / (d + eps), where d is at least the weight 1 times the overlap of a token's two routes
+        rows = outputs.attentions[0].sum(-1)
+        torch.testing.assert_close(rows, torch.ones_like(rows), rtol=0, atol=1e-3)
+
+
+@pytest.mark.quick
+def test_attentions_times_values_is_the_output_of_the_head():
+    """What `output_attentions` shows is what the layer computes."""
+    model = make_model(gma_hf.GMAModel, tiny_config("paper"))
+    attention = model.layers[0].self_attn
+    seen = {}
+    attention.mixture_norm.register_forward_hook(lambda module, args, output: seen.update(value=args[2], output=output))
+    hidden_states = torch.randn(2, 11, 32)
+    _, weights = attention(hidden_states, output_attentions=True)
+    torch.testing.assert_close(weights @ seen["value"], seen["output"], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.quick
+def test_attentions_that_cannot_be_had_are_refused_with_the_way_out(tokens):
+    hybrid = make_model(gma_hf.GMAForCausalLM, tiny_config("hybrid"))
+    with pytest.raises(ValueError, match="attn_implementation='eager'"):
+        hybrid(tokens, output_attentions=True)
+    model = make_model(gma_hf.GMAForCausalLM, tiny_config("gated"))
+    cache = model(tokens, use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="use_cache=False"):
+        model(tokens, past_key_values=cache, output_attentions=True)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_attn_implementation_reaches_the_softmax_layers(implementation, tokens):
+    model = make_model(gma_hf.GMAForCausalLM, tiny_config("hybrid"))
+    expected = model(tokens).logits
+    model.set_attn_implementation(implementation)
+    assert model.config._attn_implementation == implementation
+    torch.testing.assert_close(model(tokens).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_gradient_checkpointing_changes_no_gradient(use_reentrant, block, tokens):
+    model = make_model(gma_hf.GMAForCausalLM, tiny_config(block)).train()
+    model(tokens, labels=tokens).loss.backward()
+    expected = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    model(tokens, labels=tokens).loss.backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name], msg=name)
+
+
+@pytest.mark.quick
+def test_loss_is_right_under_gradient_accumulation(tokens):
+    """Two micro-batches of different length, told the number of items in the whole batch, add up to its mean."""
+    model = make_model(gma_hf.GMAForCausalLM, tiny_config())
+    labels = tokens.clone()
+    labels[0, 10:] = -100
+    num_items = (labels[:, 1:] != -100).sum()
+    whole = model(tokens, labels=labels).loss
+    parts = [
+        model(tokens[row : row + 1], labels=labels[row : row + 1], num_items_in_batch=num_items).loss for row in range(2)
+    ]
+    torch.testing.assert_close(sum(parts), whole)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_keeps_the_state_in_float32(dtype, tokens):
+    model = make_model(gma_hf.GMAForCausalLM, tiny_config("gated"))
+    expected = model(tokens).logits
+    with torch.autocast("cpu", dtype=dtype):
+        outputs = model(tokens, labels=tokens, use_cache=True)
+    outputs.loss.backward()
+    for layer in outputs.past_key_values.layers:
+        assert all(state.dtype == torch.float32 for state in layer.state)
+    # 16-bit projections: a few units in the last place of bfloat16 (2^-8) relative to the scale of the logits
+    assert (outputs.logits - expected).abs().max() < 0.05 * expected.abs().max()
+
+
+@pytest.mark.quick
+def test_low_precision_models_stay_close(block, tokens):
+    model = make_model(gma_hf.GMAForCausalLM, tiny_config(block))
+    expected = model(tokens).logits
+    for dtype in (torch.bfloat16, torch.float16):
+        logits = model.to(dtype)(tokens).logits.float()
+        assert logits.isfinite().all()
+        assert (logits - expected).norm() < 0.05 * expected.norm()
+        model.float()
+
+
+@pytest.mark.quick
+def test_classification_pools_the_last_real_token_or_the_mean():
+    tokens = torch.tensor([[5, 6, 7, 0, 0], [0, 8, 9, 10, 11]])
+    mask = (tokens != 0).long()
+    causal = make_model(gma_hf.GMAForSequenceClassification, tiny_config("gated"))
+    states = causal.model(tokens, attention_mask=mask).last_hidden_state
+    expected = causal.score(torch.stack([states[0, 2], states[1, 4]]))
+    torch.testing.assert_close(causal(tokens, attention_mask=mask).logits, expected)
+
+    encoder = make_model(gma_hf.GMAForSequenceClassification, tiny_config("gated", is_causal=False))
+    states = encoder.model(tokens, attention_mask=mask).last_hidden_state
+    expected = encoder.score(torch.stack([states[0, :3].mean(0), states[1, 1:].mean(0)]))
+    torch.testing.assert_close(encoder(tokens, attention_mask=mask).logits, expected)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("problem_type", ["regression", "single_label_classification", "multi_label_classification"])
+def test_classification_problem_types(problem_type, tokens):
+    num_labels = 1 if problem_type == "regression" else 3
+    config = tiny_config("gated", num_labels=num_labels, problem_type=problem_type)
+    model = make_model(gma_hf.GMAForSequenceClassification, config)
+    labels = {
+        "regression": torch.tensor([0.5, -1.0]),
+        "single_label_classification": torch.tensor([2, 0]),
+        "multi_label_classification": torch.tensor([[1.0, 0.0, 1.0], [0.0, 0.0, 1.0]]),
+    }[problem_type]
+    assert torch.isfinite(model(tokens, labels=labels).loss)
+
+
+@pytest.mark.quick
+def test_a_bidirectional_language_model_is_refused():
+    with pytest.raises(ValueError, match="Use GMAForMaskedLM"):
+        gma_hf.GMAForCausalLM(tiny_config("paper", is_causal=False))
+
+
+@pytest.mark.quick
+def test_a_causal_model_does_not_look_ahead(block, tokens):
+    model = make_model(gma_hf.GMAForCausalLM, tiny_config(block))
+    changed = tokens.clone()
+    changed[:, 12:] = 5
+    torch.testing.assert_close(model(changed).logits[:, :12], model(tokens).logits[:, :12], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.quick
+def test_an_encoder_sees_everything(tokens):
+    model = make_model(gma_hf.GMAModel, tiny_config("hybrid", is_causal=False))
+    changed = tokens.clone()
+    changed[:, -1] = 5
+    difference = model(changed)[0] - model(tokens)[0]
+    assert (difference[:, 0].abs() > 0).any()
+
+
+@pytest.mark.quick
+def test_learned_positions_say_where_they_end(tokens):
+    model = make_model(gma_hf.GMAForCausalLM, tiny_config("paper", max_position_embeddings=16))
+    with pytest.raises(ValueError, match="learned only 16 positions"):
+        model(tokens)
+    model(tokens[:, :16])
+
+
+@pytest.mark.quick
+def test_rope_scaling_types_of_transformers_work(tokens):
+    for rope_parameters in (
+        {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0},
+        {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0},
+        {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0},
+    ):
+        config = tiny_config("paper", position_embedding_type="rope", rope_parameters=rope_parameters)
+        assert torch.isfinite(make_model(gma_hf.GMAForCausalLM, config)(tokens).logits).all()
+
+
+@pytest.mark.quick
+def test_dropout_acts_in_training_only(tokens):
+    config = tiny_config("hybrid", hidden_dropout=0.3, attention_dropout=0.3, classifier_dropout=0.3)
+    model = make_model(gma_hf.GMAForSequenceClassification, config)
+    mask = torch.ones_like(tokens)
+    torch.testing.assert_close(model(tokens, attention_mask=mask).logits, model(tokens, attention_mask=mask).logits)
+    model.train()
+    assert not torch.equal(model(tokens, attention_mask=mask).logits, model(tokens, attention_mask=mask).logits)
+
+
+@pytest.mark.quick
+def test_an_all_softmax_model_is_possible(tokens):
+    """The baseline of our own comparisons."""
+    config = tiny_config("gated", layer_types=["full_attention"] * 3)
+    model = make_model(gma_hf.GMAForCausalLM, config)
+    assert not any(isinstance(module, GMAMixture) for module in model.modules())
+    assert model.generate(tokens, max_new_tokens=3, do_sample=False).shape[1] > 19
+
+
+@pytest.mark.quick
+def test_plain_trainer_gives_mixtures_no_weight_decay(block, tmp_path):
+    """With the stock Trainer, without the user doing anything."""
+    model = gma_hf.GMAForCausalLM(tiny_config(block))
+    arguments = transformers.TrainingArguments(tmp_path, weight_decay=0.1, report_to=[], use_cpu=True)
+    trainer = transformers.Trainer(model=model, args=arguments)
+    decayed = trainer.get_decay_parameter_names(model)
+    forbidden = ("means", "raw_variances", "prior_logits", "dt_bias", "A_log_bias", "norm")
+    assert not [name for name in decayed if any(word in name for word in forbidden)]
+    assert any("q_proj" in name for name in decayed)
+
+
+def test_presets_have_the_size_that_they_say():
+    """Equal parameters: a gated block costs little more than the paper's or a softmax block at equal width."""
+    sizes = {}
+    for name, config in {
+        "paper": gma_hf.GMAConfig(**{**TINY, "hidden_size": 256, "intermediate_size": 1024}),
+        "gated": gma_hf.GMAConfig.from_preset("gated", **{**TINY, "hidden_size": 256, "intermediate_size": 1024}),
+        "hybrid": gma_hf.GMAConfig.from_preset(
+            "gated", **{**TINY, "hidden_size": 256, "intermediate_size": 1024, "layer_types": HYBRID_LAYERS}
+        ),
+    }.items():
+        with torch.device("meta"):
+            sizes[name] = gma_hf.GMAForCausalLM(config).num_parameters()
+    assert sizes["paper"] < sizes["hybrid"] < sizes["gated"] < 1.1 * sizes["paper"]

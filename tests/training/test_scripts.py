@@ -1,0 +1,215 @@
+# Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
+"""The scripts, run as a user runs them."""
+
+import json
+import math
+import shutil
+
+import pytest
+import torch
+import yaml
+from huggingface_hub import ModelCard
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, pipeline
+
+from gma_hf.training import find_last_checkpoint
+
+from .conftest import TINY_CONFIG, command_line, logged, results
+
+
+def classification(run, train, output_dir, **changes):
+    values = {**run, "train_file": str(train), "output_dir": str(output_dir), "max_length": 40, **changes}
+    values.pop("block_size")
+    return command_line(values)
+
+
+def test_a_language_model_is_trained_saved_and_described(run_script, tiny_run, tmp_path, corpus):
+    out = tiny_run["output_dir"]
+    (tmp_path / "test.txt").write_text("the river runs past old mills.\n" * 20)
+    run_script("train_clm", *command_line(tiny_run, test_file=tmp_path / "test.txt", max_steps=30, save_steps=15))
+    assert logged(out)[-1] < logged(out)[0] - 0.5  # nats; a uniform guess is log 300 = 5.7
+
+    scores = results(out)["metrics"]
+    for split in ("eval", "test"):
+        assert scores[f"{split}_perplexity"] == pytest.approx(math.exp(scores[f"{split}_loss"]))
+        nll = scores[f"{split}_loss"] * scores[f"{split}_num_tokens"]
+        assert scores[f"{split}_bits_per_byte"] < nll / math.log(2)
+    test_text = (tmp_path / "test.txt").read_text()
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    # Every token of the file and the end of the document
+    assert scores["test_num_tokens"] == len(tokenizer(test_text)["input_ids"]) + 1
+    test_nll = scores["test_loss"] * scores["test_num_tokens"]
+    assert scores["test_word_perplexity"] == pytest.approx(math.exp(test_nll / len(test_text.split())))
+    assert "eval_mixture/usage_perplexity" in scores
+
+    model = AutoModelForCausalLM.from_pretrained(out)
+    assert model.config.use_decay and model.config.hidden_size == 32  # the gated preset, overridden
+    assert model.config.eos_token_id == tokenizer.eos_token_id
+    generated = pipeline("text-generation", model=model, tokenizer=tokenizer)("the river", max_new_tokens=3)
+    assert generated[0]["generated_text"].startswith("the river")
+
+
+def test_the_card_is_valid_and_tells_no_machine_paths(run_script, tiny_run, tmp_path):
+    out = tiny_run["output_dir"]
+    run_script("train_clm", *command_line(tiny_run))
+    card = ModelCard.load(f"{out}/README.md")
+    assert card.data.pipeline_tag == "text-generation"
+    assert card.data.library_name == "transformers"
+    assert "gaussian-mixture-attention" in card.data.tags
+    scores = results(out)["metrics"]
+    by_type = {result.metric_type: result.metric_value for result in card.data.eval_results}
+    assert by_type["perplexity"] == scores["eval_perplexity"]
+    assert by_type["bits_per_byte"] == scores["eval_bits_per_byte"]
+    assert "corpus.txt" in card.content and "--learning_rate=0.001" in card.content
+    assert "AutoModelForCausalLM.from_pretrained" in card.text
+    written = results(out)
+    assert {"torch", "transformers", "gma_hf"} <= set(written["versions"])
+    assert written["hyperparameters"]["learning_rate"] == 1e-3
+    assert written["details"]["steps"] == 4
+    for text in (card.content, json.dumps(written)):
+        assert str(tmp_path) not in text
+
+
+def test_a_yaml_file_trains_the_same_model_as_the_command_line(run_script, tiny_run, tmp_path):
+    run_script("train_clm", *command_line(tiny_run))
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump({**tiny_run, "output_dir": str(tmp_path / "from_yaml")}))
+    run_script("train_clm", tmp_path / "run.yaml")
+    assert logged(tmp_path / "from_yaml") == logged(tiny_run["output_dir"])
+
+
+@pytest.mark.parametrize("how", ["asked", "found"])
+def test_a_resumed_run_has_the_same_loss_curve(run_script, tiny_run, tmp_path, how):
+    # Dropout makes the curve depend on the random state, too
+    run = {**tiny_run, "config_overrides": TINY_CONFIG + ",hidden_dropout=0.1", "mixture_learning_rate": 1e-2}
+    run.update(max_steps=6, save_steps=3, eval_strategy="steps", eval_steps=3)
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    run_script("train_clm", *command_line(run, output_dir=whole))
+    shutil.copytree(whole / "checkpoint-3", resumed / "checkpoint-3")
+    asked = {"resume_from_checkpoint": resumed / "checkpoint-3"} if how == "asked" else {}
+    run_script("train_clm", *command_line(run, output_dir=resumed, **asked))
+    assert logged(resumed) == logged(whole)
+    assert logged(resumed, "eval_loss")[-1] == logged(whole, "eval_loss")[-1]
+    first, second = (AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in (whole, resumed))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_trained_model_is_not_overwritten_unasked(run_script, tiny_run, capsys):
+    run = {**tiny_run, "save_strategy": "no"}
+    run_script("train_clm", *command_line(run))
+    with pytest.raises(SystemExit, match=r"already holds a trained model.*--overwrite_output_dir"):
+        run_script("train_clm", *command_line(run))
+    run_script("train_clm", *command_line(run, overwrite_output_dir=True))
+
+
+def test_a_new_run_cannot_mistake_an_old_checkpoint_for_its_own(run_script, tiny_run, tmp_path):
+    run_script("train_clm", *command_line(tiny_run))
+    run_script("train_clm", *command_line(tiny_run, overwrite_output_dir=True, max_steps=2))
+    assert find_last_checkpoint(tiny_run["output_dir"]).endswith("checkpoint-2")
+
+
+def test_a_checkpoint_is_continued_with_its_tokenizer(run_script, tiny_run, tmp_path):
+    run_script("train_clm", *command_line(tiny_run))
+    before = results(tiny_run["output_dir"])["metrics"]["eval_loss"]
+    run = {name: value for name, value in tiny_run.items() if name not in ("config_overrides", "tokenizer_vocab_size")}
+    out = tmp_path / "continued"
+    run_script("train_clm", *command_line(run, model_name_or_path=tiny_run["output_dir"], output_dir=out))
+    assert results(out)["metrics"]["eval_loss"] < before
+    assert results(out)["base_model"] == "out"
+    assert (
+        AutoTokenizer.from_pretrained(out).get_vocab() == AutoTokenizer.from_pretrained(run["output_dir"]).get_vocab()
+    )
+
+
+def test_other_architectures_and_the_paper_block_train_too(run_script, tiny_run, tmp_path):
+    LlamaConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2).save_pretrained(
+        tmp_path / "llama"
+    )
+    out = tmp_path / "llama_out"
+    run_script(
+        "train_clm",
+        *command_line(tiny_run, config_name=tmp_path / "llama", config_overrides="hidden_act=gelu", output_dir=out),
+    )
+    config = AutoConfig.from_pretrained(out)
+    assert (config.model_type, config.hidden_act, config.vocab_size) == ("llama", "gelu", 300)
+    assert "import gma_hf" not in (out / "README.md").read_text()
+    run_script(
+        "train_clm", *command_line(tiny_run, preset="paper", isolate_documents=True, text_documents="paragraph")
+    )
+    assert AutoConfig.from_pretrained(tiny_run["output_dir"]).position_embedding_type == "learned"
+
+
+def test_mixed_precision_compilation_and_gradient_checkpointing_are_flags(run_script, tiny_run):
+    run = {**tiny_run, "bf16": True, "gradient_checkpointing": True, "torch_compile": True, "max_steps": 2}
+    # The eager backend traces without calling a compiler, which would take minutes
+    run_script("train_clm", *command_line(run, torch_compile_backend="eager", eval_strategy="steps", eval_steps=1))
+    assert all(math.isfinite(loss) for loss in logged(tiny_run["output_dir"]))
+
+
+def test_a_masked_language_model_is_trained(run_script, tiny_run):
+    out = tiny_run["output_dir"]
+    run_script("train_mlm", *command_line(tiny_run, max_steps=20, save_steps=20))
+    assert logged(out)[-1] < logged(out)[0]
+    config = AutoConfig.from_pretrained(out)
+    assert not config.is_causal and not config.use_decay
+    filled = pipeline("fill-mask", model=out)("the <|mask|> runs", top_k=2)
+    assert len(filled) == 2
+    assert ModelCard.load(f"{out}/README.md").data.pipeline_tag == "fill-mask"
+
+
+def test_a_classifier_is_trained_from_scratch(run_script, tiny_run, labelled, tmp_path):
+    out = tmp_path / "out"
+    changes = {"test_file": labelled("test", seed=1), "validation_file": labelled("validation", seed=2)}
+    changes.update(max_steps=60, save_steps=60, learning_rate=1e-2, per_device_train_batch_size=4)
+    run_script("train_classification", *classification(tiny_run, labelled("train", 80), out, **changes))
+    scores = results(out)["metrics"]
+    # The first and the last word tell the class
+    assert scores["test_accuracy"] == scores["test_f1_macro"] == scores["test_f1_binary"] == 1.0
+    assert AutoConfig.from_pretrained(out).id2label == {0: "rural", 1: "urban"}
+    classify = pipeline("text-classification", model=str(out))
+    assert [answer["label"] for answer in classify(["rural old mills. rural", "urban old mills. urban"])] == [
+        "rural",
+        "urban",
+    ]
+    card = ModelCard.load(out / "README.md")
+    assert {"accuracy", "f1"} <= {result.metric_type for result in card.data.eval_results}
+
+
+def test_a_causal_checkpoint_is_fine_tuned_to_classify(run_script, tiny_run, labelled, tmp_path):
+    run_script("train_clm", *command_line(tiny_run))
+    run = {name: value for name, value in tiny_run.items() if name not in ("config_overrides", "tokenizer_vocab_size")}
+    out = tmp_path / "classifier"
+    changes = {"model_name_or_path": tiny_run["output_dir"], "max_steps": 60, "save_steps": 60, "learning_rate": 1e-2}
+    changes.update(per_device_train_batch_size=4)
+    run_script("train_classification", *classification(run, labelled("train", 80), out, **changes))
+    scores = results(out)["metrics"]
+    assert scores["eval_accuracy"] == 1.0
+    config = AutoConfig.from_pretrained(out)
+    assert config.is_causal and config.architectures == ["GMAForSequenceClassification"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train_file": "nowhere.txt"}, "error: No data file matches"),
+        ({"block_size": 100_000}, "fewer than one block of 100000"),
+        (
+            {"preset": "paper", "block_size": 65},
+            r"--block_size is 65, but .* 64 tokens only.*max_position_embeddings=65",
+        ),
+        ({"config_overrides": "num_heads=3"}, "no field 'num_heads'"),
+        ({"config_overrides": "hidden_size=33,num_attention_heads=2"}, "`hidden_size`.*not a multiple"),
+        ({"config_overrides": "vocab_size=10"}, "vocab_size is 10, but the tokenizer has 300"),
+        ({"model_name_or_path": "no/such_model"}, "no/such_model"),
+        ({"resume_from_checkpoint": "no/checkpoint-1"}, "not a complete checkpoint"),
+        ({"resume_from_checkpoint": True}, "no checkpoint to resume from"),
+        ({"learning_rat": 1}, "Did you mean --learning_rate"),
+    ],
+)
+def test_bad_input_ends_a_script_with_one_message(run_script, tiny_run, changes, message):
+    with pytest.raises(SystemExit, match=message):
+        run_script("train_clm", *command_line(tiny_run, **changes))
+
+
+def test_a_text_to_classify_must_fit_learned_positions(run_script, tiny_run, labelled, tmp_path):
+    arguments = classification(tiny_run, labelled("train"), tmp_path / "out", preset="paper", max_length=65)
+    with pytest.raises(SystemExit, match=r"--max_length is 65, but .* 64 tokens only"):
+        run_script("train_classification", *arguments)
