@@ -8,11 +8,11 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
-from hypothesis import settings  # noqa: E402
+import pytest
+import torch
+from hypothesis import settings
 
-import gma_hf  # noqa: E402
+import gma_hf
 
 
 settings.register_profile("gma_hf", deadline=None, derandomize=True, print_blob=True)

@@ -39,7 +39,9 @@ def test_text_generation(tokenizer, tmp_path):
     generator = pipeline("text-generation", model=str(tmp_path), batch_size=2)
     prompts = ["the cat", "the dog ran on"]
     results = generator(prompts, max_new_tokens=5, do_sample=False)
-    assert [result[0]["generated_text"].startswith(prompt) for result, prompt in zip(results, prompts)] == [True, True]
+    assert [
+        result[0]["generated_text"].startswith(prompt) for result, prompt in zip(results, prompts, strict=True)
+    ] == [True, True]
 
 
 @pytest.mark.quick

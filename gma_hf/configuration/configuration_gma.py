@@ -11,6 +11,7 @@ from ..remote_code import add_remote_code
 
 
 POSITION_EMBEDDING_TYPES = ("learned", "rope", "none")
+PRIOR_INITS = ("uniform", "balanced")
 LAYER_TYPES = ("linear_attention", "full_attention")
 
 # The two blocks that the documentation speaks of. Everything that a preset does not name keeps the default of `GMAConfig`.
@@ -28,6 +29,8 @@ GMA_PRESETS: dict[str, dict[str, Any]] = {
         "use_write_weight": True,
         "use_decay": True,
         "use_output_gate": True,
+        "mean_init_std": 0.5,
+        "prior_init": "balanced",
     },
 }
 
@@ -91,6 +94,8 @@ class GMAConfig(PreTrainedConfig):
             Standard deviation of the initial component means.
         variance_init (`float`, *optional*, defaults to 0.6931472):
             Initial variance of the components; must exceed `variance_floor`. The default is softplus(0).
+        prior_init (`str`, *optional*, defaults to `"uniform"`):
+            Initial priors: `"uniform"`, or `"balanced"`, which makes all components equally responsible for x = 0.
         time_step_min (`float`, *optional*, defaults to 0.001):
             Smallest initial step: write weights and decays start from steps drawn log-uniformly in
             [`time_step_min`, `time_step_max`], as in Mamba-2.
@@ -173,6 +178,7 @@ class GMAConfig(PreTrainedConfig):
     variance_floor: float = 1e-4
     mean_init_std: float = 1.0
     variance_init: float = 0.6931472
+    prior_init: str = "uniform"
     time_step_min: float = 1e-3
     time_step_max: float = 1e-1
     decay_rate_range: list[float] | tuple[float, ...] = (1.0, 16.0)
@@ -264,6 +270,8 @@ class GMAConfig(PreTrainedConfig):
                 f"`position_embedding_type` must be one of {list(POSITION_EMBEDDING_TYPES)}, "
                 f"got {self.position_embedding_type!r}."
             )
+        if self.prior_init not in PRIOR_INITS:
+            raise ValueError(f"`prior_init` must be one of {list(PRIOR_INITS)}, got {self.prior_init!r}.")
         unknown_layer_types = sorted(set(self.layer_types) - set(LAYER_TYPES))
         if unknown_layer_types:
             raise ValueError(
@@ -279,7 +287,9 @@ class GMAConfig(PreTrainedConfig):
             rotated = {"head_dim": "full_attention" in self.layer_types, "routing_dim": self.rope_on_routing}
             for name, is_rotated in rotated.items():
                 if is_rotated and getattr(self, name) % 2 != 0:
-                    raise ValueError(f"RoPE rotates pairs of dimensions: `{name}` must be even, got {getattr(self, name)}.")
+                    raise ValueError(
+                        f"RoPE rotates pairs of dimensions: `{name}` must be even, got {getattr(self, name)}."
+                    )
         if self.use_decay and not self.is_causal:
             raise ValueError(
                 "`use_decay=True` needs `is_causal=True`: a bidirectional layer has no order in which to forget. "

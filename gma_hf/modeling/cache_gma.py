@@ -133,7 +133,9 @@ class GMACacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
             )
 
     def activate_past_recording(self) -> None:
-        raise ValueError("A GMA model cannot be rolled back, so it cannot serve as the assistant of assisted decoding.")
+        raise ValueError(
+            "A GMA model cannot be rolled back, so it cannot serve as the assistant of assisted decoding."
+        )
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Select the beams to go on with."""
@@ -276,7 +278,7 @@ def load_cache(path: str | os.PathLike, config: PreTrainedConfig, device: str | 
     """
     with safe_open(path, framework="pt", device=str(device)) as file:
         metadata = file.metadata() or {}
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (the file is no mapping)
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
     if metadata.get("format") != "gma_hf.cache":
         raise ValueError(f"{path} holds no cache of a GMA model. Write one with `gma_hf.save_cache`.")
     cache = adopt_cache(DynamicCache(config=config), config)

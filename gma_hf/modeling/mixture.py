@@ -38,11 +38,18 @@ class GMAMixture(nn.Module):
         self.raw_variances = nn.Parameter(torch.empty(num_heads, num_components, routing_dim))
         self.prior_logits = nn.Parameter(torch.empty(num_heads, num_components))
 
-    def reset_parameters(self, mean_std: float, variance: float):
-        """Means ~ N(0, `mean_std`^2), all variances `variance`, equal priors."""
+    def reset_parameters(self, mean_std: float, variance: float, balanced_priors: bool):
+        """
+        Means ~ N(0, `mean_std`^2), all variances `variance`, and priors that are equal or, if balanced, such that all
+        components are equally responsible for x = 0. Queries and keys start near zero, where under equal priors the one
+        component with the shortest mean would take nearly everything.
+        """
         init.normal_(self.means, mean=0.0, std=mean_std)
         init.constant_(self.raw_variances, math.log(math.expm1(variance - self.variance_floor)))
-        init.zeros_(self.prior_logits)
+        if balanced_priors:
+            init.copy_(self.prior_logits, 0.5 * self.means.float().square().sum(-1) / variance)
+        else:
+            init.zeros_(self.prior_logits)
 
     def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **kwargs):
         """

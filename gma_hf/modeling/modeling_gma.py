@@ -412,7 +412,9 @@ class GMAPreTrainedModel(PreTrainedModel):
             return
         super()._init_weights(module)
         if isinstance(module, GMAMixture):
-            module.reset_parameters(self.config.mean_init_std, self.config.variance_init)
+            module.reset_parameters(
+                self.config.mean_init_std, self.config.variance_init, self.config.prior_init == "balanced"
+            )
         elif isinstance(module, GMAAttention):
             module.reset_parameters()
 
@@ -558,7 +560,9 @@ class GMAModel(GMAPreTrainedModel):
                 raise ValueError("Softmax layers cannot go on from a cache with several packed sequences per row.")
             arguments["and_mask_function"] = same_sequence_mask_function(sequence_ids)
         if is_causal:
-            return create_causal_mask(**arguments, position_ids=None if "and_mask_function" in arguments else position_ids)
+            return create_causal_mask(
+                **arguments, position_ids=None if "and_mask_function" in arguments else position_ids
+            )
         return create_bidirectional_mask(**arguments)
 
     def _check_positions(self, position_ids: torch.Tensor, length: int, seen_tokens: int | torch.Tensor):

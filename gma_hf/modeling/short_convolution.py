@@ -67,7 +67,9 @@ class GMAShortConvolution(nn.Conv1d):
             new_history = new_history * is_last[:, inputs.shape[1] - (width - 1) :, None]
 
         if sequence_ids is None:
-            channels_first = nn.functional.pad(inputs.transpose(1, 2), (before if order is not None else 0, width - 1 - before))
+            channels_first = nn.functional.pad(
+                inputs.transpose(1, 2), (before if order is not None else 0, width - 1 - before)
+            )
             outputs = nn.functional.conv1d(channels_first, self.weight, groups=num_channels).transpose(1, 2)
         else:
             outputs = self._convolve_packed(inputs, sequence_ids, before)[:, before if order is None else 0 :]

@@ -10,7 +10,6 @@ query [B, Hq, Nq, d], key [B, Hk, N, d], value [B, Hk, N, dv], mixtures M -> out
 S [B, M, C, dv], z [B, M, C].
 """
 
-import torch
 from torch import Tensor
 
 from .chunked_bidirectional import ReadState, WriteState

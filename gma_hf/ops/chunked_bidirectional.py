@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .chunked_blocks import Block, single_chunk_blocks
+from .chunked_blocks import Block, contiguous_clone, single_chunk_blocks
 from .mixture import MixtureCoefficients, posterior, posterior_backward
 
 
@@ -35,42 +35,138 @@ def block_writes(
     return key, gamma_key, gamma_key * write_weight, value, write_weight
 
 
+@torch.library.custom_op(
+    "gma_hf::write_state",
+    mutates_args=(),
+    schema="(Tensor key, Tensor value, Tensor[] coefficients, Tensor? write_weight, Tensor S, Tensor z) "
+    "-> (Tensor, Tensor)",
+)
+def write_forward(key, value, coefficients, write_weight, S, z):
+    """S and z after all keys."""
+    coefficients = MixtureCoefficients(*coefficients)
+    S, z = contiguous_clone(S), contiguous_clone(z)
+    for block in single_chunk_blocks(key.shape[2]):
+        _, _, written, block_value, _ = block_writes(block, key, value, coefficients, write_weight)
+        S.add_((written.transpose(-1, -2) @ block_value).squeeze(2))
+        z.add_(written.sum(dim=(2, 3)))
+    return S, z
+
+
+@write_forward.register_fake
+def _(key, value, coefficients, write_weight, S, z):
+    return S.new_empty(S.shape), z.new_empty(z.shape)
+
+
+@torch.library.custom_op(
+    "gma_hf::write_state_backward",
+    mutates_args=(),
+    schema="(Tensor key, Tensor value, Tensor[] coefficients, Tensor? write_weight, Tensor grad_S, Tensor grad_z) "
+    "-> Tensor[]",
+)
+def write_backward(key, value, coefficients, write_weight, grad_S, grad_z):
+    """Gradients of key, value, linear, quadratic, bias and, where given, write_weight."""
+    coefficients = MixtureCoefficients(*coefficients)
+    grad_key, grad_value = torch.empty_like(key), torch.empty_like(value)
+    grad_weight = None if write_weight is None else torch.empty_like(write_weight)
+    grad_coefficients = [torch.zeros_like(part) for part in coefficients[1:]]
+    with torch.autocast(device_type=key.device.type, enabled=False):
+        for block in single_chunk_blocks(key.shape[2]):
+            x, gamma_key, written, block_value, weight = block_writes(block, key, value, coefficients, write_weight)
+            block.put_keys(grad_value, written @ grad_S.unsqueeze(2))
+            grad_written = block_value @ grad_S.transpose(-1, -2).unsqueeze(2)
+            grad_written.add_(grad_z[:, :, None, None])
+            if weight is not None:
+                block.put_keys(grad_weight, (grad_written * gamma_key).sum(dim=-1))
+                grad_written.mul_(weight)
+            grad_x, *parts = posterior_backward(grad_written, gamma_key, x, coefficients)
+            block.put_keys(grad_key, grad_x)
+            for total, part in zip(grad_coefficients, parts, strict=True):
+                total.add_(part)
+    return [grad_key, grad_value, *grad_coefficients, *([] if grad_weight is None else [grad_weight])]
+
+
+@write_backward.register_fake
+def _(key, value, coefficients, write_weight, grad_S, grad_z):
+    inputs = [key, value, *coefficients[1:], *([] if write_weight is None else [write_weight])]
+    return [torch.empty_like(x) for x in inputs]
+
+
+@torch.library.custom_op(
+    "gma_hf::read_state",
+    mutates_args=(),
+    schema="(Tensor query, Tensor[] coefficients, Tensor S, Tensor z, float? eps, ScalarType dtype) -> Tensor",
+)
+def read_forward(query, coefficients, S, z, eps, dtype):
+    """What every query reads, in `dtype`."""
+    coefficients = MixtureCoefficients(*coefficients)
+    output = query.new_empty(*query.shape[:3], S.shape[-1], dtype=dtype)
+    for block in single_chunk_blocks(query.shape[2]):
+        gamma_query = posterior(block.centred_queries(query, coefficients.centre), coefficients)
+        read = gamma_query @ S.unsqueeze(2)
+        if eps is not None:
+            read.div_(gamma_query @ z[:, :, None, :, None] + eps)
+        block.put_queries(output, read)
+    return output
+
+
+@read_forward.register_fake
+def _(query, coefficients, S, z, eps, dtype):
+    return query.new_empty(*query.shape[:3], S.shape[-1], dtype=dtype)
+
+
+@torch.library.custom_op(
+    "gma_hf::read_state_backward",
+    mutates_args=(),
+    schema="(Tensor query, Tensor[] coefficients, Tensor S, Tensor z, Tensor grad_output, float? eps) -> Tensor[]",
+)
+def read_backward(query, coefficients, S, z, grad_output, eps):
+    """Gradients of query, linear, quadratic, bias, S and z."""
+    coefficients = MixtureCoefficients(*coefficients)
+    grad_query, grad_S, grad_z = torch.empty_like(query), torch.zeros_like(S), torch.zeros_like(z)
+    grad_coefficients = [torch.zeros_like(part) for part in coefficients[1:]]
+    with torch.autocast(device_type=query.device.type, enabled=False):
+        for block in single_chunk_blocks(query.shape[2]):
+            x = block.centred_queries(query, coefficients.centre)
+            gamma_query = posterior(x, coefficients)
+            grad_read = block.of_queries(grad_output, S.shape[0]).to(S.dtype).flatten(3, 4).contiguous()
+            if eps is not None:
+                total = gamma_query @ z[:, :, None, :, None] + eps
+                grad_read = grad_read / total
+            grad_gamma = grad_read @ S.transpose(-1, -2).unsqueeze(2)
+            if eps is not None:
+                # dn_i . gamma^Q_i S = gamma^Q_i . S dn_i
+                grad_total = -(gamma_query * grad_gamma).sum(dim=-1, keepdim=True) / total
+                grad_gamma.addcmul_(grad_total, z[:, :, None, None])
+                grad_z.add_((gamma_query * grad_total).sum(dim=(2, 3)))
+            grad_S.add_((gamma_query.transpose(-1, -2) @ grad_read).squeeze(2))
+            grad_x, *parts = posterior_backward(grad_gamma, gamma_query, x, coefficients)
+            block.put_queries(grad_query, grad_x)
+            for accumulated, part in zip(grad_coefficients, parts, strict=True):
+                accumulated.add_(part)
+    return [grad_query, *grad_coefficients, grad_S, grad_z]
+
+
+@read_backward.register_fake
+def _(query, coefficients, S, z, grad_output, eps):
+    return [torch.empty_like(x) for x in (query, *coefficients[1:], S, z)]
+
+
 class WriteState(torch.autograd.Function):
     """Add what key, value [B, Hk, N, dim] write to the state S [M, B, C, dv], z [M, B, C]."""
 
     @staticmethod
     def forward(ctx, key, value, centre, linear, quadratic, bias, write_weight, S, z):
-        coefficients = MixtureCoefficients(centre, linear, quadratic, bias)
-        S, z = S.clone(), z.clone()
-        for block in single_chunk_blocks(key.shape[2]):
-            _, _, written, block_value, _ = block_writes(block, key, value, coefficients, write_weight)
-            S.add_((written.transpose(-1, -2) @ block_value).squeeze(2))
-            z.add_(written.sum(dim=(2, 3)))
+        coefficients = [centre, linear, quadratic, bias]
         ctx.save_for_backward(key, value, *coefficients, write_weight)
-        return S, z
+        return write_forward(key, value, coefficients, write_weight, S, z)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_S, grad_z):
-        key, value, *rest = ctx.saved_tensors
-        coefficients, write_weight = MixtureCoefficients(*rest[:4]), rest[4]
-        grad_key, grad_value = torch.empty_like(key), torch.empty_like(value)
-        grad_weight = None if write_weight is None else torch.empty_like(write_weight)
-        grad_coefficients = [torch.zeros_like(part) for part in coefficients[1:]]
-        with torch.autocast(device_type=key.device.type, enabled=False):
-            for block in single_chunk_blocks(key.shape[2]):
-                x, gamma_key, written, block_value, weight = block_writes(block, key, value, coefficients, write_weight)
-                block.put_keys(grad_value, written @ grad_S.unsqueeze(2))
-                grad_written = block_value @ grad_S.transpose(-1, -2).unsqueeze(2)
-                grad_written.add_(grad_z[:, :, None, None])
-                if weight is not None:
-                    block.put_keys(grad_weight, (grad_written * gamma_key).sum(dim=-1))
-                    grad_written.mul_(weight)
-                grad_x, *parts = posterior_backward(grad_written, gamma_key, x, coefficients)
-                block.put_keys(grad_key, grad_x)
-                for total, part in zip(grad_coefficients, parts, strict=True):
-                    total.add_(part)
-        return grad_key, grad_value, None, *grad_coefficients, grad_weight, grad_S, grad_z
+        key, value, *coefficients, write_weight = ctx.saved_tensors
+        grads = write_backward(key, value, coefficients, write_weight, grad_S, grad_z)
+        grad_weight = None if write_weight is None else grads[5]
+        return *grads[:2], None, *grads[2:5], grad_weight, grad_S, grad_z
 
 
 class ReadState(torch.autograd.Function):
@@ -78,42 +174,14 @@ class ReadState(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, query, centre, linear, quadratic, bias, S, z, eps, dtype):
-        coefficients = MixtureCoefficients(centre, linear, quadratic, bias)
-        output = query.new_empty(*query.shape[:3], S.shape[-1], dtype=dtype)
-        for block in single_chunk_blocks(query.shape[2]):
-            gamma_query = posterior(block.centred_queries(query, centre), coefficients)
-            read = gamma_query @ S.unsqueeze(2)
-            if eps is not None:
-                read.div_(gamma_query @ z[:, :, None, :, None] + eps)
-            block.put_queries(output, read)
+        coefficients = [centre, linear, quadratic, bias]
         ctx.save_for_backward(query, *coefficients, S, z)
         ctx.eps = eps
-        return output
+        return read_forward(query, coefficients, S, z, eps, dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_output):
-        query, *parts, S, z = ctx.saved_tensors
-        coefficients = MixtureCoefficients(*parts)
-        grad_query, grad_S, grad_z = torch.empty_like(query), torch.zeros_like(S), torch.zeros_like(z)
-        grad_coefficients = [torch.zeros_like(part) for part in coefficients[1:]]
-        with torch.autocast(device_type=query.device.type, enabled=False):
-            for block in single_chunk_blocks(query.shape[2]):
-                x = block.centred_queries(query, coefficients.centre)
-                gamma_query = posterior(x, coefficients)
-                grad_read = block.of_queries(grad_output, S.shape[0]).to(S.dtype).flatten(3, 4).contiguous()
-                if ctx.eps is not None:
-                    total = gamma_query @ z[:, :, None, :, None] + ctx.eps
-                    grad_read = grad_read / total
-                grad_gamma = grad_read @ S.transpose(-1, -2).unsqueeze(2)
-                if ctx.eps is not None:
-                    # dn_i . gamma^Q_i S = gamma^Q_i . S dn_i
-                    grad_total = -(gamma_query * grad_gamma).sum(dim=-1, keepdim=True) / total
-                    grad_gamma.addcmul_(grad_total, z[:, :, None, None])
-                    grad_z.add_((gamma_query * grad_total).sum(dim=(2, 3)))
-                grad_S.add_((gamma_query.transpose(-1, -2) @ grad_read).squeeze(2))
-                grad_x, *grads = posterior_backward(grad_gamma, gamma_query, x, coefficients)
-                block.put_queries(grad_query, grad_x)
-                for accumulated, grad in zip(grad_coefficients, grads, strict=True):
-                    accumulated.add_(grad)
-        return grad_query, None, *grad_coefficients, grad_S, grad_z, None, None
+        query, *coefficients, S, z = ctx.saved_tensors
+        grads = read_backward(query, coefficients, S, z, grad_output, ctx.eps)
+        return grads[0], None, *grads[1:], None, None

@@ -8,6 +8,7 @@ share a mixture are rows beside each other: queries [M, B, n, R * T, dim], keys 
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from .mixture import centred
@@ -67,6 +68,12 @@ def causal_blocks(length: int) -> list[Block]:
     return cover if whole == length else [*cover, Block(whole, length, length - whole)]
 
 
+def causal_block_count(length: int) -> int:
+    """len(causal_blocks(length)), as arithmetic that a compiler can do on a symbolic length."""
+    whole = length - length % CHUNK
+    return -(-whole // BLOCK) + -(-(length - whole) // CHUNK)
+
+
 def single_chunk_blocks(length: int) -> list[Block]:
     """Blocks of one chunk each, for what has no order."""
     return [Block(start, min(start + BLOCK, length), min(BLOCK, length - start)) for start in range(0, length, BLOCK)]
@@ -76,3 +83,8 @@ def add_product_(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """x += left @ right for contiguous x and equal batch dimensions, without a temporary for the product."""
     x.flatten(0, -3).baddbmm_(left.flatten(0, -3), right.flatten(0, -3))
     return x
+
+
+def contiguous_clone(x: Tensor) -> Tensor:
+    """A contiguous copy, also of what is contiguous already: outputs must not share memory with inputs."""
+    return x.clone(memory_format=torch.contiguous_format)

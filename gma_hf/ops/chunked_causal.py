@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .chunked_blocks import Block, add_product_, causal_blocks
+from .chunked_blocks import Block, add_product_, causal_block_count, causal_blocks, contiguous_clone
 from .chunked_decay import Decays, block_decays, forget_, log_decay_gradient
 from .mixture import MixtureCoefficients, posterior, posterior_backward
 
@@ -127,59 +127,140 @@ def denominator(terms: BlockTerms, eps: float) -> Tensor:
     return terms.pairs.sum(dim=-1, keepdim=True) + from_state + eps
 
 
+# The two passes are opaque operators to torch.compile and torch.export: lengths stay dynamic, and a model of many
+# layers is not traced block by block.
+
+
+@torch.library.custom_op(
+    "gma_hf::chunked_causal",
+    mutates_args=(),
+    schema="(Tensor query, Tensor key, Tensor value, Tensor[] coefficients, Tensor? write_weight, Tensor? log_decay, "
+    "Tensor S, Tensor z, float? eps, bool strict) -> (Tensor, Tensor, Tensor)",
+)
+def causal_forward(query, key, value, coefficients, write_weight, log_decay, S, z, eps, strict):
+    """Output, and S and z before every block and after the last, [blocks + 1, M, B, ...]."""
+    coefficients = MixtureCoefficients(*coefficients)
+    output = value.new_empty(*query.shape[:3], value.shape[-1])
+    cover = causal_blocks(query.shape[2])
+    block_S, block_z = S.new_empty(len(cover) + 1, *S.shape), z.new_empty(len(cover) + 1, *z.shape)
+    block_S[0], block_z[0] = S, z
+    for i, block in enumerate(cover):
+        S, z = block_S[i], block_z[i]
+        terms = block_terms(block, query, key, value, coefficients, write_weight, log_decay, S, z, strict)
+        read = terms.gamma_query @ terms.S
+        if terms.decays is not None:
+            read.mul_(terms.decays.from_start)
+        add_product_(read, terms.pairs, terms.value)
+        if eps is not None:
+            read.div_(denominator(terms, eps))
+        block.put_queries(output, read)
+        block_S[i + 1], block_z[i + 1] = terms.last_S, terms.last_z
+    return output, block_S, block_z
+
+
+@causal_forward.register_fake
+def _(query, key, value, coefficients, write_weight, log_decay, S, z, eps, strict):
+    output = value.new_empty(*query.shape[:3], value.shape[-1])
+    states = causal_block_count(query.shape[2]) + 1
+    return output, S.new_empty(states, *S.shape), z.new_empty(states, *z.shape)
+
+
+@torch.library.custom_op(
+    "gma_hf::chunked_causal_backward",
+    mutates_args=(),
+    schema="(Tensor query, Tensor key, Tensor value, Tensor[] coefficients, Tensor? write_weight, Tensor? log_decay, "
+    "Tensor block_S, Tensor block_z, Tensor grad_output, Tensor grad_S, Tensor grad_z, float? eps, bool strict) "
+    "-> Tensor[]",
+)
+def causal_backward(
+    query,
+    key,
+    value,
+    coefficients,
+    write_weight,
+    log_decay,
+    block_S,
+    block_z,
+    grad_output,
+    grad_S,
+    grad_z,
+    eps,
+    strict,
+):
+    """Gradients of query, key, value, S, z, linear, quadratic, bias and, where given, write_weight and log_decay."""
+    coefficients = MixtureCoefficients(*coefficients)
+    grads = [torch.empty_like(x) for x in (query, key, value)]
+    grad_coefficients = [torch.zeros_like(x) for x in coefficients[1:]]
+    grad_weight = None if write_weight is None else torch.empty_like(write_weight)
+    grad_decay = None if log_decay is None else torch.empty_like(log_decay)
+    grad_S, grad_z = contiguous_clone(grad_S), contiguous_clone(grad_z)
+    with torch.autocast(device_type=query.device.type, enabled=False):
+        for i, block in reversed(list(enumerate(causal_blocks(query.shape[2])))):
+            S, z = block_S[i], block_z[i]
+            terms = block_terms(block, query, key, value, coefficients, write_weight, log_decay, S, z, strict)
+            grad_read = block.of_queries(grad_output, S.shape[0]).to(S.dtype).flatten(3, 4)
+            gradient = block_backward(terms, grad_read, grad_S, grad_z, eps)
+            block.put_queries(grads[0], gradient.query)
+            block.put_keys(grads[1], gradient.key)
+            block.put_keys(grads[2], gradient.value)
+            for total, part in zip(grad_coefficients, gradient.coefficients, strict=True):
+                total.add_(part)
+            if grad_weight is not None:
+                block.put_keys(grad_weight, gradient.write_weight)
+            if grad_decay is not None:
+                block.put_keys(grad_decay, gradient.log_decay)
+            grad_S, grad_z = gradient.S, gradient.z
+    optional = [grad for grad in (grad_weight, grad_decay) if grad is not None]
+    return [*grads, grad_S, grad_z, *grad_coefficients, *optional]
+
+
+@causal_backward.register_fake
+def _(
+    query,
+    key,
+    value,
+    coefficients,
+    write_weight,
+    log_decay,
+    block_S,
+    block_z,
+    grad_output,
+    grad_S,
+    grad_z,
+    eps,
+    strict,
+):
+    optional = [x for x in (write_weight, log_decay) if x is not None]
+    states = grad_S.new_empty(grad_S.shape), grad_z.new_empty(grad_z.shape)
+    gradients = [torch.empty_like(x) for x in (query, key, value, *coefficients[1:], *optional)]
+    return [*gradients[:3], *states, *gradients[3:]]
+
+
 class CausalChunks(torch.autograd.Function):
     """Causal attention on query, key, value [B, heads, N, dim] and a state S [M, B, C, dv], z [M, B, C]."""
 
     @staticmethod
-    def forward(
-        ctx, query, key, value, centre, linear, quadratic, bias, write_weight, log_decay, S, z, eps, strict
-    ):
-        coefficients = MixtureCoefficients(centre, linear, quadratic, bias)
-        output = value.new_empty(*query.shape[:3], value.shape[-1])
-        S, z = S.clone(), z.clone()
-        states = []
-        for block in causal_blocks(query.shape[2]):
-            states += [S, z]
-            terms = block_terms(block, query, key, value, coefficients, write_weight, log_decay, S, z, strict)
-            read = terms.gamma_query @ terms.S
-            if terms.decays is not None:
-                read.mul_(terms.decays.from_start)
-            add_product_(read, terms.pairs, terms.value)
-            if eps is not None:
-                read.div_(denominator(terms, eps))
-            block.put_queries(output, read)
-            S, z = terms.last_S, terms.last_z
-        ctx.save_for_backward(query, key, value, *coefficients, write_weight, log_decay, *states)
+    def forward(ctx, query, key, value, centre, linear, quadratic, bias, write_weight, log_decay, S, z, eps, strict):
+        coefficients = [centre, linear, quadratic, bias]
+        output, block_S, block_z = causal_forward(
+            query, key, value, coefficients, write_weight, log_decay, S, z, eps, strict
+        )
+        ctx.save_for_backward(query, key, value, *coefficients, write_weight, log_decay, block_S, block_z)
         ctx.eps, ctx.strict = eps, strict
-        return output, S, z
+        return output, block_S[-1].clone(), block_z[-1].clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_output, grad_S, grad_z):
-        query, key, value, *rest = ctx.saved_tensors
-        coefficients = MixtureCoefficients(*rest[:4])
-        write_weight, log_decay, *states = rest[4:]
-        grads = [torch.empty_like(x) for x in (query, key, value)]
-        grad_coefficients = [torch.zeros_like(x) for x in coefficients[1:]]
-        grad_weight = None if write_weight is None else torch.empty_like(write_weight)
-        grad_decay = None if log_decay is None else torch.empty_like(log_decay)
-        with torch.autocast(device_type=query.device.type, enabled=False):
-            for block in reversed(causal_blocks(query.shape[2])):
-                z, S = states.pop(), states.pop()
-                terms = block_terms(block, query, key, value, coefficients, write_weight, log_decay, S, z, ctx.strict)
-                grad_read = block.of_queries(grad_output, S.shape[0]).to(S.dtype).flatten(3, 4)
-                gradient = block_backward(terms, grad_read, grad_S, grad_z, ctx.eps)
-                block.put_queries(grads[0], gradient.query)
-                block.put_keys(grads[1], gradient.key)
-                block.put_keys(grads[2], gradient.value)
-                for total, part in zip(grad_coefficients, gradient.coefficients, strict=True):
-                    total.add_(part)
-                if grad_weight is not None:
-                    block.put_keys(grad_weight, gradient.write_weight)
-                if grad_decay is not None:
-                    block.put_keys(grad_decay, gradient.log_decay)
-                grad_S, grad_z = gradient.S, gradient.z
-        return *grads, None, *grad_coefficients, grad_weight, grad_decay, grad_S, grad_z, None, None
+        query, key, value, *coefficients, write_weight, log_decay, block_S, block_z = ctx.saved_tensors
+        grads = causal_backward(
+            query, key, value, coefficients, write_weight, log_decay, block_S, block_z, grad_output, grad_S, grad_z,
+            ctx.eps, ctx.strict,
+        )  # fmt: skip
+        optional = list(grads[8:])
+        grad_weight = None if write_weight is None else optional.pop(0)
+        grad_decay = None if log_decay is None else optional.pop(0)
+        return *grads[:3], None, *grads[5:8], grad_weight, grad_decay, *grads[3:5], None, None
 
 
 class BlockGradient(NamedTuple):

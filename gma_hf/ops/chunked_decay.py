@@ -22,7 +22,9 @@ class Decays(NamedTuple):
     pairs: Tensor  # [h, B, n, R * T, T], zero above the diagonal
     from_start: Tensor  # [h, B, n, R * T, 1]
     to_end: Tensor  # [h, B, n, T, 1]
-    chunks: Tensor  # [h, B, n + 1, n + 1], from the state before the block (0) or chunk j - 1's writes to before chunk i
+    chunks: (
+        Tensor  # [h, B, n + 1, n + 1], from the state before the block (0) or chunk j - 1's writes to before chunk i
+    )
     whole_chunk: Tensor  # [h, B, n, 1]
     resets: Tensor  # [h, B, n, T], True where a token forgets everything before it
 

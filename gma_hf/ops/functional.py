@@ -9,7 +9,7 @@ from . import chunked, recurrent  # noqa: F401 (importing a backend registers it
 from .mixture import mixture_coefficients, repeat_heads, responsibilities
 from .reference import pair_weights
 from .registry import AttentionCall, State, select_backend
-from .validation import expect_floating, require, validate_call, validate_mixture
+from .validation import expect_floating, validate_call, validate_mixture
 
 
 def gaussian_mixture_attention(
@@ -175,14 +175,13 @@ def gaussian_mixture_responsibilities(
     Raises:
         ValueError: a shape does not fit.
     """
-    require(x.ndim == 4, f"x has shape {list(x.shape)}, expected [batch, heads, length, routing_dim].")
+    if x.ndim != 4:
+        raise ValueError(f"x has shape {list(x.shape)}, expected [batch, heads, length, routing_dim].")
     expect_floating("x", x)
     validate_mixture(means, raw_variances, prior_logits, x.shape[-1])
     heads, mixtures = x.shape[1], means.shape[0]
-    require(
-        heads % mixtures == 0 or mixtures % heads == 0,
-        f"x has {heads} heads and means {mixtures} mixtures; expected one to divide the other.",
-    )
+    if heads % mixtures != 0 and mixtures % heads != 0:
+        raise ValueError(f"x has {heads} heads and means {mixtures} mixtures; expected one to divide the other.")
     with torch.autocast(device_type=x.device.type, enabled=False):
         dtype = torch.promote_types(x.dtype, torch.float32)
         coefficients = mixture_coefficients(means, raw_variances, prior_logits, variance_floor, dtype)

@@ -16,6 +16,9 @@ from .mixture import repeat_heads, responsibilities
 from .registry import AttentionCall, State, register_backend
 
 
+SHORT = 8  # tokens: up to here stepping beats the set-up of chunks
+
+
 def recurrent_attention(call: AttentionCall) -> tuple[Tensor, State | None]:
     """Evaluate a causal call token by token."""
     dtype, mixtures = call.state_dtype, call.means.shape[0]
@@ -44,7 +47,7 @@ def recurrent_attention(call: AttentionCall) -> tuple[Tensor, State | None]:
         read = gamma_query[:, :, :, t]  # [B, M, Hq / M, C]
         output = read @ S
         outputs.append(output / (read @ z + call.eps) if call.normalize else output)
-    output = torch.stack(outputs, dim=3) if outputs else gamma_query @ S
+    output = torch.stack(outputs, dim=3) if outputs else gamma_query @ S.unsqueeze(2)
     return output.flatten(1, 2).to(call.value.dtype), (S, z.squeeze(-1))
 
 
@@ -55,5 +58,5 @@ def supports(call: AttentionCall) -> str | None:
 
 
 register_backend(
-    "recurrent", recurrent_attention, supports=supports, priority=lambda call: 20 if call.key.shape[2] <= 2 else 0
+    "recurrent", recurrent_attention, supports=supports, priority=lambda call: 20 if call.key.shape[2] <= SHORT else 0
 )

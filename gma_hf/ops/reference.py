@@ -36,7 +36,7 @@ def decay_matrix(log_decay: Tensor, strict: bool = False) -> Tensor:
 def pair_weights(call: AttentionCall) -> Tensor:
     """P of this file's opening: [batch, query_heads, query_length, key_length], before normalisation."""
     coefficients = call.coefficients()
-    batch, query_heads, query_length, _ = call.query.shape
+    query_heads = call.query.shape[1]
     mixtures = call.means.shape[0]
     gamma_query = responsibilities(call.query, coefficients).unflatten(1, (mixtures, query_heads // mixtures))
     gamma_key = responsibilities(repeat_heads(call.key, mixtures), coefficients)

@@ -35,13 +35,15 @@ def token_statistics(shift_labels: bool) -> Callable[[torch.Tensor, torch.Tensor
         logits = logits[0] if isinstance(logits, tuple) else logits
         if shift_labels:
             logits, labels = logits[:, :-1], labels[:, 1:]
-        nll = F.cross_entropy(
-            logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORE_INDEX, reduction="none"
-        ).view(labels.shape)
+        # Row by row: the float32 copy of one row's logits is small next to the logits themselves
+        return torch.stack([row_statistics(*row) for row in zip(logits, labels, strict=True)])
+
+    def row_statistics(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        nll = F.cross_entropy(logits.float(), labels, ignore_index=IGNORE_INDEX, reduction="sum")
         counted = labels != IGNORE_INDEX
         correct = (logits.argmax(dim=-1) == labels) & counted
         # float32 holds these sums exactly enough: one row has at most some 10^5 tokens
-        return torch.stack([nll.sum(dim=-1), correct.sum(dim=-1).float(), counted.sum(dim=-1).float()], dim=-1)
+        return torch.stack([nll, correct.sum().float(), counted.sum().float()])
 
     return reduce
 

@@ -89,8 +89,8 @@ def describe_data(arguments: DataArguments) -> dict[str, Any]:
 
 def describe_command(argv: list[str]) -> str:
     """Write the command as it was given, but for the folders of this machine."""
-    words = []
-    for word in argv:
+    words = [f"scripts/{Path(argv[0]).name}"]
+    for word in argv[1:]:
         name, equals, value = word.partition("=")
         words.append(f"{name}={without_folder(value)}" if equals and name.startswith("--") else without_folder(word))
     return shlex.join(["python", *words])
@@ -115,7 +115,8 @@ def write_results(output_dir: str, args: TrainingArguments, model: PreTrainedMod
         "data": record.data,
         "details": record.details,
         "hyperparameters": hyperparameters(args),
-        "metrics": record.metrics,
+        # JSON knows no infinity
+        "metrics": {name: value if math.isfinite(value) else None for name, value in record.metrics.items()},
         "device": device_name(args),
         "num_processes": args.world_size,
         "versions": versions(),
@@ -141,7 +142,7 @@ def write_model_card(output_dir: str, args: TrainingArguments, model: PreTrained
             EvalResult(
                 task_type=record.task,
                 dataset_type=data_name if is_hub_dataset else "local",
-                dataset_name=data_name,
+                dataset_name=data_name if is_hub_dataset else _evaluated_files(record.data, split),
                 dataset_split="test" if split == "test" else "validation",
                 metric_type=METRICS[metric][0],
                 metric_name=METRICS[metric][1],
@@ -209,6 +210,11 @@ def versions() -> dict[str, str]:
 def _split_metric(key: str) -> tuple[str, str] | None:
     split, _, metric = key.partition("_")
     return (split, metric) if split in ("eval", "test") and metric in METRICS else None
+
+
+def _evaluated_files(data: dict[str, Any], split: str) -> str:
+    files = data.get("test_files" if split == "test" else "validation_files")
+    return ", ".join(files) if files else f"held-out part of {', '.join(data.get('train_files', ['the data']))}"
 
 
 def _bullets(values: dict[str, Any]) -> str:

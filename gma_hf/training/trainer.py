@@ -55,8 +55,10 @@ class GMATrainer(Trainer):
     Takes the arguments of `transformers.Trainer`; `args` should be a `GMATrainingArguments`.
     """
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
+    def __init__(self, model: nn.Module | None = None, *args, **kwargs):
+        # `Trainer` turns `use_cache` off in the configuration; a saved model should have it as it came
+        self._use_cache = getattr(getattr(model, "config", None), "use_cache", None)
+        super().__init__(model, *args, **kwargs)
         self.add_callback(MixtureHealthCallback(self, every_steps=getattr(self.args, "mixture_health_steps", None)))
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -76,8 +78,9 @@ class GMATrainer(Trainer):
             # Another process may have seen the bad batch, and its gradients are already in ours
             finite = self.accelerator.reduce(finite.float(), "sum") == self.args.world_size
         if not finite:
+            value = "NaN or infinite in another process" if torch.isfinite(loss).all() else loss.item()
             raise NonFiniteTrainingError(
-                f"The training loss became {loss.item()} at step {self.state.global_step + 1}. The weights were not "
+                f"The training loss became {value} at step {self.state.global_step + 1}. The weights were not "
                 f"updated with it. {self._last_good_checkpoint()} Lower the learning rate, clip the gradients "
                 "(--max_grad_norm), use --bf16 instead of --fp16, or look at the data of this step."
             )
@@ -103,7 +106,13 @@ class GMATrainer(Trainer):
                 + (f" (first in {bad[0]!r})" if bad else "")
                 + f", so it is not saved. {self._last_good_checkpoint()} Lower the learning rate or clip the gradients."
             )
+        config = getattr(self.accelerator.unwrap_model(self.model), "config", None)
+        use_cache_in_training = getattr(config, "use_cache", None)
+        if self._use_cache is not None:
+            config.use_cache = self._use_cache
         super().save_model(output_dir, _internal_call)
+        if self._use_cache is not None:
+            config.use_cache = use_cache_in_training
 
     def _last_good_checkpoint(self) -> str:
         checkpoint = find_last_checkpoint(self.args.output_dir)

@@ -250,16 +250,15 @@ def _new_config(
     }
     if values["vocab_size"] < len(tokenizer):
         raise ValueError(f"vocab_size is {values['vocab_size']}, but the tokenizer has {len(tokenizer)} tokens.")
-    if model_args.config_name is not None:
+    if model_args.config_name is None:
+        known = GMAConfig()
+    else:
         known = AutoConfig.from_pretrained(model_args.config_name, trust_remote_code=model_args.trust_remote_code)
-        if known.model_type == GMAConfig.model_type and is_causal is not None:
-            values = {"is_causal": is_causal, **values}
-        return AutoConfig.from_pretrained(
-            model_args.config_name, trust_remote_code=model_args.trust_remote_code, **values
-        )
-    unknown = [name for name in overrides if not hasattr(GMAConfig(), name)]
+    unknown = [name for name in overrides if not hasattr(known, name)]
     if unknown:
-        raise ValueError(f"GMAConfig has no field {unknown[0]!r}; see its documentation for the names.")
-    if is_causal is not None:
+        raise ValueError(f"{type(known).__name__} has no field {unknown[0]!r}; its documentation lists the names.")
+    if is_causal is not None and known.model_type == GMAConfig.model_type:
         values = {"is_causal": is_causal, **values}
-    return GMAConfig.from_preset(model_args.preset, **values)
+    if model_args.config_name is None:
+        return GMAConfig.from_preset(model_args.preset, **values)
+    return AutoConfig.from_pretrained(model_args.config_name, trust_remote_code=model_args.trust_remote_code, **values)

@@ -42,7 +42,10 @@ def test_a_bidirectional_gated_block_has_no_decay():
         ({"num_components": 0}, "`num_components` must be positive"),
         ({"hidden_size": 0}, "`hidden_size` must be positive"),
         ({"position_embedding_type": "alibi"}, "one of ['learned', 'rope', 'none']"),
-        ({"layer_types": ["linear_attention", "sliding_attention"], "num_hidden_layers": 2}, "'full_attention' (softmax)"),
+        (
+            {"layer_types": ["linear_attention", "sliding_attention"], "num_hidden_layers": 2},
+            "'full_attention' (softmax)",
+        ),
         ({"layer_types": ["linear_attention"], "num_hidden_layers": 2}, "one entry per layer"),
         ({"use_decay": True, "is_causal": False}, "`use_decay=True` needs `is_causal=True`"),
         ({"conv_kernel_size": 1}, "0 (no short convolution) or at least 2"),
@@ -51,6 +54,7 @@ def test_a_bidirectional_gated_block_has_no_decay():
         ({"variance_init": 1e-5}, "must exceed `variance_floor`"),
         ({"time_step_min": 0.5, "time_step_max": 0.1}, "must not be below `time_step_min`"),
         ({"decay_rate_range": (4.0, 2.0)}, "0 < low <= high"),
+        ({"prior_init": "zipf"}, "one of ['uniform', 'balanced']"),
         ({"hidden_dropout": 1.0}, "must lie in [0, 1)"),
     ],
 )
@@ -90,16 +94,13 @@ def test_a_configuration_survives_disk(tmp_path):
 def test_every_field_is_read_somewhere():
     """A field that nothing reads promises something that does not happen."""
     package = Path(gma_hf.__file__).parent
-    sources = "\n".join(
-        path.read_text() for path in package.rglob("*.py") if path.name != "configuration_gma.py"
-    )
+    sources = "\n".join(path.read_text() for path in package.rglob("*.py") if path.name != "configuration_gma.py")
     inherited = {field.name for field in fields(PreTrainedConfig)}
     # These are read by Transformers: generation, initialisation, tying of weights
     read_by_transformers = {"bos_token_id", "eos_token_id", "use_cache", "tie_word_embeddings", "initializer_range"}
     unread = [
         field.name
         for field in fields(GMAConfig)
-        if field.name not in inherited | read_by_transformers
-        and not re.search(rf"config\.{field.name}\b", sources)
+        if field.name not in inherited | read_by_transformers and not re.search(rf"config\.{field.name}\b", sources)
     ]
     assert unread == []

@@ -24,7 +24,10 @@ LABELS = {
     gma_hf.GMAForMaskedLM: lambda tokens: {"labels": tokens},
     gma_hf.GMAForSequenceClassification: lambda tokens: {"labels": tokens[:, 0] % 2},
     gma_hf.GMAForTokenClassification: lambda tokens: {"labels": tokens % 2},
-    gma_hf.GMAForQuestionAnswering: lambda tokens: {"start_positions": tokens[:, 0] % 5, "end_positions": tokens[:, 1] % 5},
+    gma_hf.GMAForQuestionAnswering: lambda tokens: {
+        "start_positions": tokens[:, 0] % 5,
+        "end_positions": tokens[:, 1] % 5,
+    },
 }
 
 
@@ -86,7 +89,7 @@ def test_a_model_built_on_the_meta_device_loads_its_means(tmp_path):
     mixtures = [module for module in empty.modules() if isinstance(module, GMAMixture)]
     originals = [module for module in model.modules() if isinstance(module, GMAMixture)]
     assert len(mixtures) == 3
-    for mixture, original in zip(mixtures, originals):
+    for mixture, original in zip(mixtures, originals, strict=True):
         torch.testing.assert_close(mixture.means, original.means, rtol=0, atol=0)
 
 
@@ -117,11 +120,17 @@ def test_initialisation_is_what_the_configuration_says():
     assert abs(mixture.means.std().item() - 2.0) < 5 * 2.0 / 8192**0.5
     variances = torch.nn.functional.softplus(mixture.raw_variances) + config.variance_floor
     torch.testing.assert_close(variances, torch.full_like(variances, 0.3))
-    assert not mixture.prior_logits.any()
+    at_origin = mixture.responsibilities(torch.zeros(1, 4, 1, 16))
+    torch.testing.assert_close(at_origin, torch.full_like(at_origin, 1 / 64))
     steps = torch.nn.functional.softplus(attention.dt_bias)
     assert (steps >= config.time_step_min * 0.999).all() and (steps <= config.time_step_max * 1.001).all()
     rates = attention.A_log_bias.exp()
     assert (rates >= 0.999).all() and (rates <= 16.001).all()
+
+
+@pytest.mark.quick
+def test_the_papers_mixtures_start_with_equal_priors():
+    assert not gma_hf.GMAModel(tiny_config("paper")).layers[0].self_attn.mixture_norm.prior_logits.any()
 
 
 @pytest.mark.quick
@@ -169,7 +178,9 @@ def test_attentions_times_values_is_the_output_of_the_head():
     model = make_model(gma_hf.GMAModel, tiny_config("paper"))
     attention = model.layers[0].self_attn
     seen = {}
-    attention.mixture_norm.register_forward_hook(lambda module, args, output: seen.update(value=args[2], output=output))
+    attention.mixture_norm.register_forward_hook(
+        lambda module, args, output: seen.update(value=args[2], output=output)
+    )
     hidden_states = torch.randn(2, 11, 32)
     _, weights = attention(hidden_states, output_attentions=True)
     torch.testing.assert_close(weights @ seen["value"], seen["output"], rtol=1e-4, atol=1e-5)
@@ -218,7 +229,8 @@ def test_loss_is_right_under_gradient_accumulation(tokens):
     num_items = (labels[:, 1:] != -100).sum()
     whole = model(tokens, labels=labels).loss
     parts = [
-        model(tokens[row : row + 1], labels=labels[row : row + 1], num_items_in_batch=num_items).loss for row in range(2)
+        model(tokens[row : row + 1], labels=labels[row : row + 1], num_items_in_batch=num_items).loss
+        for row in range(2)
     ]
     torch.testing.assert_close(sum(parts), whole)
 

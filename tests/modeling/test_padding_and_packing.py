@@ -126,7 +126,9 @@ def test_packed_rows_may_also_be_padded(tokens, block):
     model = make_model(gma_hf.GMAModel, tiny_config(block))
     row = tokens[:1, :12]
     expected = torch.cat([model(part)[0] for part in row.split([5, 7], dim=1)], dim=1)
-    padded = torch.cat([row[:, :5], torch.zeros(1, 2, dtype=torch.long), row[:, 5:], torch.zeros(1, 3, dtype=torch.long)], 1)
+    padded = torch.cat(
+        [row[:, :5], torch.zeros(1, 2, dtype=torch.long), row[:, 5:], torch.zeros(1, 3, dtype=torch.long)], 1
+    )
     mask = (padded != 0).long()
     positions = torch.tensor([[0, 1, 2, 3, 4, 0, 0, 0, 1, 2, 3, 4, 5, 6, 0, 0, 0]])
     outputs = model(padded, attention_mask=mask, position_ids=positions)[0]
@@ -155,7 +157,7 @@ def test_sequences_are_found_under_any_padding(lengths, data):
     true_positions = torch.cat([torch.arange(n) for n in lengths])
     gaps = data.draw(st.lists(st.integers(0, 2), min_size=len(true_ids), max_size=len(true_ids)))
     is_real, positions, seq_idx = [], [], []
-    for gap, position, number in zip(gaps, true_positions.tolist(), true_ids.tolist()):
+    for gap, position, number in zip(gaps, true_positions.tolist(), true_ids.tolist(), strict=True):
         is_real += [False] * gap + [True]
         positions += [0] * gap + [position]
         seq_idx += [-1] * gap + [number]

@@ -17,6 +17,9 @@ from gma_hf.training.arguments import (
 from .conftest import SCRIPTS
 
 
+pytestmark = pytest.mark.quick
+
+
 CLASSES = [ModelArguments, LanguageModelingArguments, GMATrainingArguments]
 COMMAND = [
     *("--train_file", "a.txt", "b.txt"),

@@ -18,9 +18,9 @@ from .conftest import SCRIPTS, command_line, logged, results
 CONFIGS = SCRIPTS / "configs"
 
 
-def launch(config, arguments):
+def launch(config, arguments, cache):
     """`accelerate launch` a language model run on the CPU."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(cache)}
     environment["PYTHONPATH"] = os.pathsep.join([str(SCRIPTS.parent), environment.get("PYTHONPATH", "")])
     command = [
         sys.executable,
@@ -48,7 +48,8 @@ def test_two_processes_have_the_loss_of_one(kind, run_script, tiny_run, tmp_path
     config = yaml.safe_load((CONFIGS / f"{kind}.yaml").read_text())
     # The shipped FSDP2 configuration is for GPUs and bfloat16
     (tmp_path / "accelerate.yaml").write_text(yaml.safe_dump({**config, "use_cpu": True, "mixed_precision": "no"}))
-    launch(tmp_path / "accelerate.yaml", command_line(run, per_device_train_batch_size=2, output_dir=tmp_path / "two"))
+    arguments = command_line(run, per_device_train_batch_size=2, output_dir=tmp_path / "two")
+    launch(tmp_path / "accelerate.yaml", arguments, cache=tmp_path / "cache")
     assert results(tmp_path / "two")["num_processes"] == 2
     # The same sums of float32 in another order, through four steps
     assert logged(tmp_path / "two") == pytest.approx(logged(tmp_path / "one"), rel=1e-4)

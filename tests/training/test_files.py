@@ -11,6 +11,9 @@ from gma_hf.training.errors import TrainingInputError
 from gma_hf.training.files import MIN_CHARS_PER_ROW, load_files, resolve_files
 
 
+pytestmark = pytest.mark.quick
+
+
 # Separators at which `str.splitlines` would split, white space at ends, an empty line, Windows line ends, no last one
 AWKWARD = " = Title = \n\nline\u2028separator, form\x0cfeed, next\x85line \r\n\ttab \x1c file\n \nend"
 

@@ -7,9 +7,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gma_hf import GMAForCausalLM, GMAForMaskedLM
 from gma_hf.training.errors import TrainingInputError
 from gma_hf.training.packing import IGNORE_INDEX, PackedCollator, _blocks, pack_documents
 from gma_hf.training.tokenization import train_tokenizer
+
+from ..conftest import make_model, tiny_config
 
 
 END = 0  # the separator in the tests below
@@ -73,6 +76,17 @@ def test_isolated_documents_begin_and_end_with_the_separator():
     assert block["position_ids"] == [0, 1, 2, 3, 4, 0, 1, 2]
     labels = PackedCollator(pad_token_id=99)([block])["labels"][0].tolist()
     assert labels == [IGNORE_INDEX, 1, 2, 3, END, IGNORE_INDEX, 4, END]
+
+
+@pytest.mark.parametrize(("model_class", "is_causal"), [(GMAForCausalLM, True), (GMAForMaskedLM, False)])
+def test_models_keep_isolated_documents_apart(model_class, is_causal):
+    model = make_model(model_class, tiny_config(is_causal=is_causal))
+    (block,) = blocks_of(DOCUMENTS, 32, isolate_documents=True)
+    batch = PackedCollator(pad_token_id=99)([block])
+    packed = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"]).logits[0]
+    alone = [model(input_ids=torch.tensor([[END, *document, END]])).logits[0] for document in DOCUMENTS]
+    # float32 sums over other chunks, through three layers
+    torch.testing.assert_close(packed, torch.cat(alone), rtol=1e-4, atol=1e-5)
 
 
 def test_padding_is_no_target_and_its_own_document():

@@ -43,6 +43,7 @@ def test_a_language_model_is_trained_saved_and_described(run_script, tiny_run, t
 
     model = AutoModelForCausalLM.from_pretrained(out)
     assert model.config.use_decay and model.config.hidden_size == 32  # the gated preset, overridden
+    assert model.config.use_cache  # although training goes without a cache
     assert model.config.eos_token_id == tokenizer.eos_token_id
     generated = pipeline("text-generation", model=model, tokenizer=tokenizer)("the river", max_new_tokens=3)
     assert generated[0]["generated_text"].startswith("the river")
@@ -59,7 +60,7 @@ def test_the_card_is_valid_and_tells_no_machine_paths(run_script, tiny_run, tmp_
     by_type = {result.metric_type: result.metric_value for result in card.data.eval_results}
     assert by_type["perplexity"] == scores["eval_perplexity"]
     assert by_type["bits_per_byte"] == scores["eval_bits_per_byte"]
-    assert "corpus.txt" in card.content and "--learning_rate=0.001" in card.content
+    assert "corpus.txt" in card.content and "python scripts/train_clm.py --train_file=corpus.txt" in card.content
     assert "AutoModelForCausalLM.from_pretrained" in card.text
     written = results(out)
     assert {"torch", "transformers", "gma_hf"} <= set(written["versions"])
@@ -195,7 +196,7 @@ def test_a_causal_checkpoint_is_fine_tuned_to_classify(run_script, tiny_run, lab
             {"preset": "paper", "block_size": 65},
             r"--block_size is 65, but .* 64 tokens only.*max_position_embeddings=65",
         ),
-        ({"config_overrides": "num_heads=3"}, "no field 'num_heads'"),
+        ({"config_overrides": "num_heads=3"}, "GMAConfig has no field 'num_heads'"),
         ({"config_overrides": "hidden_size=33,num_attention_heads=2"}, "`hidden_size`.*not a multiple"),
         ({"config_overrides": "vocab_size=10"}, "vocab_size is 10, but the tokenizer has 300"),
         ({"model_name_or_path": "no/such_model"}, "no/such_model"),

@@ -7,6 +7,9 @@ from gma_hf.training.errors import TrainingInputError
 from gma_hf.training.tokenization import get_tokenizer, separator_id, train_tokenizer
 
 
+pytestmark = pytest.mark.quick
+
+
 @pytest.fixture
 def tokenizer(sentences):
     return train_tokenizer(iter(sentences(100)), 320, with_mask=True)

@@ -16,6 +16,9 @@ from gma_hf.training import (
 from ..conftest import BLOCKS, tiny_config
 
 
+pytestmark = pytest.mark.quick
+
+
 def training_arguments(tmp_path, cls=GMATrainingArguments, **values):
     defaults = {
         "output_dir": str(tmp_path / "out"),

@@ -1,0 +1,170 @@
+# Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
+"""What a caller is told when arguments do not fit, how backends are chosen, and that calls compile."""
+
+import pytest
+import torch
+
+from gma_hf.ops import (
+    available_backends,
+    gaussian_mixture_affinity,
+    gaussian_mixture_attention,
+    gaussian_mixture_responsibilities,
+    register_backend,
+    registry,
+)
+from gma_hf.ops.chunked_blocks import causal_block_count, causal_blocks
+
+from .problems import Problem, assert_close
+
+
+def call(**changes):
+    return gaussian_mixture_attention(**(Problem(batch=2, key_heads=2, length=20).tensors() | changes))
+
+
+WRONG = {
+    "query": ({"query": torch.zeros(2, 2, 20)}, r"query has shape \[2, 2, 20\]"),
+    "integers": ({"query": torch.zeros(2, 2, 20, 4, dtype=torch.long)}, "query has dtype torch.int64"),
+    "key": ({"key": torch.zeros(2, 2, 20, 5)}, r"key has shape .* = \[2, 2, 20, 4\]"),
+    "value": ({"value": torch.zeros(2, 2, 19, 3)}, r"value has shape .* = \[2, 2, 20, 3\]"),
+    "heads": ({"query": torch.zeros(2, 3, 20, 4)}, "query has 3 heads, means 2 mixtures"),
+    "means": ({"means": torch.zeros(2, 5, 3)}, "means has shape .*routing_dim = 4"),
+    "variances": ({"raw_variances": torch.zeros(2, 4, 4)}, r"raw_variances has shape .* = \[2, 5, 4\]"),
+    "priors": ({"prior_logits": torch.zeros(2, 4)}, r"prior_logits has shape .* = \[2, 5\]"),
+    "weight": ({"write_weight": torch.ones(2, 20)}, r"write_weight has shape \[2, 20\]"),
+    "weight length": ({"write_weight": torch.ones(2, 1, 19)}, r"write_weight has shape .* = \[2, 1, 20\]"),
+    "decay heads": ({"log_decay": torch.zeros(2, 3, 20)}, "log_decay has shape .* dividing the 2"),
+    "decay direction": ({"log_decay": torch.zeros(2, 2, 20), "causal": False}, "log_decay .* causal=True"),
+    "ids shape": ({"sequence_ids": torch.zeros(20, dtype=torch.long)}, r"sequence_ids has shape \[20\]"),
+    "ids dtype": ({"sequence_ids": torch.zeros(2, 20)}, "sequence_ids has dtype torch.float32, expected integers"),
+    "ids state": (
+        {"sequence_ids": torch.zeros(2, 20, dtype=torch.long), "causal": False, "output_final_state": True},
+        "a state of its own",
+    ),
+    "lengths": ({"query": torch.zeros(2, 2, 7, 4)}, "query length 7 and key length 20"),
+    "state": ({"initial_state": (torch.zeros(2, 2, 5, 4), torch.zeros(2, 2, 5))}, "initial_state S has shape"),
+    "state z": ({"initial_state": (torch.zeros(2, 2, 5, 3), torch.zeros(2, 2))}, "initial_state z has shape"),
+    "state parts": ({"initial_state": (torch.zeros(2, 2, 5, 3),)}, "1 parts, expected the pair"),
+    "backend": ({"backend": "fast"}, "Unknown backend 'fast'; expected 'auto' or one of .*'chunked'"),
+    "unable": ({"backend": "recurrent", "causal": False}, "'recurrent' cannot run .* causal.*'chunked'"),
+}
+
+
+@pytest.mark.parametrize("wrong", list(WRONG))
+def test_errors_name_the_argument_and_what_was_expected(wrong):
+    changes, message = WRONG[wrong]
+    with pytest.raises(ValueError, match=message):
+        call(**changes)
+
+
+def test_affinity_and_responsibilities_check_their_arguments():
+    tensors = Problem().tensors()
+    mixture = (tensors["means"], tensors["raw_variances"], tensors["prior_logits"])
+    with pytest.raises(ValueError, match="key has shape"):
+        gaussian_mixture_affinity(tensors["query"], tensors["key"][..., :3], *mixture)
+    with pytest.raises(ValueError, match="means has shape"):
+        gaussian_mixture_responsibilities(tensors["key"][..., :3], *mixture)
+
+
+def test_auto_takes_the_recurrence_for_a_token_and_chunks_for_many(monkeypatch):
+    taken = []
+    for backend in list(registry._BACKENDS.values()):
+
+        def spy(attention_call, backend=backend):
+            taken.append(backend.name)
+            return backend.function(attention_call)
+
+        monkeypatch.setitem(registry._BACKENDS, backend.name, backend._replace(function=spy))
+    for length in (1, 100):
+        gaussian_mixture_attention(**Problem(length=length).tensors())
+    gaussian_mixture_attention(**Problem(length=1).tensors(), causal=False)
+    assert taken == ["recurrent", "chunked", "chunked"]
+
+
+def test_the_environment_forces_a_backend(monkeypatch):
+    monkeypatch.setenv("GMA_HF_BACKEND", "recurrent")
+    with pytest.raises(ValueError, match="'recurrent' cannot run"):
+        call(causal=False)
+
+
+def test_a_registered_backend_is_chosen_by_name_and_by_priority(monkeypatch):
+    monkeypatch.setattr(registry, "_BACKENDS", dict(registry._BACKENDS))
+    register_backend(
+        "ones",
+        lambda c: (torch.ones_like(c.value), None),
+        supports=lambda c: None if c.causal else "it is causal.",
+        priority=lambda c: 100,
+    )
+    assert "ones" in available_backends()
+    assert (call(backend="ones") == 1).all()
+    assert (call() == 1).all()
+    assert not (call(causal=False) == 1).all()
+
+
+CASES = {
+    "causal": {},
+    "everything": {"weights": True, "decay": True, "state": True, "packed": True},
+    "bidirectional": {"causal": False, "weights": True},
+    "packed bidirectional": {"causal": False, "packed": True},
+}
+
+
+@pytest.mark.parametrize("case", list(CASES))
+def test_compiles_into_one_graph_forward_and_backward(case):
+    """Captured and differentiated ahead of time as one graph; code generation is the compiler's business."""
+    torch._dynamo.reset()
+    problem = Problem(length=70, **CASES[case])
+    ids = problem.sequence_ids()
+    compiled = torch.compile(gaussian_mixture_attention, fullgraph=True, backend="aot_eager")
+    results = []
+    for function in (gaussian_mixture_attention, compiled):
+        leaves = {name: x.requires_grad_() for name, x in problem.tensors().items()}
+        state = {"initial_state": (leaves["S"], leaves["z"])} if problem.state else {}
+        arguments = {name: x for name, x in leaves.items() if name not in ("S", "z")}
+        output = function(**arguments, **state, causal=problem.causal, sequence_ids=ids)
+        grads = torch.autograd.grad(output.sin().sum(), list(leaves.values()))
+        results.append({"output": output.detach(), **dict(zip(leaves, grads, strict=True))})
+    assert_close(*results, 1e-11)
+
+
+def test_new_lengths_do_not_recompile():
+    torch._dynamo.reset()
+    compiled = torch.compile(gaussian_mixture_attention, fullgraph=True, dynamic=True, backend="aot_eager")
+    compiled(**Problem(length=100).tensors())
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for length in (64, 130, 700):
+            tensors = Problem(length=length).tensors()
+            torch.testing.assert_close(compiled(**tensors), gaussian_mixture_attention(**tensors))
+
+
+def test_decoding_compiles_once():
+    torch._dynamo.reset()
+    compiled = torch.compile(gaussian_mixture_attention, fullgraph=True, backend="aot_eager")
+    state = None
+    problem = Problem(length=6, weights=True, decay=True, state=True)
+    tensors = problem.tensors()
+    state = (tensors.pop("S"), tensors.pop("z"))
+    sliced = ("query", "key", "value", "write_weight", "log_decay")
+    outputs = []
+    for t in range(6):
+        token = {name: x[:, :, t : t + 1].clone() if name in sliced else x for name, x in tensors.items()}
+        with torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=t > 0):
+            output, state = compiled(**token, initial_state=state, output_final_state=True)
+        outputs.append(output)
+    whole = problem.run(problem.tensors(), backend="reference")
+    assert_close(whole, {"output": torch.cat(outputs, dim=2), "S": state[0], "z": state[1]}, 1e-11)
+
+
+def test_exports_with_a_dynamic_length():
+    class Layer(torch.nn.Module):
+        def forward(self, query, key, value, means, raw_variances, prior_logits):
+            return gaussian_mixture_attention(query, key, value, means, raw_variances, prior_logits)
+
+    dynamic = {name: {2: torch.export.Dim.DYNAMIC} for name in ("query", "key", "value")}
+    dynamic |= {"means": None, "raw_variances": None, "prior_logits": None}
+    exported = torch.export.export(Layer(), tuple(Problem(length=100).tensors().values()), dynamic_shapes=dynamic)
+    other = tuple(Problem(length=333).tensors().values())
+    torch.testing.assert_close(exported.module()(*other), gaussian_mixture_attention(*other))
+
+
+def test_block_count_is_the_number_of_blocks():
+    assert all(causal_block_count(length) == len(causal_blocks(length)) for length in range(1300))
