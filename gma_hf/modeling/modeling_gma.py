@@ -386,8 +386,8 @@ class GMAPreTrainedModel(PreTrainedModel):
     config: GMAConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["GMADecoderLayer"]  # noqa: RUF012 (the form that Transformers' models have)
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _no_split_modules = ["GMADecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -395,7 +395,7 @@ class GMAPreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = True
     # A running sum cannot be rolled back, as assisted decoding would need
     _is_stateful = True
-    _can_record_outputs = {  # noqa: RUF012
+    _can_record_outputs = {
         "hidden_states": GMADecoderLayer,
         "attentions": [GMAAttention, GMASoftmaxAttention],
     }
@@ -584,9 +584,9 @@ class GMAModel(GMAPreTrainedModel):
 class GMAForCausalLM(GMAPreTrainedModel, GenerationMixin):
     """GMA language model: a causal `GMAModel` and a head that predicts the next token."""
 
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
-    _tp_plan = {"lm_head": "colwise_gather_output"}  # noqa: RUF012
-    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}  # noqa: RUF012
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
 
     def __init__(self, config: GMAConfig):
         super().__init__(config)
@@ -670,8 +670,8 @@ class GMAForCausalLM(GMAPreTrainedModel, GenerationMixin):
 class GMAForMaskedLM(GMAPreTrainedModel):
     """GMA masked language model: a bidirectional `GMAModel` and a head that predicts the masked tokens."""
 
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
-    _tp_plan = {"lm_head": "colwise_gather_output"}  # noqa: RUF012
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
 
     def __init__(self, config: GMAConfig):
         super().__init__(config)

@@ -42,7 +42,7 @@ class GMAShortConvolution(nn.Conv1d):
         Returns:
             `tuple(torch.Tensor)`: the outputs `(batch, length, channels)`, zero at padding, and the new history.
         """
-        batch_size, length, num_channels = hidden_states.shape
+        batch_size, _, num_channels = hidden_states.shape
         width = self.kernel_size[0]
         before = width - 1 if causal else width // 2
         if history is None:
