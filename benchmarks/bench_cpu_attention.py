@@ -172,7 +172,10 @@ def main() -> None:
         lost = [length for rival, length in slower if rival == name]
         print(f"SDPA is faster than {name} at N = {lost if lost else 'none of these'} (forward and backward)")
 
-    arguments = [f"--threads {options.threads}", f"--lengths {' '.join(map(str, lengths))}"]
+    arguments = [
+        f"--threads {options.threads} --seconds {options.seconds:g}",
+        f"--lengths {' '.join(map(str, lengths))}",
+    ]
     report = {
         "command": " ".join(["python benchmarks/bench_cpu_attention.py", *arguments]),
         "date": datetime.date.today().isoformat(),

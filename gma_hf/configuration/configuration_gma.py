@@ -6,6 +6,8 @@ from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from ..remote_code import add_remote_code
 
@@ -254,7 +256,7 @@ class GMAConfig(PreTrainedConfig):
         ):
             _check_positive(self, name)
         for name in ("mean_init_std", "initializer_range"):
-            if getattr(self, name) < 0:
+            if not getattr(self, name) >= 0:
                 raise ValueError(f"`{name}` must not be negative, got {getattr(self, name)}.")
         for name in ("hidden_dropout", "attention_dropout", "classifier_dropout"):
             if not 0.0 <= getattr(self, name) < 1.0:
@@ -272,6 +274,8 @@ class GMAConfig(PreTrainedConfig):
             )
         if self.prior_init not in PRIOR_INITS:
             raise ValueError(f"`prior_init` must be one of {list(PRIOR_INITS)}, got {self.prior_init!r}.")
+        if self.hidden_act not in ACT2FN:
+            raise ValueError(f"`hidden_act` must be one of {sorted(ACT2FN)}, got {self.hidden_act!r}.")
         unknown_layer_types = sorted(set(self.layer_types) - set(LAYER_TYPES))
         if unknown_layer_types:
             raise ValueError(
@@ -281,9 +285,15 @@ class GMAConfig(PreTrainedConfig):
         if len(self.layer_types) != self.num_hidden_layers:
             raise ValueError(
                 f"`layer_types` needs one entry per layer: `num_hidden_layers` is {self.num_hidden_layers}, "
-                f"but it has {len(self.layer_types)} entries."
+                f"but it has {len(self.layer_types)} entries. Change both together."
             )
         if self.position_embedding_type == "rope":
+            rope_types = ["default", *ROPE_INIT_FUNCTIONS]
+            if self.rope_parameters["rope_type"] not in rope_types:
+                raise ValueError(
+                    f"`rope_parameters['rope_type']` must be one of {rope_types}, "
+                    f"got {self.rope_parameters['rope_type']!r}."
+                )
             rotated = {"head_dim": "full_attention" in self.layer_types, "routing_dim": self.rope_on_routing}
             for name, is_rotated in rotated.items():
                 if is_rotated and getattr(self, name) % 2 != 0:
@@ -326,7 +336,7 @@ class GMAConfig(PreTrainedConfig):
 
 
 def _check_positive(config: GMAConfig, name: str):
-    if getattr(config, name) <= 0:
+    if not getattr(config, name) > 0:  # so that NaN is refused too
         raise ValueError(f"`{name}` must be positive, got {getattr(config, name)}.")
 
 

@@ -400,6 +400,11 @@ class GMAPreTrainedModel(PreTrainedModel):
         "attentions": [GMAAttention, GMASoftmaxAttention],
     }
 
+    def __init__(self, config: GMAConfig, *inputs, **kwargs):
+        # `from_pretrained(folder, num_hidden_layers=4)` changes a configuration after its own validation
+        config.validate_architecture()
+        super().__init__(config, *inputs, **kwargs)
+
     @classmethod
     def register_for_auto_class(cls, auto_class="AutoModel"):
         """Nothing to do: every folder that `save_pretrained` writes already loads with `trust_remote_code=True`."""
@@ -548,6 +553,14 @@ class GMAModel(GMAPreTrainedModel):
         """The mask of the softmax layers, in the form that their attention implementation wants."""
         if "full_attention" not in self.config.layer_types:
             return None
+        seen_tokens = past_key_values.get_seq_length() if past_key_values is not None else 0
+        if attention_mask is not None and attention_mask.ndim == 2 and isinstance(seen_tokens, int):
+            expected = seen_tokens + inputs_embeds.shape[1]
+            if attention_mask.shape[1] < expected:
+                raise ValueError(
+                    f"The attention mask covers {attention_mask.shape[1]} tokens, but softmax layers read the "
+                    f"{seen_tokens} cached tokens again: it must cover them as well, {expected} tokens in all."
+                )
         arguments = {
             "config": self.config,
             "inputs_embeds": inputs_embeds,

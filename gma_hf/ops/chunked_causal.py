@@ -119,6 +119,15 @@ def propagate_back(decays: Tensor, reads: Tensor, last: Tensor) -> Tensor:
     return (decays[..., :-1] @ reads).addcmul_(decays[..., -1:], last.unsqueeze(2))
 
 
+def block_read(terms: BlockTerms, eps: float | None) -> Tensor:
+    """o of the equations, [M, B, n, R * T, dv]."""
+    read = terms.gamma_query @ terms.S
+    if terms.decays is not None:
+        read.mul_(terms.decays.from_start)
+    add_product_(read, terms.pairs, terms.value)
+    return read if eps is None else read.div_(denominator(terms, eps))
+
+
 def denominator(terms: BlockTerms, eps: float) -> Tensor:
     """D of the equations, [M, B, n, R * T, 1]."""
     from_state = terms.gamma_query @ terms.z.unsqueeze(-1)
@@ -147,14 +156,9 @@ def causal_forward(query, key, value, coefficients, write_weight, log_decay, S, 
     for i, block in enumerate(cover):
         S, z = block_S[i], block_z[i]
         terms = block_terms(block, query, key, value, coefficients, write_weight, log_decay, S, z, strict)
-        read = terms.gamma_query @ terms.S
-        if terms.decays is not None:
-            read.mul_(terms.decays.from_start)
-        add_product_(read, terms.pairs, terms.value)
-        if eps is not None:
-            read.div_(denominator(terms, eps))
-        block.put_queries(output, read)
+        block.put_queries(output, block_read(terms, eps))
         block_S[i + 1], block_z[i + 1] = terms.last_S, terms.last_z
+        del terms  # so that the next block finds its memory, still in the cache
     return output, block_S, block_z
 
 
@@ -210,6 +214,7 @@ def causal_backward(
             if grad_decay is not None:
                 block.put_keys(grad_decay, gradient.log_decay)
             grad_S, grad_z = gradient.S, gradient.z
+            del terms, grad_read, gradient
     optional = [grad for grad in (grad_weight, grad_decay) if grad is not None]
     return [*grads, grad_S, grad_z, *grad_coefficients, *optional]
 
@@ -298,20 +303,12 @@ def block_backward(terms: BlockTerms, grad_read: Tensor, grad_S: Tensor, grad_z:
         faded_total = grad_total if decays is None else grad_total * decays.from_start
         grad_query.addcmul_(faded_total, terms.z.unsqueeze(-2))
 
-    # Gradients of the states, from right to left: the transpose of the chunks' decay matrix.
-    reads, weights = (faded_query.transpose(-1, -2) @ grad_read).flatten(3), torch.zeros_like(terms.z)
-    if normalize:
-        weights = (faded_query.transpose(-1, -2) @ grad_total).squeeze(-1)
-    behind, first = terms.chunk_decays[..., 1:].transpose(-1, -2), terms.chunk_decays[..., :1].transpose(-1, -2)
-    grad_states = propagate_back(behind, reads, grad_S.flatten(2)).unflatten(-1, grad_S.shape[2:])  # G_n
-    grad_first_S = propagate_back(first, reads, grad_S.flatten(2)).view_as(grad_S)
-    grad_weights = propagate_back(behind, weights, grad_z)  # g_n
-    grad_first_z = propagate_back(first, weights, grad_z).view_as(grad_z)
-
+    states = state_gradients(terms, faded_query, grad_read, grad_total, grad_S, grad_z)
     grad_value = terms.pairs.transpose(-1, -2) @ grad_read
-    add_product_(grad_value, terms.kept, grad_states)
-    grad_written = terms.value @ grad_states.transpose(-1, -2)
-    grad_written.add_(grad_weights.unsqueeze(-2))
+    del grad_read, faded_query
+    add_product_(grad_value, terms.kept, states.S)
+    grad_written = terms.value @ states.S.transpose(-1, -2)
+    grad_written.add_(states.z.unsqueeze(-2))
 
     grad_decay = None
     if decays is None:
@@ -320,7 +317,7 @@ def block_backward(terms: BlockTerms, grad_read: Tensor, grad_S: Tensor, grad_z:
         by_pair = terms.pairs * grad_pairs
         at_read = by_pair.sum(dim=-1) + (gamma_query * grad_query).sum(dim=-1)
         grad_written.mul_(decays.to_end)
-        carried = terms.S.mul(grad_states).sum(dim=(-1, -2)) + terms.z.mul(grad_weights).sum(dim=-1)
+        carried = terms.S.mul(states.S).sum(dim=(-1, -2)) + terms.z.mul(states.z).sum(dim=-1)
         grad_decay = log_decay_gradient(
             at_read=at_read.unflatten(3, (-1, terms.value.shape[3])).sum(dim=3),
             at_write=by_pair.sum(dim=-2),
@@ -329,8 +326,10 @@ def block_backward(terms: BlockTerms, grad_read: Tensor, grad_S: Tensor, grad_z:
             decays=decays,
         )
         grad_pairs.mul_(decays.pairs)
+    first_S, first_z = states.first_S, states.first_z
     add_product_(grad_query, grad_pairs, terms.written)
     add_product_(grad_written, grad_pairs.transpose(-1, -2), gamma_query)
+    del states, grad_pairs
 
     grad_weight = None
     if terms.write_weight is not None:
@@ -341,7 +340,30 @@ def block_backward(terms: BlockTerms, grad_read: Tensor, grad_S: Tensor, grad_z:
     grad_key, *from_key = posterior_backward(grad_written, terms.gamma_key, terms.key, coefficients)
     grad_coefficients = [a + b for a, b in zip(from_query, from_key, strict=True)]
     return BlockGradient(
-        grad_query, grad_key, grad_value, grad_coefficients, grad_weight, grad_decay, grad_first_S, grad_first_z
+        grad_query, grad_key, grad_value, grad_coefficients, grad_weight, grad_decay, first_S, first_z
+    )
+
+
+class StateGradients(NamedTuple):
+    """Gradients of the states of a block."""
+
+    S: Tensor  # [M, B, n, C, dv], G_n of the state after chunk n
+    z: Tensor  # [M, B, n, C], g_n
+    first_S: Tensor  # [M, B, C, dv], of the state before the block
+    first_z: Tensor  # [M, B, C]
+
+
+def state_gradients(terms, faded_query, grad_read, grad_total, grad_S, grad_z) -> StateGradients:
+    """From right to left: the transpose of the chunks' decay matrix, on what the queries of every chunk read."""
+    reads, weights = (faded_query.transpose(-1, -2) @ grad_read).flatten(3), torch.zeros_like(terms.z)
+    if grad_total is not None:
+        weights = (faded_query.transpose(-1, -2) @ grad_total).squeeze(-1)
+    behind, first = terms.chunk_decays[..., 1:].transpose(-1, -2), terms.chunk_decays[..., :1].transpose(-1, -2)
+    return StateGradients(
+        S=propagate_back(behind, reads, grad_S.flatten(2)).unflatten(-1, grad_S.shape[2:]),
+        z=propagate_back(behind, weights, grad_z),
+        first_S=propagate_back(first, reads, grad_S.flatten(2)).view_as(grad_S),
+        first_z=propagate_back(first, weights, grad_z).view_as(grad_z),
     )
 
 
