@@ -401,9 +401,9 @@ class GMAPreTrainedModel(PreTrainedModel):
     }
 
     def __init__(self, config: GMAConfig, *inputs, **kwargs):
+        super().__init__(config, *inputs, **kwargs)
         # `from_pretrained(folder, num_hidden_layers=4)` changes a configuration after its own validation
         config.validate_architecture()
-        super().__init__(config, *inputs, **kwargs)
 
     @classmethod
     def register_for_auto_class(cls, auto_class="AutoModel"):

@@ -56,6 +56,10 @@ def test_a_bidirectional_gated_block_has_no_decay():
         ({"decay_rate_range": (4.0, 2.0)}, "0 < low <= high"),
         ({"prior_init": "zipf"}, "one of ['uniform', 'balanced']"),
         ({"hidden_dropout": 1.0}, "must lie in [0, 1)"),
+        ({"hidden_act": "swish2"}, "`hidden_act` must be one of ["),
+        ({"position_embedding_type": "rope", "rope_parameters": {"rope_type": "2d"}}, "must be one of ['default',"),
+        ({"initializer_range": float("nan")}, "`initializer_range` must not be negative, got nan"),
+        ({"read_eps": float("nan")}, "`read_eps` must be positive, got nan"),
     ],
 )
 def test_impossible_values_are_refused_with_the_valid_choice(values, message):

@@ -35,6 +35,31 @@ def test_forward_and_backward_compile_in_one_graph(block, tokens):
         assert (parameter.grad - gradients[name]).abs().max() <= 1e-4 * scale + 1e-6, name
 
 
+def test_gradient_checkpointing_compiles_in_one_graph(block, tokens):
+    model = make_model(gma_hf.GMAForCausalLM, tiny_config(block)).train()
+    model(tokens, labels=tokens, use_cache=False).loss.backward()
+    gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    model.gradient_checkpointing_enable()
+    torch.compile(model, fullgraph=True, backend="aot_eager")(tokens, labels=tokens, use_cache=False).loss.backward()
+    for name, parameter in model.named_parameters():
+        scale = gradients[name].abs().max()
+        assert (parameter.grad - gradients[name]).abs().max() <= 1e-4 * scale + 1e-6, name
+
+
+def test_a_second_length_is_the_last_to_compile(block):
+    """The first graph is for one length, the second for all."""
+    model = make_model(gma_hf.GMAForCausalLM, tiny_config(block))
+    counter = CompileCounter()
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    for length in (17, 33, 50, 90, 128, 20):
+        batch = torch.randint(3, TINY["vocab_size"], (2, length), generator=torch.Generator().manual_seed(length))
+        with torch.no_grad():
+            logits = compiled(batch, use_cache=False).logits
+            torch.testing.assert_close(logits, model(batch, use_cache=False).logits, **TOLERANCE)
+    assert counter.frame_count <= 2
+
+
 def test_padded_batches_compile_in_one_graph(block, tokens):
     model = make_model(gma_hf.GMAForCausalLM, tiny_config(block))
     mask = torch.ones_like(tokens)
@@ -82,6 +107,23 @@ def test_export_with_any_length(block, tokens):
     torch.testing.assert_close(
         exported.module()(input_ids=longer, use_cache=False).logits, model(longer, use_cache=False).logits, **TOLERANCE
     )
+
+
+def test_an_encoder_exports_with_any_batch_length_and_padding(block, tokens):
+    model = make_model(gma_hf.GMAForMaskedLM, tiny_config(block, is_causal=False))
+    shape = {0: torch.export.Dim("batch", min=2, max=9), 1: torch.export.Dim("length", min=2, max=128)}
+    exported = torch.export.export(
+        model,
+        (),
+        {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)},
+        dynamic_shapes={"input_ids": shape, "attention_mask": shape},
+        strict=False,
+    )
+    batch = tokens.repeat(2, 3)[:, :45]
+    mask = torch.ones_like(batch)
+    mask[1, 30:] = mask[2, :7] = 0
+    logits = exported.module()(input_ids=batch, attention_mask=mask).logits
+    torch.testing.assert_close(logits[mask == 1], model(batch, attention_mask=mask).logits[mask == 1], **TOLERANCE)
 
 
 class DecodingStep(torch.nn.Module):

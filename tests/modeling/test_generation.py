@@ -10,7 +10,7 @@ from transformers.cache_utils import Cache
 
 import gma_hf
 from gma_hf.modeling import GMACacheLayer
-from tests.conftest import TINY, make_model, tiny_config
+from tests.conftest import BLOCKS, TINY, make_model, tiny_config
 
 
 # Float32 sums in another order, as in the padding tests
@@ -105,12 +105,74 @@ def test_a_cache_made_without_configuration_works_too(model, tokens):
 
 @pytest.mark.quick
 @pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("block", [name for name in BLOCKS if name != "hybrid"])
 def test_a_reset_cache_is_a_new_cache(model, tokens, static):
+    """Of GMA layers; softmax layers have the cache of Transformers, which had a reset of its own before 5.23."""
     cache = StaticCache(config=model.config, max_cache_len=32) if static else DynamicCache(config=model.config)
     expected = model(tokens, past_key_values=cache).logits
     cache.reset()
     assert int(cache.get_seq_length()) == 0
     torch.testing.assert_close(model(tokens, past_key_values=cache).logits, expected, rtol=0, atol=0)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("static", [False, True])
+def test_a_cache_is_copied_and_pickled(model, tokens, static, tmp_path):
+    expected = model(tokens, use_cache=False).logits[:, 9:]
+    with torch.no_grad():  # PyTorch copies no tensor that a gradient flows through
+        cache = StaticCache(config=model.config, max_cache_len=32) if static else DynamicCache(config=model.config)
+        model(tokens[:, :9], past_key_values=cache)
+        torch.save(cache, tmp_path / "cache.pt")
+        for copied in (copy.deepcopy(cache), torch.load(tmp_path / "cache.pt", weights_only=False), cache):
+            torch.testing.assert_close(model(tokens[:, 9:], past_key_values=copied).logits, expected, **TOLERANCE)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("implementation", [None, "static"])
+def test_a_prompt_may_be_read_in_chunks(model, tokens, implementation):
+    mask = torch.ones_like(tokens)
+    mask[0, :6] = 0
+    arguments = {"attention_mask": mask, "do_sample": False, **LENGTH}
+    chunked = model.generate(tokens, prefill_chunk_size=4, cache_implementation=implementation, **arguments)
+    assert torch.equal(chunked, model.generate(tokens, **arguments))
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_rows_may_end_at_different_times(model, tokens, num_beams):
+    """A row that met its end token is padded on while the others go on."""
+    greedy = model.generate(tokens, do_sample=False, **LENGTH)
+    arguments = {**LENGTH, "eos_token_id": int(greedy[0, 21]), "do_sample": False, "num_beams": num_beams}
+    expected = model.generate(tokens, use_cache=False, **arguments)
+    assert torch.equal(model.generate(tokens, **arguments), expected)
+    assert torch.equal(model.generate(tokens, cache_implementation="static", **arguments), expected)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("padding", [0, 6])
+def test_a_chat_goes_on_from_the_cache_of_its_last_turn(model, tokens, padding):
+    mask = torch.ones_like(tokens)
+    mask[0, :padding] = 0
+    first = model.generate(tokens, attention_mask=mask, do_sample=False, return_dict_in_generate=True, **LENGTH)
+    turn = torch.cat([first.sequences, tokens[:, :5]], dim=1)
+    arguments = {"attention_mask": torch.cat([mask, mask.new_ones(2, 17)], dim=1), "do_sample": False, **LENGTH}
+    continued = model.generate(turn, past_key_values=first.past_key_values, **arguments)
+    assert torch.equal(continued, model.generate(turn, **arguments))
+
+
+@pytest.mark.quick
+def test_a_mask_of_the_current_tokens_alone(tokens):
+    """A GMA state needs no mask of what went into it; softmax layers read the cached tokens again and do."""
+    mask = torch.ones(2, 9, dtype=torch.long)
+    for block in ("paper", "gated"):
+        model = make_model(gma_hf.GMAForCausalLM, tiny_config(block))
+        cache = model(tokens[:, :10], use_cache=True).past_key_values
+        logits = model(tokens[:, 10:], past_key_values=cache, attention_mask=mask).logits
+        torch.testing.assert_close(logits, model(tokens).logits[:, 10:], **TOLERANCE)
+    hybrid = make_model(gma_hf.GMAForCausalLM, tiny_config("hybrid"))
+    cache = hybrid(tokens[:, :10], use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="it must cover them as well, 19 tokens in all"):
+        hybrid(tokens[:, 10:], past_key_values=cache, attention_mask=mask)
 
 
 @pytest.mark.quick
@@ -209,6 +271,10 @@ def test_what_a_running_state_cannot_do_is_refused(tokens):
     model = make_model(gma_hf.GMAForCausalLM, tiny_config("gated"))
     with pytest.raises(ValueError, match="assisted generation is not supported with stateful models"):
         model.generate(tokens[:1], assistant_model=copy.deepcopy(model), max_new_tokens=4)
+    with pytest.raises(ValueError, match="assisted generation is not supported with stateful models"):
+        model.generate(tokens[:1], prompt_lookup_num_tokens=3, max_new_tokens=4)
+    with pytest.raises(ValueError, match="use_cache=False"):
+        model.generate(tokens, output_attentions=True, return_dict_in_generate=True, max_new_tokens=4)
     cache = model(tokens, use_cache=True).past_key_values
     assert not cache.is_croppable
     with pytest.raises(ValueError, match="cannot remove tokens"):

@@ -117,7 +117,13 @@ def test_the_flattening_collator_of_transformers_works(tokens, block):
     labels[0, :8], labels[1] = tokens[0, :8], tokens[1]
     mask = (labels != 0).long()
     expected = model(labels, attention_mask=mask, labels=labels.masked_fill(mask == 0, -100)).loss
-    for arguments in ({}, {"return_flash_attn_kwargs": True}, {"return_seq_idx": True}):
+    # The last is what TRL's SFTTrainer sends
+    for arguments in (
+        {},
+        {"return_flash_attn_kwargs": True},
+        {"return_seq_idx": True},
+        {"return_flash_attn_kwargs": True, "return_seq_idx": True},
+    ):
         batch = DataCollatorWithFlattening(return_tensors="pt", **arguments)(rows)
         torch.testing.assert_close(model(**batch).loss, expected, rtol=1e-5, atol=1e-6)
 

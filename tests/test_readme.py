@@ -1,0 +1,48 @@
+# Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
+"""The README tells the truth: its Python runs, its numbers are those of the committed results."""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+import gma_hf
+from gma_hf.training import train_tokenizer
+from tests.conftest import tiny_config
+
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PYTHON_BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+
+
+@pytest.fixture
+def demo_model(tmp_path, monkeypatch):
+    """A stand-in for what `make demo` leaves behind: a model and its tokenizer in outputs/demo."""
+    tokenizer = train_tokenizer(["import os\n" * 20, "def read_lines(path):\n"], 300)
+    model = gma_hf.GMAForCausalLM(tiny_config("gated", vocab_size=len(tokenizer)))
+    model.save_pretrained(tmp_path / "outputs" / "demo")
+    tokenizer.save_pretrained(tmp_path / "outputs" / "demo")
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize("index", range(len(PYTHON_BLOCKS)))
+def test_python_blocks_run_as_they_stand(index, demo_model):
+    exec(compile(PYTHON_BLOCKS[index], f"README.md, Python block {index + 1}", "exec"), {"__name__": "readme"})
+
+
+def test_quality_table_is_the_committed_result():
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    try:
+        from wikitext2 import table
+    finally:
+        sys.path.pop(0)
+    runs = json.loads((ROOT / "benchmarks" / "results" / "wikitext2.json").read_text())["runs"]
+    assert table(runs) in README
+
+
+def test_files_that_the_readme_names_exist():
+    for path in set(re.findall(r"(?:scripts|benchmarks|gma_hf)/[\w/]+\.(?:py|yaml)", README)):
+        assert (ROOT / path).exists(), path
