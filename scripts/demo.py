@@ -29,7 +29,7 @@ from gma_hf.training.metrics import language_model_metrics, token_statistics
 
 VOCAB_SIZE = 2048
 BLOCK_SIZE = 256
-NUM_FILES = 260  # about 4 MB of text
+NUM_FILES = 200  # about 3 MB of text
 PROMPT = "def read_lines(path):\n"
 
 RELOAD = """
@@ -142,7 +142,7 @@ def plot_specialisation(model, tokenizer, blocks: Dataset, path: Path):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/demo"))
-    parser.add_argument("--max_steps", type=int, default=220)
+    parser.add_argument("--max_steps", type=int, default=320)
     arguments = parser.parse_args()
     start = time.time()
     set_seed(0)
@@ -155,7 +155,7 @@ def main():
         pack_documents(text, tokenizer, tokenizer.eos_token_id, BLOCK_SIZE, name, keep_last=name != "train").blocks
         for name, text in (("train", train_text), ("validation", held_out_text))
     )
-    held_out = held_out.select(range(min(48, len(held_out))))
+    held_out = held_out.select(range(min(32, len(held_out))))
     print(f"{len(train_text)} files, {len(train) * BLOCK_SIZE:,} tokens; {len(held_out_text)} files held out")
 
     say("2. A gated GMA language model, trained with the Trainer")
@@ -164,7 +164,7 @@ def main():
         vocab_size=len(tokenizer),
         hidden_size=128,
         intermediate_size=384,
-        num_hidden_layers=4,
+        num_hidden_layers=3,
         num_attention_heads=4,
         num_components=32,
         pad_token_id=tokenizer.pad_token_id,
@@ -178,7 +178,7 @@ def main():
         args=GMATrainingArguments(
             output_dir=str(arguments.output_dir),
             max_steps=arguments.max_steps,
-            per_device_train_batch_size=16,
+            per_device_train_batch_size=8,
             per_device_eval_batch_size=16,
             learning_rate=4e-3,
             lr_scheduler_type="cosine",

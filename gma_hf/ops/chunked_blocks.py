@@ -68,10 +68,10 @@ def causal_blocks(length: int) -> list[Block]:
     return cover if whole == length else [*cover, Block(whole, length, length - whole)]
 
 
-def causal_block_count(length: int) -> int:
-    """len(causal_blocks(length)), as arithmetic that a compiler can do on a symbolic length."""
-    whole = length - length % CHUNK
-    return -(-whole // BLOCK) + -(-(length - whole) // CHUNK)
+def state_slots(length: int) -> int:
+    """Room for the states before every block of `causal_blocks` and after the last: one too many for some lengths, but
+    in arithmetic whose range a compiler can tell for a symbolic length."""
+    return -(-length // BLOCK) + 2
 
 
 def single_chunk_blocks(length: int) -> list[Block]:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .chunked_blocks import Block, add_product_, causal_block_count, causal_blocks, contiguous_clone
+from .chunked_blocks import Block, add_product_, causal_blocks, contiguous_clone, state_slots
 from .chunked_decay import Decays, block_decays, forget_, log_decay_gradient
 from .mixture import MixtureCoefficients, posterior, posterior_backward
 
@@ -147,11 +147,12 @@ def denominator(terms: BlockTerms, eps: float) -> Tensor:
     "Tensor S, Tensor z, float? eps, bool strict) -> (Tensor, Tensor, Tensor)",
 )
 def causal_forward(query, key, value, coefficients, write_weight, log_decay, S, z, eps, strict):
-    """Output, and S and z before every block and after the last, [blocks + 1, M, B, ...]."""
+    """Output, and S and z before every block and, in what slots remain, after the last: [slots, M, B, ...]."""
     coefficients = MixtureCoefficients(*coefficients)
     output = value.new_empty(*query.shape[:3], value.shape[-1])
     cover = causal_blocks(query.shape[2])
-    block_S, block_z = S.new_empty(len(cover) + 1, *S.shape), z.new_empty(len(cover) + 1, *z.shape)
+    slots = state_slots(query.shape[2])
+    block_S, block_z = S.new_empty(slots, *S.shape), z.new_empty(slots, *z.shape)
     block_S[0], block_z[0] = S, z
     for i, block in enumerate(cover):
         S, z = block_S[i], block_z[i]
@@ -159,14 +160,15 @@ def causal_forward(query, key, value, coefficients, write_weight, log_decay, S, 
         block.put_queries(output, block_read(terms, eps))
         block_S[i + 1], block_z[i + 1] = terms.last_S, terms.last_z
         del terms  # so that the next block finds its memory, still in the cache
+    block_S[len(cover) :], block_z[len(cover) :] = block_S[len(cover)].clone(), block_z[len(cover)].clone()
     return output, block_S, block_z
 
 
 @causal_forward.register_fake
 def _(query, key, value, coefficients, write_weight, log_decay, S, z, eps, strict):
     output = value.new_empty(*query.shape[:3], value.shape[-1])
-    states = causal_block_count(query.shape[2]) + 1
-    return output, S.new_empty(states, *S.shape), z.new_empty(states, *z.shape)
+    slots = state_slots(query.shape[2])
+    return output, S.new_empty(slots, *S.shape), z.new_empty(slots, *z.shape)
 
 
 @torch.library.custom_op(

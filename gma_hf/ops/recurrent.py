@@ -57,6 +57,10 @@ def supports(call: AttentionCall) -> str | None:
     return None
 
 
-register_backend(
-    "recurrent", recurrent_attention, supports=supports, priority=lambda call: 20 if call.key.shape[2] <= SHORT else 0
-)
+def priority(call: AttentionCall) -> int:
+    # A length that is still open (torch.export) is no int, and must not be decided on
+    length = call.key.shape[2]
+    return 20 if isinstance(length, int) and length <= SHORT else 0
+
+
+register_backend("recurrent", recurrent_attention, supports=supports, priority=priority)

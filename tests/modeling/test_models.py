@@ -163,7 +163,8 @@ def test_flex_attention_agrees_on_padded_and_packed_batches(tokens):
     mask = torch.ones_like(tokens)
     mask[0, :5] = 0
     positions = torch.cat([torch.arange(7), torch.arange(12)])[None]
-    with torch.no_grad():  # PyTorch's flex attention has no backward pass on the CPU
+    # PyTorch's flex attention has no backward pass on the CPU; uncompiled it needs no C++ compiler
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
         padded, packed = model(tokens, attention_mask=mask).logits, model(tokens, position_ids=positions).logits
         model.set_attn_implementation("flex_attention")
         logits = model(tokens, attention_mask=mask).logits
