@@ -132,6 +132,23 @@ def cpu_model() -> str:
     return platform.processor()
 
 
+def markdown_table(rows: list[dict]) -> str:
+    """The speed of forward and backward pass as the README shows it."""
+    lines = [
+        "| tokens | SDPA | GMA | speed-up | GMA with forgetting | speed-up | peak memory SDPA / GMA |",
+        "|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for length in sorted({row["length"] for row in rows}):
+        own = {row["rival"]: row for row in rows if row["length"] == length}
+        sdpa, gma, decay = (own[name] for name in ("sdpa", "gma", "gma, decay"))
+        lines.append(
+            f"| {length:,} | {sdpa['forward_backward_ms']:,.0f} ms | {gma['forward_backward_ms']:,.0f} ms | "
+            f"{gma['speed_up']:.1f}x | {decay['forward_backward_ms']:,.0f} ms | {decay['speed_up']:.1f}x | "
+            f"{sdpa['peak_memory_mib']:.0f} / {gma['peak_memory_mib']:.0f} MiB |"
+        )
+    return "\n".join(lines)
+
+
 def main() -> None:
     """Measure, print the table, write the JSON file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -189,7 +206,7 @@ def main() -> None:
     }
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(json.dumps(report, indent=2) + "\n")
-    print(f"written to {options.output}")
+    print(f"written to {options.output}\n\n{markdown_table(rows)}")
 
 
 if __name__ == "__main__":

@@ -78,6 +78,13 @@ def category(token: str) -> str:
     return "punctuation"
 
 
+def visible(token: str) -> str:
+    """A token as the plot writes it, its white space made visible."""
+    for white_space, mark in ((" " * 4, "→"), (" ", "·"), ("\n", "↵"), ("\t", "→"), ("$", r"\$")):
+        token = token.replace(white_space, mark)
+    return token
+
+
 @torch.no_grad()
 def plot_specialisation(model, tokenizer, blocks: Dataset, path: Path):
     """A heat map of the head whose components tell the categories of tokens apart best."""
@@ -119,19 +126,19 @@ def plot_specialisation(model, tokenizer, blocks: Dataset, path: Path):
     shown, lift = shown[order], lift[order]
     ticks = []
     for component in shown.tolist():
-        mass: dict[str, float] = {}
+        # How much more of a token's writes the component takes than its share of all writes would give it
+        excess: dict[str, float] = {}
         for string, weight in zip(strings, gamma[:, component].tolist(), strict=True):
-            mass[string] = mass.get(string, 0.0) + weight
-        top = sorted(mass, key=mass.get, reverse=True)[:4]
-        ticks.append(
-            f"{'  '.join(repr(string)[1:-1].replace('$', chr(92) + '$') for string in top)}   ({usage[component]:.0%})"
-        )
+            excess[string] = excess.get(string, 0.0) + weight - float(usage[component])
+        top = sorted(excess, key=excess.get, reverse=True)[:4]
+        top = [visible(string) for string in top]
+        ticks.append(f"{'  '.join(top)}   ({usage[component]:.0%})")
 
     figure, axes = plt.subplots(figsize=(9, 6.5), layout="constrained")
     image = axes.imshow(lift, cmap="RdBu_r", vmin=-3, vmax=3, aspect="auto")
     axes.set_xticks(range(len(names)), names, rotation=30, ha="right")
     axes.set_yticks(range(len(ticks)), ticks, family="monospace", fontsize=8)
-    axes.set_ylabel("component: its four heaviest tokens (share of all writes)")
+    axes.set_ylabel("component: its most characteristic tokens (share of all writes)")
     axes.set_title(f"What the components of layer {layer}, head {head} specialised on ({information:.2f} bits)")
     colorbar = figure.colorbar(image, ticks=range(-3, 4), label="how much likelier than average is the category?")
     colorbar.ax.set_yticklabels(["÷8", "÷4", "÷2", "1", "×2", "×4", "×8"])

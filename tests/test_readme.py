@@ -3,7 +3,6 @@
 
 import json
 import re
-import sys
 from pathlib import Path
 
 import pytest
@@ -33,14 +32,17 @@ def test_python_blocks_run_as_they_stand(index, demo_model):
     exec(compile(PYTHON_BLOCKS[index], f"README.md, Python block {index + 1}", "exec"), {"__name__": "readme"})
 
 
-def test_quality_table_is_the_committed_result():
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    try:
-        from wikitext2 import table
-    finally:
-        sys.path.pop(0)
-    runs = json.loads((ROOT / "benchmarks" / "results" / "wikitext2.json").read_text())["runs"]
-    assert table(runs) in README
+def test_tables_are_the_committed_results(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    from bench_cpu_attention import markdown_table
+    from wikitext2 import table
+
+    results = {
+        name: json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+        for name in ("wikitext2", "cpu_attention")
+    }
+    assert table(results["wikitext2"]["runs"]) in README
+    assert markdown_table(results["cpu_attention"]["rows"]) in README
 
 
 def test_files_that_the_readme_names_exist():

@@ -17,7 +17,7 @@ from .conftest import TINY_CONFIG, command_line, logged, results
 
 
 def classification(run, train, output_dir, **changes):
-    values = {**run, "train_file": str(train), "output_dir": str(output_dir), "max_length": 40, **changes}
+    values = {**run, "train_file": str(train), "output_dir": str(output_dir), "max_length": 80, **changes}
     values.pop("block_size")
     return command_line(values)
 
@@ -159,7 +159,7 @@ def test_a_masked_language_model_is_trained(run_script, tiny_run):
 def test_a_classifier_is_trained_from_scratch(run_script, tiny_run, labelled, tmp_path):
     out = tmp_path / "out"
     changes = {"test_file": labelled("test", seed=1), "validation_file": labelled("validation", seed=2)}
-    changes.update(max_steps=60, save_steps=60, learning_rate=1e-2, per_device_train_batch_size=4)
+    changes.update(max_steps=150, save_steps=150, learning_rate=5e-3, per_device_train_batch_size=8)
     run_script("train_classification", *classification(tiny_run, labelled("train", 80), out, **changes))
     scores = results(out)["metrics"]
     # The first and the last word tell the class
@@ -178,8 +178,8 @@ def test_a_causal_checkpoint_is_fine_tuned_to_classify(run_script, tiny_run, lab
     run_script("train_clm", *command_line(tiny_run))
     run = {name: value for name, value in tiny_run.items() if name not in ("config_overrides", "tokenizer_vocab_size")}
     out = tmp_path / "classifier"
-    changes = {"model_name_or_path": tiny_run["output_dir"], "max_steps": 60, "save_steps": 60, "learning_rate": 1e-2}
-    changes.update(per_device_train_batch_size=4)
+    changes = {"model_name_or_path": tiny_run["output_dir"], "max_steps": 150, "save_steps": 150, "learning_rate": 5e-3}
+    changes.update(per_device_train_batch_size=8)
     run_script("train_classification", *classification(run, labelled("train", 80), out, **changes))
     scores = results(out)["metrics"]
     assert scores["eval_accuracy"] == 1.0
