@@ -178,7 +178,12 @@ def test_a_causal_checkpoint_is_fine_tuned_to_classify(run_script, tiny_run, lab
     run_script("train_clm", *command_line(tiny_run))
     run = {name: value for name, value in tiny_run.items() if name not in ("config_overrides", "tokenizer_vocab_size")}
     out = tmp_path / "classifier"
-    changes = {"model_name_or_path": tiny_run["output_dir"], "max_steps": 150, "save_steps": 150, "learning_rate": 5e-3}
+    changes = {
+        "model_name_or_path": tiny_run["output_dir"],
+        "max_steps": 150,
+        "save_steps": 150,
+        "learning_rate": 5e-3,
+    }
     changes.update(per_device_train_batch_size=8)
     run_script("train_classification", *classification(run, labelled("train", 80), out, **changes))
     scores = results(out)["metrics"]
