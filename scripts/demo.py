@@ -149,7 +149,7 @@ def plot_specialisation(model, tokenizer, blocks: Dataset, path: Path):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/demo"))
-    parser.add_argument("--max_steps", type=int, default=320)
+    parser.add_argument("--max_steps", type=int, default=280)
     arguments = parser.parse_args()
     start = time.time()
     set_seed(0)
@@ -196,6 +196,7 @@ def main():
             save_strategy="no",
             report_to="none",
             overwrite_output_dir=True,
+            dataloader_pin_memory=torch.cuda.is_available(),
         ),
         train_dataset=train,
         eval_dataset=held_out,
