@@ -1,15 +1,14 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
 from .cache_gma import GMACacheLayer, StaticGMACacheLayer, adopt_cache, load_cache, save_cache
-from .mixture import GMAMixture
-from .modeling_gma import (
+from .heads_gma import (
     GMAForCausalLM,
     GMAForMaskedLM,
     GMAForQuestionAnswering,
     GMAForSequenceClassification,
     GMAForTokenClassification,
-    GMAModel,
-    GMAPreTrainedModel,
 )
+from .mixture import GMAMixture
+from .modeling_gma import GMAModel, GMAPreTrainedModel
 from .short_convolution import GMAShortConvolution
 
 

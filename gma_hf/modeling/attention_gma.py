@@ -1,0 +1,322 @@
+# Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
+"""The attention of a block: Gaussian Mixture Attention, or softmax attention in the other layers of a hybrid."""
+
+import copy
+import math
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from transformers import initialization as init
+from transformers.cache_utils import Cache
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs
+
+from ..configuration import GMAConfig
+from .mixture import GMAMixture
+from .short_convolution import GMAShortConvolution
+
+
+class GMARMSNorm(nn.Module):
+    """Root mean square norm over the last dimension, computed in float32."""
+
+    def __init__(self, hidden_size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.variance_epsilon = eps
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        input_dtype = hidden_states.dtype
+        hidden_states = hidden_states.to(torch.float32)
+        variance = hidden_states.pow(2).mean(-1, keepdim=True)
+        hidden_states = hidden_states * torch.rsqrt(variance + self.variance_epsilon)
+        return self.weight * hidden_states.to(input_dtype)
+
+    def extra_repr(self) -> str:
+        return f"{tuple(self.weight.shape)}, eps={self.variance_epsilon}"
+
+
+class GMARotaryEmbedding(nn.Module):
+    """
+    Cosines and sines of RoPE for states of dimension `dim`: routing states and softmax heads may differ in theirs.
+    """
+
+    inv_freq: torch.Tensor
+
+    def __init__(self, config: GMAConfig, dim: int):
+        super().__init__()
+        # The functions of Transformers read the dimension from the configuration
+        self.config = copy.copy(config)
+        self.config.head_dim = dim
+        self.max_seq_len_cached = config.max_position_embeddings
+        self.original_max_seq_len = config.max_position_embeddings
+        self.rope_type = config.rope_parameters["rope_type"]
+        rope_init_fn = self.compute_default_rope_parameters
+        if self.rope_type != "default":
+            rope_init_fn = ROPE_INIT_FUNCTIONS[self.rope_type]
+        inv_freq, self.attention_scaling = rope_init_fn(self.config)
+        self.register_buffer("inv_freq", inv_freq, persistent=False)
+        self.register_buffer("original_inv_freq", inv_freq.clone(), persistent=False)
+
+    @staticmethod
+    def compute_default_rope_parameters(
+        config: GMAConfig, device: torch.device | None = None, seq_len: int | None = None, **kwargs
+    ) -> tuple[torch.Tensor, float]:
+        exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float, device=device) / config.head_dim
+        return 1.0 / config.rope_parameters["rope_theta"] ** exponents, 1.0
+
+    @torch.no_grad()
+    @dynamic_rope_update
+    def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        # Angles in float32: bfloat16 cannot tell position 1000 from 1001
+        angles = position_ids[..., None].float() * self.inv_freq.to(device=x.device, dtype=torch.float)
+        angles = torch.cat((angles, angles), dim=-1)
+        cos, sin = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
+        return cos.to(x.dtype), sin.to(x.dtype)
+
+
+def rotate_half(x: torch.Tensor) -> torch.Tensor:
+    """Rotates half the hidden dims of the input."""
+    x1, x2 = x.chunk(2, dim=-1)
+    return torch.cat((-x2, x1), dim=-1)
+
+
+def apply_rotary_pos_emb(
+    query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rotate queries and keys `(batch, heads, length, dim)` by the angles `(batch, length, dim)`."""
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    return query * cos + rotate_half(query) * sin, key * cos + rotate_half(key) * sin
+
+
+class GMAAttention(nn.Module):
+    """Gaussian Mixture Attention: tokens write to, and read from, the components of a mixture."""
+
+    def __init__(self, config: GMAConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        self.routing_dim = config.routing_dim
+        num_heads, num_key_value_heads = config.num_attention_heads, config.num_key_value_heads
+
+        self.q_proj = nn.Linear(config.hidden_size, num_heads * self.routing_dim, bias=config.attention_bias)
+        self.k_proj = nn.Linear(config.hidden_size, num_key_value_heads * self.routing_dim, bias=config.attention_bias)
+        self.v_proj = nn.Linear(config.hidden_size, num_key_value_heads * self.head_dim, bias=config.attention_bias)
+        self.o_proj = nn.Linear(num_heads * self.head_dim, config.hidden_size, bias=config.attention_bias)
+        self.mixture_norm = GMAMixture(
+            num_heads, config.num_components, self.routing_dim, config.variance_floor, config.read_eps
+        )
+
+        self.conv = None
+        if config.conv_kernel_size > 0:
+            self.projection_sizes = [proj.out_features for proj in (self.q_proj, self.k_proj, self.v_proj)]
+            self.conv = GMAShortConvolution(sum(self.projection_sizes), config.conv_kernel_size)
+        if config.use_write_weight or config.use_decay:
+            self.dt_proj = nn.Linear(config.hidden_size, num_heads, bias=False)
+            self.dt_bias = nn.Parameter(torch.empty(num_heads))
+        if config.use_decay:
+            # Mamba-2's A_log; "bias" in the name keeps every Trainer's weight decay away from it
+            self.A_log_bias = nn.Parameter(torch.empty(num_heads))
+        if config.use_output_gate:
+            self.g_proj = nn.Linear(config.hidden_size, num_heads * self.head_dim, bias=False)
+        self.o_norm = None
+        if config.use_output_gate or not config.normalize_read:
+            self.o_norm = GMARMSNorm(self.head_dim, config.rms_norm_eps)
+
+    def reset_parameters(self):
+        config = self.config
+        if config.use_write_weight or config.use_decay:
+            # softplus(dt_bias) is log-uniform in [time_step_min, time_step_max], as in Mamba-2
+            low, high = math.log(config.time_step_min), math.log(config.time_step_max)
+            step = torch.empty_like(self.dt_bias, dtype=torch.float32).uniform_(low, high).exp()
+            init.copy_(self.dt_bias, step + torch.log(-torch.expm1(-step)))
+        if config.use_decay:
+            rate = torch.empty_like(self.A_log_bias, dtype=torch.float32).uniform_(*config.decay_rate_range)
+            init.copy_(self.A_log_bias, rate.log())
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        past_key_values: Cache | None = None,
+        sequence_ids: torch.Tensor | None = None,
+        is_causal: bool = True,
+        output_attentions: bool = False,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        input_shape = hidden_states.shape[:-1]
+        cache_layer = past_key_values.layers[self.layer_idx] if past_key_values is not None else None
+
+        # 1. Queries and keys, the points that are routed, and values
+        query_states = self.q_proj(hidden_states)
+        key_states = self.k_proj(hidden_states)
+        value_states = self.v_proj(hidden_states)
+        conv_history = None
+        if self.conv is not None:
+            mixed_states, conv_history = self.conv(
+                torch.cat([query_states, key_states, value_states], dim=-1),
+                causal=is_causal,
+                padding_mask=attention_mask,
+                sequence_ids=sequence_ids,
+                history=cache_layer.conv_history if cache_layer is not None else None,
+            )
+            query_states, key_states, value_states = mixed_states.split(self.projection_sizes, dim=-1)
+        query_states = query_states.view(*input_shape, -1, self.routing_dim).transpose(1, 2)
+        key_states = key_states.view(*input_shape, -1, self.routing_dim).transpose(1, 2)
+        value_states = value_states.view(*input_shape, -1, self.head_dim).transpose(1, 2)
+        if position_embeddings is not None:
+            query_states, key_states = apply_rotary_pos_emb(query_states, key_states, *position_embeddings)
+
+        # 2. How much each token writes, and how much of the past it keeps
+        write_weight, log_decay = self.write_and_forget(hidden_states, attention_mask)
+
+        # 3. Write and read
+        recurrence = {
+            "causal": is_causal,
+            "write_weight": write_weight,
+            "log_decay": log_decay,
+            "sequence_ids": sequence_ids,
+            "normalize": self.config.normalize_read,
+        }
+        attn_weights = None
+        if output_attentions:
+            if cache_layer is not None and cache_layer.state is not None:
+                raise ValueError(
+                    "`output_attentions=True` needs all tokens at once: a GMA state no longer knows the single tokens "
+                    "it was built from. Run without a cache (`use_cache=False`)."
+                )
+            attn_weights = self.mixture_norm.affinity(query_states, key_states, **recurrence)
+        attn_output = self.mixture_norm(
+            query_states,
+            key_states,
+            value_states,
+            initial_state=cache_layer.state if cache_layer is not None else None,
+            output_final_state=cache_layer is not None,
+            **recurrence,
+        )
+        if cache_layer is not None:
+            attn_output, state = attn_output
+            cache_layer.update(state, conv_history, input_shape[1])
+
+        # 4. Norm per head, gate, output projection
+        attn_output = attn_output.transpose(1, 2)
+        if self.o_norm is not None:
+            attn_output = self.o_norm(attn_output)
+        attn_output = attn_output.reshape(*input_shape, -1)
+        if self.config.use_output_gate:
+            attn_output = attn_output * nn.functional.silu(self.g_proj(hidden_states))
+        return self.o_proj(attn_output), attn_weights
+
+    def write_and_forget(
+        self, hidden_states: torch.Tensor, padding_mask: torch.Tensor | None
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """The write weights w_t and log decays log a_t, `(batch, heads or 1, length)`; padding neither writes nor forgets."""
+        write_weight = log_decay = None
+        if self.config.use_write_weight or self.config.use_decay:
+            step = nn.functional.softplus(self.dt_proj(hidden_states).float() + self.dt_bias.float()).transpose(1, 2)
+            if padding_mask is not None:
+                step = step * padding_mask[:, None]
+            if self.config.use_write_weight:
+                write_weight = step
+            if self.config.use_decay:
+                log_decay = -self.A_log_bias.float().exp()[:, None] * step
+        if write_weight is None and padding_mask is not None:
+            write_weight = padding_mask[:, None].to(torch.float32)
+        return write_weight, log_decay
+
+
+def repeat_kv(hidden_states: torch.Tensor, n_rep: int) -> torch.Tensor:
+    """From (batch, num_key_value_heads, length, head_dim) to (batch, num_attention_heads, length, head_dim)."""
+    return hidden_states if n_rep == 1 else hidden_states.repeat_interleave(n_rep, dim=1)
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Unpack[TransformersKwargs],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    key_states = repeat_kv(key, module.num_key_value_groups)
+    value_states = repeat_kv(value, module.num_key_value_groups)
+    attn_weights = torch.matmul(query, key_states.transpose(2, 3)) * scaling
+    if attention_mask is not None:
+        attn_weights = attn_weights + attention_mask
+    attn_weights = nn.functional.softmax(attn_weights, dim=-1, dtype=torch.float32).to(query.dtype)
+    attn_weights = nn.functional.dropout(attn_weights, p=dropout, training=module.training)
+    attn_output = torch.matmul(attn_weights, value_states)
+    return attn_output.transpose(1, 2).contiguous(), attn_weights
+
+
+class GMASoftmaxAttention(nn.Module):
+    """Softmax attention, the `"full_attention"` layers of hybrids."""
+
+    def __init__(self, config: GMAConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.scaling = self.head_dim**-0.5
+        self.attention_dropout = config.attention_dropout
+        self.is_causal = config.is_causal
+
+        query_size, key_value_size = (
+            heads * self.head_dim for heads in (config.num_attention_heads, config.num_key_value_heads)
+        )
+        self.q_proj = nn.Linear(config.hidden_size, query_size, bias=config.attention_bias)
+        self.k_proj = nn.Linear(config.hidden_size, key_value_size, bias=config.attention_bias)
+        self.v_proj = nn.Linear(config.hidden_size, key_value_size, bias=config.attention_bias)
+        self.o_proj = nn.Linear(query_size, config.hidden_size, bias=config.attention_bias)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        past_key_values: Cache | None = None,
+        sequence_ids: torch.Tensor | None = None,
+        output_attentions: bool = False,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if output_attentions and self.config._attn_implementation != "eager":
+            raise ValueError(
+                f"`output_attentions=True` is not possible with `attn_implementation={self.config._attn_implementation!r}`, "
+                "which never forms the softmax layers' weights. Load the model with `attn_implementation='eager'`, or call "
+                "`model.set_attn_implementation('eager')`."
+            )
+        input_shape = hidden_states.shape[:-1]
+        hidden_shape = (*input_shape, -1, self.head_dim)
+        query_states = self.q_proj(hidden_states).view(hidden_shape).transpose(1, 2)
+        key_states = self.k_proj(hidden_states).view(hidden_shape).transpose(1, 2)
+        value_states = self.v_proj(hidden_states).view(hidden_shape).transpose(1, 2)
+        if position_embeddings is not None:
+            query_states, key_states = apply_rotary_pos_emb(query_states, key_states, *position_embeddings)
+        if past_key_values is not None:
+            key_states, value_states = past_key_values.update(key_states, value_states, self.layer_idx)
+
+        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        attn_output, attn_weights = attention_interface(
+            self,
+            query_states,
+            key_states,
+            value_states,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            **kwargs,
+        )
+        attn_output = attn_output.reshape(*input_shape, -1).contiguous()
+        return self.o_proj(attn_output), attn_weights
+
+
+ATTENTION_CLASSES = {"linear_attention": GMAAttention, "full_attention": GMASoftmaxAttention}

@@ -1,0 +1,267 @@
+# Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
+"""The GMA model with a head for each task."""
+
+import torch
+from torch import nn
+from transformers import GenerationMixin
+from transformers.cache_utils import Cache
+from transformers.modeling_layers import (
+    GenericForQuestionAnswering,
+    GenericForSequenceClassification,
+    GenericForTokenClassification,
+)
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    CausalLMOutputWithPast,
+    MaskedLMOutput,
+    SequenceClassifierOutputWithPast,
+)
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple, logging
+
+from ..configuration import GMAConfig
+from .cache_gma import adopt_cache
+from .modeling_gma import GMAModel, GMAPreTrainedModel
+
+
+logger = logging.get_logger(__name__)
+
+
+class GMAForCausalLM(GMAPreTrainedModel, GenerationMixin):
+    """GMA language model: a causal `GMAModel` and a head that predicts the next token."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+
+    def __init__(self, config: GMAConfig):
+        super().__init__(config)
+        if not config.is_causal:
+            raise ValueError(
+                "GMAForCausalLM needs `is_causal=True` in its configuration: a bidirectional model would see the tokens it "
+                "is to predict. Use GMAForMaskedLM for a bidirectional one."
+            )
+        self.model = GMAModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+        # Initialize weights and apply final processing
+        self.post_init()
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        # `generate` asks the cache for its length before the first forward pass
+        if isinstance(model_kwargs.get("past_key_values"), Cache):
+            adopt_cache(model_kwargs["past_key_values"], self.config)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> CausalLMOutputWithPast:
+        """
+        Args:
+            labels (`torch.LongTensor` of shape `(batch, length)`, *optional*): tokens to predict, shifted inside; -100 is
+                ignored.
+            logits_to_keep (`int` or `torch.Tensor`): compute logits for the last so many positions only (0: all), or for
+                these positions.
+            For the others see [`GMAModel.forward`].
+
+        Returns:
+            `CausalLMOutputWithPast`: `loss`, `logits` of shape `(batch, kept length, vocab_size)`, `past_key_values`.
+
+        ```python
+        >>> import gma_hf
+        >>> from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        >>> model = AutoModelForCausalLM.from_pretrained(folder)
+        >>> tokenizer = AutoTokenizer.from_pretrained(folder)
+        >>> inputs = tokenizer("Once upon a time", return_tensors="pt")
+        >>> tokenizer.decode(model.generate(**inputs, max_new_tokens=20)[0])
+        ```
+        """
+        outputs: BaseModelOutputWithPast = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        hidden_states = outputs.last_hidden_state
+        slice_indices = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(hidden_states[:, slice_indices, :])
+
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+class GMAForMaskedLM(GMAPreTrainedModel):
+    """GMA masked language model: a bidirectional `GMAModel` and a head that predicts the masked tokens."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+
+    def __init__(self, config: GMAConfig):
+        super().__init__(config)
+        if config.is_causal:
+            logger.warning(
+                "GMAForMaskedLM was given a causal configuration: masked tokens are predicted from what precedes them only. "
+                "Use `GMAConfig(is_causal=False)` for a bidirectional model."
+            )
+        self.model = GMAModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+        # Initialize weights and apply final processing
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> MaskedLMOutput:
+        """
+        Args:
+            labels (`torch.LongTensor` of shape `(batch, length)`, *optional*): tokens to predict, in place; -100 is ignored.
+            For the others see [`GMAModel.forward`].
+
+        Returns:
+            `MaskedLMOutput`: `loss`, `logits` of shape `(batch, length, vocab_size)`.
+        """
+        outputs: BaseModelOutputWithPast = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
+        logits = self.lm_head(outputs.last_hidden_state)
+
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return MaskedLMOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+class GMAForSequenceClassification(GenericForSequenceClassification, GMAPreTrainedModel):
+    """
+    GMA sequence classifier. A causal model pools the last real token, a bidirectional one the mean of the real tokens.
+    """
+
+    def __init__(self, config: GMAConfig):
+        super().__init__(config)
+        self.dropout = nn.Dropout(config.classifier_dropout)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> SequenceClassifierOutputWithPast:
+        """
+        Args:
+            labels (`torch.LongTensor` of shape `(batch,)`, *optional*): classes (or numbers, or rows of 0 and 1, as
+                `config.problem_type` says).
+            For the others see [`GMAModel.forward`].
+
+        Returns:
+            `SequenceClassifierOutputWithPast`: `loss`, `logits` of shape `(batch, num_labels)`.
+        """
+        outputs: BaseModelOutputWithPast = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        hidden_states = outputs.last_hidden_state
+        pooled_states = self.pool(hidden_states, self._real_tokens(hidden_states, input_ids, attention_mask))
+        pooled_logits = self.score(self.dropout(pooled_states))
+
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(
+                logits=pooled_logits, labels=labels, pooled_logits=pooled_logits, config=self.config
+            )
+        return SequenceClassifierOutputWithPast(
+            loss=loss,
+            logits=pooled_logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def pool(self, hidden_states: torch.Tensor, is_real: torch.Tensor) -> torch.Tensor:
+        """`(batch, length, hidden_size)` and real tokens `(batch, length)` to `(batch, hidden_size)`."""
+        if self.config.is_causal:
+            index = torch.arange(is_real.shape[1], device=is_real.device)
+            last_real_token = (index * is_real).argmax(dim=1)
+            return hidden_states[torch.arange(len(hidden_states), device=hidden_states.device), last_real_token]
+        # In float32: a sum over thousands of tokens outgrows 16 bits
+        is_real = is_real[..., None].to(torch.float32)
+        return ((hidden_states * is_real).sum(dim=1) / is_real.sum(dim=1).clamp(min=1)).to(hidden_states.dtype)
+
+    def _real_tokens(
+        self, hidden_states: torch.Tensor, input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Which tokens count: those of the attention mask or, without one, those that are not the padding token."""
+        batch_size, length = hidden_states.shape[:2]
+        if attention_mask is not None:
+            return (attention_mask[:, attention_mask.shape[1] - length :] != 0).to(hidden_states.device)
+        if input_ids is not None and self.config.pad_token_id is not None:
+            return (input_ids != self.config.pad_token_id).to(hidden_states.device)
+        if batch_size > 1:
+            logger.warning_once(
+                f"{self.__class__.__name__} got a batch without `attention_mask` and cannot tell padding from tokens: all "
+                "are taken for real. Pass the `attention_mask` that the tokenizer returns."
+            )
+        return torch.ones(batch_size, length, dtype=torch.bool, device=hidden_states.device)
+
+
+class GMAForTokenClassification(GenericForTokenClassification, GMAPreTrainedModel):
+    """GMA token classifier: a label per token."""
+
+
+class GMAForQuestionAnswering(GenericForQuestionAnswering, GMAPreTrainedModel):
+    """GMA extractive question answering: the first and last token of the answer."""
+
+
+__all__ = [
+    "GMAForCausalLM",
+    "GMAForMaskedLM",
+    "GMAForQuestionAnswering",
+    "GMAForSequenceClassification",
+    "GMAForTokenClassification",
+]
