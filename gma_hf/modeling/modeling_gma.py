@@ -191,7 +191,7 @@ class GMAModel(GMAPreTrainedModel):
             softmax_mask = masks.get("full_attention")
         else:
             softmax_mask = self._softmax_mask(
-                is_causal, inputs_embeds, attention_mask, position_ids, sequence_ids, past_key_values
+                is_causal, inputs_embeds, attention_mask, position_ids, sequence_ids, past_key_values, seen_tokens
             )
         masks = {"linear_attention": padding_mask, "full_attention": softmax_mask}
 
@@ -228,11 +228,11 @@ class GMAModel(GMAPreTrainedModel):
         position_ids: torch.Tensor,
         sequence_ids: torch.Tensor | None,
         past_key_values: Cache | None,
+        seen_tokens: int | torch.Tensor,
     ) -> torch.Tensor | None:
         """The mask of the softmax layers, in the form that their attention implementation wants."""
         if "full_attention" not in self.config.layer_types:
             return None
-        seen_tokens = past_key_values.get_seq_length() if past_key_values is not None else 0
         if attention_mask is not None and attention_mask.ndim == 2 and isinstance(seen_tokens, int):
             expected = seen_tokens + inputs_embeds.shape[1]
             if attention_mask.shape[1] < expected:
@@ -248,7 +248,7 @@ class GMAModel(GMAPreTrainedModel):
         }
         # Flash attention takes packed sequences from the positions or from `cu_seq_lens_q`, the others from their mask
         if sequence_ids is not None and "flash" not in self.config._attn_implementation:
-            if past_key_values is not None and past_key_values.get_seq_length() > 0:
+            if seen_tokens > 0:
                 raise ValueError("Softmax layers cannot go on from a cache with several packed sequences per row.")
             arguments["and_mask_function"] = same_sequence_mask_function(sequence_ids)
         if is_causal:
