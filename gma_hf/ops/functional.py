@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import chunked, recurrent  # noqa: F401 (importing a backend registers it)
+from . import chunked, recurrent, triton  # noqa: F401 (importing a backend registers it)
 from .mixture import mixture_coefficients, repeat_heads, responsibilities
 from .reference import pair_weights
 from .registry import AttentionCall, State, select_backend

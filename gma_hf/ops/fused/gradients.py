@@ -1,0 +1,360 @@
+# Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
+"""Gradients of everything, chunk by chunk from the right: the backward pass, second half.
+
+i, j in one chunk, S, z the state before it (saved by the forward pass), G, g the gradient of the state after it (carried),
+dn_i = do_i / D_i, and e, t, A the decays of `outputs`:
+
+    dD_i  = -(sum_j P_ij dn_i . v_j + e_i gamma^Q_i . S dn_i) / D_i                     0 if the read is not normalised
+    dP_ij = dn_i . v_j + dD_i
+    dgamma^Q_i = sum_j decayed dP_ij w_j gamma^K_j + e_i (S dn_i + dD_i z)
+    d(w gamma^K)_j = sum_i decayed dP_ij gamma^Q_i + t_j (G v_j + g)
+    dv_j  = sum_i P_ij dn_i + t_j w_j G^T gamma^K_j
+    G    <- A G + sum_i e_i gamma^Q_i dn_i^T,           g <- A g + sum_i e_i gamma^Q_i dD_i
+
+Behind the responsibilities (the paper's responsibility-modulated gradient):
+
+    dlogit = gamma (dgamma - gamma . dgamma),    dx = dlogit @ linear + 2 x (dlogit @ quadratic)
+    dlinear = sum dlogit^T x,    dquadratic = sum dlogit^T x^2,    dbias = sum dlogit           over queries and keys
+
+and of the decays, with r_i = gamma^Q_i . dgamma^Q_i and s_j = w_j gamma^K_j . d(w gamma^K)_j, summed over what spans l:
+
+    dlog a_l = sum_{i >= l} (r_i - s_i) + A (S . G + z . g) + sum_j t_j w_j gamma^K_j . (G v_j + g)
+
+A program walks over segments of one mixture and sums its parameters' gradients in registers (or, where they do not fit,
+in its own slice of memory): no atomics, so the same call gives the same bits. All of it is linear in dn, so blocks of BV
+value dimensions are separate programs whose gradients add up.
+"""
+
+import triton
+import triton.language as tl
+
+from .tiles import (
+    LN2,
+    RESET,
+    UNIT,
+    compute_tile,
+    load_coefficients,
+    load_decays,
+    load_row,
+    load_tile,
+    operand,
+    pair_decays,
+    power_of_two,
+    product,
+    rounded,
+    squares,
+    store_row,
+    store_tile,
+    tile_logits,
+    unit_scale,
+)
+
+
+@triton.jit
+def logit_gradient(grad_gamma, gamma, EXACT: tl.constexpr):
+    """gamma (dgamma - gamma . dgamma), rounded as the products behind it want it, and gamma . dgamma."""
+    weighted = grad_gamma * gamma
+    total = tl.sum(weighted, 1)
+    grad = weighted - gamma * total[:, None]
+    if EXACT:
+        return grad, total
+    return rounded(grad, tl.bfloat16), total
+
+
+@triton.jit
+def store_input_gradient(
+    GX, X, first, grad, stride_g, stride, count, D, coefficients, linear, quadratic, linear_rest, quadratic_rest,
+    T: tl.constexpr, CP: tl.constexpr, DP: tl.constexpr, BD: tl.constexpr, EVEN_D: tl.constexpr,
+    EXACT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dx of the rows. The coefficients are in base 2, hence the factor log 2."""
+    for block in tl.static_range(0, DP // BD):
+        if block > 0:
+            linear, quadratic, linear_rest, quadratic_rest = load_coefficients(coefficients, block, CP, DP, BD, EXACT)
+        columns = block * BD + tl.arange(0, BD)
+        x = load_tile(X, first, columns, stride, count, D, T, EVEN_D).to(tl.float32)
+        by_square = product(grad, quadratic, PRECISION)
+        by_x = product(grad, linear, PRECISION)
+        if not EXACT:
+            by_square = product(grad, quadratic_rest, PRECISION, by_square)
+            by_x = product(grad, linear_rest, PRECISION, by_x)
+        store_tile(GX, (by_x + 2.0 * x * by_square) * LN2, first, columns, stride_g, count, D, T, EVEN_D)
+
+
+@triton.jit
+def add_parameter_gradients(
+    grad_linear, grad_quadratic, X, first, grad, stride, count, D, GradLinear, GradQuadratic,
+    T: tl.constexpr, CP: tl.constexpr, DP: tl.constexpr, BD: tl.constexpr, EVEN_D: tl.constexpr,
+    EXACT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Add dlogit^T x and dlogit^T x^2 to the sums: registers if all of D is one block, else the program's memory."""
+    for block in tl.static_range(0, DP // BD):
+        columns = block * BD + tl.arange(0, BD)
+        x = compute_tile(load_tile(X, first, columns, stride, count, D, T, EVEN_D), EXACT)
+        square, square_rest = squares(x, EXACT)
+        if DP // BD > 1:
+            offsets = tl.arange(0, CP)[:, None] * DP + columns[None, :]
+            grad_linear = tl.load(GradLinear + offsets)
+            grad_quadratic = tl.load(GradQuadratic + offsets)
+        transposed = tl.trans(grad)
+        if EXACT:
+            grad_linear += product(transposed, x, PRECISION)
+            grad_quadratic += product(transposed, square, PRECISION)
+        else:
+            grad_linear = product(transposed, x, PRECISION, grad_linear)
+            grad_quadratic = product(transposed, square, PRECISION, grad_quadratic)
+            grad_quadratic = product(transposed, square_rest, PRECISION, grad_quadratic)
+        if DP // BD > 1:
+            tl.store(GradLinear + offsets, grad_linear)
+            tl.store(GradQuadratic + offsets, grad_quadratic)
+    return grad_linear, grad_quadratic
+
+
+@triton.jit(do_not_specialize=["B", "N", "M", "segments", "chunks_per_segment", "chunks", "kv_groups", "programs"])
+def gradient_kernel(
+    Q, K, V, DO, RD, W, LA, Coefficients, Bias, LSEQ, LSEK,
+    States, ChunkStates, ChunkNorms, ChunkScales, GradStates,
+    GQ, GK, GV, GW, GLA, GradLinear, GradQuadratic, GradBias,
+    stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
+    stride_ob, stride_oh, stride_on, stride_wb, stride_wh, stride_wn, stride_ab, stride_ah, stride_an,
+    stride_gqv, stride_gqb, stride_gqh, stride_gqn, stride_gkv, stride_gkb, stride_gkh, stride_gkn,
+    stride_gvb, stride_gvh, stride_gvn, stride_state, stride_grad_state,
+    B, N, D, DV, M, segments, chunks_per_segment, chunks, kv_groups, programs,
+    R: tl.constexpr, T: tl.constexpr, CP: tl.constexpr, DP: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
+    NV: tl.constexpr, EVEN_D: tl.constexpr, EVEN_V: tl.constexpr,
+    HAS_QUERIES: tl.constexpr, HAS_KEYS: tl.constexpr, STRICT: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr, HAS_DECAY: tl.constexpr, NORMALIZE: tl.constexpr,
+    GRAD_WEIGHT: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """HAS_QUERIES and HAS_KEYS: causal attention; either alone: one side of bidirectional attention."""
+    CAUSAL: tl.constexpr = HAS_QUERIES and HAS_KEYS
+    program = tl.program_id(0)
+    v = program % NV
+    mixture = (program // NV) % M
+    worker = (program // NV) // M
+    parts: tl.constexpr = 2 if EXACT else 4
+    Coefficients += mixture.to(tl.int64) * parts * CP * DP
+    bias = tl.load(Bias + mixture * CP + tl.arange(0, CP))
+    linear, quadratic, linear_rest, quadratic_rest = load_coefficients(Coefficients, 0, CP, DP, BD, EXACT)
+    columns = v * BV + tl.arange(0, BV)
+    kv_head = (mixture // kv_groups).to(tl.int64)
+    of_state = tl.arange(0, CP)[:, None] * BV + tl.arange(0, BV)[None, :]
+    of_norm = tl.arange(0, CP)
+    # Partial sums [workers * NV, M, CP, DP]
+    partial = ((worker * NV + v) * M + mixture).to(tl.int64)
+    GradLinear += partial * CP * DP
+    GradQuadratic += partial * CP * DP
+    grad_linear = tl.zeros([CP, BD], tl.float32)
+    grad_quadratic = tl.zeros([CP, BD], tl.float32)
+    grad_bias = tl.zeros([CP], tl.float32)
+
+    for item in range(worker, B * segments, programs):
+        batch, segment = (item // segments).to(tl.int64), item % segments
+        bm = batch * M + mixture
+        slab = bm * NV + v
+        if HAS_KEYS:
+            from_right = GradStates + slab * stride_grad_state
+            if CAUSAL:
+                from_right += segment.to(tl.int64) * CP * (BV + 1)
+            G = tl.load(from_right + of_state)
+            g = tl.load(from_right + CP * BV + of_norm)
+            largest = tl.max(tl.max(tl.abs(G), 1), 0)
+        if not CAUSAL and HAS_QUERIES:
+            S = tl.load(States + slab * stride_state + of_state)
+            z = tl.load(States + slab * stride_state + CP * BV + of_norm)
+            S_scale = 1.0
+            if not EXACT:
+                S_scale = power_of_two(tl.max(tl.max(tl.abs(S), 1), 0))
+                S = operand(S * S_scale, EXACT)
+
+        for i in range(chunks_per_segment):
+            chunk = segment * chunks_per_segment + chunks_per_segment - 1 - i
+            first = chunk * T
+            count = N - first
+            decay_pointer = LA
+            if HAS_DECAY:
+                decay_pointer += batch * stride_ab + mixture.to(tl.int64) * stride_ah
+            sums, resets, total, total_resets = load_decays(decay_pointer, first, stride_an, count, T, HAS_DECAY)
+            from_start = tl.where(resets == 0.0, tl.exp2(sums), 0.0)
+            to_end = tl.where(resets == total_resets, tl.exp2(total - sums), 0.0)
+            keep = tl.where(total_resets == 0.0, tl.exp2(total), 0.0)
+
+            if CAUSAL:
+                state = slab * chunks + tl.minimum(chunk, chunks - 1)  # beyond the end no row counts
+                S = tl.load(ChunkStates + state * CP * BV + of_state)
+                z = tl.load(ChunkNorms + state * CP + of_norm)
+                S_scale = tl.load(ChunkScales + state)
+
+            if HAS_KEYS:
+                key_pointer = K + batch * stride_kb + kv_head * stride_kh
+                logits = tile_logits(
+                    key_pointer, first, stride_kn, count, D, Coefficients, bias,
+                    linear, quadratic, linear_rest, quadratic_rest, T, CP, DP, BD, EVEN_D, EXACT, PRECISION,
+                )  # fmt: skip
+                lse = load_row(LSEK + bm * N, first, 1, count, float("inf"), T)
+                gamma_key = tl.exp2(logits - lse[:, None])
+                weight = (tl.arange(0, T) < count).to(tl.float32)
+                if HAS_WEIGHT:
+                    weights = W + batch * stride_wb + mixture.to(tl.int64) * stride_wh
+                    weight = load_row(weights, first, stride_wn, count, 0.0, T)
+                value_pointer = V + batch * stride_vb + kv_head * stride_vh
+                value = load_tile(value_pointer, first, columns, stride_vn, count, DV, T, EVEN_V).to(tl.float32)
+                if EXACT:
+                    weight_scale = 1.0
+                    value_scale = 1.0
+                    G_scale = 1.0
+                    written = gamma_key * weight[:, None]
+                    written_scale = 1.0
+                else:
+                    weight_scale = unit_scale(tl.max(weight, 0), EXACT)
+                    value_scale = power_of_two(tl.max(tl.max(tl.abs(value), 1), 0))
+                    G_scale = power_of_two(largest)
+                    written_scale = weight_scale * UNIT
+                    written = operand(gamma_key * (weight * written_scale)[:, None], EXACT)
+                value = operand(value * value_scale, EXACT)
+                G_operand = operand(G * G_scale, EXACT)
+                # From the state after the chunk
+                grad_written = product(value, tl.trans(G_operand), PRECISION)
+                grad_written = (grad_written * (1.0 / (value_scale * G_scale)) + g[None, :]) * to_end[:, None]
+                grad_value = product(written, G_operand, PRECISION)
+                grad_value *= (to_end * (1.0 / (written_scale * G_scale)))[:, None]
+                if HAS_DECAY:
+                    kept = tl.sum(tl.sum(grad_written * gamma_key, 1) * weight, 0)
+                    carried = tl.sum(z * g, 0)
+                    carried += tl.sum(tl.sum(S.to(tl.float32) * G, 1), 0) * (1.0 / S_scale)
+                    spanning = kept + carried * keep
+                    read_minus_write = tl.zeros([T], tl.float32)
+                if CAUSAL:
+                    decays = pair_decays(sums, resets, T, HAS_DECAY, STRICT)
+                    if HAS_DECAY:
+                        G *= keep
+                        g *= keep
+                        largest *= keep
+
+            if HAS_QUERIES:
+                for r in range(R):
+                    head = mixture * R + r
+                    query_pointer = Q + batch * stride_qb + head.to(tl.int64) * stride_qh
+                    logits = tile_logits(
+                        query_pointer, first, stride_qn, count, D, Coefficients, bias,
+                        linear, quadratic, linear_rest, quadratic_rest, T, CP, DP, BD, EVEN_D, EXACT, PRECISION,
+                    )  # fmt: skip
+                    token = (batch * M * R + head) * N
+                    lse = load_row(LSEQ + token, first, 1, count, float("inf"), T)
+                    gamma = tl.exp2(logits - lse[:, None])
+                    grad_pointer = DO + batch * stride_ob + head.to(tl.int64) * stride_oh
+                    dn = load_tile(grad_pointer, first, columns, stride_on, count, DV, T, EVEN_V).to(tl.float32)
+                    if NORMALIZE:
+                        rd = load_row(RD + token, first, 1, count, 0.0, T)
+                        dn *= rd[:, None]
+                    if EXACT:
+                        dn_scale = 1.0
+                        gamma_operand = gamma
+                    else:
+                        largest_dn = tl.max(tl.max(tl.abs(dn), 1), 0)
+                        dn_scale = power_of_two(largest_dn)
+                        gamma_operand = operand(gamma * UNIT, EXACT)
+                    dn = operand(dn * dn_scale, EXACT)
+                    # Reads of the state
+                    grad_gamma = product(dn, tl.trans(S), PRECISION)
+                    grad_gamma *= (from_start * (1.0 / (dn_scale * S_scale)))[:, None]
+                    if NORMALIZE:
+                        grad_denominator = tl.sum(gamma * grad_gamma, 1)
+                    if CAUSAL:
+                        pairs = product(gamma_operand, tl.trans(written), PRECISION) * decays
+                        grad_pairs = product(dn, tl.trans(value), PRECISION)
+                        if EXACT:
+                            pairs_operand = pairs
+                            pairs_scale = 1.0
+                        else:
+                            pairs_operand = operand(pairs * (1.0 / UNIT), EXACT)
+                            pairs_scale = written_scale * UNIT
+                        if NORMALIZE:
+                            both = tl.sum(pairs * grad_pairs, 1)
+                            grad_denominator += both * (1.0 / (pairs_scale * dn_scale * value_scale))
+                        grad_value_pairs = product(tl.trans(pairs_operand), dn, PRECISION)
+                        if EXACT:
+                            grad_value += grad_value_pairs
+                        else:
+                            grad_value += grad_value_pairs * (1.0 / (written_scale * dn_scale))
+                    if NORMALIZE:
+                        grad_denominator *= -rd
+                        grad_gamma += (from_start * grad_denominator)[:, None] * z[None, :]
+                    if CAUSAL:
+                        grad_pairs_scale = dn_scale * value_scale
+                        if NORMALIZE:
+                            grad_pairs += (grad_denominator * grad_pairs_scale)[:, None]
+                        grad_pairs *= decays
+                        gamma_scale = 1.0
+                        if not EXACT:
+                            # |dn . v| <= BV 2^28 in these units; the denominator's part may be larger
+                            bound = BV * UNIT * UNIT
+                            if NORMALIZE:
+                                bound += tl.max(tl.abs(grad_denominator), 0) * grad_pairs_scale
+                            shrink = power_of_two(bound)
+                            grad_pairs *= shrink
+                            grad_pairs_scale *= shrink
+                            gamma_scale = UNIT
+                        grad_pairs = operand(grad_pairs, EXACT)
+                        from_pairs = product(grad_pairs, written, PRECISION)
+                        grad_gamma += from_pairs * (1.0 / (grad_pairs_scale * written_scale))
+                        to_pairs = product(tl.trans(grad_pairs), gamma_operand, PRECISION)
+                        grad_written += to_pairs * (1.0 / (grad_pairs_scale * gamma_scale))
+                        # The state before the chunk
+                        if EXACT:
+                            G += product(tl.trans(gamma * from_start[:, None]), dn, PRECISION)
+                        else:
+                            faded = gamma_operand
+                            if HAS_DECAY:
+                                faded = operand(gamma * (from_start * UNIT)[:, None], EXACT)
+                            G += product(tl.trans(faded), dn, PRECISION) * (1.0 / (UNIT * dn_scale))
+                            largest += tl.sum(from_start, 0) * largest_dn
+                        if NORMALIZE:
+                            g += tl.sum(gamma * (from_start * grad_denominator)[:, None], 0)
+                    grad_logits, total_read = logit_gradient(grad_gamma, gamma, EXACT)
+                    if HAS_DECAY:
+                        read_minus_write += total_read
+                    grad_bias += tl.sum(grad_logits.to(tl.float32), 0)
+                    grad_linear, grad_quadratic = add_parameter_gradients(
+                        grad_linear, grad_quadratic, query_pointer, first, grad_logits, stride_qn, count, D,
+                        GradLinear, GradQuadratic, T, CP, DP, BD, EVEN_D, EXACT, PRECISION,
+                    )  # fmt: skip
+                    store_input_gradient(
+                        GQ + v * stride_gqv + batch * stride_gqb + head.to(tl.int64) * stride_gqh,
+                        query_pointer, first, grad_logits, stride_gqn, stride_qn, count, D, Coefficients,
+                        linear, quadratic, linear_rest, quadratic_rest, T, CP, DP, BD, EVEN_D, EXACT, PRECISION,
+                    )  # fmt: skip
+
+            if HAS_KEYS:
+                grad_key = grad_written * weight[:, None]
+                grad_logits, total_write = logit_gradient(grad_key, gamma_key, EXACT)
+                of_token = slab * N
+                if GRAD_WEIGHT:
+                    store_row(GW + of_token, tl.sum(grad_written * gamma_key, 1), first, count, T)
+                if HAS_DECAY:
+                    # Backwards running sum, as what all but the tokens before add up to
+                    read_minus_write -= total_write
+                    before = tl.cumsum(read_minus_write, 0) - read_minus_write
+                    spanning += tl.sum(read_minus_write, 0) - before
+                    log_decay = load_row(decay_pointer, first, stride_an, count, 0.0, T)
+                    store_row(GLA + of_token, tl.where(log_decay < RESET, 0.0, spanning), first, count, T)
+                grad_bias += tl.sum(grad_logits.to(tl.float32), 0)
+                grad_linear, grad_quadratic = add_parameter_gradients(
+                    grad_linear, grad_quadratic, key_pointer, first, grad_logits, stride_kn, count, D,
+                    GradLinear, GradQuadratic, T, CP, DP, BD, EVEN_D, EXACT, PRECISION,
+                )  # fmt: skip
+                store_input_gradient(
+                    GK + v * stride_gkv + batch * stride_gkb + mixture.to(tl.int64) * stride_gkh,
+                    key_pointer, first, grad_logits, stride_gkn, stride_kn, count, D, Coefficients,
+                    linear, quadratic, linear_rest, quadratic_rest, T, CP, DP, BD, EVEN_D, EXACT, PRECISION,
+                )  # fmt: skip
+                store_tile(
+                    GV + batch * stride_gvb + mixture.to(tl.int64) * stride_gvh,
+                    grad_value, first, columns, stride_gvn, count, DV, T, EVEN_V,
+                )  # fmt: skip
+
+    tl.store(GradBias + partial * CP + of_norm, grad_bias)
+    if DP // BD == 1:
+        offsets = tl.arange(0, CP)[:, None] * DP + tl.arange(0, BD)[None, :]
+        tl.store(GradLinear + offsets, grad_linear)
+        tl.store(GradQuadratic + offsets, grad_quadratic)

@@ -1,0 +1,183 @@
+# Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
+"""Outputs from the states before every segment: the forward pass, second half.
+
+Within a segment the state is carried from chunk to chunk. i, j in one chunk, S the state before it, e_i and t_j the decays
+from its start and to its end, A the decay over all of it:
+
+    P_ij = gamma^Q_i . w_j gamma^K_j  exp(sum_{j < l <= i} log a_l)             j <= i
+    D_i  = sum_j P_ij + e_i gamma^Q_i z + eps                                   1 if the read is not normalised
+    o_i  = (sum_j P_ij v_j + e_i gamma^Q_i S) / D_i
+    S   <- A S + sum_j t_j w_j gamma^K_j v_j^T,         z <- A z + sum_j t_j w_j gamma^K_j
+
+Bidirectional: o_i = gamma^Q_i S / (gamma^Q_i z + eps) with the one state that all keys wrote.
+
+Q [B, HQ, N, D], K [B, HK, N, D], V [B, HK, N, DV], O [B, HQ, N, DV]. For the backward pass: 1 / D_i and lse [B, HQ, N], and
+per chunk z and S (float16 times a power of two, or float32 if EXACT).
+"""
+
+import triton
+import triton.language as tl
+
+from .tiles import (
+    UNIT,
+    load_coefficients,
+    load_decays,
+    load_row,
+    load_tile,
+    log_normaliser,
+    operand,
+    pair_decays,
+    power_of_two,
+    product,
+    store_row,
+    store_tile,
+    tile_logits,
+    unit_scale,
+)
+
+
+@triton.jit(do_not_specialize=["N", "M", "segments", "chunks_per_segment", "chunks", "kv_groups"])
+def read_kernel(
+    Q, K, V, O, RD, W, LA, Coefficients, Bias, States, LSEQ, LSEK, ChunkStates, ChunkNorms, ChunkScales,
+    stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
+    stride_ob, stride_oh, stride_on, stride_wb, stride_wh, stride_wn, stride_ab, stride_ah, stride_an,
+    stride_state, N, D, DV, M, segments, chunks_per_segment, chunks, kv_groups, eps,
+    R: tl.constexpr, T: tl.constexpr, CP: tl.constexpr, DP: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
+    NV: tl.constexpr, EVEN_D: tl.constexpr, EVEN_V: tl.constexpr,
+    CAUSAL: tl.constexpr, STRICT: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_DECAY: tl.constexpr,
+    NORMALIZE: tl.constexpr, SAVE: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    v = program % NV
+    segment = (program // NV) % segments
+    bm = (program // NV) // segments
+    batch, mixture = (bm // M).to(tl.int64), bm % M
+    slab = (bm * NV + v).to(tl.int64)
+    parts: tl.constexpr = 2 if EXACT else 4
+    Coefficients += mixture.to(tl.int64) * parts * CP * DP
+    bias = tl.load(Bias + mixture * CP + tl.arange(0, CP))
+    linear, quadratic, linear_rest, quadratic_rest = load_coefficients(Coefficients, 0, CP, DP, BD, EXACT)
+    columns = v * BV + tl.arange(0, BV)
+    if HAS_WEIGHT:
+        W += batch * stride_wb + mixture.to(tl.int64) * stride_wh
+    if HAS_DECAY:
+        LA += batch * stride_ab + mixture.to(tl.int64) * stride_ah
+    kv_head = (mixture // kv_groups).to(tl.int64)
+    K += batch * stride_kb + kv_head * stride_kh
+    V += batch * stride_vb + kv_head * stride_vh
+    LSEK += bm.to(tl.int64) * N
+
+    of_state = tl.arange(0, CP)[:, None] * BV + tl.arange(0, BV)[None, :]
+    States += slab * stride_state + (segment.to(tl.int64) * CP * (BV + 1) if CAUSAL else 0)
+    S = tl.load(States + of_state)
+    z = tl.load(States + CP * BV + tl.arange(0, CP))
+    largest = tl.max(tl.max(tl.abs(S), 1), 0)
+    for i in range(chunks_per_segment):
+        chunk = segment * chunks_per_segment + i
+        first = chunk * T
+        count = N - first
+        if EXACT:
+            S_scale = 1.0
+            S_operand = S
+        else:
+            S_scale = power_of_two(largest)
+            S_operand = operand(S * S_scale, EXACT)
+        if SAVE and CAUSAL:
+            state = slab * chunks + chunk
+            tl.store(ChunkStates + state * CP * BV + of_state, S_operand, mask=of_state * 0 + chunk < chunks)
+            tl.store(ChunkNorms + state * CP + tl.arange(0, CP), z, mask=tl.arange(0, CP) * 0 + chunk < chunks)
+            if chunk < chunks:
+                tl.store(ChunkScales + state, S_scale)
+
+        sums, resets, total, total_resets = load_decays(LA, first, stride_an, count, T, HAS_DECAY)
+        from_start = tl.where(resets == 0.0, tl.exp2(sums), 0.0)
+        pair_scale = 1.0  # of sum_j P_ij v_j
+        if CAUSAL:
+            logits = tile_logits(
+                K, first, stride_kn, count, D, Coefficients, bias,
+                linear, quadratic, linear_rest, quadratic_rest, T, CP, DP, BD, EVEN_D, EXACT, PRECISION,
+            )  # fmt: skip
+            lse = load_row(LSEK, first, 1, count, float("inf"), T)
+            gamma_key = tl.exp2(logits - lse[:, None])
+            weight = (tl.arange(0, T) < count).to(tl.float32)
+            if HAS_WEIGHT:
+                weight = load_row(W, first, stride_wn, count, 0.0, T)
+            value = load_tile(V, first, columns, stride_vn, count, DV, T, EVEN_V).to(tl.float32)
+            if EXACT:
+                weight_scale = 1.0
+                value_scale = 1.0
+                written = gamma_key * weight[:, None]
+            else:
+                weight_scale = unit_scale(tl.max(weight, 0), EXACT)
+                largest_value = tl.max(tl.max(tl.abs(value), 1), 0)
+                value_scale = power_of_two(largest_value)
+                pair_scale = weight_scale * UNIT * value_scale
+                written = operand(gamma_key * (weight * (weight_scale * UNIT))[:, None], EXACT)
+            value_operand = operand(value * value_scale, EXACT)
+            decays = pair_decays(sums, resets, T, HAS_DECAY, STRICT)
+
+        for r in range(R):
+            head = mixture * R + r
+            logits = tile_logits(
+                Q + batch * stride_qb + head.to(tl.int64) * stride_qh, first, stride_qn, count, D, Coefficients, bias,
+                linear, quadratic, linear_rest, quadratic_rest, T, CP, DP, BD, EVEN_D, EXACT, PRECISION,
+            )  # fmt: skip
+            lse = log_normaliser(logits)
+            gamma = tl.exp2(logits - lse[:, None])
+            token = (batch * M * R + head).to(tl.int64) * N
+            if SAVE:
+                if v == 0:
+                    store_row(LSEQ + token, lse, first, count, T)
+            if EXACT:
+                gamma_operand = gamma
+                read_scale = 1.0
+            else:
+                gamma_operand = operand(gamma * UNIT, EXACT)
+                read_scale = pair_scale / (UNIT * S_scale)
+            read = product(gamma_operand, S_operand, PRECISION)
+            read *= (from_start * read_scale)[:, None]
+            if NORMALIZE:
+                denominator = from_start * tl.sum(gamma * z[None, :], 1) + eps
+            if CAUSAL:
+                pairs = product(gamma_operand, tl.trans(written), PRECISION) * decays
+                if EXACT:
+                    read += product(pairs, value_operand, PRECISION)
+                    if NORMALIZE:
+                        denominator += tl.sum(pairs, 1)
+                else:
+                    read = product(operand(pairs * (1.0 / UNIT), EXACT), value_operand, PRECISION, read)
+                    if NORMALIZE:
+                        denominator += tl.sum(pairs, 1) * (1.0 / (weight_scale * UNIT * UNIT))
+            if NORMALIZE:
+                reciprocal = 1.0 / denominator
+                if SAVE:
+                    if v == 0:
+                        store_row(RD + token, reciprocal, first, count, T)
+                read *= (reciprocal * (1.0 / pair_scale))[:, None]
+            else:
+                read *= 1.0 / pair_scale
+            store_tile(
+                O + batch * stride_ob + head.to(tl.int64) * stride_oh, read,
+                first, columns, stride_on, count, DV, T, EVEN_V,
+            )  # fmt: skip
+
+        if CAUSAL:
+            kept = written
+            kept_weight = weight
+            if HAS_DECAY:
+                to_end = tl.where(resets == total_resets, tl.exp2(total - sums), 0.0)
+                keep = tl.where(total_resets == 0.0, tl.exp2(total), 0.0)
+                kept_weight = weight * to_end
+                if EXACT:
+                    kept = written * to_end[:, None]
+                else:
+                    kept = operand(gamma_key * (kept_weight * (weight_scale * UNIT))[:, None], EXACT)
+                S *= keep
+                z *= keep
+                largest *= keep
+            if EXACT:
+                S += product(tl.trans(kept), value_operand, PRECISION)
+            else:
+                S += product(tl.trans(kept), value_operand, PRECISION) * (1.0 / pair_scale)
+                largest += tl.sum(kept_weight, 0) * largest_value
+            z += tl.sum(gamma_key * kept_weight[:, None], 0)

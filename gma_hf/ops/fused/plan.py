@@ -1,0 +1,90 @@
+# Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
+"""Which block sizes and launch options the kernels run with: a table by component count and dimension, never by length."""
+
+import functools
+import os
+from typing import NamedTuple
+
+import torch
+import triton
+
+
+class Plan(NamedTuple):
+    """Sizes of the blocks that a kernel works on, and its launch options."""
+
+    exact: bool  # float32 operands instead of 16-bit ones
+    T: int  # tokens of a chunk
+    CP: int  # components, padded
+    DP: int  # routing dimensions, padded
+    BD: int  # routing dimensions of a block
+    BV: int  # value dimensions of a block
+    NV: int  # blocks of value dimensions
+    write: dict[str, int]
+    read: dict[str, int]
+    gradient: dict[str, int]
+
+    def constants(self, dim: int, value_dim: int) -> dict[str, int | bool | str]:
+        """What all large kernels are specialised for."""
+        return {
+            "T": self.T,
+            "CP": self.CP,
+            "DP": self.DP,
+            "BD": self.BD,
+            "BV": self.BV,
+            "NV": self.NV,
+            "EVEN_D": dim == self.DP,
+            "EVEN_V": value_dim == self.BV * self.NV,
+            "EXACT": self.exact,
+            "PRECISION": "ieee" if INTERPRETED else "tf32x3",
+        }
+
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def padded(size: int) -> int:
+    """The next power of two, at least 16: what matrix units multiply."""
+    return max(16, triton.next_power_of_2(size))
+
+
+@functools.lru_cache(maxsize=None)
+def make_plan(dtype: torch.dtype, components: int, dim: int, value_dim: int) -> Plan:
+    """The plan of a call."""
+    exact = dtype != torch.bfloat16
+    CP, DP, DVP = padded(components), padded(dim), padded(value_dim)
+    room = 4096 if exact else 8192  # elements of a block that stays on the chip
+    BD, BV = min(DP, max(16, room // CP)), min(DVP, max(16, room // CP))
+    large = CP * max(BD, BV) > 4096
+    T = 32 if exact or CP > 128 else 64
+    return Plan(
+        exact,
+        T,
+        CP,
+        DP,
+        BD,
+        BV,
+        (value_dim + BV - 1) // BV,
+        write={"num_warps": 4, "num_stages": 2},
+        read={"num_warps": 8 if large else 4, "num_stages": 1 if large else 2},
+        gradient={"num_warps": 8, "num_stages": 1},
+    )
+
+
+@functools.lru_cache(maxsize=None)
+def multiprocessors(device_index: int | None) -> int:
+    """Streaming multiprocessors of the GPU; 1 in Triton's interpreter."""
+    return 1 if INTERPRETED else torch.cuda.get_device_properties(device_index).multi_processor_count
+
+
+def segment_length(plan: Plan, sequences: int, length: int, device: torch.device) -> int:
+    """Chunks of a segment: long, because every segment costs a state, but enough segments to fill the chip evenly."""
+    chunks = -(-length // plan.T)
+    programs = 16 * multiprocessors(device.index)
+    return max(1, min(chunks, 16, sequences * plan.NV * chunks // programs))
+
+
+def workers_per_mixture(plan: Plan, mixtures: int, segments: int, device: torch.device) -> int:
+    """Programs that share the segments of a mixture evenly: as many as run at once, so that few partial sums remain."""
+    slots = 2 * multiprocessors(device.index)
+    workers = max(1, min(segments, slots // (mixtures * plan.NV)))
+    return -(-segments // -(-segments // workers))

@@ -1,0 +1,160 @@
+# Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
+"""The states at the borders of segments: what each segment writes, then a running sum over the segments.
+
+The length is cut into chunks of T tokens and segments of several chunks; segments run in parallel. Forwards, over keys and
+values, with A_s the decay over segment s and t_j the decay from token j to the segment's end:
+
+    W_s = sum_{j in s} t_j w_j gamma^K_j v_j^T,    S_{s+1} = A_s S_s + W_s          (z likewise with v_j = 1)
+
+Backwards, over queries and output gradients, the same with e_i, the decay from the segment's start, in the other
+direction, and D_i, the denominator of the read:
+
+    W_s = sum_{i in s} e_i gamma^Q_i do_i^T / D_i,    G_{s-1} = A_s G_s + W_s       (g with dD_i = -do_i . o_i / D_i)
+
+X [B, HX, N, D] (keys or queries), Y [B, HY, N, DV] (values or do). States [B * M * NV, segments, CP * BV + CP] float32: S
+and z behind it; value dimensions beyond BV are further rows of the first axis. Also kept: lse [B, M, N], the base-2
+log-normaliser of every key's responsibilities.
+"""
+
+import triton
+import triton.language as tl
+
+from .tiles import (
+    UNIT,
+    load_coefficients,
+    load_decays,
+    load_row,
+    load_tile,
+    log_normaliser,
+    operand,
+    power_of_two,
+    product,
+    store_row,
+    tile_logits,
+    unit_scale,
+)
+
+
+@triton.jit(do_not_specialize=["N", "M", "segments", "chunks_per_segment", "x_groups", "y_groups"])
+def write_kernel(
+    X, Y, O, RD, W, LA, Coefficients, Bias, States, SegmentDecays, LSE,
+    stride_xb, stride_xh, stride_xn, stride_yb, stride_yh, stride_yn, stride_ob, stride_oh, stride_on,
+    stride_wb, stride_wh, stride_wn, stride_ab, stride_ah, stride_an,
+    N, D, DV, M, segments, chunks_per_segment, x_groups, y_groups,
+    R: tl.constexpr, T: tl.constexpr, CP: tl.constexpr, DP: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
+    NV: tl.constexpr, EVEN_D: tl.constexpr, EVEN_V: tl.constexpr,
+    REVERSE: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_DECAY: tl.constexpr, NORMALIZE: tl.constexpr,
+    EXACT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """What one segment writes. REVERSE: X, Y are queries and do, R heads of them a mixture; else keys and values."""
+    program = tl.program_id(0)
+    v = program % NV
+    segment = (program // NV) % segments
+    bm = (program // NV) // segments
+    batch, mixture = (bm // M).to(tl.int64), bm % M
+    slab = (bm * NV + v).to(tl.int64)
+    parts: tl.constexpr = 2 if EXACT else 4
+    Coefficients += mixture.to(tl.int64) * parts * CP * DP
+    bias = tl.load(Bias + mixture * CP + tl.arange(0, CP))
+    linear, quadratic, linear_rest, quadratic_rest = load_coefficients(Coefficients, 0, CP, DP, BD, EXACT)
+    columns = v * BV + tl.arange(0, BV)
+    if HAS_WEIGHT:
+        W += batch * stride_wb + mixture.to(tl.int64) * stride_wh
+    if HAS_DECAY:
+        LA += batch * stride_ab + mixture.to(tl.int64) * stride_ah
+
+    S = tl.zeros([CP, BV], tl.float32)
+    z = tl.zeros([CP], tl.float32)
+    log_decay = 0.0
+    num_resets = 0.0
+    for i in range(chunks_per_segment):
+        if REVERSE:
+            chunk = segment * chunks_per_segment + chunks_per_segment - 1 - i
+        else:
+            chunk = segment * chunks_per_segment + i
+        first = chunk * T
+        count = N - first
+        sums, resets, total, total_resets = load_decays(LA, first, stride_an, count, T, HAS_DECAY)
+        if HAS_DECAY:
+            keep = tl.where(total_resets == 0.0, tl.exp2(total), 0.0)
+            S *= keep
+            z *= keep
+            log_decay += total
+            num_resets += total_resets
+            if REVERSE:
+                decay = tl.where(resets == 0.0, tl.exp2(sums), 0.0)
+            else:
+                decay = tl.where(resets == total_resets, tl.exp2(total - sums), 0.0)
+        else:
+            decay = (tl.arange(0, T) < count).to(tl.float32)
+        for r in range(R):
+            head = mixture * R + r if REVERSE else mixture
+            xh = (head // x_groups).to(tl.int64)
+            yh = (head // y_groups).to(tl.int64)
+            logits = tile_logits(
+                X + batch * stride_xb + xh * stride_xh, first, stride_xn, count, D, Coefficients, bias,
+                linear, quadratic, linear_rest, quadratic_rest, T, CP, DP, BD, EVEN_D, EXACT, PRECISION,
+            )  # fmt: skip
+            token = (batch * M * R + head).to(tl.int64) * N
+            if REVERSE:
+                lse = load_row(LSE + token, first, 1, count, float("inf"), T)
+            else:
+                lse = log_normaliser(logits)
+                if v == 0:
+                    store_row(LSE + token, lse, first, count, T)
+            gamma = tl.exp2(logits - lse[:, None])
+            y = load_tile(Y + batch * stride_yb + yh * stride_yh, first, columns, stride_yn, count, DV, T, EVEN_V)
+            y = y.to(tl.float32)
+            weight = tl.where(tl.arange(0, T) < count, decay, 0.0)
+            z_weight = weight
+            if REVERSE:
+                if NORMALIZE:
+                    rd = load_row(RD + token, first, 1, count, 0.0, T)
+                    weight *= rd
+                    o = load_tile(O + batch * stride_ob + yh * stride_oh, first, columns, stride_on, count, DV, T, EVEN_V)
+                    z_weight = -tl.sum(y * o.to(tl.float32), 1) * weight
+            elif HAS_WEIGHT:
+                weight *= load_row(W, first, stride_wn, count, 0.0, T)
+                z_weight = weight
+            weight_scale = unit_scale(tl.max(weight, 0), EXACT)
+            if EXACT:
+                gamma_weighted = gamma * weight[:, None]
+                S += product(tl.trans(gamma_weighted), y, PRECISION)
+            else:
+                y_scale = power_of_two(tl.max(tl.max(tl.abs(y), 1), 0))
+                gamma_weighted = gamma * (weight * (weight_scale * UNIT))[:, None]
+                written = product(tl.trans(operand(gamma_weighted, EXACT)), operand(y * y_scale, EXACT), PRECISION)
+                S += written * (1.0 / (weight_scale * UNIT * y_scale))
+            if NORMALIZE or not REVERSE:
+                z += tl.sum(gamma * z_weight[:, None], 0)
+
+    States += (slab * segments + segment) * CP * (BV + 1)
+    tl.store(States + tl.arange(0, CP)[:, None] * BV + tl.arange(0, BV)[None, :], S)
+    tl.store(States + CP * BV + tl.arange(0, CP), z)
+    if v == 0:
+        whole = tl.where(num_resets == 0.0, tl.exp2(log_decay), 0.0)
+        tl.store(SegmentDecays + bm.to(tl.int64) * segments + segment, whole)
+
+
+@triton.jit(do_not_specialize=["segments", "slabs_per_decay"])
+def scan_kernel(
+    States, SegmentDecays, First, Last, segments, SIZE, slabs_per_decay,
+    BLOCK: tl.constexpr, REVERSE: tl.constexpr, HAS_DECAY: tl.constexpr, HAS_FIRST: tl.constexpr,
+):  # fmt: skip
+    """Replace what every segment writes by the state before it (after it, if REVERSE); also the state at the end."""
+    slab = tl.program_id(0).to(tl.int64)
+    offsets = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = offsets < SIZE
+    state = tl.zeros([BLOCK], tl.float32)
+    if HAS_FIRST:
+        state = tl.load(First + slab * SIZE + offsets, mask=mask, other=0.0)
+    for i in range(segments):
+        segment = segments - 1 - i if REVERSE else i
+        pointers = States + (slab * segments + segment) * SIZE + offsets
+        written = tl.load(pointers, mask=mask, other=0.0)
+        tl.store(pointers, state, mask=mask)
+        if HAS_DECAY:
+            state = state * tl.load(SegmentDecays + (slab // slabs_per_decay) * segments + segment) + written
+        else:
+            state += written
+    tl.store(Last + slab * SIZE + offsets, state, mask=mask)

@@ -1,0 +1,198 @@
+# Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
+"""What the kernels share: responsibilities of a tile of tokens, decays within it, operands of the matrix products.
+
+    logits   = x @ linear^T + (x * x) @ quadratic^T + bias            (base 2, see `coefficients`)
+    gamma    = 2^(logits - lse),      lse = log2 sum_c 2^logits_c
+
+Precision. Tensor cores multiply 16-bit numbers. Two things keep the results as good as float32 arithmetic behind rounded
+inputs would give:
+
+- the logits, whose errors are exponentiated, split each factor into a sum of two bfloat16 numbers (x itself is one);
+- everything else is rounded to float16, eleven bits, after a multiplication by a power of two that brings the largest
+  element of the tile to 2^14. Elements 2^28 times smaller than the largest still keep all their bits.
+
+`EXACT` kernels (float32 and float16 inputs) keep float32 operands instead and ask for `PRECISION` in every product.
+"""
+
+import os
+
+import triton
+import triton.language as tl
+
+
+# Responsibilities and pair weights are at most 1 and are multiplied by this before they are rounded to float16.
+UNIT = tl.constexpr(16384.0)
+# A log-decay below this is a reset: everything before is forgotten, exactly.
+RESET = tl.constexpr(-30.0)
+LN2 = tl.constexpr(0.6931471805599453)
+LOG2E = tl.constexpr(1.4426950408889634)
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+
+
+@triton.jit
+def power_of_two(largest):
+    """The power of two s with 2^13 < s * largest <= 2^14 or so; 1 for largest = 0."""
+    exponent = 14.0 - tl.ceil(tl.log2(tl.maximum(largest, 1e-30)))
+    return tl.where(largest > 0, tl.exp2(exponent), 1.0)
+
+
+@triton.jit
+def unit_scale(largest, EXACT: tl.constexpr):
+    """The power of two that brings non-negative weights to at most 1: responsibilities times weights need UNIT only."""
+    if EXACT:
+        return 1.0
+    return power_of_two(largest) * (1.0 / UNIT)
+
+
+@triton.jit
+def operand(x, EXACT: tl.constexpr):
+    """An operand of a matrix product."""
+    if EXACT:
+        return x
+    return x.to(tl.float16)
+
+
+@triton.jit
+def rounded(x, dtype: tl.constexpr):
+    """x in another type, rounded to nearest: Triton's interpreter cuts off what does not fit into bfloat16."""
+    if INTERPRETED and dtype == tl.bfloat16:
+        bits = x.to(tl.int32, bitcast=True)
+        x = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
+    return x.to(dtype)
+
+
+@triton.jit
+def product(a, b, PRECISION: tl.constexpr, add_to=None):
+    """a @ b (+ add_to) in float32."""
+    if INTERPRETED and a.dtype == tl.bfloat16:  # which NumPy does not know: the same products in float32
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, add_to, input_precision=PRECISION)
+
+
+@triton.jit
+def load_tile(pointer, first, columns, stride, count, num_columns, T: tl.constexpr, EVEN: tl.constexpr):
+    """Rows first .. first + T of a matrix whose rows are `stride` elements apart; zeros after `count` rows."""
+    pointer += first.to(tl.int64) * stride
+    rows = tl.arange(0, T)
+    pointers = pointer + (rows[:, None] * stride + columns[None, :])
+    if EVEN:  # as many columns as the tile has
+        return tl.load(pointers, mask=(rows < count)[:, None], other=0.0)
+    return tl.load(pointers, mask=(rows < count)[:, None] & (columns < num_columns)[None, :], other=0.0)
+
+
+@triton.jit
+def store_tile(pointer, x, first, columns, stride, count, num_columns, T: tl.constexpr, EVEN: tl.constexpr):
+    pointer += first.to(tl.int64) * stride
+    rows = tl.arange(0, T)
+    pointers = pointer + (rows[:, None] * stride + columns[None, :])
+    mask = (rows < count)[:, None]
+    if not EVEN:
+        mask = mask & (columns < num_columns)[None, :]
+    tl.store(pointers, rounded(x, pointer.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def load_row(pointer, first, stride, count, other, T: tl.constexpr):
+    """A number per token."""
+    pointer += first.to(tl.int64) * stride
+    rows = tl.arange(0, T)
+    return tl.load(pointer + rows * stride, mask=rows < count, other=other).to(tl.float32)
+
+
+@triton.jit
+def store_row(pointer, x, first, count, T: tl.constexpr):
+    rows = tl.arange(0, T)
+    tl.store(pointer + first.to(tl.int64) + rows, x, mask=rows < count)
+
+
+@triton.jit
+def load_coefficients(pointer, block, CP: tl.constexpr, DP: tl.constexpr, BD: tl.constexpr, EXACT: tl.constexpr):
+    """Columns `block` of linear and quadratic [CP, BD], each as a main part and (unless EXACT) a correction."""
+    offsets = tl.arange(0, CP)[:, None] * DP + block * BD + tl.arange(0, BD)[None, :]
+    linear = tl.load(pointer + offsets)
+    quadratic = tl.load(pointer + CP * DP + offsets)
+    if EXACT:
+        return linear, quadratic, linear, quadratic
+    return linear, quadratic, tl.load(pointer + 2 * CP * DP + offsets), tl.load(pointer + 3 * CP * DP + offsets)
+
+
+@triton.jit
+def squares(x, EXACT: tl.constexpr):
+    """x * x, as a main part and (unless EXACT) a correction: together exact for bfloat16."""
+    if EXACT:
+        return x * x, x
+    x = x.to(tl.float32)
+    square = x * x
+    main = rounded(square, tl.bfloat16)
+    return main, rounded(square - main.to(tl.float32), tl.bfloat16)
+
+
+@triton.jit
+def add_logits(logits, x, linear, quadratic, linear_rest, quadratic_rest, EXACT: tl.constexpr, PRECISION: tl.constexpr):
+    """logits + x @ linear^T + (x * x) @ quadratic^T."""
+    square, square_rest = squares(x, EXACT)
+    if not EXACT:
+        logits = product(x, tl.trans(linear_rest), PRECISION, logits)
+        logits = product(square_rest, tl.trans(quadratic), PRECISION, logits)
+        logits = product(square, tl.trans(quadratic_rest), PRECISION, logits)
+    logits = product(x, tl.trans(linear), PRECISION, logits)
+    return product(square, tl.trans(quadratic), PRECISION, logits)
+
+
+@triton.jit
+def compute_tile(x, EXACT: tl.constexpr):
+    if EXACT:
+        return x.to(tl.float32)
+    return x
+
+
+@triton.jit
+def tile_logits(
+    X, first, stride, count, D, coefficients, bias, linear, quadratic, linear_rest, quadratic_rest,
+    T: tl.constexpr, CP: tl.constexpr, DP: tl.constexpr, BD: tl.constexpr, EVEN_D: tl.constexpr,
+    EXACT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Base-2 logits [T, CP] of rows first .. first + count of X [N, D]. The first block of the coefficients is on the chip already."""
+    columns = tl.arange(0, BD)
+    logits = tl.zeros([T, CP], tl.float32) + bias[None, :]
+    x = compute_tile(load_tile(X, first, columns, stride, count, D, T, EVEN_D), EXACT)
+    logits = add_logits(logits, x, linear, quadratic, linear_rest, quadratic_rest, EXACT, PRECISION)
+    for block in tl.static_range(1, DP // BD):
+        x = compute_tile(load_tile(X, first, block * BD + columns, stride, count, D, T, EVEN_D), EXACT)
+        l1, q1, l2, q2 = load_coefficients(coefficients, block, CP, DP, BD, EXACT)
+        logits = add_logits(logits, x, l1, q1, l2, q2, EXACT, PRECISION)
+    return logits
+
+
+@triton.jit
+def log_normaliser(logits):
+    """log2 of the sum over components of 2^logits."""
+    largest = tl.max(logits, 1)
+    return largest + tl.log2(tl.sum(tl.exp2(logits - largest[:, None]), 1))
+
+
+@triton.jit
+def load_decays(pointer, first, stride, count, T: tl.constexpr, HAS_DECAY: tl.constexpr):
+    """Running sums of the (base-2) log-decays of a chunk, running counts of its resets, and both in total."""
+    if HAS_DECAY:
+        log_decay = load_row(pointer, first, stride, count, 0.0, T)
+        is_reset = log_decay < RESET
+        log_decay = tl.where(is_reset, 0.0, log_decay) * LOG2E
+        resets = is_reset.to(tl.float32)
+        return tl.cumsum(log_decay, 0), tl.cumsum(resets, 0), tl.sum(log_decay, 0), tl.sum(resets, 0)
+    zeros = tl.zeros([T], tl.float32)
+    return zeros, zeros, 0.0, 0.0
+
+
+@triton.jit
+def pair_decays(sums, resets, T: tl.constexpr, HAS_DECAY: tl.constexpr, STRICT: tl.constexpr):
+    """What is left at row i of what row j <= i (j < i if STRICT) wrote, [T, T]; zero elsewhere."""
+    rows = tl.arange(0, T)
+    if STRICT:
+        visible = rows[:, None] > rows[None, :]
+    else:
+        visible = rows[:, None] >= rows[None, :]
+    if HAS_DECAY:
+        visible = visible & (resets[:, None] == resets[None, :])
+        return tl.exp2(tl.where(visible, sums[:, None] - sums[None, :], -1e4))
+    return visible.to(tl.float32)

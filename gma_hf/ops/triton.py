@@ -1,0 +1,76 @@
+# Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
+"""Linear time in fused GPU kernels: responsibilities are computed on the chip and never written to memory.
+
+    causal:         o_i = (sum_{j in chunk, j <= i} P_ij v_j + e_i gamma^Q_i S_n) / (the same with v_j = 1, z_n; + eps)
+    bidirectional:  o_i = gamma^Q_i S / (gamma^Q_i z + eps)
+
+the equations of `chunked`, by the kernels of `fused`. This file decides when they can run and imports them when they do.
+
+query [B, Hq, Nq, d], key [B, Hk, N, d], value [B, Hk, N, dv], mixtures M -> output [B, Hq, Nq, dv],
+S [B, M, C, dv], z [B, M, C].
+"""
+
+import importlib.util
+import os
+
+import torch
+from torch import Tensor
+
+from .registry import AttentionCall, State, register_backend
+
+
+MAX_COMPONENTS = MAX_DIM = 256
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+INSTALLED = importlib.util.find_spec("triton") is not None
+
+
+def fused_attention(call: AttentionCall) -> tuple[Tensor, State | None]:
+    """Evaluate the call with the fused kernels."""
+    from .fused import operators  # noqa: F401 (defines the operators)
+
+    S, z = (None, None) if call.initial_state is None else call.initial_state
+    tensors = (
+        call.query, call.key, call.value, call.means, call.raw_variances, call.prior_logits, call.write_weight,
+        call.log_decay, S, z,
+    )  # fmt: skip
+    save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    output, S, z, *_ = torch.ops.gma_hf.fused_attention(
+        *tensors, call.causal, call.strict, call.eps if call.normalize else None, call.variance_floor, save
+    )
+    return output, (S, z)
+
+
+@torch.compiler.assume_constant_result
+def missing(device_type: str, device_index: int | None) -> str | None:
+    """What the machine lacks to run the kernels on a device, or None."""
+    if not INSTALLED:
+        return "Triton is not installed (`pip install triton`)."
+    if device_type == "cpu":
+        if os.environ.get("TRITON_INTERPRET") == "1":
+            return None
+        return "the kernels run on GPUs (on a CPU only in Triton's interpreter, with TRITON_INTERPRET=1)."
+    if device_type != "cuda":
+        return f"the kernels do not run on {device_type!r} devices."
+    if torch.version.hip is None and torch.cuda.get_device_capability(device_index) < (8, 0):
+        return "the kernels need a GPU of compute capability 8.0 (Ampere) or newer."
+    return None
+
+
+def supports(call: AttentionCall) -> str | None:
+    tensors = (call.query, call.key, call.value)
+    if any(x.dtype not in DTYPES for x in tensors) or len({x.dtype for x in tensors}) > 1:
+        return "query, key and value must all be float32, all float16 or all bfloat16."
+    if call.means.shape[1] > MAX_COMPONENTS:
+        return f"there are more than {MAX_COMPONENTS} components."
+    if max(call.query.shape[-1], call.value.shape[-1]) > MAX_DIM:
+        return f"the routing or value dimension is above {MAX_DIM}."
+    if 0 in (call.query.numel(), call.key.numel(), call.value.numel()):
+        return "a tensor is empty."
+    return missing(call.query.device.type, call.query.device.index)
+
+
+def priority(call: AttentionCall) -> int:
+    return 0 if call.query.device.type == "cpu" else 15
+
+
+register_backend("triton", fused_attention, supports=supports, priority=priority)
