@@ -32,7 +32,9 @@ from .tiles import (
     LN2,
     RESET,
     UNIT,
+    add_column_sums,
     compute_tile,
+    decayed,
     load_coefficients,
     load_decays,
     load_row,
@@ -41,21 +43,23 @@ from .tiles import (
     pair_decays,
     power_of_two,
     product,
+    responsibilities_again,
     rounded,
     squares,
     store_row,
     store_tile,
     tile_logits,
-    unit_scale,
+    tile_scale,
+    visible_pairs,
 )
 
 
 @triton.jit
 def logit_gradient(grad_gamma, gamma, EXACT: tl.constexpr):
     """gamma (dgamma - gamma . dgamma), rounded as the products behind it want it, and gamma . dgamma."""
-    weighted = grad_gamma * gamma
-    total = tl.sum(weighted, 1)
-    grad = weighted - gamma * total[:, None]
+    gamma = gamma.to(tl.float32) * (1.0 / UNIT)
+    total = tl.sum(grad_gamma * gamma, 1)
+    grad = (grad_gamma - total[:, None]) * gamma
     if EXACT:
         return grad, total
     return rounded(grad, tl.bfloat16), total
@@ -83,36 +87,36 @@ def store_input_gradient(
 
 @triton.jit
 def add_parameter_gradients(
-    grad_linear, grad_quadratic, X, first, grad, stride, count, D, GradLinear, GradQuadratic,
+    grad_linear, grad_quadratic, grad_bias, X, first, grad, stride, count, D, GradLinear, GradQuadratic,
     T: tl.constexpr, CP: tl.constexpr, DP: tl.constexpr, BD: tl.constexpr, EVEN_D: tl.constexpr,
-    EXACT: tl.constexpr, PRECISION: tl.constexpr,
+    IN_REGISTERS: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add dlogit^T x and dlogit^T x^2 to the sums: registers if all of D is one block, else the program's memory."""
+    """Add dlogit^T x, dlogit^T x^2 and the sum of dlogit to the program's sums."""
+    grad = tl.trans(grad)
+    grad_bias = add_column_sums(grad_bias, grad, tl.full([T], 1.0, grad.dtype), PRECISION)
     for block in tl.static_range(0, DP // BD):
         columns = block * BD + tl.arange(0, BD)
         x = compute_tile(load_tile(X, first, columns, stride, count, D, T, EVEN_D), EXACT)
         square, square_rest = squares(x, EXACT)
-        if DP // BD > 1:
+        if not IN_REGISTERS:
             offsets = tl.arange(0, CP)[:, None] * DP + columns[None, :]
             grad_linear = tl.load(GradLinear + offsets)
             grad_quadratic = tl.load(GradQuadratic + offsets)
-        transposed = tl.trans(grad)
-        if EXACT:
-            grad_linear += product(transposed, x, PRECISION)
-            grad_quadratic += product(transposed, square, PRECISION)
-        else:
-            grad_linear = product(transposed, x, PRECISION, grad_linear)
-            grad_quadratic = product(transposed, square, PRECISION, grad_quadratic)
-            grad_quadratic = product(transposed, square_rest, PRECISION, grad_quadratic)
-        if DP // BD > 1:
+        grad_linear = product(grad, x, PRECISION, grad_linear)
+        grad_quadratic = product(grad, square, PRECISION, grad_quadratic)
+        if not EXACT:
+            grad_quadratic = product(grad, square_rest, PRECISION, grad_quadratic)
+        if not IN_REGISTERS:
             tl.store(GradLinear + offsets, grad_linear)
             tl.store(GradQuadratic + offsets, grad_quadratic)
-    return grad_linear, grad_quadratic
+    return grad_linear, grad_quadratic, grad_bias
 
 
-@triton.jit(do_not_specialize=["B", "N", "M", "segments", "chunks_per_segment", "chunks", "kv_groups", "programs"])
+@triton.jit(
+    do_not_specialize=["B", "N", "M", "segments", "chunks_per_segment", "chunks", "kv_groups", "programs"]
+)
 def gradient_kernel(
-    Q, K, V, DO, RD, W, LA, Coefficients, Bias, LSEQ, LSEK,
+    Q, K, V, DO, RD, W, LA, Coefficients, Bias, LSEQ, LSEK, LargestV, LargestW, LargestDN,
     States, ChunkStates, ChunkNorms, ChunkScales, GradStates,
     GQ, GK, GV, GW, GLA, GradLinear, GradQuadratic, GradBias,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
@@ -124,7 +128,7 @@ def gradient_kernel(
     NV: tl.constexpr, EVEN_D: tl.constexpr, EVEN_V: tl.constexpr,
     HAS_QUERIES: tl.constexpr, HAS_KEYS: tl.constexpr, STRICT: tl.constexpr,
     HAS_WEIGHT: tl.constexpr, HAS_DECAY: tl.constexpr, NORMALIZE: tl.constexpr,
-    GRAD_WEIGHT: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
+    GRAD_WEIGHT: tl.constexpr, IN_REGISTERS: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """HAS_QUERIES and HAS_KEYS: causal attention; either alone: one side of bidirectional attention."""
     CAUSAL: tl.constexpr = HAS_QUERIES and HAS_KEYS
@@ -162,25 +166,28 @@ def gradient_kernel(
         if not CAUSAL and HAS_QUERIES:
             S = tl.load(States + slab * stride_state + of_state)
             z = tl.load(States + slab * stride_state + CP * BV + of_norm)
-            S_scale = 1.0
-            if not EXACT:
-                S_scale = power_of_two(tl.max(tl.max(tl.abs(S), 1), 0))
-                S = operand(S * S_scale, EXACT)
+            S_scale = tile_scale(tl.max(tl.max(tl.abs(S), 1), 0), EXACT)
+            S = operand(S * S_scale, EXACT)
 
         for i in range(chunks_per_segment):
             chunk = segment * chunks_per_segment + chunks_per_segment - 1 - i
+            last = tl.minimum(chunk, chunks - 1)  # beyond the end no row counts
             first = chunk * T
             count = N - first
             decay_pointer = LA
             if HAS_DECAY:
                 decay_pointer += batch * stride_ab + mixture.to(tl.int64) * stride_ah
-            sums, resets, total, total_resets = load_decays(decay_pointer, first, stride_an, count, T, HAS_DECAY)
-            from_start = tl.where(resets == 0.0, tl.exp2(sums), 0.0)
-            to_end = tl.where(resets == total_resets, tl.exp2(total - sums), 0.0)
-            keep = tl.where(total_resets == 0.0, tl.exp2(total), 0.0)
+                sums, resets, total, total_resets = load_decays(decay_pointer, first, stride_an, count, T)
+                from_start = tl.where(resets == 0.0, tl.exp2(sums), 0.0)
+                to_end = tl.where(resets == total_resets, tl.exp2(total - sums), 0.0)
+                keep = tl.where(total_resets == 0.0, tl.exp2(total), 0.0)
+                decays = pair_decays(sums, resets, T, STRICT)
+                read_minus_write = tl.zeros([T], tl.float32)
+            else:
+                decays = visible_pairs(T, STRICT)
 
             if CAUSAL:
-                state = slab * chunks + tl.minimum(chunk, chunks - 1)  # beyond the end no row counts
+                state = slab * chunks + last
                 S = tl.load(ChunkStates + state * CP * BV + of_state)
                 z = tl.load(ChunkNorms + state * CP + of_norm)
                 S_scale = tl.load(ChunkScales + state)
@@ -192,44 +199,33 @@ def gradient_kernel(
                     linear, quadratic, linear_rest, quadratic_rest, T, CP, DP, BD, EVEN_D, EXACT, PRECISION,
                 )  # fmt: skip
                 lse = load_row(LSEK + bm * N, first, 1, count, float("inf"), T)
-                gamma_key = tl.exp2(logits - lse[:, None])
-                weight = (tl.arange(0, T) < count).to(tl.float32)
+                gamma = responsibilities_again(logits, lse)
+                gamma_key = operand(gamma, EXACT)
+                written = gamma_key
+                weight_scale = 1.0
                 if HAS_WEIGHT:
                     weights = W + batch * stride_wb + mixture.to(tl.int64) * stride_wh
                     weight = load_row(weights, first, stride_wn, count, 0.0, T)
+                    weight_scale = tile_scale(tl.load(LargestW + bm * chunks + last), EXACT)
+                    if not EXACT:
+                        weight_scale *= 1.0 / UNIT
+                    written = operand(gamma * (weight * weight_scale)[:, None], EXACT)
+                written_scale = weight_scale * UNIT
                 value_pointer = V + batch * stride_vb + kv_head * stride_vh
                 value = load_tile(value_pointer, first, columns, stride_vn, count, DV, T, EVEN_V).to(tl.float32)
-                if EXACT:
-                    weight_scale = 1.0
-                    value_scale = 1.0
-                    G_scale = 1.0
-                    written = gamma_key * weight[:, None]
-                    written_scale = 1.0
-                else:
-                    weight_scale = unit_scale(tl.max(weight, 0), EXACT)
-                    value_scale = power_of_two(tl.max(tl.max(tl.abs(value), 1), 0))
-                    G_scale = power_of_two(largest)
-                    written_scale = weight_scale * UNIT
-                    written = operand(gamma_key * (weight * written_scale)[:, None], EXACT)
+                value_scale = tile_scale(tl.load(LargestV + slab * chunks + last), EXACT)
                 value = operand(value * value_scale, EXACT)
+                G_scale = tile_scale(largest, EXACT)
                 G_operand = operand(G * G_scale, EXACT)
-                # From the state after the chunk
-                grad_written = product(value, tl.trans(G_operand), PRECISION)
-                grad_written = (grad_written * (1.0 / (value_scale * G_scale)) + g[None, :]) * to_end[:, None]
-                grad_value = product(written, G_operand, PRECISION)
-                grad_value *= (to_end * (1.0 / (written_scale * G_scale)))[:, None]
+                g_after = g
+                grad_written = tl.zeros([T, CP], tl.float32)
+                grad_value = tl.zeros([T, BV], tl.float32)
                 if HAS_DECAY:
-                    kept = tl.sum(tl.sum(grad_written * gamma_key, 1) * weight, 0)
                     carried = tl.sum(z * g, 0)
                     carried += tl.sum(tl.sum(S.to(tl.float32) * G, 1), 0) * (1.0 / S_scale)
-                    spanning = kept + carried * keep
-                    read_minus_write = tl.zeros([T], tl.float32)
-                if CAUSAL:
-                    decays = pair_decays(sums, resets, T, HAS_DECAY, STRICT)
-                    if HAS_DECAY:
-                        G *= keep
-                        g *= keep
-                        largest *= keep
+                    G *= keep
+                    g *= keep
+                    largest *= keep
 
             if HAS_QUERIES:
                 for r in range(R):
@@ -240,97 +236,113 @@ def gradient_kernel(
                         linear, quadratic, linear_rest, quadratic_rest, T, CP, DP, BD, EVEN_D, EXACT, PRECISION,
                     )  # fmt: skip
                     token = (batch * M * R + head) * N
-                    lse = load_row(LSEQ + token, first, 1, count, float("inf"), T)
-                    gamma = tl.exp2(logits - lse[:, None])
+                    gamma = responsibilities_again(logits, load_row(LSEQ + token, first, 1, count, float("inf"), T))
+                    faded = gamma
+                    if HAS_DECAY:
+                        faded = gamma * from_start[:, None]
+                    gamma = operand(gamma, EXACT)
                     grad_pointer = DO + batch * stride_ob + head.to(tl.int64) * stride_oh
                     dn = load_tile(grad_pointer, first, columns, stride_on, count, DV, T, EVEN_V).to(tl.float32)
+                    largest_dn = tl.load(LargestDN + ((batch * M * R + head) * NV + v) * chunks + last)
+                    dn_scale = tile_scale(largest_dn, EXACT)
                     if NORMALIZE:
                         rd = load_row(RD + token, first, 1, count, 0.0, T)
-                        dn *= rd[:, None]
-                    if EXACT:
-                        dn_scale = 1.0
-                        gamma_operand = gamma
+                        dn *= (rd * dn_scale)[:, None]
                     else:
-                        largest_dn = tl.max(tl.max(tl.abs(dn), 1), 0)
-                        dn_scale = power_of_two(largest_dn)
-                        gamma_operand = operand(gamma * UNIT, EXACT)
-                    dn = operand(dn * dn_scale, EXACT)
-                    # Reads of the state
-                    grad_gamma = product(dn, tl.trans(S), PRECISION)
-                    grad_gamma *= (from_start * (1.0 / (dn_scale * S_scale)))[:, None]
+                        dn *= dn_scale
+                    dn = operand(dn, EXACT)
+
+                    # What is read from the state before the chunk, and from the chunk
+                    grad_gamma = product(dn, tl.trans(S), PRECISION) * (1.0 / (dn_scale * S_scale))
+                    if HAS_DECAY:
+                        grad_gamma *= from_start[:, None]
                     if NORMALIZE:
-                        grad_denominator = tl.sum(gamma * grad_gamma, 1)
+                        grad_denominator = tl.sum(gamma.to(tl.float32) * grad_gamma, 1) * (1.0 / UNIT)
                     if CAUSAL:
-                        pairs = product(gamma_operand, tl.trans(written), PRECISION) * decays
+                        pairs = decayed(product(gamma, tl.trans(written), PRECISION), decays, HAS_DECAY)
                         grad_pairs = product(dn, tl.trans(value), PRECISION)
-                        if EXACT:
-                            pairs_operand = pairs
-                            pairs_scale = 1.0
-                        else:
-                            pairs_operand = operand(pairs * (1.0 / UNIT), EXACT)
-                            pairs_scale = written_scale * UNIT
+                        pair_scale = dn_scale * value_scale
                         if NORMALIZE:
                             both = tl.sum(pairs * grad_pairs, 1)
-                            grad_denominator += both * (1.0 / (pairs_scale * dn_scale * value_scale))
-                        grad_value_pairs = product(tl.trans(pairs_operand), dn, PRECISION)
-                        if EXACT:
-                            grad_value += grad_value_pairs
-                        else:
-                            grad_value += grad_value_pairs * (1.0 / (written_scale * dn_scale))
+                            grad_denominator += both * (1.0 / (written_scale * UNIT * pair_scale))
+                        pairs = operand(pairs * (1.0 / UNIT), EXACT)
                     if NORMALIZE:
                         grad_denominator *= -rd
-                        grad_gamma += (from_start * grad_denominator)[:, None] * z[None, :]
+                        z_grad = grad_denominator
+                        if HAS_DECAY:
+                            z_grad *= from_start
+                        grad_gamma += z_grad[:, None] * z[None, :]
                     if CAUSAL:
-                        grad_pairs_scale = dn_scale * value_scale
+                        # |dn . v| <= BV 2^28 in these units; the denominator's part may be larger
+                        bound = BV * UNIT * UNIT
                         if NORMALIZE:
-                            grad_pairs += (grad_denominator * grad_pairs_scale)[:, None]
-                        grad_pairs *= decays
-                        gamma_scale = 1.0
-                        if not EXACT:
-                            # |dn . v| <= BV 2^28 in these units; the denominator's part may be larger
-                            bound = BV * UNIT * UNIT
-                            if NORMALIZE:
-                                bound += tl.max(tl.abs(grad_denominator), 0) * grad_pairs_scale
-                            shrink = power_of_two(bound)
-                            grad_pairs *= shrink
-                            grad_pairs_scale *= shrink
-                            gamma_scale = UNIT
-                        grad_pairs = operand(grad_pairs, EXACT)
-                        from_pairs = product(grad_pairs, written, PRECISION)
-                        grad_gamma += from_pairs * (1.0 / (grad_pairs_scale * written_scale))
-                        to_pairs = product(tl.trans(grad_pairs), gamma_operand, PRECISION)
-                        grad_written += to_pairs * (1.0 / (grad_pairs_scale * gamma_scale))
-                        # The state before the chunk
-                        if EXACT:
-                            G += product(tl.trans(gamma * from_start[:, None]), dn, PRECISION)
-                        else:
-                            faded = gamma_operand
-                            if HAS_DECAY:
-                                faded = operand(gamma * (from_start * UNIT)[:, None], EXACT)
-                            G += product(tl.trans(faded), dn, PRECISION) * (1.0 / (UNIT * dn_scale))
-                            largest += tl.sum(from_start, 0) * largest_dn
-                        if NORMALIZE:
-                            g += tl.sum(gamma * (from_start * grad_denominator)[:, None], 0)
+                            grad_pairs += (grad_denominator * pair_scale)[:, None]
+                            largest_grad = tl.max(tl.abs(grad_denominator), 0)
+                            bound += largest_grad * pair_scale
+                        shrink = tile_scale(bound, EXACT)
+                        grad_pairs = operand(decayed(grad_pairs * shrink, decays, HAS_DECAY), EXACT)
+                        pair_scale *= shrink
+                        grad_gamma += product(grad_pairs, written, PRECISION) * (1.0 / (pair_scale * written_scale))
+
+                    # The query
                     grad_logits, total_read = logit_gradient(grad_gamma, gamma, EXACT)
                     if HAS_DECAY:
                         read_minus_write += total_read
-                    grad_bias += tl.sum(grad_logits.to(tl.float32), 0)
-                    grad_linear, grad_quadratic = add_parameter_gradients(
-                        grad_linear, grad_quadratic, query_pointer, first, grad_logits, stride_qn, count, D,
-                        GradLinear, GradQuadratic, T, CP, DP, BD, EVEN_D, EXACT, PRECISION,
-                    )  # fmt: skip
                     store_input_gradient(
                         GQ + v * stride_gqv + batch * stride_gqb + head.to(tl.int64) * stride_gqh,
                         query_pointer, first, grad_logits, stride_gqn, stride_qn, count, D, Coefficients,
                         linear, quadratic, linear_rest, quadratic_rest, T, CP, DP, BD, EVEN_D, EXACT, PRECISION,
                     )  # fmt: skip
+                    grad_linear, grad_quadratic, grad_bias = add_parameter_gradients(
+                        grad_linear, grad_quadratic, grad_bias, query_pointer, first, grad_logits, stride_qn, count, D,
+                        GradLinear, GradQuadratic, T, CP, DP, BD, EVEN_D, IN_REGISTERS, EXACT, PRECISION,
+                    )  # fmt: skip
+
+                    # What the chunk wrote, and the state before it
+                    if CAUSAL:
+                        from_pairs = product(tl.trans(grad_pairs), gamma, PRECISION)
+                        grad_written += from_pairs * (1.0 / (pair_scale * UNIT))
+                        from_pairs = product(tl.trans(pairs), dn, PRECISION)
+                        grad_value += from_pairs * (1.0 / (written_scale * dn_scale))
+                        faded = tl.trans(operand(faded, EXACT))
+                        G += product(faded, dn, PRECISION) * (1.0 / (UNIT * dn_scale))
+                        largest += T * largest_dn
+                        if NORMALIZE:
+                            z_scale = tile_scale(largest_grad, EXACT)
+                            from_reads = add_column_sums(
+                                tl.zeros([CP], tl.float32), faded, operand(grad_denominator * z_scale, EXACT), PRECISION
+                            )
+                            g += from_reads * (1.0 / (UNIT * z_scale))
 
             if HAS_KEYS:
-                grad_key = grad_written * weight[:, None]
-                grad_logits, total_write = logit_gradient(grad_key, gamma_key, EXACT)
+                # From the state after the chunk
+                from_state = product(value, tl.trans(G_operand), PRECISION)
+                from_state = from_state * (1.0 / (value_scale * G_scale)) + g_after[None, :]
+                value_from_state = product(written, G_operand, PRECISION) * (1.0 / (written_scale * G_scale))
+                if HAS_DECAY:
+                    from_state *= to_end[:, None]
+                    value_from_state *= to_end[:, None]
+                    kept = tl.sum(from_state * gamma_key.to(tl.float32), 1) * (1.0 / UNIT)
+                    if HAS_WEIGHT:
+                        kept *= weight
+                    else:
+                        kept = tl.where(tl.arange(0, T) < count, kept, 0.0)
+                    spanning = tl.sum(kept, 0) + carried * keep
+                grad_value += value_from_state
+                grad_written += from_state
+                store_tile(
+                    GV + batch * stride_gvb + mixture.to(tl.int64) * stride_gvh,
+                    grad_value, first, columns, stride_gvn, count, DV, T, EVEN_V,
+                )  # fmt: skip
+
+                # The key
                 of_token = slab * N
                 if GRAD_WEIGHT:
-                    store_row(GW + of_token, tl.sum(grad_written * gamma_key, 1), first, count, T)
+                    grad_weight = tl.sum(grad_written * gamma_key.to(tl.float32), 1) * (1.0 / UNIT)
+                    store_row(GW + of_token, grad_weight, first, count, T)
+                if HAS_WEIGHT:
+                    grad_written *= weight[:, None]
+                grad_logits, total_write = logit_gradient(grad_written, gamma_key, EXACT)
                 if HAS_DECAY:
                     # Backwards running sum, as what all but the tokens before add up to
                     read_minus_write -= total_write
@@ -338,23 +350,18 @@ def gradient_kernel(
                     spanning += tl.sum(read_minus_write, 0) - before
                     log_decay = load_row(decay_pointer, first, stride_an, count, 0.0, T)
                     store_row(GLA + of_token, tl.where(log_decay < RESET, 0.0, spanning), first, count, T)
-                grad_bias += tl.sum(grad_logits.to(tl.float32), 0)
-                grad_linear, grad_quadratic = add_parameter_gradients(
-                    grad_linear, grad_quadratic, key_pointer, first, grad_logits, stride_kn, count, D,
-                    GradLinear, GradQuadratic, T, CP, DP, BD, EVEN_D, EXACT, PRECISION,
-                )  # fmt: skip
                 store_input_gradient(
                     GK + v * stride_gkv + batch * stride_gkb + mixture.to(tl.int64) * stride_gkh,
                     key_pointer, first, grad_logits, stride_gkn, stride_kn, count, D, Coefficients,
                     linear, quadratic, linear_rest, quadratic_rest, T, CP, DP, BD, EVEN_D, EXACT, PRECISION,
                 )  # fmt: skip
-                store_tile(
-                    GV + batch * stride_gvb + mixture.to(tl.int64) * stride_gvh,
-                    grad_value, first, columns, stride_gvn, count, DV, T, EVEN_V,
+                grad_linear, grad_quadratic, grad_bias = add_parameter_gradients(
+                    grad_linear, grad_quadratic, grad_bias, key_pointer, first, grad_logits, stride_kn, count, D,
+                    GradLinear, GradQuadratic, T, CP, DP, BD, EVEN_D, IN_REGISTERS, EXACT, PRECISION,
                 )  # fmt: skip
 
     tl.store(GradBias + partial * CP + of_norm, grad_bias)
-    if DP // BD == 1:
+    if IN_REGISTERS:
         offsets = tl.arange(0, CP)[:, None] * DP + tl.arange(0, BD)[None, :]
         tl.store(GradLinear + offsets, grad_linear)
         tl.store(GradQuadratic + offsets, grad_quadratic)

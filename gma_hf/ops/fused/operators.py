@@ -28,6 +28,45 @@ class Coefficients(NamedTuple):
     bias: Tensor
 
 
+class Saved(NamedTuple):
+    """What the forward pass keeps for the backward pass; of size 0 where nothing needs it."""
+
+    lse_query: Tensor  # [B, HQ, NQ]
+    lse_key: Tensor  # [B, M, N]
+    rd: Tensor  # [B, HQ, NQ], 1 / D
+    last: Tensor  # [B * M * NV, CP * (BV + 1)], the state at the end
+    chunk_states: Tensor  # [B * M * NV, chunks, CP, BV], S before every chunk times its scale
+    chunk_norms: Tensor  # [B * M * NV, chunks, CP], z
+    chunk_scales: Tensor  # [B * M * NV, chunks]
+    largest_value: Tensor  # [B * M * NV, chunks of keys]
+    largest_weight: Tensor  # [B * M, chunks of keys]
+
+
+def empty_saved(plan, query, key, means, causal, normalize, has_weight, save) -> Saved:
+    """The tensors of `Saved`, not filled yet."""
+    batch, query_heads, length, _ = query.shape
+    mixtures = means.shape[0]
+    slabs = batch * mixtures * plan.NV
+    chunks, key_chunks = ((n + plan.T - 1) // plan.T for n in (length, key.shape[2]))
+    state_dtype = torch.float32 if plan.exact else torch.float16
+    kept = slabs if save and causal else 0
+
+    def new(*shape, dtype=torch.float32):
+        return query.new_empty(shape, dtype=dtype)
+
+    return Saved(
+        new(batch if save else 0, query_heads, length),
+        new(batch, mixtures, key.shape[2]),
+        new(batch if save and normalize else 0, query_heads, length),
+        new(slabs, plan.CP * (plan.BV + 1)),
+        new(kept, chunks, plan.CP, plan.BV, dtype=state_dtype),
+        new(kept, chunks, plan.CP),
+        new(kept, chunks),
+        new(slabs, key_chunks),
+        new(batch * mixtures if has_weight else 0, key_chunks),
+    )
+
+
 def strides(x: Tensor | None) -> tuple[int, int, int]:
     """Strides of batch, head and token; a head stride of 0 where all heads share one."""
     if x is None:
@@ -35,9 +74,9 @@ def strides(x: Tensor | None) -> tuple[int, int, int]:
     return x.stride(0), 0 if x.shape[1] == 1 else x.stride(1), x.stride(2)
 
 
-def full_strides(x: Tensor) -> tuple[int, int, int]:
-    """Strides of batch, head and token."""
-    return x.stride(0), x.stride(1), x.stride(2)
+def block_strides(x: Tensor) -> tuple[int, int, int, int]:
+    """Strides of block, batch, head and token of [blocks, B, H, N, D], or of [B, H, N, D], which is one block."""
+    return x.stride()[:-1] if x.ndim == 5 else (0, *x.stride()[:-1])
 
 
 def row_contiguous(x: Tensor) -> Tensor:
@@ -81,95 +120,86 @@ def from_slabs(plan: Plan, slabs: Tensor, batch: int, components: int, dim: int)
     return tuple(part.clone(memory_format=torch.contiguous_format) for part in (S, z))
 
 
-def scan(states: Tensor, decays: Tensor | None, first: Tensor | None, reverse: bool, slabs_per_decay: int) -> Tensor:
-    """Run `scan_kernel` in place on states [slabs, segments, size]; the state at the end."""
+def scan(states, decays, first, last, reverse, slabs_per_decay) -> None:
+    """Run `scan_kernel` in place on states [slabs, segments, size]."""
     slabs, segments, size = states.shape
-    last = states.new_empty(slabs, size)
     block = 256
     scan_kernel[(slabs, triton.cdiv(size, block))](
         states, decays, first, last, segments, size, slabs_per_decay,
         BLOCK=block, REVERSE=reverse, HAS_DECAY=decays is not None, HAS_FIRST=first is not None, num_warps=2,
     )  # fmt: skip
-    return last
 
 
-def write(plan, coefficients, x, y, output, rd, write_weight, log_decay, lse, mixtures, repeats, first, reverse):
-    """States at the borders of the segments [slabs, segments, size], the state at the end, tokens per segment."""
+def write(
+    plan, coefficients, x, y, output, rd, write_weight, log_decay, lse, largest_y, largest_weight, mixtures, repeats,
+    first, last, reverse,
+):  # fmt: skip
+    """States at the borders of the segments [slabs, segments, size], and chunks per segment; fills `last` as well."""
     batch, _, length, dim = x.shape
-    per_segment = segment_length(plan, batch * mixtures, length, x.device)
-    segments = max(1, triton.cdiv(length, per_segment * plan.T))
-    states = x.new_empty(batch * mixtures * plan.NV, segments, plan.CP * (plan.BV + 1), dtype=torch.float32)
-    decays = x.new_empty(batch * mixtures, segments, dtype=torch.float32)
+    chunks = triton.cdiv(length, plan.T)
+    per_segment = segment_length(plan, batch * mixtures, chunks, x.device)
+    segments = triton.cdiv(chunks, per_segment)
+    states = last.new_empty(batch * mixtures * plan.NV, segments, last.shape[-1])
+    decays = last.new_empty(batch * mixtures, segments)
     write_kernel[(batch * mixtures * plan.NV * segments,)](
-        x, y, output, rd, write_weight, log_decay, *coefficients, states, decays, lse,
+        x, y, output, rd, write_weight, log_decay, *coefficients, states, decays, lse, largest_y, largest_weight,
         *strides(x), *strides(y), *strides(output), *strides(write_weight), *strides(log_decay),
-        length, dim, y.shape[-1], mixtures, segments, per_segment,
+        length, dim, y.shape[-1], mixtures, segments, per_segment, chunks,
         mixtures * repeats // x.shape[1], mixtures * repeats // y.shape[1],
         R=repeats, REVERSE=reverse, HAS_WEIGHT=write_weight is not None, HAS_DECAY=log_decay is not None,
         NORMALIZE=rd is not None, **plan.constants(dim, y.shape[-1]), **plan.write,
     )  # fmt: skip
-    last = scan(states, decays if log_decay is not None else None, first, reverse, plan.NV)
-    return states, last, per_segment
+    scan(states, decays if log_decay is not None else None, first, last, reverse, plan.NV)
+    return states, per_segment
 
 
 @torch.library.custom_op(
     "gma_hf::fused_attention",
     mutates_args=(),
-    device_types=None,
     schema="(Tensor query, Tensor key, Tensor value, Tensor means, Tensor raw_variances, Tensor prior_logits, "
     "Tensor? write_weight, Tensor? log_decay, Tensor? S, Tensor? z, bool causal, bool strict, float? eps, "
-    "float variance_floor, bool save) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "float variance_floor, bool save) -> (Tensor, Tensor, Tensor, Tensor[])",
 )
 def fused_attention(
     query, key, value, means, raw_variances, prior_logits, write_weight, log_decay, S, z, causal, strict, eps,
     variance_floor, save,
 ):  # fmt: skip
-    """Output, S, z, and for the backward pass: lse of queries and keys, 1 / D, the last state, states of the chunks."""
-    batch, query_heads, query_length, dim = query.shape
+    """Output, S, z and `Saved`."""
+    batch, query_heads, length, dim = query.shape
     mixtures, components, _ = means.shape
-    value_dim, repeats = value.shape[-1], query_heads // mixtures
+    value_dim = value.shape[-1]
     query, key, value = row_contiguous(query), row_contiguous(key), row_contiguous(value)
     plan = make_plan(query.dtype, components, dim, value_dim)
     coefficients = prepare_coefficients(plan, means, raw_variances, prior_logits, variance_floor)
-    lse_key = query.new_empty(batch, mixtures, key.shape[2], dtype=torch.float32)
+    saved = empty_saved(plan, query, key, means, causal, eps is not None, write_weight is not None, save)
     first = None if S is None else to_slabs(plan, S, z)
-    states, last, per_segment = write(
-        plan, coefficients, key, value, None, None, write_weight, log_decay, lse_key, mixtures, 1, first, False
-    )
+    states, per_segment = write(
+        plan, coefficients, key, value, None, None, write_weight, log_decay, saved.lse_key, saved.largest_value,
+        saved.largest_weight, mixtures, 1, first, saved.last, False,
+    )  # fmt: skip
+    chunks = triton.cdiv(length, plan.T)
     if not causal:
-        per_segment = segment_length(plan, batch * mixtures, query_length, query.device)
-    segments = max(1, triton.cdiv(query_length, per_segment * plan.T))
-    output = value.new_empty(batch, query_length, query_heads, value_dim).transpose(1, 2)
-    saved = saved_tensors(plan, query, mixtures, causal, eps is not None, save)
-    lse_query, rd, chunk_states, chunk_norms, chunk_scales = saved
+        states, per_segment = saved.last, segment_length(plan, batch * mixtures, chunks, query.device)
+    segments = triton.cdiv(chunks, per_segment)
+    output = empty_output(query, value)
     read_kernel[(batch * mixtures * plan.NV * segments,)](
-        query, key, value, output, rd, write_weight, log_decay, *coefficients, states if causal else last,
-        lse_query, lse_key, chunk_states, chunk_norms, chunk_scales,
+        query, key, value, output, saved.rd, write_weight, log_decay, *coefficients, states, saved.lse_query,
+        saved.lse_key, saved.largest_value, saved.largest_weight, *saved[4:7],
         *strides(query), *strides(key), *strides(value), *strides(output), *strides(write_weight),
-        *strides(log_decay), states.stride(0) if causal else last.stride(0),
-        query_length, dim, value_dim, mixtures, segments, per_segment, triton.cdiv(query_length, plan.T),
+        *strides(log_decay), states.stride(0),
+        length, dim, value_dim, mixtures, segments, per_segment, chunks,
         mixtures // key.shape[1], 0.0 if eps is None else eps,
-        R=repeats, CAUSAL=causal, STRICT=strict, HAS_WEIGHT=write_weight is not None,
+        R=query_heads // mixtures, CAUSAL=causal, STRICT=strict, HAS_WEIGHT=write_weight is not None,
         HAS_DECAY=log_decay is not None, NORMALIZE=eps is not None, SAVE=save,
         **plan.constants(dim, value_dim), **plan.read,
     )  # fmt: skip
-    return output, *from_slabs(plan, last, batch, components, value_dim), lse_query, lse_key, rd, last, *saved[2:]
+    return output, *from_slabs(plan, saved.last, batch, components, value_dim), list(saved)
 
 
-def saved_tensors(plan, query, mixtures, causal, normalize, save):
-    """Empty lse and 1 / D [B, HQ, N], and states, z, scales of the chunks [slabs, chunks, ...]; of size 0 if unused."""
-    batch, query_heads, length, _ = query.shape
-    slabs = batch * mixtures * plan.NV if save and causal else 0
-    chunks = (length + plan.T - 1) // plan.T
-    state_dtype = torch.float32 if plan.exact else torch.float16
-    return (
-        query.new_empty(batch if save else 0, query_heads, length, dtype=torch.float32),
-        query.new_empty(batch if save and normalize else 0, query_heads, length, dtype=torch.float32),
-        query.new_empty(slabs, chunks, plan.CP, plan.BV, dtype=state_dtype),
-        query.new_empty(slabs, chunks, plan.CP, dtype=torch.float32),
-        query.new_empty(slabs, chunks, dtype=torch.float32),
-    )
+def empty_output(query: Tensor, value: Tensor) -> Tensor:
+    """[B, HQ, NQ, DV], with the heads of a token side by side: what an output projection reads without a copy."""
+    batch, heads, length, _ = query.shape
+    return value.new_empty(batch, length, heads, value.shape[-1]).transpose(1, 2)
 
 
 @fused_attention.register_fake
@@ -177,150 +207,152 @@ def _(
     query, key, value, means, raw_variances, prior_logits, write_weight, log_decay, S, z, causal, strict, eps,
     variance_floor, save,
 ):  # fmt: skip
-    batch, query_heads, query_length, dim = query.shape
-    mixtures, components, _ = means.shape
-    value_dim = value.shape[-1]
+    (mixtures, components, dim), value_dim = means.shape, value.shape[-1]
     plan = make_plan(query.dtype, components, dim, value_dim)
-    output = value.new_empty(batch, query_length, query_heads, value_dim).transpose(1, 2)
-    new = query.new_empty
-    S = new(batch, mixtures, components, value_dim, dtype=torch.float32)
-    z = new(batch, mixtures, components, dtype=torch.float32)
-    lse_key = new(batch, mixtures, key.shape[2], dtype=torch.float32)
-    last = new(batch * mixtures * plan.NV, plan.CP * (plan.BV + 1), dtype=torch.float32)
-    saved = saved_tensors(plan, query, mixtures, causal, eps is not None, save)
-    return output, S, z, saved[0], lse_key, saved[1], last, *saved[2:]
+    saved = empty_saved(plan, query, key, means, causal, eps is not None, write_weight is not None, save)
+    new = saved.last.new_empty
+    S, z = new(query.shape[0], mixtures, components, value_dim), new(query.shape[0], mixtures, components)
+    return empty_output(query, value), S, z, list(saved)
+
+
+class Side(NamedTuple):
+    """One launch of the gradient kernel: queries and keys of causal attention, or either of bidirectional attention."""
+
+    queries: bool
+    keys: bool
+    length: int
+    per_segment: int
+    segments: int
+    workers: int
+
+
+def make_side(plan: Plan, queries: bool, keys: bool, batch: int, mixtures: int, x: Tensor) -> Side:
+    """The launch for tokens x [B, heads, N, D]."""
+    chunks = triton.cdiv(x.shape[2], plan.T)
+    per_segment = segment_length(plan, batch * mixtures, chunks, x.device)
+    segments = triton.cdiv(chunks, per_segment)
+    workers = workers_per_mixture(plan, mixtures, batch * segments, x.device)
+    return Side(queries, keys, x.shape[2], per_segment, segments, workers)
 
 
 @torch.library.custom_op(
     "gma_hf::fused_attention_backward",
     mutates_args=(),
     schema="(Tensor query, Tensor key, Tensor value, Tensor means, Tensor raw_variances, Tensor prior_logits, "
-    "Tensor? write_weight, Tensor? log_decay, Tensor output, Tensor lse_query, Tensor lse_key, Tensor rd, Tensor last, "
-    "Tensor chunk_states, Tensor chunk_norms, Tensor chunk_scales, Tensor grad_output, Tensor? grad_S, "
+    "Tensor? write_weight, Tensor? log_decay, Tensor output, Tensor[] saved, Tensor grad_output, Tensor? grad_S, "
     "Tensor? grad_z, bool causal, bool strict, bool normalize, bool grad_weight, float variance_floor) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def fused_attention_backward(
-    query, key, value, means, raw_variances, prior_logits, write_weight, log_decay, output, lse_query, lse_key, rd,
-    last, chunk_states, chunk_norms, chunk_scales, grad_output, grad_S, grad_z, causal, strict, normalize, grad_weight,
-    variance_floor,
+    query, key, value, means, raw_variances, prior_logits, write_weight, log_decay, output, saved, grad_output,
+    grad_S, grad_z, causal, strict, normalize, grad_weight, variance_floor,
 ):  # fmt: skip
     """Gradients of the inputs in their order, S and z included; of size 0 for write_weight and log_decay if unused."""
-    batch, query_heads, query_length, dim = query.shape
+    batch, query_heads, length, dim = query.shape
     mixtures, components, _ = means.shape
-    value_dim, repeats, key_heads = value.shape[-1], query_heads // mixtures, key.shape[1]
+    value_dim, repeats, key_heads, key_length = value.shape[-1], query_heads // mixtures, key.shape[1], key.shape[2]
     query, key, value, grad_output = (row_contiguous(x) for x in (query, key, value, grad_output))
     plan = make_plan(query.dtype, components, dim, value_dim)
+    saved, blocks = Saved(*saved), plan.NV
     coefficients = prepare_coefficients(plan, means, raw_variances, prior_logits, variance_floor)
-    rd = rd if normalize else None
+    rd = saved.rd if normalize else None
     first = None
     if grad_S is not None or grad_z is not None:
         shape = (batch, mixtures, components)
-        grad_S = last.new_zeros(*shape, value_dim) if grad_S is None else grad_S
-        first = to_slabs(plan, grad_S, last.new_zeros(shape) if grad_z is None else grad_z)
-        if plan.NV > 1:  # the blocks of the value dimensions add up: z's gradient belongs to one of them
-            first.unflatten(0, (-1, plan.NV))[:, 1:, plan.CP * plan.BV :] = 0.0
-    grad_states, grad_first, per_segment = write(
-        plan, coefficients, query, grad_output, output, rd, None, log_decay, lse_query, mixtures, repeats, first, True
-    )
+        grad_S = saved.last.new_zeros(*shape, value_dim) if grad_S is None else grad_S
+        first = to_slabs(plan, grad_S, saved.last.new_zeros(shape) if grad_z is None else grad_z)
+        # The blocks of the value dimensions add up: z's gradient belongs to one of them
+        first.unflatten(0, (-1, blocks))[:, 1:, plan.CP * plan.BV :] = 0.0
+    grad_first = torch.empty_like(saved.last)
+    largest_dn = grad_first.new_empty(batch * query_heads * blocks, triton.cdiv(length, plan.T))
+    grad_states, _ = write(
+        plan, coefficients, query, grad_output, output if normalize else None, rd, None, log_decay, saved.lse_query,
+        largest_dn, None, mixtures, repeats, first, grad_first, True,
+    )  # fmt: skip
+    if not causal:
+        grad_states = grad_first
 
-    blocks, key_length = plan.NV, key.shape[2]
-    grad_query = torch.empty_like(query) if blocks == 1 else query.new_empty(blocks, *query.shape, dtype=torch.float32)
-    shared = mixtures != key_heads  # several mixtures read a key and value head: their gradients are added up below
-    grad_key = torch.empty_like(key)
+    # Partial gradients, added up below: of blocks of the value dimensions, of mixtures that share keys and values
+    shared = mixtures != key_heads
+    per_block = query.new_empty(blocks, *query.shape, dtype=torch.float32) if blocks > 1 else None
+    grad_query = torch.empty_like(query) if per_block is None else per_block
+    grad_key, grad_value = torch.empty_like(key), torch.empty_like(value)
     if shared or blocks > 1:
         grad_key = key.new_empty(blocks, batch, mixtures, key_length, dim, dtype=torch.float32)
-    grad_value = torch.empty_like(value)
     if shared:
         grad_value = value.new_empty(batch, mixtures, key_length, value_dim, dtype=torch.float32)
-    per_token = lse_key.new_empty(2, batch * mixtures * blocks, key_length)
-    query_side = grad_query if grad_query.ndim == 5 else grad_query[None]
-    key_side = grad_key if grad_key.ndim == 5 else grad_key[None]
-
-    sides = [(True, True)] if causal else [(True, False), (False, True)]
-    lengths = [query_length if with_queries else key_length for with_queries, _ in sides]
-    if not causal:
-        segment_lengths = [segment_length(plan, batch * mixtures, length, query.device) for length in lengths]
+    grad_gates = grad_first.new_empty(2, batch, mixtures, blocks, key_length)
+    if causal:
+        sides = [make_side(plan, True, True, batch, mixtures, query)]
     else:
-        segment_lengths = [per_segment]
-    segment_counts = [
-        max(1, triton.cdiv(length, per * plan.T)) for length, per in zip(lengths, segment_lengths, strict=True)
-    ]
-    workers = [workers_per_mixture(plan, mixtures, batch * segments, query.device) for segments in segment_counts]
-    shape = (sum(workers) * blocks, mixtures, plan.CP, plan.DP)
-    # Sums in memory, instead of in registers, start from zero
-    new = last.new_empty if plan.DP == plan.BD else last.new_zeros
-    grad_linear, grad_quadratic, grad_bias = new(shape), new(shape), last.new_empty(shape[:3])
+        sides = [make_side(plan, True, False, batch, mixtures, query), make_side(plan, False, True, batch, mixtures, key)]
+    partials = sum(side.workers for side in sides) * blocks
+    new = grad_first.new_empty if plan.in_registers else grad_first.new_zeros
+    grad_linear, grad_quadratic = (new(partials, mixtures, plan.CP, plan.DP) for _ in range(2))
+    grad_bias = grad_first.new_empty(partials, mixtures, plan.CP)
     done = 0
-    for (with_queries, with_keys), length, per, segments, count in zip(
-        sides, lengths, segment_lengths, segment_counts, workers, strict=True
-    ):
-        grads = grad_states if causal else grad_first
-        gradient_kernel[(count * mixtures * blocks,)](
-            query, key, value, grad_output, rd, write_weight, log_decay, *coefficients, lse_query, lse_key,
-            last, chunk_states, chunk_norms, chunk_scales, grads,
-            query_side, key_side, grad_value, per_token[0], per_token[1],
+    for side in sides:
+        gradient_kernel[(side.workers * mixtures * blocks,)](
+            query, key, value, grad_output, rd, write_weight, log_decay, *coefficients, saved.lse_query,
+            saved.lse_key, saved.largest_value, saved.largest_weight, largest_dn,
+            *saved[3:7], grad_states, grad_query, grad_key, grad_value, *grad_gates,
             grad_linear[done:], grad_quadratic[done:], grad_bias[done:],
             *strides(query), *strides(key), *strides(value), *strides(grad_output), *strides(write_weight),
-            *strides(log_decay), query_side.stride(0), *full_strides(query_side[0]),
-            key_side.stride(0), *full_strides(key_side[0]), *full_strides(grad_value),
-            last.stride(0), grads.stride(0),
-            batch, length, dim, value_dim, mixtures, segments, per, triton.cdiv(length, plan.T),
-            mixtures // key_heads, count,
-            R=repeats, HAS_QUERIES=with_queries, HAS_KEYS=with_keys, STRICT=strict,
+            *strides(log_decay), *block_strides(grad_query), *block_strides(grad_key), *grad_value.stride()[:3],
+            saved.last.stride(0), grad_states.stride(0),
+            batch, side.length, dim, value_dim, mixtures, side.segments, side.per_segment,
+            triton.cdiv(side.length, plan.T), mixtures // key_heads, side.workers,
+            R=repeats, HAS_QUERIES=side.queries, HAS_KEYS=side.keys, STRICT=strict,
             HAS_WEIGHT=write_weight is not None, HAS_DECAY=log_decay is not None, NORMALIZE=normalize,
-            GRAD_WEIGHT=grad_weight, **plan.constants(dim, value_dim), **plan.gradient,
+            GRAD_WEIGHT=grad_weight, IN_REGISTERS=plan.in_registers,
+            **plan.constants(dim, value_dim), **plan.gradient,
         )  # fmt: skip
-        done += count * blocks
+        done += side.workers * blocks
 
-    grad_means, grad_raw, grad_priors = (torch.empty_like(x) for x in (means, raw_variances, prior_logits))
+    grad_mixture = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (means, raw_variances, prior_logits))
     columns = min(16, plan.DP)
     coefficients_backward_kernel[(mixtures, plan.DP // columns)](
         means.contiguous(), raw_variances.contiguous(), prior_logits.contiguous(),
-        grad_linear, grad_quadratic, grad_bias, grad_means, grad_raw, grad_priors,
-        variance_floor, components, dim, done, mixtures, CP=plan.CP, DP=plan.DP, BD=columns,
+        grad_linear, grad_quadratic, grad_bias, *grad_mixture,
+        variance_floor, components, dim, partials, mixtures, CP=plan.CP, DP=plan.DP, BD=columns,
     )  # fmt: skip
 
-    if blocks > 1:
+    if grad_query.ndim == 5:
         grad_query = grad_query.sum(dim=0).to(query.dtype)
     if grad_key.ndim == 5:
         grad_key = grad_key.sum(dim=0).unflatten(1, (key_heads, -1)).sum(dim=2).to(key.dtype)
     if shared:
         grad_value = grad_value.unflatten(1, (key_heads, -1)).sum(dim=2).to(value.dtype)
-    per_token = per_token.unflatten(1, (batch, mixtures, blocks)).sum(dim=3) if blocks > 1 else per_token.unflatten(
-        1, (batch, mixtures)
-    )
-    grad_write_weight = sum_heads(per_token[0], write_weight if grad_weight else None)
-    grad_log_decay = sum_heads(per_token[1], log_decay)
+    gates = (write_weight if grad_weight else None, log_decay)
+    grad_gates = (sum_heads(grad, gate) for grad, gate in zip(grad_gates, gates, strict=True))
     grad_S, grad_z = from_slabs(plan, grad_first, batch, components, value_dim)
     if blocks > 1:
-        parts = grad_first.unflatten(0, (batch, mixtures, blocks))[..., plan.CP * plan.BV :]
-        grad_z = parts.sum(dim=2)[..., :components].contiguous()
-    return (
-        grad_query, grad_key, grad_value, grad_means, grad_raw, grad_priors, grad_write_weight, grad_log_decay,
-        grad_S, grad_z,
-    )  # fmt: skip
+        grad_z = grad_first.unflatten(0, (batch, mixtures, blocks))[..., plan.CP * plan.BV :].sum(dim=2)
+        grad_z = grad_z[..., :components].contiguous()
+    return grad_query, grad_key, grad_value, *grad_mixture, *grad_gates, grad_S, grad_z
 
 
 def sum_heads(x: Tensor, like: Tensor | None) -> Tensor:
-    """Gradients [B, M, N] of what several mixtures share, in the shape and type of the input; of size 0 if unused."""
+    """Gradients [B, M, NV, N] of what mixtures share, in the shape and type of the input; of size 0 if unused."""
     if like is None:
         return x.new_empty(0)
-    return x.unflatten(1, (like.shape[1], -1)).sum(dim=2).to(like.dtype)
+    if x.shape[1] * x.shape[2] == like.shape[1]:
+        return x.flatten(1, 2).to(like.dtype, copy=True)
+    return x.flatten(1, 2).unflatten(1, (like.shape[1], -1)).sum(dim=2).to(like.dtype)
 
 
 @fused_attention_backward.register_fake
 def _(
-    query, key, value, means, raw_variances, prior_logits, write_weight, log_decay, output, lse_query, lse_key, rd,
-    last, chunk_states, chunk_norms, chunk_scales, grad_output, grad_S, grad_z, causal, strict, normalize, grad_weight,
-    variance_floor,
+    query, key, value, means, raw_variances, prior_logits, write_weight, log_decay, output, saved, grad_output,
+    grad_S, grad_z, causal, strict, normalize, grad_weight, variance_floor,
 ):  # fmt: skip
     batch, mixtures, components, value_dim = query.shape[0], *means.shape[:2], value.shape[-1]
-    inputs = (row_contiguous(query), row_contiguous(key), row_contiguous(value), means, raw_variances, prior_logits)
+    last = Saved(*saved).last
     gates = (write_weight if grad_weight else None, log_decay)
     return (
-        *(torch.empty_like(x) for x in inputs),
-        *(last.new_empty(0 if x is None else x.shape, dtype=None if x is None else x.dtype) for x in gates),
+        *(torch.empty_like(row_contiguous(x)) for x in (query, key, value)),
+        *(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (means, raw_variances, prior_logits)),
+        *(last.new_empty(0) if x is None else x.new_empty(x.shape) for x in gates),
         last.new_empty(batch, mixtures, components, value_dim),
         last.new_empty(batch, mixtures, components),
     )
@@ -329,29 +361,26 @@ def _(
 def setup_context(ctx, inputs, output):
     """Keep inputs, output and what the forward pass saved for the gradients."""
     *tensors, S, z, ctx.causal, ctx.strict, ctx.eps, ctx.variance_floor, _ = inputs
-    ctx.has_state = S is not None
-    ctx.state_dtypes = (S.dtype, z.dtype) if ctx.has_state else None
+    ctx.state_dtypes = None if S is None else (S.dtype, z.dtype)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors, output[0], *output[3:])
+    ctx.save_for_backward(*tensors, output[0], *output[3])
 
 
-def backward(ctx, grad_output, grad_S, grad_z, *unused):
+def backward(ctx, grad_output, grad_S, grad_z, _):
     """Gradients of `fused_attention`'s arguments."""
-    *tensors, output, lse_query, lse_key, rd, last, states, norms, scales = ctx.saved_tensors
+    tensors, output, saved = ctx.saved_tensors[:8], ctx.saved_tensors[8], list(ctx.saved_tensors[9:])
     if grad_output is None:
         grad_output = torch.zeros_like(output)
-    needs = ctx.needs_input_grad
-    grads = torch.ops.gma_hf.fused_attention_backward(
-        *tensors, output, lse_query, lse_key, rd, last, states, norms, scales, grad_output, grad_S, grad_z,
-        ctx.causal, ctx.strict, ctx.eps is not None, needs[6], ctx.variance_floor,
+    needed = ctx.needs_input_grad
+    *grads, grad_S, grad_z = torch.ops.gma_hf.fused_attention_backward(
+        *tensors, output, saved, grad_output, grad_S, grad_z, ctx.causal, ctx.strict, ctx.eps is not None, needed[6],
+        ctx.variance_floor,
     )  # fmt: skip
-    *grads, grad_S, grad_z = (grad if needed else None for grad, needed in zip(grads, needs, strict=False))
-    if ctx.has_state:
-        grad_S, grad_z = (
-            None if grad is None else grad.to(dtype)
-            for grad, dtype in zip((grad_S, grad_z), ctx.state_dtypes, strict=True)
-        )
-    return *grads, grad_S, grad_z, None, None, None, None, None
+    grads = [grad if need else None for grad, need in zip(grads, needed, strict=False)]
+    states = (None, None)
+    if ctx.state_dtypes is not None:
+        states = (grad.to(dtype) for grad, dtype in zip((grad_S, grad_z), ctx.state_dtypes, strict=True))
+    return *grads, *states, None, None, None, None, None
 
 
 fused_attention.register_autograd(backward, setup_context=setup_context)

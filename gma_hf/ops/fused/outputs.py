@@ -20,25 +20,29 @@ import triton.language as tl
 
 from .tiles import (
     UNIT,
+    add_column_sums,
+    decayed,
     load_coefficients,
     load_decays,
     load_row,
     load_tile,
-    log_normaliser,
     operand,
     pair_decays,
-    power_of_two,
     product,
+    responsibilities,
+    responsibilities_again,
     store_row,
     store_tile,
     tile_logits,
-    unit_scale,
+    tile_scale,
+    visible_pairs,
 )
 
 
 @triton.jit(do_not_specialize=["N", "M", "segments", "chunks_per_segment", "chunks", "kv_groups"])
 def read_kernel(
-    Q, K, V, O, RD, W, LA, Coefficients, Bias, States, LSEQ, LSEK, ChunkStates, ChunkNorms, ChunkScales,
+    Q, K, V, O, RD, W, LA, Coefficients, Bias, States, LSEQ, LSEK,
+    LargestV, LargestW, ChunkStates, ChunkNorms, ChunkScales,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     stride_ob, stride_oh, stride_on, stride_wb, stride_wh, stride_wn, stride_ab, stride_ah, stride_an,
     stride_state, N, D, DV, M, segments, chunks_per_segment, chunks, kv_groups, eps,
@@ -66,55 +70,75 @@ def read_kernel(
     K += batch * stride_kb + kv_head * stride_kh
     V += batch * stride_vb + kv_head * stride_vh
     LSEK += bm.to(tl.int64) * N
+    LargestV += slab * chunks
+    if HAS_WEIGHT:
+        LargestW += bm.to(tl.int64) * chunks
 
     of_state = tl.arange(0, CP)[:, None] * BV + tl.arange(0, BV)[None, :]
+    of_norm = tl.arange(0, CP)
     States += slab * stride_state + (segment.to(tl.int64) * CP * (BV + 1) if CAUSAL else 0)
     S = tl.load(States + of_state)
-    z = tl.load(States + CP * BV + tl.arange(0, CP))
+    z = tl.load(States + CP * BV + of_norm)
     largest = tl.max(tl.max(tl.abs(S), 1), 0)
     for i in range(chunks_per_segment):
         chunk = segment * chunks_per_segment + i
         first = chunk * T
         count = N - first
-        if EXACT:
-            S_scale = 1.0
-            S_operand = S
-        else:
-            S_scale = power_of_two(largest)
-            S_operand = operand(S * S_scale, EXACT)
+        # The state before the chunk
+        S_scale = tile_scale(largest, EXACT)
+        S_operand = operand(S * S_scale, EXACT)
+        z_before = z
         if SAVE and CAUSAL:
             state = slab * chunks + chunk
             tl.store(ChunkStates + state * CP * BV + of_state, S_operand, mask=of_state * 0 + chunk < chunks)
-            tl.store(ChunkNorms + state * CP + tl.arange(0, CP), z, mask=tl.arange(0, CP) * 0 + chunk < chunks)
+            tl.store(ChunkNorms + state * CP + of_norm, z, mask=of_norm * 0 + chunk < chunks)
             if chunk < chunks:
                 tl.store(ChunkScales + state, S_scale)
+        if HAS_DECAY:
+            sums, resets, total, total_resets = load_decays(LA, first, stride_an, count, T)
+            from_start = tl.where(resets == 0.0, tl.exp2(sums), 0.0)
 
-        sums, resets, total, total_resets = load_decays(LA, first, stride_an, count, T, HAS_DECAY)
-        from_start = tl.where(resets == 0.0, tl.exp2(sums), 0.0)
-        pair_scale = 1.0  # of sum_j P_ij v_j
+        pair_scale = UNIT  # of sum_j P_ij v_j
         if CAUSAL:
+            # What the chunk writes, and the state after it
             logits = tile_logits(
                 K, first, stride_kn, count, D, Coefficients, bias,
                 linear, quadratic, linear_rest, quadratic_rest, T, CP, DP, BD, EVEN_D, EXACT, PRECISION,
             )  # fmt: skip
-            lse = load_row(LSEK, first, 1, count, float("inf"), T)
-            gamma_key = tl.exp2(logits - lse[:, None])
-            weight = (tl.arange(0, T) < count).to(tl.float32)
-            if HAS_WEIGHT:
-                weight = load_row(W, first, stride_wn, count, 0.0, T)
+            gamma = responsibilities_again(logits, load_row(LSEK, first, 1, count, float("inf"), T))
             value = load_tile(V, first, columns, stride_vn, count, DV, T, EVEN_V).to(tl.float32)
-            if EXACT:
-                weight_scale = 1.0
-                value_scale = 1.0
-                written = gamma_key * weight[:, None]
+            # Beyond the last chunk nothing counts, whatever the scales are
+            last = tl.minimum(chunk, chunks - 1)
+            largest_value = tl.load(LargestV + last)
+            value_scale = tile_scale(largest_value, EXACT)
+            value = operand(value * value_scale, EXACT)
+            weight_scale = 1.0
+            written_total = 1.0 * T
+            if HAS_WEIGHT:
+                largest_weight = tl.load(LargestW + last)
+                weight_scale = tile_scale(largest_weight, EXACT) * (1.0 if EXACT else 1.0 / UNIT)
+                weight = load_row(W, first, stride_wn, count, 0.0, T)
+                gamma *= (weight * weight_scale)[:, None]
+                written_total = largest_weight * T
+            written = operand(gamma, EXACT)
+            kept = written
+            if HAS_DECAY:
+                to_end = tl.where(resets == total_resets, tl.exp2(total - sums), 0.0)
+                kept = operand(gamma * to_end[:, None], EXACT)
+                keep = tl.where(total_resets == 0.0, tl.exp2(total), 0.0)
+                S *= keep
+                z *= keep
+                largest *= keep
+            pair_scale = weight_scale * UNIT * value_scale
+            kept = tl.trans(kept)
+            S += product(kept, value, PRECISION) * (1.0 / pair_scale)
+            largest += written_total * largest_value
+            z_written = add_column_sums(tl.zeros([CP], tl.float32), kept, tl.full([T], 1.0, kept.dtype), PRECISION)
+            z += z_written * (1.0 / (weight_scale * UNIT))
+            if HAS_DECAY:
+                decays = pair_decays(sums, resets, T, STRICT)
             else:
-                weight_scale = unit_scale(tl.max(weight, 0), EXACT)
-                largest_value = tl.max(tl.max(tl.abs(value), 1), 0)
-                value_scale = power_of_two(largest_value)
-                pair_scale = weight_scale * UNIT * value_scale
-                written = operand(gamma_key * (weight * (weight_scale * UNIT))[:, None], EXACT)
-            value_operand = operand(value * value_scale, EXACT)
-            decays = pair_decays(sums, resets, T, HAS_DECAY, STRICT)
+                decays = visible_pairs(T, STRICT)
 
         for r in range(R):
             head = mixture * R + r
@@ -122,34 +146,29 @@ def read_kernel(
                 Q + batch * stride_qb + head.to(tl.int64) * stride_qh, first, stride_qn, count, D, Coefficients, bias,
                 linear, quadratic, linear_rest, quadratic_rest, T, CP, DP, BD, EVEN_D, EXACT, PRECISION,
             )  # fmt: skip
-            lse = log_normaliser(logits)
-            gamma = tl.exp2(logits - lse[:, None])
+            gamma, lse = responsibilities(logits)
             token = (batch * M * R + head).to(tl.int64) * N
             if SAVE:
                 if v == 0:
                     store_row(LSEQ + token, lse, first, count, T)
-            if EXACT:
-                gamma_operand = gamma
-                read_scale = 1.0
+            if NORMALIZE:
+                denominator = tl.sum(gamma * z_before[None, :], 1) * (1.0 / UNIT)
+                if HAS_DECAY:
+                    denominator *= from_start
+            gamma = operand(gamma, EXACT)
+            read = product(gamma, S_operand, PRECISION)
+            read_scale = pair_scale / (UNIT * S_scale)
+            if HAS_DECAY:
+                read *= (from_start * read_scale)[:, None]
             else:
-                gamma_operand = operand(gamma * UNIT, EXACT)
-                read_scale = pair_scale / (UNIT * S_scale)
-            read = product(gamma_operand, S_operand, PRECISION)
-            read *= (from_start * read_scale)[:, None]
-            if NORMALIZE:
-                denominator = from_start * tl.sum(gamma * z[None, :], 1) + eps
+                read *= read_scale
             if CAUSAL:
-                pairs = product(gamma_operand, tl.trans(written), PRECISION) * decays
-                if EXACT:
-                    read += product(pairs, value_operand, PRECISION)
-                    if NORMALIZE:
-                        denominator += tl.sum(pairs, 1)
-                else:
-                    read = product(operand(pairs * (1.0 / UNIT), EXACT), value_operand, PRECISION, read)
-                    if NORMALIZE:
-                        denominator += tl.sum(pairs, 1) * (1.0 / (weight_scale * UNIT * UNIT))
+                pairs = decayed(product(gamma, tl.trans(written), PRECISION), decays, HAS_DECAY)
+                if NORMALIZE:
+                    denominator += tl.sum(pairs, 1) * (1.0 / (weight_scale * UNIT * UNIT))
+                read = product(operand(pairs * (1.0 / UNIT), EXACT), value, PRECISION, read)
             if NORMALIZE:
-                reciprocal = 1.0 / denominator
+                reciprocal = 1.0 / (denominator + eps)
                 if SAVE:
                     if v == 0:
                         store_row(RD + token, reciprocal, first, count, T)
@@ -160,24 +179,3 @@ def read_kernel(
                 O + batch * stride_ob + head.to(tl.int64) * stride_oh, read,
                 first, columns, stride_on, count, DV, T, EVEN_V,
             )  # fmt: skip
-
-        if CAUSAL:
-            kept = written
-            kept_weight = weight
-            if HAS_DECAY:
-                to_end = tl.where(resets == total_resets, tl.exp2(total - sums), 0.0)
-                keep = tl.where(total_resets == 0.0, tl.exp2(total), 0.0)
-                kept_weight = weight * to_end
-                if EXACT:
-                    kept = written * to_end[:, None]
-                else:
-                    kept = operand(gamma_key * (kept_weight * (weight_scale * UNIT))[:, None], EXACT)
-                S *= keep
-                z *= keep
-                largest *= keep
-            if EXACT:
-                S += product(tl.trans(kept), value_operand, PRECISION)
-            else:
-                S += product(tl.trans(kept), value_operand, PRECISION) * (1.0 / pair_scale)
-                largest += tl.sum(kept_weight, 0) * largest_value
-            z += tl.sum(gamma_key * kept_weight[:, None], 0)

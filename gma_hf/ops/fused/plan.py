@@ -19,6 +19,7 @@ class Plan(NamedTuple):
     BD: int  # routing dimensions of a block
     BV: int  # value dimensions of a block
     NV: int  # blocks of value dimensions
+    in_registers: bool  # whether a program keeps its sums of the parameters' gradients on the chip
     write: dict[str, int]
     read: dict[str, int]
     gradient: dict[str, int]
@@ -64,9 +65,10 @@ def make_plan(dtype: torch.dtype, components: int, dim: int, value_dim: int) -> 
         BD,
         BV,
         (value_dim + BV - 1) // BV,
+        DP == BD,
         write={"num_warps": 4, "num_stages": 2},
         read={"num_warps": 8 if large else 4, "num_stages": 1 if large else 2},
-        gradient={"num_warps": 8, "num_stages": 1},
+        gradient={"num_warps": 4, "num_stages": 1},
     )
 
 
@@ -76,9 +78,8 @@ def multiprocessors(device_index: int | None) -> int:
     return 1 if INTERPRETED else torch.cuda.get_device_properties(device_index).multi_processor_count
 
 
-def segment_length(plan: Plan, sequences: int, length: int, device: torch.device) -> int:
+def segment_length(plan: Plan, sequences: int, chunks: int, device: torch.device) -> int:
     """Chunks of a segment: long, because every segment costs a state, but enough segments to fill the chip evenly."""
-    chunks = -(-length // plan.T)
     programs = 16 * multiprocessors(device.index)
     return max(1, min(chunks, 16, sequences * plan.NV * chunks // programs))
 

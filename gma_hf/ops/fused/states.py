@@ -21,26 +21,27 @@ import triton.language as tl
 
 from .tiles import (
     UNIT,
+    add_column_sums,
     load_coefficients,
     load_decays,
     load_row,
     load_tile,
-    log_normaliser,
     operand,
-    power_of_two,
     product,
+    responsibilities,
+    responsibilities_again,
     store_row,
     tile_logits,
-    unit_scale,
+    tile_scale,
 )
 
 
-@triton.jit(do_not_specialize=["N", "M", "segments", "chunks_per_segment", "x_groups", "y_groups"])
+@triton.jit(do_not_specialize=["N", "M", "segments", "chunks_per_segment", "chunks", "x_groups", "y_groups"])
 def write_kernel(
-    X, Y, O, RD, W, LA, Coefficients, Bias, States, SegmentDecays, LSE,
+    X, Y, O, RD, W, LA, Coefficients, Bias, States, SegmentDecays, LSE, LargestY, LargestW,
     stride_xb, stride_xh, stride_xn, stride_yb, stride_yh, stride_yn, stride_ob, stride_oh, stride_on,
     stride_wb, stride_wh, stride_wn, stride_ab, stride_ah, stride_an,
-    N, D, DV, M, segments, chunks_per_segment, x_groups, y_groups,
+    N, D, DV, M, segments, chunks_per_segment, chunks, x_groups, y_groups,
     R: tl.constexpr, T: tl.constexpr, CP: tl.constexpr, DP: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
     NV: tl.constexpr, EVEN_D: tl.constexpr, EVEN_V: tl.constexpr,
     REVERSE: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_DECAY: tl.constexpr, NORMALIZE: tl.constexpr,
@@ -74,19 +75,23 @@ def write_kernel(
             chunk = segment * chunks_per_segment + i
         first = chunk * T
         count = N - first
-        sums, resets, total, total_resets = load_decays(LA, first, stride_an, count, T, HAS_DECAY)
+        weight = (tl.arange(0, T) < count).to(tl.float32)
         if HAS_DECAY:
+            sums, resets, total, total_resets = load_decays(LA, first, stride_an, count, T)
             keep = tl.where(total_resets == 0.0, tl.exp2(total), 0.0)
             S *= keep
             z *= keep
             log_decay += total
             num_resets += total_resets
             if REVERSE:
-                decay = tl.where(resets == 0.0, tl.exp2(sums), 0.0)
+                weight *= tl.where(resets == 0.0, tl.exp2(sums), 0.0)
             else:
-                decay = tl.where(resets == total_resets, tl.exp2(total - sums), 0.0)
-        else:
-            decay = (tl.arange(0, T) < count).to(tl.float32)
+                weight *= tl.where(resets == total_resets, tl.exp2(total - sums), 0.0)
+        if HAS_WEIGHT and not REVERSE:
+            write_weight = load_row(W, first, stride_wn, count, 0.0, T)
+            weight *= write_weight
+            if v == 0 and chunk < chunks:
+                tl.store(LargestW + bm.to(tl.int64) * chunks + chunk, tl.max(write_weight, 0))
         for r in range(R):
             head = mixture * R + r if REVERSE else mixture
             xh = (head // x_groups).to(tl.int64)
@@ -98,35 +103,32 @@ def write_kernel(
             token = (batch * M * R + head).to(tl.int64) * N
             if REVERSE:
                 lse = load_row(LSE + token, first, 1, count, float("inf"), T)
+                gamma = responsibilities_again(logits, lse)
             else:
-                lse = log_normaliser(logits)
+                gamma, lse = responsibilities(logits)
                 if v == 0:
                     store_row(LSE + token, lse, first, count, T)
-            gamma = tl.exp2(logits - lse[:, None])
             y = load_tile(Y + batch * stride_yb + yh * stride_yh, first, columns, stride_yn, count, DV, T, EVEN_V)
             y = y.to(tl.float32)
-            weight = tl.where(tl.arange(0, T) < count, decay, 0.0)
             z_weight = weight
-            if REVERSE:
-                if NORMALIZE:
-                    rd = load_row(RD + token, first, 1, count, 0.0, T)
-                    weight *= rd
-                    o = load_tile(O + batch * stride_ob + yh * stride_oh, first, columns, stride_on, count, DV, T, EVEN_V)
-                    z_weight = -tl.sum(y * o.to(tl.float32), 1) * weight
-            elif HAS_WEIGHT:
-                weight *= load_row(W, first, stride_wn, count, 0.0, T)
-                z_weight = weight
-            weight_scale = unit_scale(tl.max(weight, 0), EXACT)
-            if EXACT:
-                gamma_weighted = gamma * weight[:, None]
-                S += product(tl.trans(gamma_weighted), y, PRECISION)
-            else:
-                y_scale = power_of_two(tl.max(tl.max(tl.abs(y), 1), 0))
-                gamma_weighted = gamma * (weight * (weight_scale * UNIT))[:, None]
-                written = product(tl.trans(operand(gamma_weighted, EXACT)), operand(y * y_scale, EXACT), PRECISION)
-                S += written * (1.0 / (weight_scale * UNIT * y_scale))
+            if NORMALIZE:
+                o = load_tile(O + batch * stride_ob + yh * stride_oh, first, columns, stride_on, count, DV, T, EVEN_V)
+                rd = load_row(RD + token, first, 1, count, 0.0, T)
+                z_weight = -tl.sum(y * o.to(tl.float32), 1) * (rd * weight)
+                y *= rd[:, None]
+            gamma = tl.trans(operand(gamma, EXACT))
+            largest = tl.max(tl.max(tl.abs(y), 1), 0)
+            if chunk < chunks:
+                of_chunk = ((batch * M * R + head) * NV + v).to(tl.int64) * chunks + chunk
+                tl.store(LargestY + of_chunk, largest)
+            scale = tile_scale(largest * tl.max(weight, 0), EXACT)
+            written = product(gamma, operand(y * (weight * scale)[:, None], EXACT), PRECISION)
+            S += written * (1.0 / (UNIT * scale))
             if NORMALIZE or not REVERSE:
-                z += tl.sum(gamma * z_weight[:, None], 0)
+                z_scale = tile_scale(tl.max(tl.abs(z_weight), 0), EXACT)
+                columns_sum = tl.zeros([CP], tl.float32)
+                columns_sum = add_column_sums(columns_sum, gamma, operand(z_weight * z_scale, EXACT), PRECISION)
+                z += columns_sum * (1.0 / (UNIT * z_scale))
 
     States += (slab * segments + segment) * CP * (BV + 1)
     tl.store(States + tl.arange(0, CP)[:, None] * BV + tl.arange(0, BV)[None, :], S)

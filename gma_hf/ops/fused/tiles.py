@@ -9,7 +9,8 @@ inputs would give:
 
 - the logits, whose errors are exponentiated, split each factor into a sum of two bfloat16 numbers (x itself is one);
 - everything else is rounded to float16, eleven bits, after a multiplication by a power of two that brings the largest
-  element of the tile to 2^14. Elements 2^28 times smaller than the largest still keep all their bits.
+  element of the tile to 2^14 or so. Elements 2^28 times smaller than the largest still keep all their bits.
+  Responsibilities are always multiplied by UNIT; EXACT kernels do so too, where it changes nothing.
 
 `EXACT` kernels (float32 and float16 inputs) keep float32 operands instead and ask for `PRECISION` in every product.
 """
@@ -22,6 +23,7 @@ import triton.language as tl
 
 # Responsibilities and pair weights are at most 1 and are multiplied by this before they are rounded to float16.
 UNIT = tl.constexpr(16384.0)
+LOG2_UNIT = tl.constexpr(14.0)
 # A log-decay below this is a reset: everything before is forgotten, exactly.
 RESET = tl.constexpr(-30.0)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -37,11 +39,11 @@ def power_of_two(largest):
 
 
 @triton.jit
-def unit_scale(largest, EXACT: tl.constexpr):
-    """The power of two that brings non-negative weights to at most 1: responsibilities times weights need UNIT only."""
+def tile_scale(largest, EXACT: tl.constexpr):
+    """The power of two that a tile is multiplied by before it becomes an operand."""
     if EXACT:
         return 1.0
-    return power_of_two(largest) * (1.0 / UNIT)
+    return power_of_two(largest)
 
 
 @triton.jit
@@ -49,7 +51,12 @@ def operand(x, EXACT: tl.constexpr):
     """An operand of a matrix product."""
     if EXACT:
         return x
-    return x.to(tl.float16)
+    if INTERPRETED:
+        return x.to(tl.float16)
+    # Two at a time: half the instructions that the compiler finds by itself
+    return tl.inline_asm_elementwise(
+        "cvt.rn.f16x2.f32 $0, $2, $1;", "=r,r,r", [x], dtype=tl.float16, is_pure=True, pack=2
+    )
 
 
 @triton.jit
@@ -121,10 +128,21 @@ def squares(x, EXACT: tl.constexpr):
     """x * x, as a main part and (unless EXACT) a correction: together exact for bfloat16."""
     if EXACT:
         return x * x, x
-    x = x.to(tl.float32)
-    square = x * x
-    main = rounded(square, tl.bfloat16)
-    return main, rounded(square - main.to(tl.float32), tl.bfloat16)
+    if INTERPRETED:
+        x = x.to(tl.float32)
+        main = rounded(x * x, tl.bfloat16)
+        return main, rounded(x * x - main.to(tl.float32), tl.bfloat16)
+    # Two at a time; the fused multiply-add leaves exactly what rounding took
+    return tl.inline_asm_elementwise(
+        """{
+        .reg .b32 zero, minus;
+        mov.b32 zero, 0x80008000;
+        fma.rn.bf16x2 $0, $2, $2, zero;
+        neg.bf16x2 minus, $0;
+        fma.rn.bf16x2 $1, $2, $2, minus;
+        }""",
+        "=r,=r,r", [x], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=2,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -165,34 +183,56 @@ def tile_logits(
 
 
 @triton.jit
-def log_normaliser(logits):
-    """log2 of the sum over components of 2^logits."""
+def responsibilities(logits):
+    """UNIT times the responsibilities [T, CP], and their base-2 log-normaliser [T]."""
     largest = tl.max(logits, 1)
-    return largest + tl.log2(tl.sum(tl.exp2(logits - largest[:, None]), 1))
+    likelihoods = tl.exp2(logits - largest[:, None])
+    total = tl.sum(likelihoods, 1)
+    return likelihoods * (1.0 / total * UNIT)[:, None], largest + tl.log2(total)
 
 
 @triton.jit
-def load_decays(pointer, first, stride, count, T: tl.constexpr, HAS_DECAY: tl.constexpr):
+def responsibilities_again(logits, lse):
+    """UNIT times the responsibilities [T, CP], from the log-normaliser that was kept."""
+    return tl.exp2(logits - (lse - LOG2_UNIT)[:, None])
+
+
+@triton.jit
+def add_column_sums(sums, transposed, weights, PRECISION: tl.constexpr):
+    """sums [CP] + transposed [CP, T] @ weights [T]: the matrix unit adds faster than threads that talk to each other."""
+    columns = tl.zeros([1, 16], tl.float32).to(weights.dtype)
+    return sums + tl.sum(product(transposed, weights[:, None] + columns, PRECISION), 1) * 0.0625
+
+
+@triton.jit
+def load_decays(pointer, first, stride, count, T: tl.constexpr):
     """Running sums of the (base-2) log-decays of a chunk, running counts of its resets, and both in total."""
-    if HAS_DECAY:
-        log_decay = load_row(pointer, first, stride, count, 0.0, T)
-        is_reset = log_decay < RESET
-        log_decay = tl.where(is_reset, 0.0, log_decay) * LOG2E
-        resets = is_reset.to(tl.float32)
-        return tl.cumsum(log_decay, 0), tl.cumsum(resets, 0), tl.sum(log_decay, 0), tl.sum(resets, 0)
-    zeros = tl.zeros([T], tl.float32)
-    return zeros, zeros, 0.0, 0.0
+    log_decay = load_row(pointer, first, stride, count, 0.0, T)
+    is_reset = log_decay < RESET
+    log_decay = tl.where(is_reset, 0.0, log_decay) * LOG2E
+    resets = is_reset.to(tl.float32)
+    return tl.cumsum(log_decay, 0), tl.cumsum(resets, 0), tl.sum(log_decay, 0), tl.sum(resets, 0)
 
 
 @triton.jit
-def pair_decays(sums, resets, T: tl.constexpr, HAS_DECAY: tl.constexpr, STRICT: tl.constexpr):
-    """What is left at row i of what row j <= i (j < i if STRICT) wrote, [T, T]; zero elsewhere."""
+def visible_pairs(T: tl.constexpr, STRICT: tl.constexpr):
+    """Whether row i reads row j: j <= i, or j < i if STRICT."""
     rows = tl.arange(0, T)
     if STRICT:
-        visible = rows[:, None] > rows[None, :]
-    else:
-        visible = rows[:, None] >= rows[None, :]
+        return rows[:, None] > rows[None, :]
+    return rows[:, None] >= rows[None, :]
+
+
+@triton.jit
+def pair_decays(sums, resets, T: tl.constexpr, STRICT: tl.constexpr):
+    """What is left at row i of what row j wrote, [T, T]; zero where it is not visible."""
+    visible = visible_pairs(T, STRICT) & (resets[:, None] == resets[None, :])
+    return tl.exp2(tl.where(visible, sums[:, None] - sums[None, :], -1e4))
+
+
+@triton.jit
+def decayed(pairs, decays, HAS_DECAY: tl.constexpr):
+    """Pair weights times `pair_decays`, or where `visible_pairs`."""
     if HAS_DECAY:
-        visible = visible & (resets[:, None] == resets[None, :])
-        return tl.exp2(tl.where(visible, sums[:, None] - sums[None, :], -1e4))
-    return visible.to(tl.float32)
+        return pairs * decays
+    return tl.where(decays, pairs, 0.0)
