@@ -35,6 +35,7 @@ from .tiles import (
     add_column_sums,
     compute_tile,
     decayed,
+    here,
     load_coefficients,
     load_decays,
     load_row,
@@ -66,46 +67,39 @@ def logit_gradient(grad_gamma, gamma, EXACT: tl.constexpr):
 
 
 @triton.jit
-def store_input_gradient(
-    GX, X, first, grad, stride_g, stride, count, D, coefficients, linear, quadratic, linear_rest, quadratic_rest,
-    T: tl.constexpr, CP: tl.constexpr, DP: tl.constexpr, BD: tl.constexpr, EVEN_D: tl.constexpr,
-    EXACT: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """dx of the rows. The coefficients are in base 2, hence the factor log 2."""
-    for block in tl.static_range(0, DP // BD):
-        if block > 0:
-            linear, quadratic, linear_rest, quadratic_rest = load_coefficients(coefficients, block, CP, DP, BD, EXACT)
-        columns = block * BD + tl.arange(0, BD)
-        x = load_tile(X, first, columns, stride, count, D, T, EVEN_D).to(tl.float32)
-        by_square = product(grad, quadratic, PRECISION)
-        by_x = product(grad, linear, PRECISION)
-        if not EXACT:
-            by_square = product(grad, quadratic_rest, PRECISION, by_square)
-            by_x = product(grad, linear_rest, PRECISION, by_x)
-        store_tile(GX, (by_x + 2.0 * x * by_square) * LN2, first, columns, stride_g, count, D, T, EVEN_D)
-
-
-@triton.jit
-def add_parameter_gradients(
-    grad_linear, grad_quadratic, grad_bias, X, first, grad, stride, count, D, GradLinear, GradQuadratic,
+def logits_backward(
+    grad_linear, grad_quadratic, grad_bias, GX, X, first, grad, stride_g, stride, count, D,
+    GradLinear, GradQuadratic, coefficients, linear, quadratic, linear_rest, quadratic_rest,
     T: tl.constexpr, CP: tl.constexpr, DP: tl.constexpr, BD: tl.constexpr, EVEN_D: tl.constexpr,
     IN_REGISTERS: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add dlogit^T x, dlogit^T x^2 and the sum of dlogit to the program's sums."""
-    grad = tl.trans(grad)
-    grad_bias = add_column_sums(grad_bias, grad, tl.full([T], 1.0, grad.dtype), PRECISION)
+    """Store dx of a tile; add dlogit^T x, dlogit^T x^2 and the sum of dlogit to the program's sums."""
+    transposed = tl.trans(grad)
+    grad_bias = add_column_sums(grad_bias, transposed, tl.full([T], 1.0, grad.dtype), PRECISION)
     for block in tl.static_range(0, DP // BD):
         columns = block * BD + tl.arange(0, BD)
-        x = compute_tile(load_tile(X, first, columns, stride, count, D, T, EVEN_D), EXACT)
+        if block > 0:
+            linear, quadratic, linear_rest, quadratic_rest = load_coefficients(coefficients, block, CP, DP, BD, EXACT)
+        x = compute_tile(load_tile(X, first, columns, stride, count, D, T, EVEN_D, "evict_first"), EXACT)
+        by_square = product(grad, quadratic, PRECISION)
+        if not EXACT:
+            by_square = product(grad, quadratic_rest, PRECISION, by_square)
+        by_x = 2.0 * x.to(tl.float32) * by_square
+        if not EXACT:
+            by_x = product(grad, linear_rest, PRECISION, by_x)
+        by_x = product(grad, linear, PRECISION, by_x)
+        # The coefficients are in base 2
+        store_tile(GX, by_x * LN2, first, columns, stride_g, count, D, T, EVEN_D)
+
         square, square_rest = squares(x, EXACT)
         if not IN_REGISTERS:
-            offsets = tl.arange(0, CP)[:, None] * DP + columns[None, :]
+            offsets = here(tl.arange(0, CP)[:, None] * DP + columns[None, :], first)
             grad_linear = tl.load(GradLinear + offsets)
             grad_quadratic = tl.load(GradQuadratic + offsets)
-        grad_linear = product(grad, x, PRECISION, grad_linear)
-        grad_quadratic = product(grad, square, PRECISION, grad_quadratic)
+        grad_linear = product(transposed, x, PRECISION, grad_linear)
+        grad_quadratic = product(transposed, square, PRECISION, grad_quadratic)
         if not EXACT:
-            grad_quadratic = product(grad, square_rest, PRECISION, grad_quadratic)
+            grad_quadratic = product(transposed, square_rest, PRECISION, grad_quadratic)
         if not IN_REGISTERS:
             tl.store(GradLinear + offsets, grad_linear)
             tl.store(GradQuadratic + offsets, grad_quadratic)
@@ -116,7 +110,7 @@ def add_parameter_gradients(
     do_not_specialize=["B", "N", "M", "segments", "chunks_per_segment", "chunks", "kv_groups", "programs"]
 )
 def gradient_kernel(
-    Q, K, V, DO, RD, W, LA, Coefficients, Bias, LSEQ, LSEK, LargestV, LargestW, LargestDN,
+    Q, K, V, DO, RD, W, LA, Coefficients, Bias, LSEQ, LSEK, LargestV, LargestW, LargestDN, DD, Reads,
     States, ChunkStates, ChunkNorms, ChunkScales, GradStates,
     GQ, GK, GV, GW, GLA, GradLinear, GradQuadratic, GradBias,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
@@ -126,12 +120,12 @@ def gradient_kernel(
     B, N, D, DV, M, segments, chunks_per_segment, chunks, kv_groups, programs,
     R: tl.constexpr, T: tl.constexpr, CP: tl.constexpr, DP: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
     NV: tl.constexpr, EVEN_D: tl.constexpr, EVEN_V: tl.constexpr,
-    HAS_QUERIES: tl.constexpr, HAS_KEYS: tl.constexpr, STRICT: tl.constexpr,
+    CAUSAL: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, STRICT: tl.constexpr,
     HAS_WEIGHT: tl.constexpr, HAS_DECAY: tl.constexpr, NORMALIZE: tl.constexpr,
     GRAD_WEIGHT: tl.constexpr, IN_REGISTERS: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """HAS_QUERIES and HAS_KEYS: causal attention; either alone: one side of bidirectional attention."""
-    CAUSAL: tl.constexpr = HAS_QUERIES and HAS_KEYS
+    """Gradients of QUERIES, of KEYS and values, or of all. KEYS without QUERIES takes from memory what QUERIES left there:
+    the denominators' gradients dD and r, the sums that the decays' gradients need."""
     program = tl.program_id(0)
     v = program % NV
     mixture = (program // NV) % M
@@ -156,16 +150,16 @@ def gradient_kernel(
         batch, segment = (item // segments).to(tl.int64), item % segments
         bm = batch * M + mixture
         slab = bm * NV + v
-        if HAS_KEYS:
+        if KEYS:
             from_right = GradStates + slab * stride_grad_state
             if CAUSAL:
                 from_right += segment.to(tl.int64) * CP * (BV + 1)
-            G = tl.load(from_right + of_state)
-            g = tl.load(from_right + CP * BV + of_norm)
+            G = tl.load(from_right + here(of_state, item))
+            g = tl.load(from_right + CP * BV + here(of_norm, item))
             largest = tl.max(tl.max(tl.abs(G), 1), 0)
-        if not CAUSAL and HAS_QUERIES:
-            S = tl.load(States + slab * stride_state + of_state)
-            z = tl.load(States + slab * stride_state + CP * BV + of_norm)
+        if not CAUSAL and QUERIES:
+            S = tl.load(States + slab * stride_state + here(of_state, item))
+            z = tl.load(States + slab * stride_state + CP * BV + here(of_norm, item))
             S_scale = tile_scale(tl.max(tl.max(tl.abs(S), 1), 0), EXACT)
             S = operand(S * S_scale, EXACT)
 
@@ -181,18 +175,18 @@ def gradient_kernel(
                 from_start = tl.where(resets == 0.0, tl.exp2(sums), 0.0)
                 to_end = tl.where(resets == total_resets, tl.exp2(total - sums), 0.0)
                 keep = tl.where(total_resets == 0.0, tl.exp2(total), 0.0)
-                decays = pair_decays(sums, resets, T, STRICT)
+                decays = pair_decays(sums, resets, first, T, STRICT)
                 read_minus_write = tl.zeros([T], tl.float32)
             else:
-                decays = visible_pairs(T, STRICT)
+                decays = visible_pairs(first, T, STRICT)
 
-            if CAUSAL:
+            if CAUSAL and (QUERIES or HAS_DECAY):
                 state = slab * chunks + last
-                S = tl.load(ChunkStates + state * CP * BV + of_state)
-                z = tl.load(ChunkNorms + state * CP + of_norm)
+                S = tl.load(ChunkStates + state * CP * BV + here(of_state, chunk))
+                z = tl.load(ChunkNorms + state * CP + here(of_norm, chunk))
                 S_scale = tl.load(ChunkScales + state)
 
-            if HAS_KEYS:
+            if CAUSAL or KEYS:
                 key_pointer = K + batch * stride_kb + kv_head * stride_kh
                 logits = tile_logits(
                     key_pointer, first, stride_kn, count, D, Coefficients, bias,
@@ -212,9 +206,10 @@ def gradient_kernel(
                     written = operand(gamma * (weight * weight_scale)[:, None], EXACT)
                 written_scale = weight_scale * UNIT
                 value_pointer = V + batch * stride_vb + kv_head * stride_vh
-                value = load_tile(value_pointer, first, columns, stride_vn, count, DV, T, EVEN_V).to(tl.float32)
                 value_scale = tile_scale(tl.load(LargestV + slab * chunks + last), EXACT)
+                value = load_tile(value_pointer, first, columns, stride_vn, count, DV, T, EVEN_V).to(tl.float32)
                 value = operand(value * value_scale, EXACT)
+            if KEYS:
                 G_scale = tile_scale(largest, EXACT)
                 G_operand = operand(G * G_scale, EXACT)
                 g_after = g
@@ -227,7 +222,7 @@ def gradient_kernel(
                     g *= keep
                     largest *= keep
 
-            if HAS_QUERIES:
+            if CAUSAL or QUERIES:
                 for r in range(R):
                     head = mixture * R + r
                     query_pointer = Q + batch * stride_qb + head.to(tl.int64) * stride_qh
@@ -236,11 +231,12 @@ def gradient_kernel(
                         linear, quadratic, linear_rest, quadratic_rest, T, CP, DP, BD, EVEN_D, EXACT, PRECISION,
                     )  # fmt: skip
                     token = (batch * M * R + head) * N
-                    gamma = responsibilities_again(logits, load_row(LSEQ + token, first, 1, count, float("inf"), T))
-                    faded = gamma
+                    lse = load_row(LSEQ + token, first, 1, count, float("inf"), T)
+                    unfaded = responsibilities_again(logits, lse)
+                    gamma_query = operand(unfaded, EXACT)
+                    faded = gamma_query
                     if HAS_DECAY:
-                        faded = gamma * from_start[:, None]
-                    gamma = operand(gamma, EXACT)
+                        faded = operand(unfaded * from_start[:, None], EXACT)
                     grad_pointer = DO + batch * stride_ob + head.to(tl.int64) * stride_oh
                     dn = load_tile(grad_pointer, first, columns, stride_on, count, DV, T, EVEN_V).to(tl.float32)
                     largest_dn = tl.load(LargestDN + ((batch * M * R + head) * NV + v) * chunks + last)
@@ -250,29 +246,35 @@ def gradient_kernel(
                         dn *= (rd * dn_scale)[:, None]
                     else:
                         dn *= dn_scale
-                    dn = operand(dn, EXACT)
+                    dn_operand = operand(dn, EXACT)
 
-                    # What is read from the state before the chunk, and from the chunk
-                    grad_gamma = product(dn, tl.trans(S), PRECISION) * (1.0 / (dn_scale * S_scale))
-                    if HAS_DECAY:
-                        grad_gamma *= from_start[:, None]
-                    if NORMALIZE:
-                        grad_denominator = tl.sum(gamma.to(tl.float32) * grad_gamma, 1) * (1.0 / UNIT)
+                    # What is read from the chunk, and from the state before it
                     if CAUSAL:
-                        pairs = decayed(product(gamma, tl.trans(written), PRECISION), decays, HAS_DECAY)
-                        grad_pairs = product(dn, tl.trans(value), PRECISION)
+                        pairs = decayed(product(gamma_query, tl.trans(written), PRECISION), decays, HAS_DECAY)
+                        grad_pairs = product(dn_operand, tl.trans(value), PRECISION)
                         pair_scale = dn_scale * value_scale
-                        if NORMALIZE:
-                            both = tl.sum(pairs * grad_pairs, 1)
-                            grad_denominator += both * (1.0 / (written_scale * UNIT * pair_scale))
-                        pairs = operand(pairs * (1.0 / UNIT), EXACT)
-                    if NORMALIZE:
-                        grad_denominator *= -rd
-                        z_grad = grad_denominator
+                    if QUERIES:
+                        grad_gamma = product(dn_operand, tl.trans(S), PRECISION) * (1.0 / (dn_scale * S_scale))
                         if HAS_DECAY:
-                            z_grad *= from_start
-                        grad_gamma += z_grad[:, None] * z[None, :]
+                            grad_gamma *= from_start[:, None]
+                    if NORMALIZE:
+                        if QUERIES:
+                            grad_denominator = tl.sum(gamma_query.to(tl.float32) * grad_gamma, 1) * (1.0 / UNIT)
+                            if CAUSAL:
+                                both = tl.sum(pairs * grad_pairs, 1)
+                                grad_denominator += both * (1.0 / (written_scale * UNIT * pair_scale))
+                            grad_denominator *= -rd
+                            z_grad = grad_denominator
+                            if HAS_DECAY:
+                                z_grad *= from_start
+                            grad_gamma += z_grad[:, None] * z[None, :]
+                            if CAUSAL and not KEYS:
+                                store_row(DD + token * NV + v * N, grad_denominator, first, count, T)
+                        else:
+                            grad_denominator = load_row(DD + token * NV + v * N, first, 1, count, 0.0, T)
                     if CAUSAL:
+                        if KEYS:
+                            pairs_operand = operand(pairs * (1.0 / UNIT), EXACT)
                         # |dn . v| <= BV 2^28 in these units; the denominator's part may be larger
                         bound = BV * UNIT * UNIT
                         if NORMALIZE:
@@ -280,41 +282,47 @@ def gradient_kernel(
                             largest_grad = tl.max(tl.abs(grad_denominator), 0)
                             bound += largest_grad * pair_scale
                         shrink = tile_scale(bound, EXACT)
-                        grad_pairs = operand(decayed(grad_pairs * shrink, decays, HAS_DECAY), EXACT)
+                        grad_pairs_operand = operand(decayed(grad_pairs * shrink, decays, HAS_DECAY), EXACT)
                         pair_scale *= shrink
-                        grad_gamma += product(grad_pairs, written, PRECISION) * (1.0 / (pair_scale * written_scale))
 
                     # The query
-                    grad_logits, total_read = logit_gradient(grad_gamma, gamma, EXACT)
-                    if HAS_DECAY:
-                        read_minus_write += total_read
-                    store_input_gradient(
-                        GQ + v * stride_gqv + batch * stride_gqb + head.to(tl.int64) * stride_gqh,
-                        query_pointer, first, grad_logits, stride_gqn, stride_qn, count, D, Coefficients,
-                        linear, quadratic, linear_rest, quadratic_rest, T, CP, DP, BD, EVEN_D, EXACT, PRECISION,
-                    )  # fmt: skip
-                    grad_linear, grad_quadratic, grad_bias = add_parameter_gradients(
-                        grad_linear, grad_quadratic, grad_bias, query_pointer, first, grad_logits, stride_qn, count, D,
-                        GradLinear, GradQuadratic, T, CP, DP, BD, EVEN_D, IN_REGISTERS, EXACT, PRECISION,
-                    )  # fmt: skip
+                    if QUERIES:
+                        if CAUSAL:
+                            from_pairs = product(grad_pairs_operand, written, PRECISION)
+                            grad_gamma += from_pairs * (1.0 / (pair_scale * written_scale))
+                        grad_query, total_read = logit_gradient(grad_gamma, gamma_query, EXACT)
+                        if HAS_DECAY:
+                            if KEYS:
+                                read_minus_write += total_read
+                            else:
+                                store_row(Reads + token * NV + v * N, total_read, first, count, T)
+                        grad_linear, grad_quadratic, grad_bias = logits_backward(
+                            grad_linear, grad_quadratic, grad_bias,
+                            GQ + v * stride_gqv + batch * stride_gqb + head.to(tl.int64) * stride_gqh, query_pointer, first, grad_query,
+                            stride_gqn, stride_qn, count, D, GradLinear, GradQuadratic, Coefficients,
+                            linear, quadratic, linear_rest, quadratic_rest,
+                            T, CP, DP, BD, EVEN_D, IN_REGISTERS, EXACT, PRECISION,
+                        )  # fmt: skip
+                    elif HAS_DECAY:
+                        read_minus_write += load_row(Reads + token * NV + v * N, first, 1, count, 0.0, T)
 
                     # What the chunk wrote, and the state before it
-                    if CAUSAL:
-                        from_pairs = product(tl.trans(grad_pairs), gamma, PRECISION)
+                    if CAUSAL and KEYS:
+                        from_pairs = product(tl.trans(grad_pairs_operand), gamma_query, PRECISION)
                         grad_written += from_pairs * (1.0 / (pair_scale * UNIT))
-                        from_pairs = product(tl.trans(pairs), dn, PRECISION)
+                        from_pairs = product(tl.trans(pairs_operand), dn_operand, PRECISION)
                         grad_value += from_pairs * (1.0 / (written_scale * dn_scale))
-                        faded = tl.trans(operand(faded, EXACT))
-                        G += product(faded, dn, PRECISION) * (1.0 / (UNIT * dn_scale))
+                        faded_columns = tl.trans(faded)
+                        G += product(faded_columns, dn_operand, PRECISION) * (1.0 / (UNIT * dn_scale))
                         largest += T * largest_dn
                         if NORMALIZE:
                             z_scale = tile_scale(largest_grad, EXACT)
                             from_reads = add_column_sums(
-                                tl.zeros([CP], tl.float32), faded, operand(grad_denominator * z_scale, EXACT), PRECISION
+                                tl.zeros([CP], tl.float32), faded_columns, operand(grad_denominator * z_scale, EXACT), PRECISION
                             )
                             g += from_reads * (1.0 / (UNIT * z_scale))
 
-            if HAS_KEYS:
+            if KEYS:
                 # From the state after the chunk
                 from_state = product(value, tl.trans(G_operand), PRECISION)
                 from_state = from_state * (1.0 / (value_scale * G_scale)) + g_after[None, :]
@@ -350,14 +358,12 @@ def gradient_kernel(
                     spanning += tl.sum(read_minus_write, 0) - before
                     log_decay = load_row(decay_pointer, first, stride_an, count, 0.0, T)
                     store_row(GLA + of_token, tl.where(log_decay < RESET, 0.0, spanning), first, count, T)
-                store_input_gradient(
-                    GK + v * stride_gkv + batch * stride_gkb + mixture.to(tl.int64) * stride_gkh,
-                    key_pointer, first, grad_logits, stride_gkn, stride_kn, count, D, Coefficients,
-                    linear, quadratic, linear_rest, quadratic_rest, T, CP, DP, BD, EVEN_D, EXACT, PRECISION,
-                )  # fmt: skip
-                grad_linear, grad_quadratic, grad_bias = add_parameter_gradients(
-                    grad_linear, grad_quadratic, grad_bias, key_pointer, first, grad_logits, stride_kn, count, D,
-                    GradLinear, GradQuadratic, T, CP, DP, BD, EVEN_D, IN_REGISTERS, EXACT, PRECISION,
+                grad_linear, grad_quadratic, grad_bias = logits_backward(
+                    grad_linear, grad_quadratic, grad_bias,
+                    GK + v * stride_gkv + batch * stride_gkb + mixture.to(tl.int64) * stride_gkh, key_pointer, first, grad_logits,
+                    stride_gkn, stride_kn, count, D, GradLinear, GradQuadratic, Coefficients,
+                    linear, quadratic, linear_rest, quadratic_rest,
+                    T, CP, DP, BD, EVEN_D, IN_REGISTERS, EXACT, PRECISION,
                 )  # fmt: skip
 
     tl.store(GradBias + partial * CP + of_norm, grad_bias)

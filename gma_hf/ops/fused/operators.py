@@ -216,7 +216,7 @@ def _(
 
 
 class Side(NamedTuple):
-    """One launch of the gradient kernel: queries and keys of causal attention, or either of bidirectional attention."""
+    """One launch of the gradient kernel: for queries, for keys and values, or for all."""
 
     queries: bool
     keys: bool
@@ -282,10 +282,11 @@ def fused_attention_backward(
     if shared:
         grad_value = value.new_empty(batch, mixtures, key_length, value_dim, dtype=torch.float32)
     grad_gates = grad_first.new_empty(2, batch, mixtures, blocks, key_length)
-    if causal:
+    if causal and plan.one_launch:
         sides = [make_side(plan, True, True, batch, mixtures, query)]
     else:
         sides = [make_side(plan, True, False, batch, mixtures, query), make_side(plan, False, True, batch, mixtures, key)]
+    dd, reads = grad_first.new_empty(2, batch, query_heads, blocks, length)
     partials = sum(side.workers for side in sides) * blocks
     new = grad_first.new_empty if plan.in_registers else grad_first.new_zeros
     grad_linear, grad_quadratic = (new(partials, mixtures, plan.CP, plan.DP) for _ in range(2))
@@ -294,7 +295,7 @@ def fused_attention_backward(
     for side in sides:
         gradient_kernel[(side.workers * mixtures * blocks,)](
             query, key, value, grad_output, rd, write_weight, log_decay, *coefficients, saved.lse_query,
-            saved.lse_key, saved.largest_value, saved.largest_weight, largest_dn,
+            saved.lse_key, saved.largest_value, saved.largest_weight, largest_dn, dd, reads,
             *saved[3:7], grad_states, grad_query, grad_key, grad_value, *grad_gates,
             grad_linear[done:], grad_quadratic[done:], grad_bias[done:],
             *strides(query), *strides(key), *strides(value), *strides(grad_output), *strides(write_weight),
@@ -302,7 +303,7 @@ def fused_attention_backward(
             saved.last.stride(0), grad_states.stride(0),
             batch, side.length, dim, value_dim, mixtures, side.segments, side.per_segment,
             triton.cdiv(side.length, plan.T), mixtures // key_heads, side.workers,
-            R=repeats, HAS_QUERIES=side.queries, HAS_KEYS=side.keys, STRICT=strict,
+            R=repeats, CAUSAL=causal, QUERIES=side.queries, KEYS=side.keys, STRICT=strict,
             HAS_WEIGHT=write_weight is not None, HAS_DECAY=log_decay is not None, NORMALIZE=normalize,
             GRAD_WEIGHT=grad_weight, IN_REGISTERS=plan.in_registers,
             **plan.constants(dim, value_dim), **plan.gradient,

@@ -22,6 +22,7 @@ from .tiles import (
     UNIT,
     add_column_sums,
     decayed,
+    here,
     load_coefficients,
     load_decays,
     load_row,
@@ -90,8 +91,9 @@ def read_kernel(
         z_before = z
         if SAVE and CAUSAL:
             state = slab * chunks + chunk
-            tl.store(ChunkStates + state * CP * BV + of_state, S_operand, mask=of_state * 0 + chunk < chunks)
-            tl.store(ChunkNorms + state * CP + of_norm, z, mask=of_norm * 0 + chunk < chunks)
+            to, norm_to = here(of_state, chunk), here(of_norm, chunk)
+            tl.store(ChunkStates + state * CP * BV + to, S_operand, mask=to * 0 + chunk < chunks)
+            tl.store(ChunkNorms + state * CP + norm_to, z, mask=norm_to * 0 + chunk < chunks)
             if chunk < chunks:
                 tl.store(ChunkScales + state, S_scale)
         if HAS_DECAY:
@@ -136,9 +138,9 @@ def read_kernel(
             z_written = add_column_sums(tl.zeros([CP], tl.float32), kept, tl.full([T], 1.0, kept.dtype), PRECISION)
             z += z_written * (1.0 / (weight_scale * UNIT))
             if HAS_DECAY:
-                decays = pair_decays(sums, resets, T, STRICT)
+                decays = pair_decays(sums, resets, first, T, STRICT)
             else:
-                decays = visible_pairs(T, STRICT)
+                decays = visible_pairs(first, T, STRICT)
 
         for r in range(R):
             head = mixture * R + r
@@ -146,24 +148,24 @@ def read_kernel(
                 Q + batch * stride_qb + head.to(tl.int64) * stride_qh, first, stride_qn, count, D, Coefficients, bias,
                 linear, quadratic, linear_rest, quadratic_rest, T, CP, DP, BD, EVEN_D, EXACT, PRECISION,
             )  # fmt: skip
-            gamma, lse = responsibilities(logits)
+            gamma_query, lse = responsibilities(logits)
             token = (batch * M * R + head).to(tl.int64) * N
             if SAVE:
                 if v == 0:
                     store_row(LSEQ + token, lse, first, count, T)
             if NORMALIZE:
-                denominator = tl.sum(gamma * z_before[None, :], 1) * (1.0 / UNIT)
+                denominator = tl.sum(gamma_query * z_before[None, :], 1) * (1.0 / UNIT)
                 if HAS_DECAY:
                     denominator *= from_start
-            gamma = operand(gamma, EXACT)
-            read = product(gamma, S_operand, PRECISION)
+            query = operand(gamma_query, EXACT)
+            read = product(query, S_operand, PRECISION)
             read_scale = pair_scale / (UNIT * S_scale)
             if HAS_DECAY:
                 read *= (from_start * read_scale)[:, None]
             else:
                 read *= read_scale
             if CAUSAL:
-                pairs = decayed(product(gamma, tl.trans(written), PRECISION), decays, HAS_DECAY)
+                pairs = decayed(product(query, tl.trans(written), PRECISION), decays, HAS_DECAY)
                 if NORMALIZE:
                     denominator += tl.sum(pairs, 1) * (1.0 / (weight_scale * UNIT * UNIT))
                 read = product(operand(pairs * (1.0 / UNIT), EXACT), value, PRECISION, read)

@@ -20,6 +20,7 @@ class Plan(NamedTuple):
     BV: int  # value dimensions of a block
     NV: int  # blocks of value dimensions
     in_registers: bool  # whether a program keeps its sums of the parameters' gradients on the chip
+    one_launch: bool  # whether one kernel finds the gradients of queries and of keys and values
     write: dict[str, int]
     read: dict[str, int]
     gradient: dict[str, int]
@@ -66,6 +67,7 @@ def make_plan(dtype: torch.dtype, components: int, dim: int, value_dim: int) -> 
         BV,
         (value_dim + BV - 1) // BV,
         DP == BD,
+        False,
         write={"num_warps": 4, "num_stages": 2},
         read={"num_warps": 8 if large else 4, "num_stages": 1 if large else 2},
         gradient={"num_warps": 4, "num_stages": 1},

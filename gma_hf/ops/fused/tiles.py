@@ -77,20 +77,38 @@ def product(a, b, PRECISION: tl.constexpr, add_to=None):
 
 
 @triton.jit
-def load_tile(pointer, first, columns, stride, count, num_columns, T: tl.constexpr, EVEN: tl.constexpr):
-    """Rows first .. first + T of a matrix whose rows are `stride` elements apart; zeros after `count` rows."""
+def here(offsets, position):
+    """The offsets, computed where they are needed.
+
+    Adds 0, as positions are not negative. The compiler does not know, and so does not compute addresses and masks once
+    before the loop over positions, to keep hundreds of them in registers that nothing can spare.
+    """
+    return offsets + tl.minimum(position, 0)
+
+
+@triton.jit
+def load_tile(
+    pointer, first, columns, stride, count, num_columns, T: tl.constexpr, EVEN: tl.constexpr,
+    POLICY: tl.constexpr = tl.constexpr(""),
+):  # fmt: skip
+    """Rows first .. first + T of a matrix whose rows are `stride` elements apart; zeros after `count` rows.
+
+    A tile that is needed again much later is loaded with another POLICY: else the compiler finds that it is the same and
+    keeps it, and whatever is computed from it, in registers that nothing can spare.
+    """
     pointer += first.to(tl.int64) * stride
-    rows = tl.arange(0, T)
+    rows = here(tl.arange(0, T), first)
     pointers = pointer + (rows[:, None] * stride + columns[None, :])
     if EVEN:  # as many columns as the tile has
-        return tl.load(pointers, mask=(rows < count)[:, None], other=0.0)
-    return tl.load(pointers, mask=(rows < count)[:, None] & (columns < num_columns)[None, :], other=0.0)
+        return tl.load(pointers, mask=(rows < count)[:, None], other=0.0, eviction_policy=POLICY)
+    mask = (rows < count)[:, None] & (columns < num_columns)[None, :]
+    return tl.load(pointers, mask=mask, other=0.0, eviction_policy=POLICY)
 
 
 @triton.jit
 def store_tile(pointer, x, first, columns, stride, count, num_columns, T: tl.constexpr, EVEN: tl.constexpr):
     pointer += first.to(tl.int64) * stride
-    rows = tl.arange(0, T)
+    rows = here(tl.arange(0, T), first)
     pointers = pointer + (rows[:, None] * stride + columns[None, :])
     mask = (rows < count)[:, None]
     if not EVEN:
@@ -102,13 +120,13 @@ def store_tile(pointer, x, first, columns, stride, count, num_columns, T: tl.con
 def load_row(pointer, first, stride, count, other, T: tl.constexpr):
     """A number per token."""
     pointer += first.to(tl.int64) * stride
-    rows = tl.arange(0, T)
+    rows = here(tl.arange(0, T), first)
     return tl.load(pointer + rows * stride, mask=rows < count, other=other).to(tl.float32)
 
 
 @triton.jit
 def store_row(pointer, x, first, count, T: tl.constexpr):
-    rows = tl.arange(0, T)
+    rows = here(tl.arange(0, T), first)
     tl.store(pointer + first.to(tl.int64) + rows, x, mask=rows < count)
 
 
@@ -215,18 +233,19 @@ def load_decays(pointer, first, stride, count, T: tl.constexpr):
 
 
 @triton.jit
-def visible_pairs(T: tl.constexpr, STRICT: tl.constexpr):
+def visible_pairs(first, T: tl.constexpr, STRICT: tl.constexpr):
     """Whether row i reads row j: j <= i, or j < i if STRICT."""
-    rows = tl.arange(0, T)
+    columns = tl.arange(0, T)
+    rows = here(columns, first)
     if STRICT:
-        return rows[:, None] > rows[None, :]
-    return rows[:, None] >= rows[None, :]
+        return rows[:, None] > columns[None, :]
+    return rows[:, None] >= columns[None, :]
 
 
 @triton.jit
-def pair_decays(sums, resets, T: tl.constexpr, STRICT: tl.constexpr):
+def pair_decays(sums, resets, first, T: tl.constexpr, STRICT: tl.constexpr):
     """What is left at row i of what row j wrote, [T, T]; zero where it is not visible."""
-    visible = visible_pairs(T, STRICT) & (resets[:, None] == resets[None, :])
+    visible = visible_pairs(first, T, STRICT) & (resets[:, None] == resets[None, :])
     return tl.exp2(tl.where(visible, sums[:, None] - sums[None, :], -1e4))
 
 

@@ -1,0 +1,246 @@
+# Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
+"""Time per token of decoding on a GPU, GMA beside a softmax model of the same size with a cache of keys and values.
+
+    python benchmarks/bench_gpu_decode.py
+
+12 layers of width 768 with 12 heads, 64 components, 32,000 tokens of vocabulary, bfloat16, greedy. A round decodes the
+STEPS tokens in front of a position; every token is fed back as the input of the next step. Each model decodes
+
+- `compiled`: static cache, `torch.compile` of the model, the whole step replayed as one CUDA graph;
+- `eager`: dynamic cache, as `generate` runs without further arguments; launching the kernels takes most of the time.
+
+No cache is filled by decoding up to the position. What a step reads, writes and computes depends on the shape of the cache
+and on the position, not on the numbers in it. So the keys and values of the softmax layers are random, and a GMA layer,
+whose state has one size, gets the state of a short random prompt and is told the position. The static cache of softmax is
+full, so that its attention needs no mask and PyTorch may take its FlashAttention kernel; the one that `generate` makes is
+longer than the sequence and masked, which rules that kernel out.
+
+What the output file holds already is not measured again without `--again`.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from gpu_report import Report, add_report_arguments, default_output, first_line, free_memory, print_table
+from transformers import DynamicCache, StaticCache
+from transformers.cache_utils import Cache
+
+from gma_hf import GMAConfig, GMAForCausalLM
+from gma_hf.modeling import GMACacheLayer
+
+
+SIZES = {
+    "hidden_size": 768,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "num_components": 64,
+    "vocab_size": 32000,
+    "max_position_embeddings": 131072,
+}
+MODELS = {
+    "GMA gated": ("gated", "linear_attention"),
+    "GMA paper": ("paper", "linear_attention"),
+    "softmax + RoPE": ("gated", "full_attention"),
+}
+GMA = [name for name, (_, layer_type) in MODELS.items() if layer_type == "linear_attention"]
+MODES = ("compiled", "eager")
+POSITIONS = (1024, 8192, 32768, 131072)
+STEPS = 32
+PROMPT = 64
+LEAST_ROUNDS = 3
+# The masks that `generate` prepares for compiled decoding, one per type of layer: here every token is real
+NO_MASK = {"full_attention": None, "linear_attention": None}
+
+
+def make_model(name: str, sizes: dict = SIZES, device: str = "cuda") -> GMAForCausalLM:
+    """The model in bfloat16 with random weights."""
+    preset, layer_type = MODELS[name]
+    config = GMAConfig.from_preset(preset, **sizes, layer_types=[layer_type] * sizes["num_hidden_layers"])
+    torch.manual_seed(0)
+    with torch.device(device):
+        return GMAForCausalLM(config).to(torch.bfloat16).eval()
+
+
+def fill_cache(model: GMAForCausalLM, mode: str, batch: int, position: int) -> Cache:
+    """A cache like that of a sequence which has reached `position`, with room for no further token."""
+    config, device = model.config, model.device
+    cache = DynamicCache(config=config) if mode == "eager" else StaticCache(config=config, max_cache_len=position)
+    # A static cache of softmax layers takes its shape from the first tokens; they are overwritten below
+    length = PROMPT if "linear_attention" in config.layer_types else 1
+    model(torch.randint(config.vocab_size, (batch, length), device=device), past_key_values=cache)
+    for layer in cache.layers:
+        if isinstance(layer, GMACacheLayer):
+            continue
+        if mode == "eager":
+            shape = (batch, config.num_key_value_heads, position, config.head_dim)
+            layer.keys, layer.values = (torch.empty(shape, dtype=model.dtype, device=device) for _ in range(2))
+        layer.keys.normal_()
+        layer.values.normal_()
+    return cache
+
+
+def set_position(cache: Cache, position: int) -> None:
+    """Take the cache to `position`: tokens behind it are dropped, or overwritten by those to come."""
+    for layer in cache.layers:
+        if isinstance(getattr(layer, "cumulative_length", None), torch.Tensor):
+            layer.cumulative_length.fill_(position)
+        elif isinstance(layer, GMACacheLayer):
+            layer.cumulative_length = position
+        else:
+            layer.keys, layer.values = layer.keys[:, :, :position], layer.values[:, :, :position]
+
+
+def capture(step: Callable[[], None]) -> Callable[[], None]:
+    """The step as a CUDA graph: what replays it."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):  # compiles and tunes, which cannot be captured
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        step()
+    return graph.replay
+
+
+def make_step(model: GMAForCausalLM, mode: str, cache: Cache, batch: int) -> Callable[[], None]:
+    """A function that decodes one token per row and feeds it back."""
+    token = torch.randint(model.config.vocab_size, (batch, 1), device=model.device)
+    if mode == "compiled":
+        torch._dynamo.reset()  # every cache has a shape of its own: do not compile for shapes in general
+        forward = torch.compile(model.forward, fullgraph=True, dynamic=False)
+    else:
+        forward = model.forward
+
+    def step() -> None:
+        logits = forward(input_ids=token, past_key_values=cache, attention_mask=NO_MASK).logits
+        token.copy_(logits[:, -1:].argmax(dim=-1))
+
+    return step
+
+
+def time_step(step: Callable[[], None], reset: Callable[[], None], seconds: float) -> float:
+    """Median milliseconds of a step, over rounds of STEPS steps from the same position."""
+    rounds, start = [], time.perf_counter()
+    while len(rounds) <= LEAST_ROUNDS or time.perf_counter() - start < seconds:
+        reset()
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        for _ in range(STEPS):
+            step()
+        torch.cuda.synchronize()
+        rounds.append(1e3 * (time.perf_counter() - begin) / STEPS)
+    return statistics.median(rounds[1:])  # the first one warms up
+
+
+def cache_gib(config: GMAConfig, mode: str, batch: int, position: int) -> float:
+    """GiB that keys and values need; a dynamic cache holds those of one layer twice while it grows."""
+    layers = config.layer_types.count("full_attention")
+    layers += layers > 0 and mode == "eager"
+    return 2 * 2 * layers * batch * config.num_key_value_heads * config.head_dim * position / 2**30
+
+
+@torch.no_grad()
+def measure(
+    report: Report, model: GMAForCausalLM, name: str, mode: str, batch: int, positions, seconds: float
+) -> None:
+    """All positions of a model, mode and batch."""
+    cache = step = run = None
+    for position in positions:
+        key = {"model": name, "mode": mode, "batch": batch, "position": position}
+        if not report.wants(**key):
+            continue
+        if name not in GMA:
+            cache = step = run = None
+            free_memory()
+        needed, free = cache_gib(model.config, mode, batch, position), torch.cuda.mem_get_info()[0] / 2**30
+        if needed > 0.95 * free:
+            report.add(key, {"refused": f"keys and values need {needed:.0f} GiB, {free:.0f} GiB are free"})
+            continue
+        try:
+            if run is None:  # a GMA model goes on with the cache and the graph of the first position
+                cache = fill_cache(model, mode, batch, position)
+                set_position(cache, position - STEPS)
+                step = make_step(model, mode, cache, batch)
+                run = capture(step) if mode == "compiled" else step
+            milliseconds = time_step(run, lambda: set_position(cache, position - STEPS), seconds)  # noqa: B023
+        except torch.cuda.OutOfMemoryError as error:
+            cache = step = run = None
+            report.add(key, {"refused": first_line(error)})
+            continue
+        report.add(key, {"ms_per_token": milliseconds, "tokens_per_second": 1e3 * batch / milliseconds})
+
+
+def print_tables(report: Report, batches: list[int], positions: list[int]) -> None:
+    for batch in batches:
+        lines = {}
+        for mode in MODES:
+            for name in MODELS:
+                cells = []
+                for position in positions:
+                    rows = report.rows(model=name, mode=mode, batch=batch, position=position)
+                    row = rows[0] if rows else {}
+                    known = (
+                        f"{row['ms_per_token']:.3f} ({row['tokens_per_second']:,.0f})" if "ms_per_token" in row else ""
+                    )
+                    cells.append("no memory" if "refused" in row else known)
+                if any(cells):
+                    lines[f"{name}, {mode}"] = cells
+        print_table(f"batch {batch}: ms per token (tokens per second) at position", positions, lines)
+
+
+def targets(report: Report, batches: list[int], positions: list[int]) -> list[tuple[str, float | None, str, float]]:
+    """Time independent of the position, and below that of the faster softmax mode from 8k tokens on."""
+    found = []
+    for batch in batches:
+
+        def milliseconds(name: str, mode: str, position: int, batch: int = batch) -> float | None:
+            return report.get("ms_per_token", model=name, mode=mode, batch=batch, position=position)
+
+        for name in GMA:
+            times = [milliseconds(name, "compiled", position) for position in positions]
+            known = [x for x in times if x is not None]
+            spread = max(known) / min(known) - 1 if len(known) > 1 else None
+            found.append((f"spread over the position, {name}, batch {batch}", spread, "<=", 0.05))
+            for position, own in zip(positions, times, strict=True):
+                softmax = [milliseconds("softmax + RoPE", mode, position) for mode in MODES]
+                fastest = min((x for x in softmax if x is not None), default=None)
+                if position >= 8192:
+                    ratio = None if own is None or fastest is None else fastest / own
+                    found.append((f"softmax time / {name} time, batch {batch}, {position:,} tokens", ratio, ">=", 1.0))
+    return found
+
+
+def main() -> None:
+    """Measure, print the table and the targets; every measurement goes to the JSON file at once."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES)
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 64])
+    parser.add_argument("--positions", type=int, nargs="+", default=POSITIONS)
+    parser.add_argument("--seconds", type=float, default=1.0, help="per measurement")
+    add_report_arguments(parser)
+    options = parser.parse_args()
+    positions, longest = sorted(options.positions), SIZES["max_position_embeddings"]
+    if positions[0] < PROMPT + STEPS or positions[-1] > longest:
+        parser.error(f"positions must lie between {PROMPT + STEPS} and {longest}, got {positions}")
+    output = options.output or default_output("gpu_decode")
+    setting = {**SIZES, "dtype": "bfloat16", "steps": STEPS, "seconds": options.seconds}
+    report = Report(output, "bench_gpu_decode", setting, options.again)
+    for name in options.models:
+        free_memory()
+        model = make_model(name)
+        for mode in options.modes:
+            for batch in options.batches:
+                measure(report, model, name, mode, batch, positions, options.seconds)
+        del model
+    print_tables(report, options.batches, positions)
+    report.print_targets(targets(report, options.batches, positions))
+
+
+if __name__ == "__main__":
+    main()
