@@ -20,6 +20,7 @@ from .registry import AttentionCall, State, register_backend
 
 
 MAX_COMPONENTS = MAX_DIM = 256
+MAX_STATE = 64 * 256  # components times dimension: what a multiprocessor has room for
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 INSTALLED = importlib.util.find_spec("triton") is not None
 
@@ -64,6 +65,8 @@ def supports(call: AttentionCall) -> str | None:
         return f"there are more than {MAX_COMPONENTS} components."
     if max(call.query.shape[-1], call.value.shape[-1]) > MAX_DIM:
         return f"the routing or value dimension is above {MAX_DIM}."
+    if call.means.shape[1] * max(call.query.shape[-1], call.value.shape[-1]) > MAX_STATE:
+        return f"components times dimension are above {MAX_STATE}."
     if 0 in (call.query.numel(), call.key.numel(), call.value.numel()):
         return "a tensor is empty."
     return missing(call.query.device.type, call.query.device.index)

@@ -42,11 +42,11 @@ from .tiles import (
     load_tile,
     operand,
     pair_decays,
-    power_of_two,
     product,
     responsibilities_again,
     rounded,
-    squares,
+    square,
+    square_rest,
     store_row,
     store_tile,
     tile_logits,
@@ -61,9 +61,9 @@ def logit_gradient(grad_gamma, gamma, EXACT: tl.constexpr):
     gamma = gamma.to(tl.float32) * (1.0 / UNIT)
     total = tl.sum(grad_gamma * gamma, 1)
     grad = (grad_gamma - total[:, None]) * gamma
-    if EXACT:
-        return grad, total
-    return rounded(grad, tl.bfloat16), total
+    if not EXACT:
+        grad = rounded(grad, tl.bfloat16)
+    return grad, total
 
 
 @triton.jit
@@ -91,24 +91,21 @@ def logits_backward(
         # The coefficients are in base 2
         store_tile(GX, by_x * LN2, first, columns, stride_g, count, D, T, EVEN_D)
 
-        square, square_rest = squares(x, EXACT)
         if not IN_REGISTERS:
             offsets = here(tl.arange(0, CP)[:, None] * DP + columns[None, :], first)
             grad_linear = tl.load(GradLinear + offsets)
             grad_quadratic = tl.load(GradQuadratic + offsets)
         grad_linear = product(transposed, x, PRECISION, grad_linear)
-        grad_quadratic = product(transposed, square, PRECISION, grad_quadratic)
+        grad_quadratic = product(transposed, square(x, EXACT), PRECISION, grad_quadratic)
         if not EXACT:
-            grad_quadratic = product(transposed, square_rest, PRECISION, grad_quadratic)
+            grad_quadratic = product(transposed, square_rest(x), PRECISION, grad_quadratic)
         if not IN_REGISTERS:
             tl.store(GradLinear + offsets, grad_linear)
             tl.store(GradQuadratic + offsets, grad_quadratic)
     return grad_linear, grad_quadratic, grad_bias
 
 
-@triton.jit(
-    do_not_specialize=["B", "N", "M", "segments", "chunks_per_segment", "chunks", "kv_groups", "programs"]
-)
+@triton.jit(do_not_specialize=["B", "N", "M", "segments", "chunks_per_segment", "chunks", "kv_groups", "programs"])
 def gradient_kernel(
     Q, K, V, DO, RD, W, LA, Coefficients, Bias, LSEQ, LSEK, LargestV, LargestW, LargestDN, DD, Reads,
     States, ChunkStates, ChunkNorms, ChunkScales, GradStates,
@@ -120,12 +117,14 @@ def gradient_kernel(
     B, N, D, DV, M, segments, chunks_per_segment, chunks, kv_groups, programs,
     R: tl.constexpr, T: tl.constexpr, CP: tl.constexpr, DP: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
     NV: tl.constexpr, EVEN_D: tl.constexpr, EVEN_V: tl.constexpr,
-    CAUSAL: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, STRICT: tl.constexpr,
+    CAUSAL: tl.constexpr, QUERIES: tl.constexpr, STRICT: tl.constexpr,
     HAS_WEIGHT: tl.constexpr, HAS_DECAY: tl.constexpr, NORMALIZE: tl.constexpr,
     GRAD_WEIGHT: tl.constexpr, IN_REGISTERS: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of QUERIES, of KEYS and values, or of all. KEYS without QUERIES takes from memory what QUERIES left there:
-    the denominators' gradients dD and r, the sums that the decays' gradients need."""
+    """Gradients of QUERIES, else of keys and values, which takes from memory what the former left there: the denominators'
+    gradients dD, and the sums r that the gradients of the decays need. One kernel for both needs more registers than
+    there are, and was slower than computing the responsibilities twice."""
+    KEYS: tl.constexpr = not QUERIES
     program = tl.program_id(0)
     v = program % NV
     mixture = (program // NV) % M
@@ -146,7 +145,7 @@ def gradient_kernel(
     grad_quadratic = tl.zeros([CP, BD], tl.float32)
     grad_bias = tl.zeros([CP], tl.float32)
 
-    for item in range(worker, B * segments, programs):
+    for item in tl.range(worker, B * segments, programs, disable_licm=True):
         batch, segment = (item // segments).to(tl.int64), item % segments
         bm = batch * M + mixture
         slab = bm * NV + v
@@ -163,7 +162,7 @@ def gradient_kernel(
             S_scale = tile_scale(tl.max(tl.max(tl.abs(S), 1), 0), EXACT)
             S = operand(S * S_scale, EXACT)
 
-        for i in range(chunks_per_segment):
+        for i in tl.range(chunks_per_segment, disable_licm=True):
             chunk = segment * chunks_per_segment + chunks_per_segment - 1 - i
             last = tl.minimum(chunk, chunks - 1)  # beyond the end no row counts
             first = chunk * T
@@ -268,7 +267,7 @@ def gradient_kernel(
                             if HAS_DECAY:
                                 z_grad *= from_start
                             grad_gamma += z_grad[:, None] * z[None, :]
-                            if CAUSAL and not KEYS:
+                            if CAUSAL:
                                 store_row(DD + token * NV + v * N, grad_denominator, first, count, T)
                         else:
                             grad_denominator = load_row(DD + token * NV + v * N, first, 1, count, 0.0, T)
@@ -292,10 +291,7 @@ def gradient_kernel(
                             grad_gamma += from_pairs * (1.0 / (pair_scale * written_scale))
                         grad_query, total_read = logit_gradient(grad_gamma, gamma_query, EXACT)
                         if HAS_DECAY:
-                            if KEYS:
-                                read_minus_write += total_read
-                            else:
-                                store_row(Reads + token * NV + v * N, total_read, first, count, T)
+                            store_row(Reads + token * NV + v * N, total_read, first, count, T)
                         grad_linear, grad_quadratic, grad_bias = logits_backward(
                             grad_linear, grad_quadratic, grad_bias,
                             GQ + v * stride_gqv + batch * stride_gqb + head.to(tl.int64) * stride_gqh, query_pointer, first, grad_query,
@@ -318,7 +314,10 @@ def gradient_kernel(
                         if NORMALIZE:
                             z_scale = tile_scale(largest_grad, EXACT)
                             from_reads = add_column_sums(
-                                tl.zeros([CP], tl.float32), faded_columns, operand(grad_denominator * z_scale, EXACT), PRECISION
+                                tl.zeros([CP], tl.float32),
+                                faded_columns,
+                                operand(grad_denominator * z_scale, EXACT),
+                                PRECISION,
                             )
                             g += from_reads * (1.0 / (UNIT * z_scale))
 

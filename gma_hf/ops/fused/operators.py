@@ -101,7 +101,7 @@ def prepare_coefficients(plan: Plan, means: Tensor, raw_variances: Tensor, prior
 
 def to_slabs(plan: Plan, S: Tensor, z: Tensor) -> Tensor:
     """S [B, M, C, DV], z [B, M, C] -> [B * M * NV, CP * (BV + 1)]."""
-    batch, mixtures, components, dim = S.shape
+    batch, mixtures, components, _ = S.shape
     slabs = S.new_zeros(batch, mixtures, plan.NV, plan.CP * (plan.BV + 1), dtype=torch.float32)
     padded = slabs[..., : plan.CP * plan.BV].unflatten(-1, (plan.CP, plan.BV))
     for v in range(plan.NV):
@@ -216,23 +216,22 @@ def _(
 
 
 class Side(NamedTuple):
-    """One launch of the gradient kernel: for queries, for keys and values, or for all."""
+    """One launch of the gradient kernel: for the queries, or for the keys and values."""
 
     queries: bool
-    keys: bool
     length: int
     per_segment: int
     segments: int
     workers: int
 
 
-def make_side(plan: Plan, queries: bool, keys: bool, batch: int, mixtures: int, x: Tensor) -> Side:
+def make_side(plan: Plan, queries: bool, batch: int, mixtures: int, x: Tensor) -> Side:
     """The launch for tokens x [B, heads, N, D]."""
     chunks = triton.cdiv(x.shape[2], plan.T)
     per_segment = segment_length(plan, batch * mixtures, chunks, x.device)
     segments = triton.cdiv(chunks, per_segment)
     workers = workers_per_mixture(plan, mixtures, batch * segments, x.device)
-    return Side(queries, keys, x.shape[2], per_segment, segments, workers)
+    return Side(queries, x.shape[2], per_segment, segments, workers)
 
 
 @torch.library.custom_op(
@@ -282,13 +281,11 @@ def fused_attention_backward(
     if shared:
         grad_value = value.new_empty(batch, mixtures, key_length, value_dim, dtype=torch.float32)
     grad_gates = grad_first.new_empty(2, batch, mixtures, blocks, key_length)
-    if causal and plan.one_launch:
-        sides = [make_side(plan, True, True, batch, mixtures, query)]
-    else:
-        sides = [make_side(plan, True, False, batch, mixtures, query), make_side(plan, False, True, batch, mixtures, key)]
+    sides = [make_side(plan, True, batch, mixtures, query), make_side(plan, False, batch, mixtures, key)]
     dd, reads = grad_first.new_empty(2, batch, query_heads, blocks, length)
     partials = sum(side.workers for side in sides) * blocks
-    new = grad_first.new_empty if plan.in_registers else grad_first.new_zeros
+    in_registers = plan.DP == plan.BD and log_decay is None
+    new = grad_first.new_empty if in_registers else grad_first.new_zeros
     grad_linear, grad_quadratic = (new(partials, mixtures, plan.CP, plan.DP) for _ in range(2))
     grad_bias = grad_first.new_empty(partials, mixtures, plan.CP)
     done = 0
@@ -303,14 +300,16 @@ def fused_attention_backward(
             saved.last.stride(0), grad_states.stride(0),
             batch, side.length, dim, value_dim, mixtures, side.segments, side.per_segment,
             triton.cdiv(side.length, plan.T), mixtures // key_heads, side.workers,
-            R=repeats, CAUSAL=causal, QUERIES=side.queries, KEYS=side.keys, STRICT=strict,
+            R=repeats, CAUSAL=causal, QUERIES=side.queries, STRICT=strict,
             HAS_WEIGHT=write_weight is not None, HAS_DECAY=log_decay is not None, NORMALIZE=normalize,
-            GRAD_WEIGHT=grad_weight, IN_REGISTERS=plan.in_registers,
+            GRAD_WEIGHT=grad_weight, IN_REGISTERS=in_registers,
             **plan.constants(dim, value_dim), **plan.gradient,
         )  # fmt: skip
         done += side.workers * blocks
 
-    grad_mixture = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (means, raw_variances, prior_logits))
+    grad_mixture = tuple(
+        torch.empty_like(x, memory_format=torch.contiguous_format) for x in (means, raw_variances, prior_logits)
+    )
     columns = min(16, plan.DP)
     coefficients_backward_kernel[(mixtures, plan.DP // columns)](
         means.contiguous(), raw_variances.contiguous(), prior_logits.contiguous(),

@@ -42,7 +42,7 @@ from .tiles import (
 
 @triton.jit(do_not_specialize=["N", "M", "segments", "chunks_per_segment", "chunks", "kv_groups"])
 def read_kernel(
-    Q, K, V, O, RD, W, LA, Coefficients, Bias, States, LSEQ, LSEK,
+    Q, K, V, Output, RD, W, LA, Coefficients, Bias, States, LSEQ, LSEK,
     LargestV, LargestW, ChunkStates, ChunkNorms, ChunkScales,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     stride_ob, stride_oh, stride_on, stride_wb, stride_wh, stride_wn, stride_ab, stride_ah, stride_an,
@@ -81,7 +81,7 @@ def read_kernel(
     S = tl.load(States + of_state)
     z = tl.load(States + CP * BV + of_norm)
     largest = tl.max(tl.max(tl.abs(S), 1), 0)
-    for i in range(chunks_per_segment):
+    for i in tl.range(chunks_per_segment, disable_licm=True):
         chunk = segment * chunks_per_segment + i
         first = chunk * T
         count = N - first
@@ -178,6 +178,6 @@ def read_kernel(
             else:
                 read *= 1.0 / pair_scale
             store_tile(
-                O + batch * stride_ob + head.to(tl.int64) * stride_oh, read,
+                Output + batch * stride_ob + head.to(tl.int64) * stride_oh, read,
                 first, columns, stride_on, count, DV, T, EVEN_V,
             )  # fmt: skip

@@ -19,8 +19,6 @@ class Plan(NamedTuple):
     BD: int  # routing dimensions of a block
     BV: int  # value dimensions of a block
     NV: int  # blocks of value dimensions
-    in_registers: bool  # whether a program keeps its sums of the parameters' gradients on the chip
-    one_launch: bool  # whether one kernel finds the gradients of queries and of keys and values
     write: dict[str, int]
     read: dict[str, int]
     gradient: dict[str, int]
@@ -49,14 +47,16 @@ def padded(size: int) -> int:
     return max(16, triton.next_power_of_2(size))
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def make_plan(dtype: torch.dtype, components: int, dim: int, value_dim: int) -> Plan:
     """The plan of a call."""
     exact = dtype != torch.bfloat16
     CP, DP, DVP = padded(components), padded(dim), padded(value_dim)
-    room = 4096 if exact else 8192  # elements of a block that stays on the chip
-    BD, BV = min(DP, max(16, room // CP)), min(DVP, max(16, room // CP))
+    # Elements of a block that stays on the chip: all of a common size, a part of a large one
+    room = 8192 if not exact and CP * max(DP, DVP) <= 8192 else 4096
+    BD, BV = min(DP, room // CP), min(DVP, room // CP)
     large = CP * max(BD, BV) > 4096
+    stages = 1 if DP > BD else 2  # blocks that are loaded again and again leave no room for the next chunk
     T = 32 if exact or CP > 128 else 64
     return Plan(
         exact,
@@ -66,15 +66,13 @@ def make_plan(dtype: torch.dtype, components: int, dim: int, value_dim: int) -> 
         BD,
         BV,
         (value_dim + BV - 1) // BV,
-        DP == BD,
-        False,
-        write={"num_warps": 4, "num_stages": 2},
-        read={"num_warps": 8 if large else 4, "num_stages": 1 if large else 2},
+        write={"num_warps": 4, "num_stages": stages},
+        read={"num_warps": 8 if large else 4, "num_stages": 1 if large else stages},
         gradient={"num_warps": 4, "num_stages": 1},
     )
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def multiprocessors(device_index: int | None) -> int:
     """Streaming multiprocessors of the GPU; 1 in Triton's interpreter."""
     return 1 if INTERPRETED else torch.cuda.get_device_properties(device_index).multi_processor_count
@@ -82,8 +80,8 @@ def multiprocessors(device_index: int | None) -> int:
 
 def segment_length(plan: Plan, sequences: int, chunks: int, device: torch.device) -> int:
     """Chunks of a segment: long, because every segment costs a state, but enough segments to fill the chip evenly."""
-    programs = 16 * multiprocessors(device.index)
-    return max(1, min(chunks, 16, sequences * plan.NV * chunks // programs))
+    programs = 8 * multiprocessors(device.index)
+    return max(1, min(chunks, 32, sequences * plan.NV * chunks // programs))
 
 
 def workers_per_mixture(plan: Plan, mixtures: int, segments: int, device: torch.device) -> int:

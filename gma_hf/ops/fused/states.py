@@ -38,7 +38,7 @@ from .tiles import (
 
 @triton.jit(do_not_specialize=["N", "M", "segments", "chunks_per_segment", "chunks", "x_groups", "y_groups"])
 def write_kernel(
-    X, Y, O, RD, W, LA, Coefficients, Bias, States, SegmentDecays, LSE, LargestY, LargestW,
+    X, Y, Output, RD, W, LA, Coefficients, Bias, States, SegmentDecays, LSE, LargestY, LargestW,
     stride_xb, stride_xh, stride_xn, stride_yb, stride_yh, stride_yn, stride_ob, stride_oh, stride_on,
     stride_wb, stride_wh, stride_wn, stride_ab, stride_ah, stride_an,
     N, D, DV, M, segments, chunks_per_segment, chunks, x_groups, y_groups,
@@ -68,9 +68,9 @@ def write_kernel(
     z = tl.zeros([CP], tl.float32)
     log_decay = 0.0
     num_resets = 0.0
-    for i in range(chunks_per_segment):
+    for i in tl.range(chunks_per_segment, disable_licm=True):
         if REVERSE:
-            chunk = segment * chunks_per_segment + chunks_per_segment - 1 - i
+            chunk = segment * chunks_per_segment + (chunks_per_segment - 1 - i)
         else:
             chunk = segment * chunks_per_segment + i
         first = chunk * T
@@ -112,7 +112,9 @@ def write_kernel(
             y = y.to(tl.float32)
             z_weight = weight
             if NORMALIZE:
-                o = load_tile(O + batch * stride_ob + yh * stride_oh, first, columns, stride_on, count, DV, T, EVEN_V)
+                o = load_tile(
+                    Output + batch * stride_ob + yh * stride_oh, first, columns, stride_on, count, DV, T, EVEN_V
+                )
                 rd = load_row(RD + token, first, 1, count, 0.0, T)
                 z_weight = -tl.sum(y * o.to(tl.float32), 1) * (rd * weight)
                 y *= rd[:, None]

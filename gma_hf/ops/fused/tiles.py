@@ -42,21 +42,24 @@ def power_of_two(largest):
 def tile_scale(largest, EXACT: tl.constexpr):
     """The power of two that a tile is multiplied by before it becomes an operand."""
     if EXACT:
-        return 1.0
-    return power_of_two(largest)
+        scale = 1.0
+    else:
+        scale = power_of_two(largest)
+    return scale
 
 
 @triton.jit
 def operand(x, EXACT: tl.constexpr):
     """An operand of a matrix product."""
     if EXACT:
-        return x
-    if INTERPRETED:
-        return x.to(tl.float16)
-    # Two at a time: half the instructions that the compiler finds by itself
-    return tl.inline_asm_elementwise(
-        "cvt.rn.f16x2.f32 $0, $2, $1;", "=r,r,r", [x], dtype=tl.float16, is_pure=True, pack=2
-    )
+        result = x
+    elif INTERPRETED:
+        result = x.to(tl.float16)
+    else:  # two at a time: half the instructions that the compiler finds by itself
+        result = tl.inline_asm_elementwise(
+            "cvt.rn.f16x2.f32 $0, $2, $1;", "=r,r,r", [x], dtype=tl.float16, is_pure=True, pack=2
+        )
+    return result
 
 
 @triton.jit
@@ -89,7 +92,7 @@ def here(offsets, position):
 @triton.jit
 def load_tile(
     pointer, first, columns, stride, count, num_columns, T: tl.constexpr, EVEN: tl.constexpr,
-    POLICY: tl.constexpr = tl.constexpr(""),
+    POLICY: tl.constexpr = tl.constexpr(""),  # noqa: B008
 ):  # fmt: skip
     """Rows first .. first + T of a matrix whose rows are `stride` elements apart; zeros after `count` rows.
 
@@ -99,9 +102,9 @@ def load_tile(
     pointer += first.to(tl.int64) * stride
     rows = here(tl.arange(0, T), first)
     pointers = pointer + (rows[:, None] * stride + columns[None, :])
-    if EVEN:  # as many columns as the tile has
-        return tl.load(pointers, mask=(rows < count)[:, None], other=0.0, eviction_policy=POLICY)
-    mask = (rows < count)[:, None] & (columns < num_columns)[None, :]
+    mask = (rows < count)[:, None]
+    if not EVEN:  # fewer columns than the tile has
+        mask = mask & (columns < num_columns)[None, :]
     return tl.load(pointers, mask=mask, other=0.0, eviction_policy=POLICY)
 
 
@@ -136,49 +139,67 @@ def load_coefficients(pointer, block, CP: tl.constexpr, DP: tl.constexpr, BD: tl
     offsets = tl.arange(0, CP)[:, None] * DP + block * BD + tl.arange(0, BD)[None, :]
     linear = tl.load(pointer + offsets)
     quadratic = tl.load(pointer + CP * DP + offsets)
-    if EXACT:
-        return linear, quadratic, linear, quadratic
-    return linear, quadratic, tl.load(pointer + 2 * CP * DP + offsets), tl.load(pointer + 3 * CP * DP + offsets)
+    linear_rest, quadratic_rest = linear, quadratic
+    if not EXACT:
+        linear_rest = tl.load(pointer + 2 * CP * DP + offsets)
+        quadratic_rest = tl.load(pointer + 3 * CP * DP + offsets)
+    return linear, quadratic, linear_rest, quadratic_rest
 
 
 @triton.jit
-def squares(x, EXACT: tl.constexpr):
-    """x * x, as a main part and (unless EXACT) a correction: together exact for bfloat16."""
+def square(x, EXACT: tl.constexpr):
+    """x * x, rounded unless EXACT."""
     if EXACT:
-        return x * x, x
+        result = x * x
+    elif INTERPRETED:
+        result = rounded(x.to(tl.float32) * x.to(tl.float32), tl.bfloat16)
+    else:  # two at a time; -0 is what addition does not change
+        result = tl.inline_asm_elementwise(
+            "{.reg .b32 zero; mov.b32 zero, 0x80008000; fma.rn.bf16x2 $0, $1, $1, zero;}",
+            "=r,r", [x], dtype=tl.bfloat16, is_pure=True, pack=2,
+        )  # fmt: skip
+    return result
+
+
+@triton.jit
+def square_rest(x):
+    """What rounding took from x * x: exactly, for bfloat16."""
     if INTERPRETED:
-        x = x.to(tl.float32)
-        main = rounded(x * x, tl.bfloat16)
-        return main, rounded(x * x - main.to(tl.float32), tl.bfloat16)
-    # Two at a time; the fused multiply-add leaves exactly what rounding took
-    return tl.inline_asm_elementwise(
-        """{
-        .reg .b32 zero, minus;
-        mov.b32 zero, 0x80008000;
-        fma.rn.bf16x2 $0, $2, $2, zero;
-        neg.bf16x2 minus, $0;
-        fma.rn.bf16x2 $1, $2, $2, minus;
-        }""",
-        "=r,=r,r", [x], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=2,
-    )  # fmt: skip
+        main = square(x, False).to(tl.float32)
+        result = rounded(x.to(tl.float32) * x.to(tl.float32) - main, tl.bfloat16)
+    else:
+        result = tl.inline_asm_elementwise(
+            """{
+            .reg .b32 zero, main;
+            mov.b32 zero, 0x80008000;
+            fma.rn.bf16x2 main, $1, $1, zero;
+            neg.bf16x2 main, main;
+            fma.rn.bf16x2 $0, $1, $1, main;
+            }""",
+            "=r,r", [x], dtype=tl.bfloat16, is_pure=True, pack=2,
+        )  # fmt: skip
+    return result
 
 
 @triton.jit
-def add_logits(logits, x, linear, quadratic, linear_rest, quadratic_rest, EXACT: tl.constexpr, PRECISION: tl.constexpr):
+def add_logits(
+    logits, x, linear, quadratic, linear_rest, quadratic_rest, EXACT: tl.constexpr, PRECISION: tl.constexpr
+):
     """logits + x @ linear^T + (x * x) @ quadratic^T."""
-    square, square_rest = squares(x, EXACT)
     if not EXACT:
         logits = product(x, tl.trans(linear_rest), PRECISION, logits)
-        logits = product(square_rest, tl.trans(quadratic), PRECISION, logits)
-        logits = product(square, tl.trans(quadratic_rest), PRECISION, logits)
+        logits = product(square_rest(x), tl.trans(quadratic), PRECISION, logits)
     logits = product(x, tl.trans(linear), PRECISION, logits)
-    return product(square, tl.trans(quadratic), PRECISION, logits)
+    main = square(x, EXACT)
+    if not EXACT:
+        logits = product(main, tl.trans(quadratic_rest), PRECISION, logits)
+    return product(main, tl.trans(quadratic), PRECISION, logits)
 
 
 @triton.jit
 def compute_tile(x, EXACT: tl.constexpr):
     if EXACT:
-        return x.to(tl.float32)
+        x = x.to(tl.float32)
     return x
 
 
@@ -217,9 +238,12 @@ def responsibilities_again(logits, lse):
 
 @triton.jit
 def add_column_sums(sums, transposed, weights, PRECISION: tl.constexpr):
-    """sums [CP] + transposed [CP, T] @ weights [T]: the matrix unit adds faster than threads that talk to each other."""
-    columns = tl.zeros([1, 16], tl.float32).to(weights.dtype)
-    return sums + tl.sum(product(transposed, weights[:, None] + columns, PRECISION), 1) * 0.0625
+    """sums [CP] + transposed [CP, T] @ weights [T]: the matrix unit adds faster than threads that talk to each other.
+
+    The weights fill 64 equal columns. 16 would do, but Triton 3.6 then gave wrong sums (or an illegal address) on an H100.
+    """
+    columns = tl.zeros([1, 64], tl.float32).to(weights.dtype)
+    return sums + tl.sum(product(transposed, weights[:, None] + columns, PRECISION), 1) * 0.015625
 
 
 @triton.jit
@@ -238,7 +262,7 @@ def visible_pairs(first, T: tl.constexpr, STRICT: tl.constexpr):
     columns = tl.arange(0, T)
     rows = here(columns, first)
     if STRICT:
-        return rows[:, None] > columns[None, :]
+        rows -= 1
     return rows[:, None] >= columns[None, :]
 
 
@@ -253,5 +277,7 @@ def pair_decays(sums, resets, first, T: tl.constexpr, STRICT: tl.constexpr):
 def decayed(pairs, decays, HAS_DECAY: tl.constexpr):
     """Pair weights times `pair_decays`, or where `visible_pairs`."""
     if HAS_DECAY:
-        return pairs * decays
-    return tl.where(decays, pairs, 0.0)
+        pairs *= decays
+    else:
+        pairs = tl.where(decays, pairs, 0.0)
+    return pairs
