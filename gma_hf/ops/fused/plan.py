@@ -79,9 +79,11 @@ def multiprocessors(device_index: int | None) -> int:
 
 
 def segment_length(plan: Plan, sequences: int, chunks: int, device: torch.device) -> int:
-    """Chunks of a segment: long, because every segment costs a state, but enough segments to fill the chip evenly."""
+    """Chunks of a segment: many, because every segment costs a state, but enough segments to fill the chip; all alike."""
     programs = 8 * multiprocessors(device.index)
-    return max(1, min(chunks, 32, sequences * plan.NV * chunks // programs))
+    wanted = max(1, min(32, sequences * plan.NV * chunks // programs))
+    segments = max(1, chunks // wanted)
+    return -(-chunks // segments)
 
 
 def workers_per_mixture(plan: Plan, mixtures: int, segments: int, device: torch.device) -> int:
