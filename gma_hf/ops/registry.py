@@ -5,6 +5,7 @@ A backend is a name, a function `AttentionCall -> (output, state or None)`, a pr
 call, and a priority by which `backend="auto"` chooses among those that can.
 """
 
+import logging
 import os
 from collections.abc import Callable
 from typing import NamedTuple
@@ -63,7 +64,9 @@ class Backend(NamedTuple):
     priority: Callable[[AttentionCall], int]  # "auto" takes the supporting backend that gives the largest number
 
 
+logger = logging.getLogger(__name__)
 _BACKENDS: dict[str, Backend] = {}
+_EXPLAINED: set[str] = set()  # reasons that have been logged
 ENVIRONMENT_VARIABLE = "GMA_HF_BACKEND"
 
 
@@ -91,6 +94,8 @@ def select_backend(name: str, call: AttentionCall) -> Backend:
         for backend in _BACKENDS.values():  # spelled out: torch.compile does not trace max() with a key
             if backend.supports(call) is None and (best is None or backend.priority(call) > best.priority(call)):
                 best = backend
+        if call.query.is_cuda and not torch.compiler.is_compiling():
+            explain_fallback(call)
         return best
     if name not in _BACKENDS:
         raise ValueError(f"Unknown backend {name!r}; expected 'auto' or one of {list(_BACKENDS)}.")
@@ -99,3 +104,11 @@ def select_backend(name: str, call: AttentionCall) -> Backend:
         able = [other.name for other in _BACKENDS.values() if other.supports(call) is None]
         raise ValueError(f"Backend {name!r} cannot run this call: {reason} Use 'auto' or one of {able}.")
     return _BACKENDS[name]
+
+
+def explain_fallback(call: AttentionCall) -> None:
+    """Log once why the fused kernels cannot run a call on a GPU."""
+    reason = _BACKENDS["triton"].supports(call)
+    if reason is not None and reason not in _EXPLAINED:
+        _EXPLAINED.add(reason)
+        logger.info("The fused kernels cannot run this call: %s Plain PyTorch does.", reason)

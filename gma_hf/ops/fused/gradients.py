@@ -59,7 +59,8 @@ from .tiles import (
 def logit_gradient(grad_gamma, gamma, EXACT: tl.constexpr):
     """gamma (dgamma - gamma . dgamma), rounded as the products behind it want it, and gamma . dgamma."""
     gamma = gamma.to(tl.float32) * (1.0 / UNIT)
-    total = tl.sum(grad_gamma * gamma, 1)
+    # Rounded responsibilities do not add up to 1; the gradient vanishes where all of dgamma are equal all the same
+    total = tl.sum(grad_gamma * gamma, 1) / tl.maximum(tl.sum(gamma, 1), 0.5)
     grad = (grad_gamma - total[:, None]) * gamma
     if not EXACT:
         grad = rounded(grad, tl.bfloat16)
@@ -207,7 +208,10 @@ def gradient_kernel(
                 value_pointer = V + batch * stride_vb + kv_head * stride_vh
                 value_scale = tile_scale(tl.load(LargestV + slab * chunks + last), EXACT)
                 value = load_tile(value_pointer, first, columns, stride_vn, count, DV, T, EVEN_V).to(tl.float32)
-                value = operand(value * value_scale, EXACT)
+                value *= value_scale
+                if HAS_WEIGHT and not EXACT:  # padding may hold anything
+                    value = tl.clamp(value, -32768.0, 32768.0)
+                value = operand(value, EXACT)
             if KEYS:
                 G_scale = tile_scale(largest, EXACT)
                 G_operand = operand(G * G_scale, EXACT)

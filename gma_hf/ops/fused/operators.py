@@ -169,7 +169,7 @@ def fused_attention(
     mixtures, components, _ = means.shape
     value_dim = value.shape[-1]
     query, key, value = row_contiguous(query), row_contiguous(key), row_contiguous(value)
-    plan = make_plan(query.dtype, components, dim, value_dim)
+    plan = make_plan(query.dtype, int(components), int(dim), int(value_dim))
     coefficients = prepare_coefficients(plan, means, raw_variances, prior_logits, variance_floor)
     saved = empty_saved(plan, query, key, means, causal, eps is not None, write_weight is not None, save)
     first = None if S is None else to_slabs(plan, S, z)
@@ -208,7 +208,7 @@ def _(
     variance_floor, save,
 ):  # fmt: skip
     (mixtures, components, dim), value_dim = means.shape, value.shape[-1]
-    plan = make_plan(query.dtype, components, dim, value_dim)
+    plan = make_plan(query.dtype, int(components), int(dim), int(value_dim))
     saved = empty_saved(plan, query, key, means, causal, eps is not None, write_weight is not None, save)
     new = saved.last.new_empty
     S, z = new(query.shape[0], mixtures, components, value_dim), new(query.shape[0], mixtures, components)
@@ -251,7 +251,7 @@ def fused_attention_backward(
     mixtures, components, _ = means.shape
     value_dim, repeats, key_heads, key_length = value.shape[-1], query_heads // mixtures, key.shape[1], key.shape[2]
     query, key, value, grad_output = (row_contiguous(x) for x in (query, key, value, grad_output))
-    plan = make_plan(query.dtype, components, dim, value_dim)
+    plan = make_plan(query.dtype, int(components), int(dim), int(value_dim))
     saved, blocks = Saved(*saved), plan.NV
     coefficients = prepare_coefficients(plan, means, raw_variances, prior_logits, variance_floor)
     rd = saved.rd if normalize else None
@@ -368,7 +368,8 @@ def setup_context(ctx, inputs, output):
 
 def backward(ctx, grad_output, grad_S, grad_z, _):
     """Gradients of `fused_attention`'s arguments."""
-    tensors, output, saved = ctx.saved_tensors[:8], ctx.saved_tensors[8], list(ctx.saved_tensors[9:])
+    kept = ctx.saved_tensors  # asked for once: activation checkpointing computes them again
+    tensors, output, saved = kept[:8], kept[8], list(kept[9:])
     if grad_output is None:
         grad_output = torch.zeros_like(output)
     needed = ctx.needs_input_grad

@@ -76,6 +76,7 @@ def write_kernel(
         first = chunk * T
         count = N - first
         weight = (tl.arange(0, T) < count).to(tl.float32)
+        counts = weight
         if HAS_DECAY:
             sums, resets, total, total_resets = load_decays(LA, first, stride_an, count, T)
             keep = tl.where(total_resets == 0.0, tl.exp2(total), 0.0)
@@ -90,6 +91,7 @@ def write_kernel(
         if HAS_WEIGHT and not REVERSE:
             write_weight = load_row(W, first, stride_wn, count, 0.0, T)
             weight *= write_weight
+            counts = write_weight
             if v == 0 and chunk < chunks:
                 tl.store(LargestW + bm.to(tl.int64) * chunks + chunk, tl.max(write_weight, 0))
         for r in range(R):
@@ -119,7 +121,8 @@ def write_kernel(
                 z_weight = -tl.sum(y * o.to(tl.float32), 1) * (rd * weight)
                 y *= rd[:, None]
             gamma = tl.trans(operand(gamma, EXACT))
-            largest = tl.max(tl.max(tl.abs(y), 1), 0)
+            # What nobody reads, padding, does not count
+            largest = tl.max(tl.where(counts > 0, tl.max(tl.abs(y), 1), 0.0), 0)
             if chunk < chunks:
                 of_chunk = ((batch * M * R + head) * NV + v).to(tl.int64) * chunks + chunk
                 tl.store(LargestY + of_chunk, largest)

@@ -152,10 +152,17 @@ def square(x, EXACT: tl.constexpr):
     if EXACT:
         result = x * x
     elif INTERPRETED:
-        result = rounded(x.to(tl.float32) * x.to(tl.float32), tl.bfloat16)
-    else:  # two at a time; -0 is what addition does not change
+        x = tl.clamp(x.to(tl.float32), -1e12, 1e12)
+        result = rounded(x * x, tl.bfloat16)
+    else:  # two at a time; -0 is what addition does not change; beyond +-1e12 squares would not stay finite
         result = tl.inline_asm_elementwise(
-            "{.reg .b32 zero; mov.b32 zero, 0x80008000; fma.rn.bf16x2 $0, $1, $1, zero;}",
+            """{
+            .reg .b32 zero, x;
+            mov.b32 zero, 0x80008000;
+            min.bf16x2 x, $1, 0x53695369;
+            max.bf16x2 x, x, 0xd369d369;
+            fma.rn.bf16x2 $0, x, x, zero;
+            }""",
             "=r,r", [x], dtype=tl.bfloat16, is_pure=True, pack=2,
         )  # fmt: skip
     return result
@@ -166,15 +173,18 @@ def square_rest(x):
     """What rounding took from x * x: exactly, for bfloat16."""
     if INTERPRETED:
         main = square(x, False).to(tl.float32)
-        result = rounded(x.to(tl.float32) * x.to(tl.float32) - main, tl.bfloat16)
+        x = tl.clamp(x.to(tl.float32), -1e12, 1e12)
+        result = rounded(x * x - main, tl.bfloat16)
     else:
         result = tl.inline_asm_elementwise(
             """{
-            .reg .b32 zero, main;
+            .reg .b32 zero, main, x;
             mov.b32 zero, 0x80008000;
-            fma.rn.bf16x2 main, $1, $1, zero;
+            min.bf16x2 x, $1, 0x53695369;
+            max.bf16x2 x, x, 0xd369d369;
+            fma.rn.bf16x2 main, x, x, zero;
             neg.bf16x2 main, main;
-            fma.rn.bf16x2 $0, $1, $1, main;
+            fma.rn.bf16x2 $0, x, x, main;
             }""",
             "=r,r", [x], dtype=tl.bfloat16, is_pure=True, pack=2,
         )  # fmt: skip
@@ -199,7 +209,7 @@ def add_logits(
 @triton.jit
 def compute_tile(x, EXACT: tl.constexpr):
     if EXACT:
-        x = x.to(tl.float32)
+        x = tl.clamp(x.to(tl.float32), -1e12, 1e12)  # so that squares are finite
     return x
 
 

@@ -1,0 +1,80 @@
+# Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
+"""Problems that run where the fused kernels run: on a GPU, or else on the CPU in Triton's interpreter."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .problems import Problem
+
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+class KernelProblem(Problem):
+    """A problem whose tensors live on the CPU, and which is computed on DEVICE."""
+
+    def sequence_ids(self) -> Tensor | None:
+        ids = super().sequence_ids()
+        return None if ids is None else ids.to(DEVICE)
+
+    def run(self, tensors: dict[str, Tensor], **options) -> dict[str, Tensor]:
+        results = super().run({name: x.to(DEVICE) for name, x in tensors.items()}, **options)
+        return {name: x.cpu() for name, x in results.items()}
+
+
+@dataclass
+class RoundedProblem(KernelProblem):
+    """A problem whose inputs are exact in a 16-bit type: what is computed in it has the same inputs as in float64."""
+
+    dtype: torch.dtype = torch.bfloat16
+    change: Callable[[dict[str, Tensor]], None] | None = None  # what is done to the tensors before they are rounded
+
+    def tensors(self) -> dict[str, Tensor]:
+        tensors = super().tensors()
+        if self.change is not None:
+            self.change(tensors)
+        return {name: x.to(self.dtype).double() for name, x in tensors.items()}
+
+
+def outliers(tensors: dict[str, Tensor]) -> None:
+    """Some queries and keys far outside the mixture."""
+    for name, first in (("query", 5), ("key", 7)):
+        tensors[name][:, :, first::16] *= 100
+
+
+def near_zero_variances(tensors: dict[str, Tensor]) -> None:
+    """softplus(-20) = 2e-9: the floor alone is left."""
+    tensors["raw_variances"].fill_(-20)
+
+
+def one_hot_priors(tensors: dict[str, Tensor]) -> None:
+    """One component takes nearly every token."""
+    tensors["prior_logits"][:, 3] = 50
+
+
+def padding(tensors: dict[str, Tensor]) -> None:
+    """A row of padding alone."""
+    tensors["write_weight"][0] = 0
+
+
+GATED = {"weights": True, "decay": True, "normalize": False}
+# Features of a problem, and what is done to its tensors
+HALF_CASES = {
+    "plain": ({}, None),
+    "gated": (GATED, None),
+    "outliers": ({}, outliers),
+    "near-zero variances": ({}, near_zero_variances),
+    "one-hot priors, gated": (GATED, one_hot_priors),
+    "a row of padding": ({"weights": True, "batch": 2}, padding),
+}
+
+
+def half_problem(case: str, dtype: torch.dtype) -> RoundedProblem:
+    """Two chunks, which are longer in bfloat16, and enough numbers in every result for rounding errors to average."""
+    features, change = HALF_CASES[case]
+    length = 70 if dtype == torch.bfloat16 else 40
+    sizes = {"batch": 1, "queries_per_mixture": 2, "components": 40, "routing_dim": 24, "value_dim": 20}
+    return RoundedProblem(**(sizes | features), length=length, dtype=dtype, change=change)

@@ -1,0 +1,322 @@
+# Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
+"""The fused kernels compute the operator: on a GPU where there is one, else in Triton's interpreter."""
+
+import subprocess
+import sys
+from functools import partial
+
+import pytest
+import torch
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+from torch.utils.checkpoint import checkpoint
+
+import gma_hf
+from gma_hf.ops import gaussian_mixture_attention, registry
+from gma_hf.ops import triton as backend
+from tests.conftest import make_model, tiny_config
+
+from . import problems as problems_module
+from .kernels import DEVICE, GATED, HALF_CASES, KernelProblem, half_problem
+from .problems import QKV, Problem, assert_close, errors, few_examples, problems
+
+
+pytest.importorskip("triton", reason="Triton has no wheel for this platform")
+
+from gma_hf.ops.fused import operators
+
+
+# float32 rounds at 6e-8; sums over 100 tokens and 64 products amplify it by some tens, a small denominator by more.
+SINGLE = 2e-5
+EVERYTHING = {"weights": True, "decay": True, "state": True}
+MANY_BLOCKS = {"length": 33, "components": 40, "routing_dim": 130, "value_dim": 70}
+# A chunk is 32 tokens in float32
+SINGLE_CASES = {
+    "plain": {"length": 65},
+    "unnormalised": {"length": 40, "normalize": False},
+    "everything": {"length": 63, **EVERYTHING},
+    "everything, unnormalised": {"length": 64, "normalize": False, **EVERYTHING},
+    "packed": {"length": 65, "packed": True},
+    "packed, everything": {"length": 40, "packed": True, "batch": 2, **EVERYTHING},
+    "grouped": {"length": 40, "mixtures_per_key_head": 2, "queries_per_mixture": 2, **EVERYTHING},
+    "key heads": {"length": 40, "key_heads": 2, "queries_per_mixture": 2, "decay": True},
+    "bidirectional": {"length": 40, "query_length": 70, "causal": False},
+    "bidirectional, everything": {
+        "length": 70, "query_length": 40, "causal": False, "weights": True, "state": True, "normalize": False,
+        "mixtures_per_key_head": 2, "queries_per_mixture": 2,
+    },
+    "packed bidirectional": {"length": 40, "causal": False, "packed": True, "weights": True},
+    "packed bidirectional, unnormalised": {"length": 33, "causal": False, "packed": True, "normalize": False},
+    "one token": {"length": 1, **EVERYTHING},
+    "one token, bidirectional": {"length": 1, "causal": False, "weights": True},
+    "one component": {"length": 40, "components": 1, **EVERYTHING},
+    "130 components": {"length": 33, "components": 130, "routing_dim": 20, "value_dim": 24, **EVERYTHING},
+    "many blocks": {**MANY_BLOCKS, **EVERYTHING},
+    "many blocks, shared keys": {**MANY_BLOCKS, "length": 9, "components": 20, "mixtures_per_key_head": 2},
+    "many value blocks, bidirectional": {
+        "length": 9, "query_length": 20, "components": 40, "routing_dim": 20, "value_dim": 140, "causal": False,
+    },
+}  # fmt: skip
+QUICK = ("everything", "grouped", "bidirectional", "packed bidirectional")
+
+
+def marked(cases, quick):
+    """The names of the cases, some of them marked as quick."""
+    return [pytest.param(case, marks=pytest.mark.quick if case in quick else ()) for case in cases]
+
+
+def assert_same_bits(expected, actual):
+    assert expected.keys() == actual.keys()
+    assert [name for name in expected if not torch.equal(expected[name], actual[name])] == []
+
+
+@pytest.fixture(scope="module")
+def expected():
+    """Results of `everything()`."""
+    return everything().results(torch.float32, backend="triton")
+
+
+def everything() -> KernelProblem:
+    """Every feature, two chunks."""
+    return KernelProblem(length=40, batch=1, queries_per_mixture=2, **EVERYTHING)
+
+
+@pytest.mark.parametrize("case", marked(SINGLE_CASES, QUICK))
+def test_float32_equals_the_definition(case):
+    problem = KernelProblem(**{"batch": 1} | SINGLE_CASES[case])
+    expected = problem.results(backend="reference")
+    # Logits grow with the number of dimensions that they sum over, and with them what float32 rounds off
+    tolerance = SINGLE * max(1, problem.routing_dim / 64)
+    assert_close(expected, problem.results(torch.float32, backend="triton"), tolerance)
+
+
+@settings(few_examples, max_examples=4, phases=[Phase.generate])  # to shrink a failure would take minutes
+@given(problems(max_length=70, batch=1, key_heads=1, queries_per_mixture=1), st.integers(1, 20), st.integers(1, 40))
+def test_float32_equals_the_definition_for_any_call(problem, routing_dim, components):
+    problem = KernelProblem(**vars(problem) | {"routing_dim": routing_dim, "components": components})
+    expected = problem.results(backend="reference")
+    assert_close(expected, problem.results(torch.float32, backend="triton"), SINGLE)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("case", marked(HALF_CASES, ("gated", "outliers")))
+def test_half_precision_is_at_most_twice_as_wrong_as_chunked(case, dtype):
+    """Both against float64 on the same inputs. Where `chunked` happens to be luckier, its error counts as an eighth of
+    the machine epsilon: rounding the exact result to `dtype` costs about a fifth of it. Results that `dtype` cannot hold
+    are left out: a first weight after nothing has a gradient of 1 / eps = 1e6."""
+    problem, limits = half_problem(case, dtype), torch.finfo(dtype)
+    exact = {name: x for name, x in problem.results(backend="reference").items() if x.abs().max() <= limits.max}
+    plain, fused = (problem.results(dtype, backend=name) for name in ("chunked", "triton"))
+    plain, fused = (errors(exact, {name: results[name] for name in exact}) for results in (plain, fused))
+    # The state is float32 made of products of float16 numbers, which round at 2^-12 each
+    allowed = {name: 1e-3 if name in ("S", "z") else 2 * max(plain[name], limits.eps / 8) for name in exact}
+    assert {name: (fused[name], allowed[name]) for name in exact if not fused[name] <= allowed[name]} == {}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32])
+@pytest.mark.parametrize("held", ["key", "value"])
+def test_padding_never_writes(held, dtype):
+    """A token of weight 0 changes no other token's output or gradient, whatever it holds; its own gradients are 0."""
+    problem = KernelProblem(length=40, batch=1, components=16, routing_dim=16, value_dim=16)
+    padded = torch.arange(40) % 7 == 3
+    results = []
+    for factor in (1.0, 1e20):
+        tensors = problem.tensors() | {"write_weight": (~padded).double().view(1, 1, -1)}
+        tensors[held][:, :, padded] *= factor
+        leaves = {name: x.to(DEVICE, dtype).requires_grad_() for name, x in tensors.items()}
+        output = gaussian_mixture_attention(**leaves, backend="triton")
+        grads = dict(zip(leaves, torch.autograd.grad(output.sin().sum(), list(leaves.values())), strict=True))
+        assert all((grads[name][:, :, padded] == 0).all() for name in ("key", "value"))
+        grads["write_weight"] = grads["write_weight"][..., ~padded]
+        results.append({"output": output.detach(), **grads})
+    assert_close(*results, torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize(
+    "features",
+    [
+        {"length": 70, **EVERYTHING},
+        {"length": 70, "causal": False, "weights": True},
+        {**MANY_BLOCKS, "length": 9, **GATED},
+    ],
+)
+def test_the_same_call_gives_the_same_bits_whatever_fresh_memory_holds(features):
+    """PyTorch fills fresh memory with NaN the second time, so that whatever is read before it is written shows."""
+    problem = KernelProblem(batch=1, **features)
+    expected = problem.results(torch.bfloat16, backend="triton")
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.utils.deterministic.fill_uninitialized_memory
+        actual = problem.results(torch.bfloat16, backend="triton")
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert_same_bits(expected, actual)
+
+
+def test_strides_do_not_matter_and_inputs_are_not_modified(expected):
+    problem = everything()
+    tensors = {name: x.float() for name, x in problem.tensors().items()}
+    strided = {name: x.transpose(0, -1).contiguous().transpose(0, -1) for name, x in tensors.items()}
+    versions = {name: x._version for name, x in strided.items()}
+    problem.tensors = lambda: strided
+    assert_same_bits(expected, problem.results(torch.float32, backend="triton"))
+    assert versions == {name: x._version for name, x in strided.items()}
+    assert_same_bits(tensors, strided)
+
+
+def test_inputs_may_be_views_that_repeat_elements():
+    problem = KernelProblem(length=40, key_heads=2)
+    tensors = {name: x.float() for name, x in problem.tensors().items()}
+    tensors["query"] = tensors["query"][:1].expand(2, -1, -1, -1)
+    tensors["value"] = tensors["value"][:, :1].expand(-1, 2, -1, -1)
+    tensors["write_weight"] = torch.tensor(0.7).expand(2, 2, 40)
+    tensors["log_decay"] = torch.tensor([-0.1]).expand(2, 1, 40)
+    assert_close(problem.run(tensors, backend="chunked"), problem.run(tensors, backend="triton"), SINGLE)
+
+
+@pytest.mark.parametrize("length", [1, 2, 5])
+def test_segments_do_not_show(length, monkeypatch):
+    """Chunks of a segment: how many decides which states are kept, not what is computed."""
+    problem = KernelProblem(length=100, batch=1, **EVERYTHING)
+    expected = problem.results(backend="reference")
+    monkeypatch.setattr(operators, "segment_length", lambda *arguments: length)
+    assert_close(expected, problem.results(torch.float32, backend="triton"), SINGLE)
+
+
+@pytest.mark.parametrize("split", [1, 32, 50])
+def test_split_anywhere_and_resume(split):
+    problem = KernelProblem(length=70, batch=1, queries_per_mixture=2, **EVERYTHING)
+    tensors = {name: x.float() for name, x in problem.tensors().items()}
+    whole = problem.run(tensors, backend="triton")
+    sliced = (*QKV, "write_weight", "log_decay")
+    first = {name: x[:, :, :split] if name in sliced else x for name, x in tensors.items()}
+    second = {name: x[:, :, split:] if name in sliced else x for name, x in tensors.items()}
+    head = problem.run(first, backend="triton")
+    tail = problem.run(second | {"S": head["S"], "z": head["z"]}, backend="triton")
+    joined = {"output": torch.cat([head["output"], tail["output"]], dim=2), "S": tail["S"], "z": tail["z"]}
+    assert_close({name: x.double() for name, x in whole.items()}, joined, SINGLE)
+
+
+@pytest.mark.parametrize("features", [EVERYTHING, {"causal": False, "query_length": 30}])
+def test_pytorch_finds_the_operator_well_formed(features):
+    """Schema, shapes without data, autograd, and differentiation ahead of time with fixed and with open sizes."""
+    problem = KernelProblem(length=20, batch=1, **features)
+    tensors = {name: x.float().to(DEVICE).requires_grad_() for name, x in problem.tensors().items()}
+    names = (*QKV, "means", "raw_variances", "prior_logits", "write_weight", "log_decay", "S", "z")
+    arguments = (*(tensors.get(name) for name in names), problem.causal, False, 1e-6, 1e-4, True)
+    torch.library.opcheck(torch.ops.gma_hf.fused_attention.default, arguments)
+
+
+COMPILED_CASES = {
+    "everything": {**EVERYTHING, "packed": True},
+    "bidirectional": {"causal": False, "weights": True},
+}
+
+
+@pytest.mark.parametrize("case", marked(COMPILED_CASES, ("everything",)))
+def test_compiles_into_one_graph_forward_and_backward(case, monkeypatch):
+    torch._dynamo.reset()
+    problem = KernelProblem(length=20, batch=1, **COMPILED_CASES[case])
+    expected = problem.results(torch.float32, backend="triton")
+    compiled = torch.compile(gaussian_mixture_attention, fullgraph=True, backend="aot_eager")
+    monkeypatch.setattr(problems_module, "gaussian_mixture_attention", compiled)
+    assert_same_bits(expected, problem.results(torch.float32, backend="triton"))
+
+
+def test_new_lengths_do_not_recompile():
+    torch._dynamo.reset()
+    fused = partial(gaussian_mixture_attention, backend="triton")
+    compiled = torch.compile(fused, fullgraph=True, dynamic=True, backend="aot_eager")
+    for length in (70, 33, 100):
+        tensors = {name: x.float().to(DEVICE) for name, x in Problem(length=length, batch=1).tensors().items()}
+        with torch._dynamo.config.patch(error_on_recompile=length != 70):
+            assert torch.equal(compiled(**tensors), fused(**tensors))
+
+
+def test_autocast_does_not_touch_the_operator(expected):
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        assert_same_bits(expected, everything().results(torch.float32, backend="triton"))
+
+
+def test_gradient_checkpointing_gives_the_same_gradients(expected):
+    problem = everything()
+    run = problem.run
+    problem.run = lambda tensors, **options: checkpoint(run, tensors, use_reentrant=False, **options)
+    assert_same_bits(expected, problem.results(torch.float32, backend="triton"))
+
+
+@pytest.mark.parametrize("block", ["paper", "gated-gqa"])
+def test_a_model_learns_the_same(block, monkeypatch):
+    """Logits, loss and every gradient of a language model."""
+    tokens = torch.randint(3, 99, (1, 20), generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    results = []
+    for name in ("chunked", "triton"):
+        monkeypatch.setenv("GMA_HF_BACKEND", name)
+        model = make_model(gma_hf.GMAForCausalLM, tiny_config(block, num_hidden_layers=1)).to(DEVICE)
+        outputs = model(tokens, labels=tokens)
+        outputs.loss.backward()
+        grads = {name: parameter.grad for name, parameter in model.named_parameters()}
+        results.append({"logits": outputs.logits.detach(), "loss": outputs.loss.detach(), **grads})
+    assert_close(*results, SINGLE)
+
+
+UNABLE = {
+    "float64": ({}, "must all be float32, all float16 or all bfloat16"),
+    "mixed": ({"dtype": torch.float32, "value": torch.bfloat16}, "must all be float32, all float16 or all bfloat16"),
+    "components": ({"dtype": torch.float32, "components": 300}, "more than 256 components"),
+    "routing_dim": ({"dtype": torch.float32, "routing_dim": 300}, "dimension is above 256"),
+    "value_dim": ({"dtype": torch.float32, "value_dim": 300}, "dimension is above 256"),
+    "state": (
+        {"dtype": torch.float32, "components": 256, "routing_dim": 80},
+        "components times dimension are above 16384",
+    ),
+    "empty": ({"dtype": torch.float32, "length": 0}, "a tensor is empty"),
+}
+
+
+@pytest.mark.parametrize("unable", list(UNABLE))
+def test_what_the_kernels_cannot_run_is_an_error_with_the_reason(unable):
+    sizes, reason = dict(UNABLE[unable][0]), UNABLE[unable][1]
+    dtype, value_dtype = sizes.pop("dtype", torch.float64), sizes.pop("value", None)
+    tensors = {name: x.to(DEVICE, dtype) for name, x in Problem(**{"length": 5, **sizes}).tensors().items()}
+    tensors["value"] = tensors["value"].to(value_dtype or dtype)
+    with pytest.raises(ValueError, match=f"'triton' cannot run this call: .*{reason}.*'chunked'"):
+        gaussian_mixture_attention(**tensors, backend="triton")
+    gaussian_mixture_attention(**tensors, backend="auto")
+
+
+def test_auto_never_chooses_the_interpreter(monkeypatch):
+    def refuse(call):
+        raise AssertionError("the interpreter was chosen")
+
+    monkeypatch.setitem(registry._BACKENDS, "triton", registry._BACKENDS["triton"]._replace(function=refuse))
+    for length, causal in ((1, True), (100, True), (100, False)):
+        tensors = {name: x.float() for name, x in Problem(length=length).tensors().items()}
+        gaussian_mixture_attention(**tensors, causal=causal)
+
+
+def test_without_triton_the_error_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(backend, "INSTALLED", False)
+    with pytest.raises(ValueError, match="pip install triton"):
+        gaussian_mixture_attention(**{name: x.float() for name, x in Problem().tensors().items()}, backend="triton")
+
+
+PROGRAM = """
+import sys
+import torch
+import gma_hf
+assert not [name for name in sys.modules if name.startswith("gma_hf.ops.fused")]
+x = torch.ones(1, 1, 3, 2)
+gma_hf.gaussian_mixture_attention(x, x, x, x[0], x[0], x[0, :, :, 0])
+assert not [name for name in sys.modules if name.startswith("gma_hf.ops.fused")]
+gma_hf.gaussian_mixture_attention(x, x, x, x[0], x[0], x[0, :, :, 0], backend="triton")
+"""
+
+
+def test_kernels_are_imported_when_they_run_and_run_on_a_cpu_when_asked(monkeypatch):
+    """Only gma_hf.ops.fused imports Triton. (PyTorch's compiler does as well, which Transformers imports.)"""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    run = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True)
+    reason = "ValueError: Backend 'triton' cannot run this call: the kernels run on GPUs"
+    assert run.stderr.strip().splitlines()[-1].startswith(reason), run.stderr
+    assert "TRITON_INTERPRET=1" in run.stderr
