@@ -157,10 +157,12 @@ def square(x, EXACT: tl.constexpr):
     else:  # two at a time; -0 is what addition does not change; beyond +-1e12 squares would not stay finite
         result = tl.inline_asm_elementwise(
             """{
-            .reg .b32 zero, x;
+            .reg .b32 zero, x, limit;
             mov.b32 zero, 0x80008000;
-            min.bf16x2 x, $1, 0x53695369;
-            max.bf16x2 x, x, 0xd369d369;
+            mov.b32 limit, 0x53695369;
+            min.bf16x2 x, $1, limit;
+            mov.b32 limit, 0xd369d369;
+            max.bf16x2 x, x, limit;
             fma.rn.bf16x2 $0, x, x, zero;
             }""",
             "=r,r", [x], dtype=tl.bfloat16, is_pure=True, pack=2,
@@ -178,10 +180,12 @@ def square_rest(x):
     else:
         result = tl.inline_asm_elementwise(
             """{
-            .reg .b32 zero, main, x;
+            .reg .b32 zero, main, x, limit;
             mov.b32 zero, 0x80008000;
-            min.bf16x2 x, $1, 0x53695369;
-            max.bf16x2 x, x, 0xd369d369;
+            mov.b32 limit, 0x53695369;
+            min.bf16x2 x, $1, limit;
+            mov.b32 limit, 0xd369d369;
+            max.bf16x2 x, x, limit;
             fma.rn.bf16x2 main, x, x, zero;
             neg.bf16x2 main, main;
             fma.rn.bf16x2 $0, x, x, main;
