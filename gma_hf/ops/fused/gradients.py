@@ -40,6 +40,7 @@ from .tiles import (
     load_decays,
     load_row,
     load_tile,
+    ones,
     operand,
     pair_decays,
     product,
@@ -76,7 +77,7 @@ def logits_backward(
 ):  # fmt: skip
     """Store dx of a tile; add dlogit^T x, dlogit^T x^2 and the sum of dlogit to the program's sums."""
     transposed = tl.trans(grad)
-    grad_bias = add_column_sums(grad_bias, transposed, tl.full([T], 1.0, grad.dtype), PRECISION)
+    grad_bias = add_column_sums(grad_bias, transposed, ones(T, grad.dtype), PRECISION)
     for block in tl.static_range(0, DP // BD):
         columns = block * BD + tl.arange(0, BD)
         if block > 0:

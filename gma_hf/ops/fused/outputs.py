@@ -27,6 +27,7 @@ from .tiles import (
     load_decays,
     load_row,
     load_tile,
+    ones,
     operand,
     pair_decays,
     product,
@@ -138,7 +139,7 @@ def read_kernel(
             kept = tl.trans(kept)
             S += product(kept, value, PRECISION) * (1.0 / pair_scale)
             largest += written_total * largest_value
-            z_written = add_column_sums(tl.zeros([CP], tl.float32), kept, tl.full([T], 1.0, kept.dtype), PRECISION)
+            z_written = add_column_sums(tl.zeros([CP], tl.float32), kept, ones(T, kept.dtype), PRECISION)
             z += z_written * (1.0 / (weight_scale * UNIT))
             if HAS_DECAY:
                 decays = pair_decays(sums, resets, first, T, STRICT)

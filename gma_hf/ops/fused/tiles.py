@@ -251,6 +251,12 @@ def responsibilities_again(logits, lse):
 
 
 @triton.jit
+def ones(T: tl.constexpr, dtype: tl.constexpr):
+    """[T]; by way of float32, as the interpreter of Triton 3.6 knows no bfloat16 constants."""
+    return tl.full([T], 1.0, tl.float32).to(dtype)
+
+
+@triton.jit
 def add_column_sums(sums, transposed, weights, PRECISION: tl.constexpr):
     """sums [CP] + transposed [CP, T] @ weights [T]: the matrix unit adds faster than threads that talk to each other.
 
