@@ -35,10 +35,11 @@ def fused_attention(call: AttentionCall) -> tuple[Tensor, State | None]:
         call.log_decay, S, z,
     )  # fmt: skip
     save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    eps = call.eps if call.normalize else None
     output, S, z, *_ = torch.ops.gma_hf.fused_attention(
-        *tensors, call.causal, call.strict, call.eps if call.normalize else None, call.variance_floor, save
+        *tensors, call.causal, call.strict, eps, call.variance_floor, save, call.output_final_state
     )
-    return output, (S, z)
+    return output, (S, z) if call.output_final_state else None
 
 
 @torch.compiler.assume_constant_result

@@ -113,7 +113,7 @@ def test_half_precision_is_at_most_twice_as_wrong_as_chunked(case, dtype):
     assert {name: (fused[name], allowed[name]) for name in exact if not fused[name] <= allowed[name]} == {}
 
 
-@pytest.mark.parametrize("dtype", [torch.float32])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("held", ["key", "value"])
 def test_padding_never_writes(held, dtype):
     """A token of weight 0 changes no other token's output or gradient, whatever it holds; its own gradients are 0."""
@@ -203,7 +203,7 @@ def test_pytorch_finds_the_operator_well_formed(features):
     problem = KernelProblem(length=20, batch=1, **features)
     tensors = {name: x.float().to(DEVICE).requires_grad_() for name, x in problem.tensors().items()}
     names = (*QKV, "means", "raw_variances", "prior_logits", "write_weight", "log_decay", "S", "z")
-    arguments = (*(tensors.get(name) for name in names), problem.causal, False, 1e-6, 1e-4, True)
+    arguments = (*(tensors.get(name) for name in names), problem.causal, False, 1e-6, 1e-4, True, True)
     torch.library.opcheck(torch.ops.gma_hf.fused_attention.default, arguments)
 
 

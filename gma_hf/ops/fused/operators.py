@@ -11,21 +11,13 @@ z [B, M, C] float32.
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from .coefficients import coefficients_backward_kernel, coefficients_kernel
 from .gradients import gradient_kernel
 from .outputs import read_kernel
-from .plan import Plan, make_plan, segment_length, workers_per_mixture
+from .plan import Plan, cdiv, make_plan, segment_length, workers_per_mixture
 from .states import scan_kernel, write_kernel
-
-
-class Coefficients(NamedTuple):
-    """The mixture in the layout of `coefficients`."""
-
-    weights: Tensor
-    bias: Tensor
 
 
 class Saved(NamedTuple):
@@ -40,6 +32,8 @@ class Saved(NamedTuple):
     chunk_scales: Tensor  # [B * M * NV, chunks]
     largest_value: Tensor  # [B * M * NV, chunks of keys]
     largest_weight: Tensor  # [B * M, chunks of keys]
+    weights: Tensor  # the mixture in the layout of `coefficients`
+    bias: Tensor
 
 
 def empty_saved(plan, query, key, means, causal, normalize, has_weight, save) -> Saved:
@@ -47,9 +41,11 @@ def empty_saved(plan, query, key, means, causal, normalize, has_weight, save) ->
     batch, query_heads, length, _ = query.shape
     mixtures = means.shape[0]
     slabs = batch * mixtures * plan.NV
-    chunks, key_chunks = ((n + plan.T - 1) // plan.T for n in (length, key.shape[2]))
+    chunks, key_chunks = cdiv(length, plan.T), cdiv(key.shape[2], plan.T)
     state_dtype = torch.float32 if plan.exact else torch.float16
     kept = slabs if save and causal else 0
+
+    parts = 2 if plan.exact else 4
 
     def new(*shape, dtype=torch.float32):
         return query.new_empty(shape, dtype=dtype)
@@ -64,6 +60,8 @@ def empty_saved(plan, query, key, means, causal, normalize, has_weight, save) ->
         new(kept, chunks),
         new(slabs, key_chunks),
         new(batch * mixtures if has_weight else 0, key_chunks),
+        new(mixtures, parts, plan.CP, plan.DP, dtype=torch.float32 if plan.exact else torch.bfloat16),
+        new(mixtures, plan.CP),
     )
 
 
@@ -84,19 +82,13 @@ def row_contiguous(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
-def prepare_coefficients(plan: Plan, means: Tensor, raw_variances: Tensor, prior_logits: Tensor, floor: float):
+def prepare_coefficients(plan: Plan, means: Tensor, raw_variances: Tensor, prior_logits: Tensor, floor: float, saved):
     """Run `coefficients_kernel`."""
     mixtures, components, dim = means.shape
-    if plan.exact:
-        weights = means.new_empty(mixtures, 2, plan.CP, plan.DP, dtype=torch.float32)
-    else:
-        weights = means.new_empty(mixtures, 4, plan.CP, plan.DP, dtype=torch.bfloat16)
-    bias = means.new_empty(mixtures, plan.CP, dtype=torch.float32)
     coefficients_kernel[(mixtures,)](
-        means.contiguous(), raw_variances.contiguous(), prior_logits.contiguous(), weights, bias,
+        means.contiguous(), raw_variances.contiguous(), prior_logits.contiguous(), saved.weights, saved.bias,
         floor, components, dim, CP=plan.CP, DP=plan.DP, BD=min(plan.BD, 4096 // plan.CP), EXACT=plan.exact,
     )  # fmt: skip
-    return Coefficients(weights, bias)
 
 
 def to_slabs(plan: Plan, S: Tensor, z: Tensor) -> Tensor:
@@ -124,25 +116,25 @@ def scan(states, decays, first, last, reverse, slabs_per_decay) -> None:
     """Run `scan_kernel` in place on states [slabs, segments, size]."""
     slabs, segments, size = states.shape
     block = 256
-    scan_kernel[(slabs, triton.cdiv(size, block))](
+    scan_kernel[(slabs, cdiv(size, block))](
         states, decays, first, last, segments, size, slabs_per_decay,
         BLOCK=block, REVERSE=reverse, HAS_DECAY=decays is not None, HAS_FIRST=first is not None, num_warps=2,
     )  # fmt: skip
 
 
 def write(
-    plan, coefficients, x, y, output, rd, write_weight, log_decay, lse, largest_y, largest_weight, mixtures, repeats,
+    plan, saved, x, y, output, rd, write_weight, log_decay, lse, largest_y, largest_weight, mixtures, repeats,
     first, last, reverse,
 ):  # fmt: skip
     """States at the borders of the segments [slabs, segments, size], and chunks per segment; fills `last` as well."""
     batch, _, length, dim = x.shape
-    chunks = triton.cdiv(length, plan.T)
+    chunks = cdiv(length, plan.T)
     per_segment = segment_length(plan, batch * mixtures, chunks, x.device)
-    segments = triton.cdiv(chunks, per_segment)
+    segments = cdiv(chunks, per_segment)
     states = last.new_empty(batch * mixtures * plan.NV, segments, last.shape[-1])
     decays = last.new_empty(batch * mixtures, segments)
     write_kernel[(batch * mixtures * plan.NV * segments,)](
-        x, y, output, rd, write_weight, log_decay, *coefficients, states, decays, lse, largest_y, largest_weight,
+        x, y, output, rd, write_weight, log_decay, saved.weights, saved.bias, states, decays, lse, largest_y, largest_weight,
         *strides(x), *strides(y), *strides(output), *strides(write_weight), *strides(log_decay),
         length, dim, y.shape[-1], mixtures, segments, per_segment, chunks,
         mixtures * repeats // x.shape[1], mixtures * repeats // y.shape[1],
@@ -153,37 +145,46 @@ def write(
     return states, per_segment
 
 
-@torch.library.custom_op(
-    "gma_hf::fused_attention",
-    mutates_args=(),
-    schema="(Tensor query, Tensor key, Tensor value, Tensor means, Tensor raw_variances, Tensor prior_logits, "
-    "Tensor? write_weight, Tensor? log_decay, Tensor? S, Tensor? z, bool causal, bool strict, float? eps, "
-    "float variance_floor, bool save) -> (Tensor, Tensor, Tensor, Tensor[])",
+INPUTS = (
+    "Tensor query, Tensor key, Tensor value, Tensor means, Tensor raw_variances, Tensor prior_logits, "
+    "Tensor? write_weight, Tensor? log_decay"
 )
+
+
+# Defined and implemented in two steps: the decorator that does both adds 0.1 ms to every call
+torch.library.define(
+    "gma_hf::fused_attention",
+    f"({INPUTS}, Tensor? S, Tensor? z, bool causal, bool strict, float? eps, float variance_floor, bool save, "
+    f"bool final_state) -> ({', '.join(['Tensor'] * (3 + len(Saved._fields)))})",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+
+
+@torch.library.impl("gma_hf::fused_attention", ("cpu", "cuda"))
 def fused_attention(
     query, key, value, means, raw_variances, prior_logits, write_weight, log_decay, S, z, causal, strict, eps,
-    variance_floor, save,
+    variance_floor, save, final_state,
 ):  # fmt: skip
-    """Output, S, z and `Saved`."""
+    """Output, S, z (of size 0 unless final_state) and `Saved`."""
     batch, query_heads, length, dim = query.shape
     mixtures, components, _ = means.shape
     value_dim = value.shape[-1]
     query, key, value = row_contiguous(query), row_contiguous(key), row_contiguous(value)
     plan = make_plan(query.dtype, int(components), int(dim), int(value_dim))
-    coefficients = prepare_coefficients(plan, means, raw_variances, prior_logits, variance_floor)
     saved = empty_saved(plan, query, key, means, causal, eps is not None, write_weight is not None, save)
+    prepare_coefficients(plan, means, raw_variances, prior_logits, variance_floor, saved)
     first = None if S is None else to_slabs(plan, S, z)
     states, per_segment = write(
-        plan, coefficients, key, value, None, None, write_weight, log_decay, saved.lse_key, saved.largest_value,
+        plan, saved, key, value, None, None, write_weight, log_decay, saved.lse_key, saved.largest_value,
         saved.largest_weight, mixtures, 1, first, saved.last, False,
     )  # fmt: skip
-    chunks = triton.cdiv(length, plan.T)
+    chunks = cdiv(length, plan.T)
     if not causal:
         states, per_segment = saved.last, segment_length(plan, batch * mixtures, chunks, query.device)
-    segments = triton.cdiv(chunks, per_segment)
+    segments = cdiv(chunks, per_segment)
     output = empty_output(query, value)
     read_kernel[(batch * mixtures * plan.NV * segments,)](
-        query, key, value, output, saved.rd, write_weight, log_decay, *coefficients, states, saved.lse_query,
+        query, key, value, output, saved.rd, write_weight, log_decay, saved.weights, saved.bias, states, saved.lse_query,
         saved.lse_key, saved.largest_value, saved.largest_weight, *saved[4:7],
         *strides(query), *strides(key), *strides(value), *strides(output), *strides(write_weight),
         *strides(log_decay), states.stride(0),
@@ -193,7 +194,11 @@ def fused_attention(
         HAS_DECAY=log_decay is not None, NORMALIZE=eps is not None, SAVE=save,
         **plan.constants(dim, value_dim), **plan.read,
     )  # fmt: skip
-    return output, *from_slabs(plan, saved.last, batch, components, value_dim), list(saved)
+    if final_state:
+        S, z = from_slabs(plan, saved.last, batch, components, value_dim)
+    else:
+        S, z = saved.last.new_empty(0), saved.last.new_empty(0)
+    return output, S, z, *saved
 
 
 def empty_output(query: Tensor, value: Tensor) -> Tensor:
@@ -202,17 +207,18 @@ def empty_output(query: Tensor, value: Tensor) -> Tensor:
     return value.new_empty(batch, length, heads, value.shape[-1]).transpose(1, 2)
 
 
-@fused_attention.register_fake
+@torch.library.register_fake("gma_hf::fused_attention")
 def _(
     query, key, value, means, raw_variances, prior_logits, write_weight, log_decay, S, z, causal, strict, eps,
-    variance_floor, save,
+    variance_floor, save, final_state,
 ):  # fmt: skip
     (mixtures, components, dim), value_dim = means.shape, value.shape[-1]
     plan = make_plan(query.dtype, int(components), int(dim), int(value_dim))
     saved = empty_saved(plan, query, key, means, causal, eps is not None, write_weight is not None, save)
     new = saved.last.new_empty
-    S, z = new(query.shape[0], mixtures, components, value_dim), new(query.shape[0], mixtures, components)
-    return empty_output(query, value), S, z, list(saved)
+    shape = (query.shape[0], mixtures, components) if final_state else (0,)
+    S, z = new(*shape, value_dim) if final_state else new(0), new(shape)
+    return empty_output(query, value), S, z, *saved
 
 
 class Side(NamedTuple):
@@ -227,33 +233,34 @@ class Side(NamedTuple):
 
 def make_side(plan: Plan, queries: bool, batch: int, mixtures: int, x: Tensor) -> Side:
     """The launch for tokens x [B, heads, N, D]."""
-    chunks = triton.cdiv(x.shape[2], plan.T)
+    chunks = cdiv(x.shape[2], plan.T)
     per_segment = segment_length(plan, batch * mixtures, chunks, x.device)
-    segments = triton.cdiv(chunks, per_segment)
+    segments = cdiv(chunks, per_segment)
     workers = workers_per_mixture(plan, mixtures, batch * segments, x.device)
     return Side(queries, x.shape[2], per_segment, segments, workers)
 
 
-@torch.library.custom_op(
+torch.library.define(
     "gma_hf::fused_attention_backward",
-    mutates_args=(),
-    schema="(Tensor query, Tensor key, Tensor value, Tensor means, Tensor raw_variances, Tensor prior_logits, "
-    "Tensor? write_weight, Tensor? log_decay, Tensor output, Tensor[] saved, Tensor grad_output, Tensor? grad_S, "
-    "Tensor? grad_z, bool causal, bool strict, bool normalize, bool grad_weight, float variance_floor) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"({INPUTS}, Tensor output, Tensor grad_output, Tensor? grad_S, Tensor? grad_z, bool causal, bool strict, "
+    f"bool normalize, float variance_floor, bool grad_weight, bool grad_state, {', '.join(f'Tensor {name}' for name in Saved._fields)}) "
+    f"-> ({', '.join(['Tensor'] * 10)})",
+    tags=torch.Tag.pt2_compliant_tag,
 )
+
+
+@torch.library.impl("gma_hf::fused_attention_backward", ("cpu", "cuda"))
 def fused_attention_backward(
-    query, key, value, means, raw_variances, prior_logits, write_weight, log_decay, output, saved, grad_output,
-    grad_S, grad_z, causal, strict, normalize, grad_weight, variance_floor,
+    query, key, value, means, raw_variances, prior_logits, write_weight, log_decay, output, grad_output, grad_S, grad_z,
+    causal, strict, normalize, variance_floor, grad_weight, grad_state, *saved,
 ):  # fmt: skip
-    """Gradients of the inputs in their order, S and z included; of size 0 for write_weight and log_decay if unused."""
+    """Gradients of the inputs in their order, S and z included; of size 0 where nothing needs them."""
     batch, query_heads, length, dim = query.shape
     mixtures, components, _ = means.shape
     value_dim, repeats, key_heads, key_length = value.shape[-1], query_heads // mixtures, key.shape[1], key.shape[2]
     query, key, value, grad_output = (row_contiguous(x) for x in (query, key, value, grad_output))
     plan = make_plan(query.dtype, int(components), int(dim), int(value_dim))
     saved, blocks = Saved(*saved), plan.NV
-    coefficients = prepare_coefficients(plan, means, raw_variances, prior_logits, variance_floor)
     rd = saved.rd if normalize else None
     first = None
     if grad_S is not None or grad_z is not None:
@@ -263,9 +270,9 @@ def fused_attention_backward(
         # The blocks of the value dimensions add up: z's gradient belongs to one of them
         first.unflatten(0, (-1, blocks))[:, 1:, plan.CP * plan.BV :] = 0.0
     grad_first = torch.empty_like(saved.last)
-    largest_dn = grad_first.new_empty(batch * query_heads * blocks, triton.cdiv(length, plan.T))
+    largest_dn = grad_first.new_empty(batch * query_heads * blocks, cdiv(length, plan.T))
     grad_states, _ = write(
-        plan, coefficients, query, grad_output, output if normalize else None, rd, None, log_decay, saved.lse_query,
+        plan, saved, query, grad_output, output if normalize else None, rd, None, log_decay, saved.lse_query,
         largest_dn, None, mixtures, repeats, first, grad_first, True,
     )  # fmt: skip
     if not causal:
@@ -291,7 +298,7 @@ def fused_attention_backward(
     done = 0
     for side in sides:
         gradient_kernel[(side.workers * mixtures * blocks,)](
-            query, key, value, grad_output, rd, write_weight, log_decay, *coefficients, saved.lse_query,
+            query, key, value, grad_output, rd, write_weight, log_decay, saved.weights, saved.bias, saved.lse_query,
             saved.lse_key, saved.largest_value, saved.largest_weight, largest_dn, dd, reads,
             *saved[3:7], grad_states, grad_query, grad_key, grad_value, *grad_gates,
             grad_linear[done:], grad_quadratic[done:], grad_bias[done:],
@@ -299,7 +306,7 @@ def fused_attention_backward(
             *strides(log_decay), *block_strides(grad_query), *block_strides(grad_key), *grad_value.stride()[:3],
             saved.last.stride(0), grad_states.stride(0),
             batch, side.length, dim, value_dim, mixtures, side.segments, side.per_segment,
-            triton.cdiv(side.length, plan.T), mixtures // key_heads, side.workers,
+            cdiv(side.length, plan.T), mixtures // key_heads, side.workers,
             R=repeats, CAUSAL=causal, QUERIES=side.queries, STRICT=strict,
             HAS_WEIGHT=write_weight is not None, HAS_DECAY=log_decay is not None, NORMALIZE=normalize,
             GRAD_WEIGHT=grad_weight, IN_REGISTERS=in_registers,
@@ -325,6 +332,16 @@ def fused_attention_backward(
         grad_value = grad_value.unflatten(1, (key_heads, -1)).sum(dim=2).to(value.dtype)
     gates = (write_weight if grad_weight else None, log_decay)
     grad_gates = (sum_heads(grad, gate) for grad, gate in zip(grad_gates, gates, strict=True))
+    if not grad_state:
+        return (
+            grad_query,
+            grad_key,
+            grad_value,
+            *grad_mixture,
+            *grad_gates,
+            grad_first.new_empty(0),
+            grad_first.new_empty(0),
+        )
     grad_S, grad_z = from_slabs(plan, grad_first, batch, components, value_dim)
     if blocks > 1:
         grad_z = grad_first.unflatten(0, (batch, mixtures, blocks))[..., plan.CP * plan.BV :].sum(dim=2)
@@ -341,10 +358,10 @@ def sum_heads(x: Tensor, like: Tensor | None) -> Tensor:
     return x.flatten(1, 2).unflatten(1, (like.shape[1], -1)).sum(dim=2).to(like.dtype)
 
 
-@fused_attention_backward.register_fake
+@torch.library.register_fake("gma_hf::fused_attention_backward")
 def _(
-    query, key, value, means, raw_variances, prior_logits, write_weight, log_decay, output, saved, grad_output,
-    grad_S, grad_z, causal, strict, normalize, grad_weight, variance_floor,
+    query, key, value, means, raw_variances, prior_logits, write_weight, log_decay, output, grad_output, grad_S, grad_z,
+    causal, strict, normalize, variance_floor, grad_weight, grad_state, *saved,
 ):  # fmt: skip
     batch, mixtures, components, value_dim = query.shape[0], *means.shape[:2], value.shape[-1]
     last = Saved(*saved).last
@@ -353,35 +370,36 @@ def _(
         *(torch.empty_like(row_contiguous(x)) for x in (query, key, value)),
         *(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (means, raw_variances, prior_logits)),
         *(last.new_empty(0) if x is None else x.new_empty(x.shape) for x in gates),
-        last.new_empty(batch, mixtures, components, value_dim),
-        last.new_empty(batch, mixtures, components),
+        last.new_empty((batch, mixtures, components, value_dim) if grad_state else 0),
+        last.new_empty((batch, mixtures, components) if grad_state else 0),
     )
 
 
 def setup_context(ctx, inputs, output):
     """Keep inputs, output and what the forward pass saved for the gradients."""
-    *tensors, S, z, ctx.causal, ctx.strict, ctx.eps, ctx.variance_floor, _ = inputs
+    *tensors, S, z, ctx.causal, ctx.strict, ctx.eps, ctx.variance_floor, _, ctx.final_state = inputs
     ctx.state_dtypes = None if S is None else (S.dtype, z.dtype)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors, output[0], *output[3])
+    ctx.save_for_backward(*tensors, output[0], *output[3:])
 
 
-def backward(ctx, grad_output, grad_S, grad_z, _):
+def backward(ctx, grad_output, grad_S, grad_z, *_):
     """Gradients of `fused_attention`'s arguments."""
-    kept = ctx.saved_tensors  # asked for once: activation checkpointing computes them again
-    tensors, output, saved = kept[:8], kept[8], list(kept[9:])
+    tensors = ctx.saved_tensors  # asked for once: activation checkpointing computes them again
     if grad_output is None:
-        grad_output = torch.zeros_like(output)
+        grad_output = torch.zeros_like(tensors[8])
+    if not ctx.final_state:
+        grad_S = grad_z = None
     needed = ctx.needs_input_grad
     *grads, grad_S, grad_z = torch.ops.gma_hf.fused_attention_backward(
-        *tensors, output, saved, grad_output, grad_S, grad_z, ctx.causal, ctx.strict, ctx.eps is not None, needed[6],
-        ctx.variance_floor,
+        *tensors[:9], grad_output, grad_S, grad_z, ctx.causal, ctx.strict, ctx.eps is not None,
+        ctx.variance_floor, needed[6], ctx.state_dtypes is not None, *tensors[9:],
     )  # fmt: skip
     grads = [grad if need else None for grad, need in zip(grads, needed, strict=False)]
     states = (None, None)
     if ctx.state_dtypes is not None:
         states = (grad.to(dtype) for grad, dtype in zip((grad_S, grad_z), ctx.state_dtypes, strict=True))
-    return *grads, *states, None, None, None, None, None
+    return *grads, *states, *(None,) * 6
 
 
-fused_attention.register_autograd(backward, setup_context=setup_context)
+torch.library.register_autograd("gma_hf::fused_attention", backward, setup_context=setup_context)

@@ -42,6 +42,11 @@ class Plan(NamedTuple):
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up."""
+    return -(-a // b)
+
+
 def padded(size: int) -> int:
     """The next power of two, at least 16: what matrix units multiply."""
     return max(16, triton.next_power_of_2(size))
@@ -65,7 +70,7 @@ def make_plan(dtype: torch.dtype, components: int, dim: int, value_dim: int) -> 
         DP,
         BD,
         BV,
-        (value_dim + BV - 1) // BV,
+        cdiv(value_dim, BV),
         write={"num_warps": 4, "num_stages": stages},
         read={"num_warps": 8 if large else 4, "num_stages": 1 if large else stages},
         gradient={"num_warps": 4, "num_stages": 1},
@@ -83,11 +88,11 @@ def segment_length(plan: Plan, sequences: int, chunks: int, device: torch.device
     programs = 8 * multiprocessors(device.index)
     wanted = max(1, min(32, sequences * plan.NV * chunks // programs))
     segments = max(1, chunks // wanted)
-    return -(-chunks // segments)
+    return cdiv(chunks, segments)
 
 
 def workers_per_mixture(plan: Plan, mixtures: int, segments: int, device: torch.device) -> int:
     """Programs that share the segments of a mixture evenly: as many as run at once, so that few partial sums remain."""
     slots = 2 * multiprocessors(device.index)
     workers = max(1, min(segments, slots // (mixtures * plan.NV)))
-    return -(-segments // -(-segments // workers))
+    return cdiv(segments, cdiv(segments, workers))

@@ -64,10 +64,11 @@ def operand(x, EXACT: tl.constexpr):
 
 @triton.jit
 def rounded(x, dtype: tl.constexpr):
-    """x in another type, rounded to nearest: Triton's interpreter cuts off what does not fit into bfloat16."""
+    """x in another type, rounded to nearest: Triton's interpreter cuts off what does not fit into bfloat16, unless all of
+    it does not, in which case it makes a small number of it."""
     if INTERPRETED and dtype == tl.bfloat16:
         bits = x.to(tl.int32, bitcast=True)
-        x = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
+        x = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -65536).to(tl.float32, bitcast=True)
     return x.to(dtype)
 
 
