@@ -23,7 +23,7 @@ from .problems import QKV, Problem, assert_close, errors, few_examples, problems
 
 pytest.importorskip("triton", reason="Triton has no wheel for this platform")
 
-from gma_hf.ops.fused import operators
+from gma_hf.ops.fused import operators, plan
 
 
 # float32 rounds at 6e-8; sums over 100 tokens and 64 products amplify it by some tens, a small denominator by more.
@@ -151,6 +151,28 @@ def test_the_same_call_gives_the_same_bits_whatever_fresh_memory_holds(features)
     finally:
         torch.use_deterministic_algorithms(False)
     assert_same_bits(expected, actual)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "features",
+    [
+        {"length": 70},
+        {"length": 150, "queries_per_mixture": 2, **EVERYTHING},
+        {**MANY_BLOCKS, "length": 65, **GATED},
+    ],
+    ids=["plain", "everything", "many blocks"],
+)
+def test_few_sequences_and_many_give_the_same_results(features, dtype, monkeypatch):
+    """A sequence that has to be cut into segments to fill the chip, and one of so many that it need not be."""
+    problem = KernelProblem(batch=1, **features)
+    results = []
+    for multiprocessors in (1, 100):
+        monkeypatch.setattr(plan, "multiprocessors", lambda index, count=multiprocessors: count)
+        results.append({name: x.double() for name, x in problem.results(dtype, backend="triton").items()})
+    # In 16 bits both round every result once, and what they compute with to 11 bits
+    assert_close(*results, SINGLE if dtype == torch.float32 else torch.finfo(dtype).eps)
 
 
 def test_strides_do_not_matter_and_inputs_are_not_modified(expected):

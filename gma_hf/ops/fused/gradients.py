@@ -111,7 +111,7 @@ def logits_backward(
 def gradient_kernel(
     Q, K, V, DO, RD, W, LA, Coefficients, Bias, LSEQ, LSEK, LargestV, LargestW, LargestDN, DD, Reads,
     States, ChunkStates, ChunkNorms, ChunkScales, GradStates,
-    GQ, GK, GV, GW, GLA, GradLinear, GradQuadratic, GradBias,
+    GradFirst, GQ, GK, GV, GW, GLA, GradLinear, GradQuadratic, GradBias,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     stride_ob, stride_oh, stride_on, stride_wb, stride_wh, stride_wn, stride_ab, stride_ah, stride_an,
     stride_gqv, stride_gqb, stride_gqh, stride_gqn, stride_gkv, stride_gkb, stride_gkh, stride_gkn,
@@ -119,12 +119,12 @@ def gradient_kernel(
     B, N, D, DV, M, segments, chunks_per_segment, chunks, kv_groups, programs,
     R: tl.constexpr, T: tl.constexpr, CP: tl.constexpr, DP: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
     NV: tl.constexpr, EVEN_D: tl.constexpr, EVEN_V: tl.constexpr,
-    CAUSAL: tl.constexpr, QUERIES: tl.constexpr, STRICT: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr, HAS_DECAY: tl.constexpr, NORMALIZE: tl.constexpr,
+    CAUSAL: tl.constexpr, QUERIES: tl.constexpr, HAS_GRAD_STATE: tl.constexpr, GRAD_FIRST: tl.constexpr,
+    STRICT: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_DECAY: tl.constexpr, NORMALIZE: tl.constexpr,
     GRAD_WEIGHT: tl.constexpr, IN_REGISTERS: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of QUERIES, else of keys and values, which takes from memory what the former left there: the denominators'
-    gradients dD, and the sums r that the gradients of the decays need. One kernel for both needs more registers than
+    gradients dD, the largest dn of each chunk, and the sums r that the gradients of the decays need. One kernel for both needs more registers than
     there are, and was slower than computing the responsibilities twice."""
     KEYS: tl.constexpr = not QUERIES
     program = tl.program_id(0)
@@ -152,12 +152,17 @@ def gradient_kernel(
         bm = batch * M + mixture
         slab = bm * NV + v
         if KEYS:
-            from_right = GradStates + slab * stride_grad_state
-            if CAUSAL:
-                from_right += segment.to(tl.int64) * CP * (BV + 1)
-            G = tl.load(from_right + here(of_state, item))
-            g = tl.load(from_right + CP * BV + here(of_norm, item))
-            largest = tl.max(tl.max(tl.abs(G), 1), 0)
+            if HAS_GRAD_STATE:
+                from_right = GradStates + slab * stride_grad_state
+                if CAUSAL:
+                    from_right += segment.to(tl.int64) * CP * (BV + 1)
+                G = tl.load(from_right + here(of_state, item))
+                g = tl.load(from_right + CP * BV + here(of_norm, item))
+                largest = tl.max(tl.max(tl.abs(G), 1), 0)
+            else:
+                G = tl.zeros([CP, BV], tl.float32)
+                g = tl.zeros([CP], tl.float32)
+                largest = 0.0
         if not CAUSAL and QUERIES:
             S = tl.load(States + slab * stride_state + here(of_state, item))
             z = tl.load(States + slab * stride_state + CP * BV + here(of_norm, item))
@@ -243,14 +248,18 @@ def gradient_kernel(
                         faded = operand(unfaded * from_start[:, None], EXACT)
                     grad_pointer = DO + batch * stride_ob + head.to(tl.int64) * stride_oh
                     dn = load_tile(grad_pointer, first, columns, stride_on, count, DV, T, EVEN_V).to(tl.float32)
-                    largest_dn = tl.load(LargestDN + ((batch * M * R + head) * NV + v) * chunks + last)
-                    dn_scale = tile_scale(largest_dn, EXACT)
                     if NORMALIZE:
                         rd = load_row(RD + token, first, 1, count, 0.0, T)
-                        dn *= (rd * dn_scale)[:, None]
+                        dn *= rd[:, None]
+                    of_chunk = LargestDN + ((batch * M * R + head) * NV + v) * chunks + last
+                    if QUERIES:
+                        largest_dn = tl.max(tl.max(tl.abs(dn), 1), 0)
+                        if chunk < chunks:
+                            tl.store(of_chunk, largest_dn)
                     else:
-                        dn *= dn_scale
-                    dn_operand = operand(dn, EXACT)
+                        largest_dn = tl.load(of_chunk)
+                    dn_scale = tile_scale(largest_dn, EXACT)
+                    dn_operand = operand(dn * dn_scale, EXACT)
 
                     # What is read from the chunk, and from the state before it
                     if CAUSAL:
@@ -369,6 +378,10 @@ def gradient_kernel(
                     linear, quadratic, linear_rest, quadratic_rest,
                     T, CP, DP, BD, EVEN_D, IN_REGISTERS, EXACT, PRECISION,
                 )  # fmt: skip
+
+        if KEYS and GRAD_FIRST:
+            tl.store(GradFirst + slab * CP * (BV + 1) + here(of_state, item), G)
+            tl.store(GradFirst + slab * CP * (BV + 1) + CP * BV + here(of_norm, item), g)
 
     tl.store(GradBias + partial * CP + of_norm, grad_bias)
     if IN_REGISTERS:

@@ -16,7 +16,7 @@ from torch import Tensor
 from .coefficients import coefficients_backward_kernel, coefficients_kernel
 from .gradients import gradient_kernel
 from .outputs import read_kernel
-from .plan import Plan, cdiv, make_plan, segment_length, workers_per_mixture
+from .plan import Plan, cdiv, fills_chip, make_plan, segment_length, workers_per_mixture
 from .states import scan_kernel, write_kernel
 
 
@@ -174,24 +174,28 @@ def fused_attention(
     saved = empty_saved(plan, query, key, means, causal, eps is not None, write_weight is not None, save)
     prepare_coefficients(plan, means, raw_variances, prior_logits, variance_floor, saved)
     first = None if S is None else to_slabs(plan, S, z)
-    states, per_segment = write(
-        plan, saved, key, value, None, None, write_weight, log_decay, saved.lse_key, saved.largest_value,
-        saved.largest_weight, mixtures, 1, first, saved.last, False,
-    )  # fmt: skip
     chunks = cdiv(length, plan.T)
+    one_pass = causal and fills_chip(plan, batch * mixtures, query.device)
+    if one_pass:
+        states, per_segment = first, chunks
+    else:
+        states, per_segment = write(
+            plan, saved, key, value, None, None, write_weight, log_decay, saved.lse_key, saved.largest_value,
+            saved.largest_weight, mixtures, 1, first, saved.last, False,
+        )  # fmt: skip
     if not causal:
         states, per_segment = saved.last, segment_length(plan, batch * mixtures, chunks, query.device)
     segments = cdiv(chunks, per_segment)
     output = empty_output(query, value)
     read_kernel[(batch * mixtures * plan.NV * segments,)](
-        query, key, value, output, saved.rd, write_weight, log_decay, saved.weights, saved.bias, states, saved.lse_query,
-        saved.lse_key, saved.largest_value, saved.largest_weight, *saved[4:7],
+        query, key, value, output, saved.rd, write_weight, log_decay, saved.weights, saved.bias, states, saved.last,
+        saved.lse_query, saved.lse_key, saved.largest_value, saved.largest_weight, *saved[4:7],
         *strides(query), *strides(key), *strides(value), *strides(output), *strides(write_weight),
-        *strides(log_decay), states.stride(0),
+        *strides(log_decay), 0 if states is None else states.stride(0),
         length, dim, value_dim, mixtures, segments, per_segment, chunks,
         mixtures // key.shape[1], 0.0 if eps is None else eps,
-        R=query_heads // mixtures, CAUSAL=causal, STRICT=strict, HAS_WEIGHT=write_weight is not None,
-        HAS_DECAY=log_decay is not None, NORMALIZE=eps is not None, SAVE=save,
+        R=query_heads // mixtures, CAUSAL=causal, ONE_PASS=one_pass, HAS_STATE=states is not None, STRICT=strict,
+        HAS_WEIGHT=write_weight is not None, HAS_DECAY=log_decay is not None, NORMALIZE=eps is not None, SAVE=save,
         **plan.constants(dim, value_dim), **plan.read,
     )  # fmt: skip
     if final_state:
@@ -231,10 +235,10 @@ class Side(NamedTuple):
     workers: int
 
 
-def make_side(plan: Plan, queries: bool, batch: int, mixtures: int, x: Tensor) -> Side:
+def make_side(plan: Plan, queries: bool, batch: int, mixtures: int, x: Tensor, one_pass: bool) -> Side:
     """The launch for tokens x [B, heads, N, D]."""
     chunks = cdiv(x.shape[2], plan.T)
-    per_segment = segment_length(plan, batch * mixtures, chunks, x.device)
+    per_segment = chunks if one_pass else segment_length(plan, batch * mixtures, chunks, x.device)
     segments = cdiv(chunks, per_segment)
     workers = workers_per_mixture(plan, mixtures, batch * segments, x.device)
     return Side(queries, x.shape[2], per_segment, segments, workers)
@@ -269,12 +273,15 @@ def fused_attention_backward(
         first = to_slabs(plan, grad_S, saved.last.new_zeros(shape) if grad_z is None else grad_z)
         # The blocks of the value dimensions add up: z's gradient belongs to one of them
         first.unflatten(0, (-1, blocks))[:, 1:, plan.CP * plan.BV :] = 0.0
-    grad_first = torch.empty_like(saved.last)
+    one_pass = causal and fills_chip(plan, batch * mixtures, query.device)
+    grad_first = torch.empty_like(saved.last) if grad_state or not one_pass else saved.last
     largest_dn = grad_first.new_empty(batch * query_heads * blocks, cdiv(length, plan.T))
-    grad_states, _ = write(
-        plan, saved, query, grad_output, output if normalize else None, rd, None, log_decay, saved.lse_query,
-        largest_dn, None, mixtures, repeats, first, grad_first, True,
-    )  # fmt: skip
+    grad_states = first
+    if not one_pass:
+        grad_states, _ = write(
+            plan, saved, query, grad_output, output if normalize else None, rd, None, log_decay, saved.lse_query,
+            None, None, mixtures, repeats, first, grad_first, True,
+        )  # fmt: skip
     if not causal:
         grad_states = grad_first
 
@@ -288,7 +295,10 @@ def fused_attention_backward(
     if shared:
         grad_value = value.new_empty(batch, mixtures, key_length, value_dim, dtype=torch.float32)
     grad_gates = grad_first.new_empty(2, batch, mixtures, blocks, key_length)
-    sides = [make_side(plan, True, batch, mixtures, query), make_side(plan, False, batch, mixtures, key)]
+    sides = [
+        make_side(plan, True, batch, mixtures, query, False),
+        make_side(plan, False, batch, mixtures, key, one_pass),
+    ]
     dd, reads = grad_first.new_empty(2, batch, query_heads, blocks, length)
     partials = sum(side.workers for side in sides) * blocks
     in_registers = plan.DP == plan.BD and log_decay is None
@@ -300,14 +310,15 @@ def fused_attention_backward(
         gradient_kernel[(side.workers * mixtures * blocks,)](
             query, key, value, grad_output, rd, write_weight, log_decay, saved.weights, saved.bias, saved.lse_query,
             saved.lse_key, saved.largest_value, saved.largest_weight, largest_dn, dd, reads,
-            *saved[3:7], grad_states, grad_query, grad_key, grad_value, *grad_gates,
+            *saved[3:7], grad_states, grad_first, grad_query, grad_key, grad_value, *grad_gates,
             grad_linear[done:], grad_quadratic[done:], grad_bias[done:],
             *strides(query), *strides(key), *strides(value), *strides(grad_output), *strides(write_weight),
             *strides(log_decay), *block_strides(grad_query), *block_strides(grad_key), *grad_value.stride()[:3],
-            saved.last.stride(0), grad_states.stride(0),
+            saved.last.stride(0), 0 if grad_states is None else grad_states.stride(0),
             batch, side.length, dim, value_dim, mixtures, side.segments, side.per_segment,
             cdiv(side.length, plan.T), mixtures // key_heads, side.workers,
-            R=repeats, CAUSAL=causal, QUERIES=side.queries, STRICT=strict,
+            R=repeats, CAUSAL=causal, QUERIES=side.queries, HAS_GRAD_STATE=grad_states is not None,
+            GRAD_FIRST=one_pass and grad_state, STRICT=strict,
             HAS_WEIGHT=write_weight is not None, HAS_DECAY=log_decay is not None, NORMALIZE=normalize,
             GRAD_WEIGHT=grad_weight, IN_REGISTERS=in_registers,
             **plan.constants(dim, value_dim), **plan.gradient,

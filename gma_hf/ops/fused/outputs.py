@@ -1,5 +1,8 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
-"""Outputs from the states before every segment: the forward pass, second half.
+"""Outputs from the states before every segment: the forward pass, second half, or all of it.
+
+Where there are enough sequences and heads to fill the chip, a segment is a whole sequence (ONE_PASS), and nothing has to be
+known about it beforehand: neither its state nor what `states` leaves in memory about its keys and values.
 
 Within a segment the state is carried from chunk to chunk. i, j in one chunk, S the state before it, e_i and t_j the decays
 from its start and to its end, A the decay over all of it:
@@ -22,6 +25,7 @@ from .tiles import (
     UNIT,
     add_column_sums,
     decayed,
+    find_largest,
     here,
     load_coefficients,
     load_decays,
@@ -43,15 +47,15 @@ from .tiles import (
 
 @triton.jit(do_not_specialize=["N", "M", "segments", "chunks_per_segment", "chunks", "kv_groups"])
 def read_kernel(
-    Q, K, V, Output, RD, W, LA, Coefficients, Bias, States, LSEQ, LSEK,
+    Q, K, V, Output, RD, W, LA, Coefficients, Bias, States, Last, LSEQ, LSEK,
     LargestV, LargestW, ChunkStates, ChunkNorms, ChunkScales,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     stride_ob, stride_oh, stride_on, stride_wb, stride_wh, stride_wn, stride_ab, stride_ah, stride_an,
     stride_state, N, D, DV, M, segments, chunks_per_segment, chunks, kv_groups, eps,
     R: tl.constexpr, T: tl.constexpr, CP: tl.constexpr, DP: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
     NV: tl.constexpr, EVEN_D: tl.constexpr, EVEN_V: tl.constexpr,
-    CAUSAL: tl.constexpr, STRICT: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_DECAY: tl.constexpr,
-    NORMALIZE: tl.constexpr, SAVE: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
+    CAUSAL: tl.constexpr, ONE_PASS: tl.constexpr, HAS_STATE: tl.constexpr, STRICT: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr, HAS_DECAY: tl.constexpr, NORMALIZE: tl.constexpr, SAVE: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     v = program % NV
@@ -78,10 +82,15 @@ def read_kernel(
 
     of_state = tl.arange(0, CP)[:, None] * BV + tl.arange(0, BV)[None, :]
     of_norm = tl.arange(0, CP)
-    States += slab * stride_state + (segment.to(tl.int64) * CP * (BV + 1) if CAUSAL else 0)
-    S = tl.load(States + of_state)
-    z = tl.load(States + CP * BV + of_norm)
-    largest = tl.max(tl.max(tl.abs(S), 1), 0)
+    if HAS_STATE:
+        States += slab * stride_state + (segment.to(tl.int64) * CP * (BV + 1) if CAUSAL else 0)
+        S = tl.load(States + of_state)
+        z = tl.load(States + CP * BV + of_norm)
+        largest = tl.max(tl.max(tl.abs(S), 1), 0)
+    else:
+        S = tl.zeros([CP, BV], tl.float32)
+        z = tl.zeros([CP], tl.float32)
+        largest = 0.0
     for i in tl.range(chunks_per_segment, disable_licm=True):
         chunk = segment * chunks_per_segment + i
         first = chunk * T
@@ -108,24 +117,38 @@ def read_kernel(
                 K, first, stride_kn, count, D, Coefficients, bias,
                 linear, quadratic, linear_rest, quadratic_rest, T, CP, DP, BD, EVEN_D, EXACT, PRECISION,
             )  # fmt: skip
-            gamma = responsibilities_again(logits, load_row(LSEK, first, 1, count, float("inf"), T))
             value = load_tile(V, first, columns, stride_vn, count, DV, T, EVEN_V).to(tl.float32)
+            weight = (tl.arange(0, T) < count).to(tl.float32)
+            if HAS_WEIGHT:
+                weight = load_row(W, first, stride_wn, count, 0.0, T)
             # Beyond the last chunk nothing counts, whatever the scales are
             last = tl.minimum(chunk, chunks - 1)
-            largest_value = tl.load(LargestV + last)
+            largest_weight = 1.0
+            if ONE_PASS:
+                gamma, lse = responsibilities(logits)
+                gamma = tl.where((weight > 0)[:, None], gamma, 0.0)
+                largest_value = find_largest(value, weight)
+                tl.store(LargestV + last, largest_value)
+                if v == 0:
+                    store_row(LSEK, lse, first, count, T)
+                if HAS_WEIGHT:
+                    largest_weight = tl.max(weight, 0)
+                    if v == 0:
+                        tl.store(LargestW + last, largest_weight)
+            else:
+                gamma = responsibilities_again(logits, load_row(LSEK, first, 1, count, float("inf"), T))
+                largest_value = tl.load(LargestV + last)
+                if HAS_WEIGHT:
+                    largest_weight = tl.load(LargestW + last)
             value_scale = tile_scale(largest_value, EXACT)
             value *= value_scale
             if HAS_WEIGHT and not EXACT:  # padding may hold anything
                 value = tl.clamp(value, -32768.0, 32768.0)
             value = operand(value, EXACT)
             weight_scale = 1.0
-            written_total = 1.0 * T
             if HAS_WEIGHT:
-                largest_weight = tl.load(LargestW + last)
                 weight_scale = tile_scale(largest_weight, EXACT) * (1.0 if EXACT else 1.0 / UNIT)
-                weight = load_row(W, first, stride_wn, count, 0.0, T)
                 gamma *= (weight * weight_scale)[:, None]
-                written_total = largest_weight * T
             written = operand(gamma, EXACT)
             kept = written
             if HAS_DECAY:
@@ -138,7 +161,7 @@ def read_kernel(
             pair_scale = weight_scale * UNIT * value_scale
             kept = tl.trans(kept)
             S += product(kept, value, PRECISION) * (1.0 / pair_scale)
-            largest += written_total * largest_value
+            largest += T * largest_weight * largest_value
             z_written = add_column_sums(tl.zeros([CP], tl.float32), kept, ones(T, kept.dtype), PRECISION)
             z += z_written * (1.0 / (weight_scale * UNIT))
             if HAS_DECAY:
@@ -185,3 +208,7 @@ def read_kernel(
                 Output + batch * stride_ob + head.to(tl.int64) * stride_oh, read,
                 first, columns, stride_on, count, DV, T, EVEN_V,
             )  # fmt: skip
+    if ONE_PASS:
+        Last += slab * CP * (BV + 1)
+        tl.store(Last + of_state, S)
+        tl.store(Last + CP * BV + of_norm, z)

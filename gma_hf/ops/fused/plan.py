@@ -79,8 +79,13 @@ def make_plan(dtype: torch.dtype, components: int, dim: int, value_dim: int) -> 
 
 @functools.cache
 def multiprocessors(device_index: int | None) -> int:
-    """Streaming multiprocessors of the GPU; 1 in Triton's interpreter."""
-    return 1 if INTERPRETED else torch.cuda.get_device_properties(device_index).multi_processor_count
+    """Streaming multiprocessors of the GPU; 4 in Triton's interpreter, so that small problems take either way."""
+    return 4 if INTERPRETED else torch.cuda.get_device_properties(device_index).multi_processor_count
+
+
+def fills_chip(plan: Plan, sequences: int, device: torch.device) -> bool:
+    """Whether every sequence can be one segment: then nothing has to be computed twice."""
+    return 2 * sequences * plan.NV >= 3 * multiprocessors(device.index)
 
 
 def segment_length(plan: Plan, sequences: int, chunks: int, device: torch.device) -> int:

@@ -22,6 +22,7 @@ import triton.language as tl
 from .tiles import (
     UNIT,
     add_column_sums,
+    find_largest,
     load_coefficients,
     load_decays,
     load_row,
@@ -121,11 +122,10 @@ def write_kernel(
                 z_weight = -tl.sum(y * o.to(tl.float32), 1) * (rd * weight)
                 y *= rd[:, None]
             gamma = tl.trans(operand(gamma, EXACT))
-            # What nobody reads, padding, does not count
-            largest = tl.max(tl.where(counts > 0, tl.max(tl.abs(y), 1), 0.0), 0)
-            if chunk < chunks:
-                of_chunk = ((batch * M * R + head) * NV + v).to(tl.int64) * chunks + chunk
-                tl.store(LargestY + of_chunk, largest)
+            largest = find_largest(y, counts)
+            if not REVERSE:
+                if chunk < chunks:
+                    tl.store(LargestY + slab * chunks + chunk, largest)
             scale = tile_scale(largest * tl.max(weight, 0), EXACT)
             written = product(gamma, operand(y * (weight * scale)[:, None], EXACT), PRECISION)
             S += written * (1.0 / (UNIT * scale))

@@ -39,6 +39,12 @@ def power_of_two(largest):
 
 
 @triton.jit
+def find_largest(x, weight):
+    """The largest element of x [T, columns] in absolute value. Rows without weight, padding, do not count."""
+    return tl.max(tl.where(weight > 0, tl.max(tl.abs(x), 1), 0.0), 0)
+
+
+@triton.jit
 def tile_scale(largest, EXACT: tl.constexpr):
     """The power of two that a tile is multiplied by before it becomes an operand."""
     if EXACT:
