@@ -59,9 +59,10 @@ def missing(device_type: str, device_index: int | None) -> str | None:
 
 
 def supports(call: AttentionCall) -> str | None:
-    tensors = (call.query, call.key, call.value)
-    if any(x.dtype not in DTYPES for x in tensors) or len({x.dtype for x in tensors}) > 1:
-        return "query, key and value must all be float32, all float16 or all bfloat16."
+    dtype = call.query.dtype
+    # Float32 values beside bfloat16 queries are rounded to eleven bits, which is more than the queries have
+    if dtype not in DTYPES or call.key.dtype != dtype or call.value.dtype not in (dtype, torch.float32):
+        return "query, key and value must all be float32, all float16 or all bfloat16 (values may be float32)."
     if call.means.shape[1] > MAX_COMPONENTS:
         return f"there are more than {MAX_COMPONENTS} components."
     if max(call.query.shape[-1], call.value.shape[-1]) > MAX_DIM:

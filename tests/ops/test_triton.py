@@ -17,8 +17,8 @@ from gma_hf.ops import triton as backend
 from tests.conftest import make_model, tiny_config
 
 from . import problems as problems_module
-from .kernels import DEVICE, GATED, HALF_CASES, KernelProblem, half_problem
-from .problems import QKV, Problem, assert_close, errors, few_examples, problems
+from .kernels import DEVICE, GATED, HALF_CASES, KernelProblem, half_errors, half_problem
+from .problems import QKV, Problem, assert_close, few_examples, problems
 
 
 pytest.importorskip("triton", reason="Triton has no wheel for this platform")
@@ -107,7 +107,7 @@ def test_half_precision_is_at_most_twice_as_wrong_as_chunked(case, dtype):
     problem, limits = half_problem(case, dtype), torch.finfo(dtype)
     exact = {name: x for name, x in problem.results(backend="reference").items() if x.abs().max() <= limits.max}
     plain, fused = (problem.results(dtype, backend=name) for name in ("chunked", "triton"))
-    plain, fused = (errors(exact, {name: results[name] for name in exact}) for results in (plain, fused))
+    plain, fused = (half_errors(exact, {name: results[name] for name in exact}) for results in (plain, fused))
     # The state is float32 made of products of float16 numbers, which round at 2^-12 each
     allowed = {name: 1e-3 if name in ("S", "z") else 2 * max(plain[name], limits.eps / 8) for name in exact}
     assert {name: (fused[name], allowed[name]) for name in exact if not fused[name] <= allowed[name]} == {}
