@@ -82,6 +82,10 @@ class GMAConfig(PreTrainedConfig):
             head behind it.
         conv_kernel_size (`int`, *optional*, defaults to 0):
             Width of the depthwise short convolution (with SiLU) on queries, keys and values of GMA layers; 0 for none.
+        window_size (`int`, *optional*, defaults to 0):
+            Number of nearest tokens that GMA layers see exactly, by softmax, with the mixture holding what is older: a
+            token itself and the `window_size - 1` before it, or `window_size` to each side if not `is_causal`. Softmax and
+            mixture share one normaliser, whatever `normalize_read` says. 0 for no window.
         use_write_weight (`bool`, *optional*, defaults to `False`):
             A learned write weight `w_t = softplus(...)` per token and head, 1 otherwise.
         use_decay (`bool`, *optional*, defaults to `False`):
@@ -173,6 +177,7 @@ class GMAConfig(PreTrainedConfig):
     max_position_embeddings: int = 2048
     normalize_read: bool = True
     conv_kernel_size: int = 0
+    window_size: int = 0
     use_write_weight: bool = False
     use_decay: bool = False
     use_output_gate: bool = False
@@ -309,6 +314,8 @@ class GMAConfig(PreTrainedConfig):
             raise ValueError(
                 f"`conv_kernel_size` must be 0 (no short convolution) or at least 2, got {self.conv_kernel_size}."
             )
+        if self.window_size < 0:
+            raise ValueError(f"`window_size` must be 0 (no window) or at least 1, got {self.window_size}.")
         if self.variance_init <= self.variance_floor:
             raise ValueError(
                 f"`variance_init` ({self.variance_init}) must exceed `variance_floor` ({self.variance_floor})."

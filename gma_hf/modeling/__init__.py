@@ -10,6 +10,7 @@ from .heads_gma import (
 from .mixture import GMAMixture
 from .modeling_gma import GMAModel, GMAPreTrainedModel
 from .short_convolution import GMAShortConvolution
+from .window import GMAWindow, GMAWindowHistory
 
 
 __all__ = [
@@ -23,6 +24,8 @@ __all__ = [
     "GMAModel",
     "GMAPreTrainedModel",
     "GMAShortConvolution",
+    "GMAWindow",
+    "GMAWindowHistory",
     "StaticGMACacheLayer",
     "adopt_cache",
     "load_cache",

@@ -15,8 +15,10 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
 from ..configuration import GMAConfig
+from .cache_gma import GMACacheLayer
 from .mixture import GMAMixture
 from .short_convolution import GMAShortConvolution
+from .window import GMAWindow
 
 
 class GMARMSNorm(nn.Module):
@@ -92,7 +94,10 @@ def apply_rotary_pos_emb(
 
 
 class GMAAttention(nn.Module):
-    """Gaussian Mixture Attention: tokens write to, and read from, the components of a mixture."""
+    """
+    Gaussian Mixture Attention: tokens write to, and read from, the components of a mixture; with a window, they see the
+    nearest tokens exactly and only what is older through the mixture.
+    """
 
     def __init__(self, config: GMAConfig, layer_idx: int):
         super().__init__()
@@ -109,6 +114,9 @@ class GMAAttention(nn.Module):
         self.mixture_norm = GMAMixture(
             num_heads, config.num_components, self.routing_dim, config.variance_floor, config.read_eps
         )
+        self.window_norm = None
+        if config.window_size > 0:
+            self.window_norm = GMAWindow(num_heads, self.routing_dim, config.window_size)
 
         self.conv = None
         if config.conv_kernel_size > 0:
@@ -175,28 +183,23 @@ class GMAAttention(nn.Module):
         write_weight, log_decay = self.write_and_forget(hidden_states, attention_mask)
 
         # 3. Write and read
-        recurrence = {
-            "causal": is_causal,
-            "write_weight": write_weight,
-            "log_decay": log_decay,
-            "sequence_ids": sequence_ids,
-            "normalize": self.config.normalize_read,
-        }
-        attn_weights = None
-        if output_attentions:
-            if cache_layer is not None and cache_layer.state is not None:
-                raise ValueError(
-                    "`output_attentions=True` needs all tokens at once: a GMA state no longer knows the single tokens "
-                    "it was built from. Run without a cache (`use_cache=False`)."
-                )
-            attn_weights = self.mixture_norm.affinity(query_states, key_states, **recurrence)
-        attn_output = self.mixture_norm(
+        if output_attentions and cache_layer is not None and cache_layer.state is not None:
+            raise ValueError(
+                "`output_attentions=True` needs all tokens at once: a GMA state no longer knows the single tokens it was "
+                "built from. Run without a cache (`use_cache=False`)."
+            )
+        attend = self.attend if self.window_norm is None else self.attend_behind_window
+        attn_output, attn_weights = attend(
             query_states,
             key_states,
             value_states,
-            initial_state=cache_layer.state if cache_layer is not None else None,
-            output_final_state=cache_layer is not None,
-            **recurrence,
+            attention_mask,
+            cache_layer,
+            output_attentions,
+            causal=is_causal,
+            write_weight=write_weight,
+            log_decay=log_decay,
+            sequence_ids=sequence_ids,
         )
         if cache_layer is not None:
             attn_output, state = attn_output
@@ -211,21 +214,75 @@ class GMAAttention(nn.Module):
             attn_output = attn_output * nn.functional.silu(self.g_proj(hidden_states))
         return self.o_proj(attn_output), attn_weights
 
+    def attend(
+        self,
+        query_states: torch.Tensor,
+        key_states: torch.Tensor,
+        value_states: torch.Tensor,
+        padding_mask: torch.Tensor | None,
+        cache_layer: GMACacheLayer | None,
+        output_attentions: bool,
+        **recurrence,
+    ) -> tuple[torch.Tensor | tuple, torch.Tensor | None]:
+        """The mixture alone: what it reads, with a cache as a pair with the new state; the implied affinity, if asked."""
+        recurrence["normalize"] = self.config.normalize_read
+        if recurrence["write_weight"] is None and padding_mask is not None:
+            recurrence["write_weight"] = padding_mask[:, None].to(torch.float32)
+        attn_weights = None
+        if output_attentions:
+            attn_weights = self.mixture_norm.affinity(query_states, key_states, **recurrence)
+        attn_output = self.mixture_norm(
+            query_states,
+            key_states,
+            value_states,
+            initial_state=cache_layer.state if cache_layer is not None else None,
+            output_final_state=cache_layer is not None,
+            **recurrence,
+        )
+        return attn_output, attn_weights
+
+    def attend_behind_window(
+        self,
+        query_states: torch.Tensor,
+        key_states: torch.Tensor,
+        value_states: torch.Tensor,
+        padding_mask: torch.Tensor | None,
+        cache_layer: GMACacheLayer | None,
+        output_attentions: bool,
+        **recurrence,
+    ) -> tuple[torch.Tensor | tuple, torch.Tensor | None]:
+        """The same with the nearest tokens seen by softmax; one normaliser for both, whatever `normalize_read` says."""
+        arguments = {"scaling": self.routing_dim**-0.5, "padding_mask": padding_mask, **recurrence}
+        attn_weights = None
+        if output_attentions:
+            attn_weights = self.window_norm.affinity(self.mixture_norm, query_states, key_states, **arguments)
+        attn_output = self.window_norm(
+            # A method: accelerate's hooks move what a module gets to its device, and parameters on disk cannot move
+            self.mixture_norm.__call__,
+            query_states,
+            key_states,
+            value_states,
+            history=cache_layer.window_history if cache_layer is not None else None,
+            output_history=cache_layer is not None,
+            **arguments,
+        )
+        return attn_output, attn_weights
+
     def write_and_forget(
         self, hidden_states: torch.Tensor, padding_mask: torch.Tensor | None
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """The write weights w_t and log decays log a_t, `(batch, heads or 1, length)`; padding neither writes nor forgets."""
+        """The learned write weights w_t and log decays log a_t, `(batch, heads, length)`; padding neither writes nor forgets."""
         write_weight = log_decay = None
         if self.config.use_write_weight or self.config.use_decay:
-            step = nn.functional.softplus(self.dt_proj(hidden_states).float() + self.dt_bias.float()).transpose(1, 2)
+            step = self.dt_proj(hidden_states).float() + self.dt_bias.float()
+            # Tokens last in memory too, as in the gradient: torch.compile takes the layout of the one for the other's
+            step = nn.functional.softplus(step.transpose(1, 2).contiguous())
             if padding_mask is not None:
                 step = step * padding_mask[:, None]
             if self.config.use_write_weight:
                 write_weight = step
             if self.config.use_decay:
                 log_decay = -self.A_log_bias.float().exp()[:, None] * step
-        if write_weight is None and padding_mask is not None:
-            write_weight = padding_mask[:, None].to(torch.float32)
         return write_weight, log_decay
 
 

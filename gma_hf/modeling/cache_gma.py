@@ -1,7 +1,7 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
 """
-What a GMA layer remembers between forward passes: the sums S and z of the operator, and the last inputs of the short
-convolution. Its size does not depend on how many tokens were seen.
+What a GMA layer remembers between forward passes: the sums S and z of the operator, the tokens that a softmax window
+still sees, and the last inputs of the short convolution. Its size does not depend on how many tokens were seen.
 
 The layer takes the place of Transformers' own recurrent layer in a `DynamicCache` or `StaticCache`, which counts no tokens,
 cannot be repeated or selected along the batch, and would keep S and z in the model's dtype.
@@ -22,8 +22,10 @@ from transformers.cache_utils import (
 )
 from transformers.utils import is_torchdynamo_compiling
 
+from .window import GMAWindowHistory
 
-# Indices of S and z among the recurrent states of a cache layer
+
+# The recurrent states of a cache layer are the fields of a `GMAWindowHistory`; without a window, its first two alone
 STATE, NORMALIZER = 0, 1
 
 
@@ -33,7 +35,8 @@ class GMACacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
 
     Attributes:
         recurrent_states (`dict[int, torch.Tensor]`): S `(batch, heads, components, head_dim)` and z
-            `(batch, heads, components)`, in float32.
+            `(batch, heads, components)`, in float32; with a softmax window also the tokens that are still in it, the
+            further fields of [`GMAWindowHistory`].
         conv_states (`dict[int, torch.Tensor]`): at index 0, the last inputs of the short convolution
             `(batch, kernel_size - 1, channels)`, if the layer has one.
         cumulative_length (`int`): number of tokens seen.
@@ -45,7 +48,7 @@ class GMACacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
     is_croppable = False
 
     def __init__(self):
-        LinearAttentionCacheLayerMixin.__init__(self, number_of_states=2)
+        LinearAttentionCacheLayerMixin.__init__(self, number_of_states=len(GMAWindowHistory._fields))
         # The attributes of a layer of keys and values, which generic code asks for
         self.keys = self.values = None
         self.is_initialized = False
@@ -59,42 +62,56 @@ class GMACacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
         return self.recurrent_states[STATE], self.recurrent_states[NORMALIZER]
 
     @property
+    def window_history(self) -> GMAWindowHistory | None:
+        """What a layer with a softmax window goes on from, or `None` before the first token."""
+        if not self.is_initialized:
+            return None
+        return GMAWindowHistory(*self.recurrent_states.values())
+
+    @property
     def conv_history(self) -> torch.Tensor | None:
         """The last inputs of the short convolution, or `None` before the first token or without convolution."""
         return self.conv_states[0]
 
     def update(
-        self, state: tuple[torch.Tensor, torch.Tensor], conv_history: torch.Tensor | None, num_tokens: int
+        self,
+        state: tuple[torch.Tensor, torch.Tensor] | GMAWindowHistory,
+        conv_history: torch.Tensor | None,
+        num_tokens: int,
     ) -> None:
         """
         Replace the state by the one after `num_tokens` further tokens.
 
         Args:
-            state (`tuple[torch.Tensor, torch.Tensor]`): the new S and z.
+            state (`tuple[torch.Tensor, torch.Tensor]` or `GMAWindowHistory`): the new S and z, or with a softmax window
+                its whole history.
             conv_history (`torch.Tensor`, *optional*): the new last inputs of the short convolution.
             num_tokens (`int`): how many tokens were processed.
         """
         self.lazy_initialization(state, conv_history)
-        self._store(self.recurrent_states, STATE, state[STATE])
-        self._store(self.recurrent_states, NORMALIZER, state[NORMALIZER])
+        for index, tensor in enumerate(state):
+            if tensor is not None:
+                self._store(self.recurrent_states, index, tensor)
         if conv_history is not None:
             self._store(self.conv_states, 0, conv_history)
         self.cumulative_length += num_tokens
         self.has_previous_state = dict.fromkeys(self.has_previous_state, True)
 
     def _store(self, states: dict[int, torch.Tensor], index: int, new_state: torch.Tensor):
-        # A new tensor rather than a copy: gradients may flow through a dynamic cache, from one segment to the next
-        states[index] = new_state
+        # A new tensor, not a copy into the old one: gradients may flow through a dynamic cache, from one segment to the
+        # next. A clone, not a view: the last tokens of a long prompt would keep all of it in memory.
+        states[index] = new_state.clone()
 
     def lazy_initialization(
-        self, state: tuple[torch.Tensor, torch.Tensor], conv_history: torch.Tensor | None = None
+        self, state: tuple[torch.Tensor, torch.Tensor] | GMAWindowHistory, conv_history: torch.Tensor | None = None
     ) -> None:
         if self.is_initialized:
             return
         self.device, self.dtype = state[STATE].device, state[STATE].dtype
-        for index in (STATE, NORMALIZER):
-            self.recurrent_states[index] = torch.zeros_like(state[index])
-            self.is_recurrent_states_initialized[index] = True
+        for index, tensor in enumerate(state):
+            if tensor is not None:
+                self.recurrent_states[index] = torch.zeros_like(tensor)
+                self.is_recurrent_states_initialized[index] = True
         if conv_history is not None:
             self.conv_states[0] = torch.zeros_like(conv_history)
             self.is_conv_states_initialized[0] = True
@@ -170,7 +187,7 @@ class StaticGMACacheLayer(GMACacheLayer):
         self.cumulative_length = torch.zeros((), dtype=torch.long)
 
     def lazy_initialization(
-        self, state: tuple[torch.Tensor, torch.Tensor], conv_history: torch.Tensor | None = None
+        self, state: tuple[torch.Tensor, torch.Tensor] | GMAWindowHistory, conv_history: torch.Tensor | None = None
     ) -> None:
         if self.is_initialized:
             return
@@ -247,7 +264,7 @@ def save_cache(cache: DynamicCache, path: str | os.PathLike) -> None:
         if not layer.is_initialized:
             raise ValueError("The cache is empty: run the model on a prompt with `use_cache=True` first.")
         if type(layer) is GMACacheLayer:
-            named = {"state": layer.state[STATE], "normalizer": layer.state[NORMALIZER], "conv": layer.conv_history}
+            named = {**layer.window_history._asdict(), "conv": layer.conv_history}
         elif type(layer) is DynamicLayer:
             named = {"keys": layer.keys, "values": layer.values}
         else:
@@ -286,19 +303,30 @@ def load_cache(path: str | os.PathLike, config: PreTrainedConfig, device: str | 
         named = {
             name.split(".")[-1]: tensor for name, tensor in tensors.items() if name.startswith(f"layers.{layer_idx}.")
         }
-        expected = {"state", "normalizer"} if isinstance(layer, GMACacheLayer) else {"keys", "values"}
+        is_gma = isinstance(layer, GMACacheLayer)
+        expected = {"state", "normalizer"} if is_gma else set()
+        if not is_gma or config.window_size > 0:
+            expected |= {"keys", "values"}
         if not expected <= named.keys():
             raise ValueError(
                 f"{path} does not fit the model: layer {layer_idx} needs {sorted(expected)}, the file has {sorted(named)}."
             )
-        if isinstance(layer, GMACacheLayer):
+        if is_gma:
             shape = (config.num_attention_heads, config.num_components, config.head_dim)
             if tuple(named["state"].shape[1:]) != shape:
                 raise ValueError(
                     f"{path} does not fit the model: the state of layer {layer_idx} has shape "
                     f"{tuple(named['state'].shape[1:])} per row, the model needs {shape}."
                 )
-            layer.update((named["state"], named["normalizer"]), named.get("conv"), int(metadata["seq_length"]))
+            window_size = named["keys"].shape[2] if "keys" in named else 0
+            if window_size != config.window_size:
+                raise ValueError(
+                    f"{path} does not fit the model: the window of layer {layer_idx} holds {window_size} tokens, the "
+                    f"model needs {config.window_size}."
+                )
+            conv_history = named.pop("conv", None)
+            states = [named.get(name) for name in GMAWindowHistory._fields]
+            layer.update(states, conv_history, int(metadata["seq_length"]))
         else:
             layer.update(named["keys"], named["values"])
     return cache

@@ -23,6 +23,7 @@ from .cache_gma import adopt_cache
 from .mixture import GMAMixture
 from .packing import count_positions, find_sequence_ids, same_sequence_mask_function, select_padding_mask
 from .short_convolution import GMAShortConvolution
+from .window import GMAWindow
 
 
 class GMAMLP(nn.Module):
@@ -99,7 +100,7 @@ class GMAPreTrainedModel(PreTrainedModel):
             module.reset_parameters(
                 self.config.mean_init_std, self.config.variance_init, self.config.prior_init == "balanced"
             )
-        elif isinstance(module, GMAAttention):
+        elif isinstance(module, (GMAAttention, GMAWindow)):
             module.reset_parameters()
 
 

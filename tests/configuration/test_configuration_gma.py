@@ -50,6 +50,7 @@ def test_a_bidirectional_gated_block_has_no_decay():
         ({"use_decay": True, "is_causal": False}, "`use_decay=True` needs `is_causal=True`"),
         ({"conv_kernel_size": 1}, "0 (no short convolution) or at least 2"),
         ({"conv_kernel_size": -1}, "0 (no short convolution) or at least 2"),
+        ({"window_size": -1}, "0 (no window) or at least 1"),
         ({"position_embedding_type": "rope", "routing_dim": 7}, "`routing_dim` must be even"),
         ({"variance_init": 1e-5}, "must exceed `variance_floor`"),
         ({"time_step_min": 0.5, "time_step_max": 0.1}, "must not be below `time_step_min`"),

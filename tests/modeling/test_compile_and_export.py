@@ -140,7 +140,7 @@ class DecodingStep(torch.nn.Module):
             if layer.keys is not None:
                 tensors.update(keys=layer.keys, values=layer.values)
             else:
-                tensors.update(state=layer.state[0], normalizer=layer.state[1], conv=layer.conv_history)
+                tensors.update(layer.window_history._asdict(), conv=layer.conv_history)
             for name, tensor in tensors.items():
                 if tensor is not None:
                     self.register_buffer(f"{name}_{index}", tensor)

@@ -1,0 +1,376 @@
+# Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
+"""
+An exact softmax window in front of the mixture's memory: every token sees the W nearest tokens by softmax, and everything
+older through Gaussian Mixture Attention. Causal, with the state S, z of the operator delayed by W tokens:
+
+    s_ij = scaling * q_i . k_j                  i - W < j <= i, optionally soft-capped
+    m_i  = a_h + u_h . q_i                      how much the memory weighs, learned per head
+    o_i  = (sum_j e^{s_ij} v_j + e^{m_i} gamma^Q_i S_{i-W}) / (sum_j e^{s_ij} + e^{m_i} gamma^Q_i z_{i-W})
+
+One normaliser for both, so that a query decides between near and far as softmax decides between tokens. Bidirectional,
+near are the tokens with |i - j| <= W, and the memory holds the whole sequence: it is a sum over all tokens, from which no
+query can leave out its neighbours; m_i balances the two. A window in front of a linear memory is known from LoLCATs
+(Zhang et al., arXiv:2410.10254); the one in front of a mixture is ours.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import initialization as init
+
+from ..ops.functional import run_starts
+from .window_softmax import window_softmax
+
+
+class GMAWindowHistory(NamedTuple):
+    """What a window of W tokens remembers between calls; its size does not depend on how many tokens were seen.
+
+    The last W tokens are not in S and z yet. Rows with fewer tokens are filled from the left with invalid ones.
+    """
+
+    state: Tensor  # S [batch, heads, components, value_dim], in float32
+    normalizer: Tensor  # z [batch, heads, components], in float32
+    keys: Tensor  # [batch, key_value_heads, W, head_dim]
+    values: Tensor  # [batch, key_value_heads, W, value_dim]
+    valid: Tensor  # [batch, W], True at the tokens that exist
+    routing_keys: Tensor | None = None  # [batch, key_value_heads, W, routing_dim], where they are not the keys
+    write_weight: Tensor | None = None  # [batch, h, W], of the tokens still to be written
+    log_decay: Tensor | None = None  # [batch, h, W]
+
+
+class WindowTokens(NamedTuple):
+    """The tokens that can be seen: those of the history, then those of the call. The fields of the history, and runs."""
+
+    keys: Tensor
+    values: Tensor
+    valid: Tensor
+    routing_keys: Tensor | None
+    write_weight: Tensor | None
+    log_decay: Tensor | None
+    runs: Tensor | None  # [batch, length], number of the packed sequence
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "WindowTokens":
+        return WindowTokens(*(None if x is None else function(x) for x in self))
+
+
+class GMAWindow(nn.Module):
+    """
+    Softmax over the nearest tokens, merged with the memory of a [`GMAMixture`].
+
+    Name the attribute that holds it `window_norm`, for the reason that [`GMAMixture`] gives: no weight decay.
+
+    Args:
+        num_heads (`int`): number of query heads.
+        head_dim (`int`): dimension of queries and keys.
+        window_size (`int`): W, how many tokens a query sees exactly: itself and the W - 1 before it. Bidirectional, W to
+            each side.
+
+    Attributes:
+        memory_bias (`torch.Tensor` of shape `(num_heads,)`): a.
+        memory_query (`torch.Tensor` of shape `(num_heads, head_dim)`): u.
+
+    Raises:
+        ValueError: for a window without tokens.
+    """
+
+    def __init__(self, num_heads: int, head_dim: int, window_size: int):
+        super().__init__()
+        if window_size < 1:
+            raise ValueError(
+                f"`window_size` must be at least 1, got {window_size}. Without a window use the mixture alone."
+            )
+        self.window_size = window_size
+        self.memory_bias = nn.Parameter(torch.zeros(num_heads))
+        self.memory_query = nn.Parameter(torch.zeros(num_heads, head_dim))
+
+    def reset_parameters(self):
+        """The memory weighs as much as tokens whose logits are zero."""
+        init.zeros_(self.memory_bias)
+        init.zeros_(self.memory_query)
+
+    def forward(
+        self,
+        mixture: Callable[..., Tensor],
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scaling: float,
+        causal: bool = True,
+        routing_query: Tensor | None = None,
+        routing_key: Tensor | None = None,
+        write_weight: Tensor | None = None,
+        log_decay: Tensor | None = None,
+        sequence_ids: Tensor | None = None,
+        padding_mask: Tensor | None = None,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
+        history: GMAWindowHistory | None = None,
+        output_history: bool = False,
+    ) -> Tensor | tuple[Tensor, GMAWindowHistory]:
+        """
+        Attention by the equations of this file's opening.
+
+        Args:
+            mixture (`GMAMixture`, or a function that calls it): the memory.
+            query (`torch.Tensor` of shape `(batch, num_heads, length, head_dim)`): queries of the softmax.
+            key (`torch.Tensor` of shape `(batch, key_value_heads, length, head_dim)`): its keys.
+            value (`torch.Tensor` of shape `(batch, key_value_heads, length, value_dim)`): values.
+            scaling (`float`): factor of the softmax logits.
+            causal (`bool`): look back only, or to both sides.
+            routing_query, routing_key (`torch.Tensor`, *optional*): what the mixture routes, of its own dimension; by
+                default `query` and `key`.
+            write_weight, log_decay (`torch.Tensor` of shape `(batch, h, length)`, *optional*): of the memory, see
+                [`gaussian_mixture_attention`]. Softmax knows neither.
+            sequence_ids (`torch.Tensor` of shape `(batch, length)`, *optional*): packed sequences, as runs of equal
+                numbers over the real tokens. A history belongs to the first sequence of its row.
+            padding_mask (`torch.BoolTensor` of shape `(batch, length)`, *optional*): `True` at real tokens. Padding may
+                stand anywhere; nearness is counted in real tokens.
+            softcap (`float`, *optional*): c, where softmax logits become c tanh(s / c).
+            sinks (`torch.Tensor` of shape `(num_heads,)`, *optional*): a logit per head that joins the normaliser alone.
+            history (`GMAWindowHistory`, *optional*): as returned by an earlier call; causal only.
+            output_history (`bool`): also return the history after the last token; causal only.
+
+        Returns:
+            `torch.Tensor` of shape `(batch, num_heads, length, value_dim)` in the dtype of `value`, zero at padding; with
+            `output_history` the pair of it and the new [`GMAWindowHistory`].
+
+        Raises:
+            ValueError: if the arguments do not fit each other.
+        """
+        self._check(query, causal, log_decay, history, output_history)
+        routing_query = query if routing_query is None else routing_query
+        size = self._reach(query.shape[2], history, output_history)
+        tokens = WindowTokens(key, value, padding_mask, routing_key, write_weight, log_decay, sequence_ids)
+        tokens = join_history(tokens, history, size if causal else 0)
+        order = None
+        if padding_mask is not None:
+            order = torch.argsort(tokens.valid.to(torch.uint8), dim=1, stable=True)
+            query, routing_query = take_queries(query, order), take_queries(routing_query, order)
+            tokens = tokens.map(lambda x: take_tokens(x, order))
+        if sequence_ids is not None:
+            tokens = tokens._replace(runs=run_starts(tokens.runs).cumsum(dim=1))
+
+        with torch.autocast(device_type=query.device.type, enabled=False):
+            near, near_log_sum = window_softmax(
+                query,
+                tokens.keys,
+                tokens.values,
+                tokens.valid,
+                tokens.runs,
+                size=size,
+                causal=causal,
+                scaling=scaling,
+                softcap=softcap,
+            )
+            read, weight, state = self._read_memory(mixture, routing_query, tokens, causal, history, output_history)
+            output = merge(near, near_log_sum, read, weight, self._memory_logits(query), sinks).to(value.dtype)
+
+        if order is not None:
+            back = order.argsort(dim=1)[:, -query.shape[2] :] - (order.shape[1] - query.shape[2])
+            output = take_tokens(output, back.clamp(min=0)).masked_fill(~padding_mask[:, None, :, None], 0)
+        if not output_history:
+            return output
+        return output, self._new_history(tokens, state, query.shape[0])
+
+    def affinity(
+        self, mixture: nn.Module, query: Tensor, key: Tensor, routing_key: Tensor | None = None, **kwargs
+    ) -> Tensor:
+        """
+        The matrix that the attention implies, `(batch, num_heads, length, length)`: quadratic, to look at. It is what the
+        attention makes of the identity matrix. Its rows sum to one (to less beside sinks, to zero at padding).
+        """
+        batch_size, num_key_value_heads, length = key.shape[:3]
+        identity = torch.eye(length, dtype=torch.promote_types(key.dtype, torch.float32), device=key.device)
+        identity = identity.expand(batch_size, num_key_value_heads, -1, -1)
+        # Not through `__call__`, whose hooks are there for what the model computes
+        return self.forward(mixture.forward, query, key, identity, routing_key=routing_key, **kwargs)
+
+    def _reach(self, length: int, history: GMAWindowHistory | None, output_history: bool) -> int:
+        """The window, or the sequence where that is shorter."""
+        # A length that is still open (torch.export) is no int, and must not be decided on
+        if history is None and not output_history and isinstance(length, int) and length < self.window_size:
+            return max(length, 1)
+        return self.window_size
+
+    def _memory_logits(self, query: Tensor) -> Tensor:
+        """m of the equations, (batch, num_heads, length)."""
+        dtype = torch.promote_types(query.dtype, torch.float32)
+        slopes = query.to(dtype) @ self.memory_query.to(dtype)[:, :, None]
+        return slopes.squeeze(-1) + self.memory_bias.to(dtype)[:, None]
+
+    def _read_memory(
+        self,
+        mixture: Callable[..., Tensor],
+        routing_query: Tensor,
+        tokens: WindowTokens,
+        causal: bool,
+        history: GMAWindowHistory | None,
+        output_history: bool,
+    ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
+        """gamma^Q S (batch, num_heads, length, value_dim), gamma^Q z (batch, num_heads, length), and the last S and z."""
+        length = routing_query.shape[2]
+        delay = tokens.keys.shape[2] - length
+        # A column of ones beside the values makes z a part of S: one call reads both. Rows of zeros write nothing.
+        values = F.pad(tokens.values, (0, 1), value=1.0).masked_fill(~tokens.valid[:, None, :, None], 0)
+        routing_keys = tokens.keys if tokens.routing_keys is None else tokens.routing_keys
+        written = tokens._replace(keys=routing_keys, values=values).map(lambda x: first_tokens(x, length))
+        log_decay = written.log_decay
+        if log_decay is not None:
+            log_decay = log_decay.masked_fill(~written.valid[:, None], 0.0)
+        routed = (routing_query, written.keys, written.values)
+        if tokens.values.dtype == torch.float16:
+            routed = (x.float() for x in routed)  # sums over many tokens leave the range of float16
+        recurrence = {"write_weight": written.write_weight, "sequence_ids": written.runs, "normalize": False}
+        if causal:
+            initial_state = None
+            if history is not None:
+                initial_state = torch.cat([history.state, history.normalizer[..., None]], -1), history.normalizer
+            recurrence.update(log_decay=log_decay, initial_state=initial_state, output_final_state=output_history)
+        output = mixture(*routed, causal=causal, **recurrence)
+        state = None
+        if output_history:
+            output, (last_state, _) = output
+            if tokens.runs is not None:
+                is_last = written.runs[:, -1] == tokens.runs[:, -1]
+                last_state = last_state * is_last[:, None, None, None]
+            state = last_state[..., :-1], last_state[..., -1]
+        output = output.to(torch.promote_types(output.dtype, torch.float32))
+        read, weight = output[..., :-1], output[..., -1]
+        if causal and tokens.runs is not None:
+            # The newest token that the memory knows is of another sequence: so is all of the memory
+            is_same = written.runs == tokens.runs[:, delay:]
+            weight = weight.masked_fill(~is_same[:, None], 0.0)
+        return read, weight, state
+
+    def _new_history(self, tokens: WindowTokens, state: tuple[Tensor, Tensor], batch_size: int) -> GMAWindowHistory:
+        size, length = self.window_size, tokens.keys.shape[2]
+        if tokens.runs is not None:
+            tokens = tokens._replace(valid=tokens.valid & (tokens.runs == tokens.runs[:, -1:]))
+        last = tokens.map(lambda x: x.narrow(token_dim(x), length - size, size))
+        valid = last.valid.expand(batch_size, -1)
+        return GMAWindowHistory(
+            *state, last.keys, last.values, valid, last.routing_keys, last.write_weight, last.log_decay
+        )
+
+    def _check(self, query, causal, log_decay, history, output_history):
+        num_heads, head_dim = self.memory_query.shape
+        if query.ndim != 4 or query.shape[1] != num_heads or query.shape[3] != head_dim:
+            raise ValueError(
+                f"query has shape {list(query.shape)}, expected [batch, heads, length, dim] with {num_heads} heads of "
+                f"dimension {head_dim}, as the window was built for."
+            )
+        if not causal and (log_decay is not None or history is not None or output_history):
+            raise ValueError(
+                "log_decay, history or output_history is given with causal=False, but forgetting and going on have a "
+                "direction; use causal=True."
+            )
+        held = 0 if history is None or history.keys is None else history.keys.shape[2]
+        if history is not None and held != self.window_size:
+            raise ValueError(
+                f"The history holds a window of {held} tokens, but `window_size` is {self.window_size}. Was it "
+                "written by another model?"
+            )
+
+    def extra_repr(self) -> str:
+        num_heads, head_dim = self.memory_query.shape
+        return f"num_heads={num_heads}, head_dim={head_dim}, window_size={self.window_size}"
+
+
+def token_dim(x: Tensor) -> int:
+    """The dimension along which the tokens of keys, weights or flags stand."""
+    return 1 if x.ndim == 2 else 2
+
+
+def first_tokens(x: Tensor, length: int) -> Tensor:
+    return x.narrow(token_dim(x), 0, length)
+
+
+def take_tokens(x: Tensor, order: Tensor) -> Tensor:
+    """The tokens of `x` in the order `(batch, length)`."""
+    dim = token_dim(x)
+    index = order[(slice(None), *[None] * (dim - 1), slice(None), *[None] * (x.ndim - 1 - dim))]
+    return x.gather(dim, index.expand(*x.shape[:dim], -1, *x.shape[dim + 1 :]))
+
+
+def take_queries(x: Tensor, order: Tensor) -> Tensor:
+    """Queries, the last ones of all tokens, in an order of all tokens. What reads for the history is dropped later."""
+    length = x.shape[2]
+    past = order.shape[1] - length
+    return take_tokens(x, (order[:, past:] - past).clamp(min=0))
+
+
+def join_history(tokens: WindowTokens, history: GMAWindowHistory | None, size: int) -> WindowTokens:
+    """The tokens behind those of the history, or behind `size` invalid ones; `valid` and `runs` may still be `None`."""
+    valid, runs = tokens.valid, tokens.runs
+    batch_size, length = tokens.keys.shape[0], tokens.keys.shape[2]
+    if valid is None:
+        rows = 1 if history is None else batch_size
+        valid = torch.ones(rows, length, dtype=torch.bool, device=tokens.keys.device)
+    if runs is not None:
+        # The history and padding count to the first sequence
+        first = runs.gather(1, valid.expand(batch_size, -1).to(torch.uint8).argmax(dim=1, keepdim=True))
+        runs = torch.cat([first.expand(-1, size), torch.where(valid, runs, first)], dim=1)
+    if size == 0:
+        return tokens._replace(valid=valid, runs=runs)
+
+    past = history if history is not None else GMAWindowHistory(*[None] * 5)
+
+    def join(before: Tensor | None, now: Tensor | None, fill: float = 0.0) -> Tensor | None:
+        if now is None and before is None:
+            return None
+        if now is None:
+            now = before.new_full((*before.shape[:2], length), fill)
+        if before is None:
+            before_shape = [size if dim == token_dim(now) else n for dim, n in enumerate(now.shape)]
+            before = now.new_full(before_shape, fill)
+        return torch.cat([before.to(now.dtype), now], dim=token_dim(now))
+
+    return WindowTokens(
+        join(past.keys, tokens.keys),
+        join(past.values, tokens.values),
+        join(past.valid, valid, fill=False),
+        join(past.routing_keys, tokens.routing_keys),
+        join(past.write_weight, tokens.write_weight, fill=1.0),
+        join(past.log_decay, tokens.log_decay),
+        runs,
+    )
+
+
+def merge(
+    near: Tensor, near_log_sum: Tensor, read: Tensor, weight: Tensor, log_weight: Tensor, sinks: Tensor | None
+) -> Tensor:
+    """
+    (e^{l_i} near_i + e^{m_i} read_i) / (e^{l_i} + e^{m_i} weight_i + e^{sink}), all relative to the largest term.
+
+    Args:
+        near, near_log_sum (`torch.Tensor` of shape `(batch, heads, length, value_dim)` and `(batch, heads, length)`): the
+            softmax part and l, the logarithm of its normaliser.
+        read, weight (`torch.Tensor` of the same shapes): gamma^Q S and gamma^Q z, what the memory reads.
+        log_weight (`torch.Tensor` of shape `(batch, heads, length)`): m.
+        sinks (`torch.Tensor` of shape `(heads,)`, *optional*): logits that join the normaliser alone.
+
+    Returns:
+        `torch.Tensor` of shape `(batch, heads, length, value_dim)`; zero where there is nothing to see.
+    """
+    # As in the operator, what is below 1e-19 (float32) counts as forgotten; its inverse stays finite
+    is_empty = weight < torch.finfo(weight.dtype).tiny ** 0.5
+    log_weight = log_weight.masked_fill(is_empty, float("-inf"))
+    log_total = (log_weight + weight.masked_fill(is_empty, 1.0).log()).detach()
+    maximum = torch.maximum(near_log_sum.detach(), log_total)
+    if sinks is not None:
+        sinks = sinks.to(maximum.dtype)[:, None]
+        maximum = torch.maximum(maximum, sinks.detach())
+    # The lowest number, not -inf, where a query sees nothing: the difference to -inf is no number
+    maximum = maximum.clamp(min=torch.finfo(maximum.dtype).min)
+    near_weight = torch.exp(near_log_sum - maximum)
+    memory_factor = torch.exp(log_weight - maximum)
+    numerator = near * near_weight[..., None] + read * memory_factor[..., None]
+    denominator = near_weight + weight * memory_factor
+    if sinks is not None:
+        denominator = denominator + torch.exp(sinks - maximum)
+    # The largest term is about one, so the denominator is zero only where nothing is seen
+    return numerator / denominator.masked_fill(denominator == 0, 1.0)[..., None]

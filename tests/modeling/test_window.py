@@ -1,0 +1,405 @@
+# Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
+"""The window: exact softmax for what is near, the mixture for what is older, one normaliser for both."""
+
+import itertools
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+from torch._dynamo.testing import CompileCounter
+from transformers import DynamicCache, StaticCache, Trainer
+
+import gma_hf
+from gma_hf.modeling import GMAMixture, GMAWindow
+from tests.conftest import TINY, make_model, tiny_config
+
+
+# Sums of a few hundred float64 terms of order one, in two orders
+EXACT = {"rtol": 1e-9, "atol": 1e-11}
+# Float32 sums in another order, through three layers
+TOLERANCE = {"rtol": 1e-4, "atol": 2e-5}
+BATCH, KEY_HEADS, HEAD_DIM, VALUE_DIM, COMPONENTS = 2, 2, 4, 3, 5
+
+
+def problem(window: int, length: int, repeats: int = 2, decay: bool = True, weight: bool = True, seed: int = 0):
+    """A mixture and a window with random parameters, and random inputs, in float64."""
+    generator = torch.Generator().manual_seed(seed)
+    heads = KEY_HEADS * repeats
+
+    def draw(*shape):
+        return torch.randn(*shape, dtype=torch.float64, generator=generator)
+
+    mixture = GMAMixture(heads, COMPONENTS, HEAD_DIM, variance_floor=1e-4, eps=1e-6).double()
+    window = GMAWindow(heads, HEAD_DIM, window).double()
+    with torch.no_grad():
+        for parameter in (*mixture.parameters(), *window.parameters()):
+            parameter.copy_(draw(*parameter.shape))
+    tokens = {
+        "query": draw(BATCH, heads, length, HEAD_DIM),
+        "key": draw(BATCH, KEY_HEADS, length, HEAD_DIM),
+        "value": draw(BATCH, KEY_HEADS, length, VALUE_DIM),
+        "write_weight": draw(BATCH, heads, length).exp() if weight else None,
+        "log_decay": -0.3 * draw(BATCH, heads, length).exp() if decay else None,
+    }
+    return SimpleNamespace(mixture=mixture, window=window, tokens=tokens)
+
+
+def attend(p, tokens: dict | None = None, **arguments):
+    tokens = p.tokens if tokens is None else tokens
+    return p.window(p.mixture, scaling=HEAD_DIM**-0.5, **tokens, **arguments)
+
+
+def reference(
+    p, causal: bool = True, softcap: float | None = None, sinks=None, routing_query=None, routing_key=None
+) -> torch.Tensor:
+    """The equations of `window.py`, with all pairs of tokens written out."""
+    query, key, value = p.tokens["query"], p.tokens["key"], p.tokens["value"]
+    heads, length, size = query.shape[1], query.shape[2], p.window.window_size
+    key, value = (x.repeat_interleave(heads // KEY_HEADS, dim=1) for x in (key, value))
+    routing_key = key if routing_key is None else routing_key.repeat_interleave(heads // KEY_HEADS, dim=1)
+    routing_query = query if routing_query is None else routing_query
+    logits = HEAD_DIM**-0.5 * query @ key.transpose(-1, -2)
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    distance = torch.arange(length)[:, None] - torch.arange(length)
+    near = (distance >= 0) & (distance < size) if causal else distance.abs() <= size
+
+    far = p.mixture.responsibilities(routing_query) @ p.mixture.responsibilities(routing_key).transpose(-1, -2)
+    if p.tokens["write_weight"] is not None:
+        far = far * p.tokens["write_weight"][:, :, None]
+    if causal:
+        far = far * (distance >= size)
+    if p.tokens["log_decay"] is not None and causal:
+        # What j wrote is forgotten by the tokens l with j < l <= i - W
+        for i, j in itertools.product(range(length), repeat=2):
+            if i - j >= size:
+                far[:, :, i, j] *= p.tokens["log_decay"][:, :, j + 1 : i - size + 1].sum(-1).exp()
+    memory = (p.window.memory_bias[:, None] + torch.einsum("bhnd,hd->bhn", query, p.window.memory_query)).exp()
+    weights = logits.exp() * near + memory[..., None] * far
+    total = weights.sum(dim=-1, keepdim=True)
+    if sinks is not None:
+        total = total + sinks.exp()[:, None, None]
+    return weights @ value / total
+
+
+def rows(tokens: dict, row: int, keep: torch.Tensor) -> dict:
+    """The tokens `keep` of one row."""
+    dims = {"write_weight": 2, "log_decay": 2}
+    index = keep.nonzero()[:, 0]
+    return {
+        name: None if x is None else x[row : row + 1].index_select(dims.get(name, 2), index)
+        for name, x in tokens.items()
+    }
+
+
+def part(tokens: dict, start: int, stop: int) -> dict:
+    return {name: None if x is None else x[:, :, start:stop] for name, x in tokens.items()}
+
+
+@pytest.mark.quick
+@hypothesis_settings(max_examples=40)
+@given(
+    window=st.integers(1, 40),
+    length=st.integers(1, 45),
+    repeats=st.integers(1, 3),
+    causal=st.booleans(),
+    decay=st.booleans(),
+    weight=st.booleans(),
+)
+def test_the_window_is_what_its_equations_say(window, length, repeats, causal, decay, weight):
+    p = problem(window, length, repeats, decay and causal, weight)
+    with torch.no_grad():
+        torch.testing.assert_close(attend(p, causal=causal), reference(p, causal), **EXACT)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("causal", [True, False])
+def test_routing_vectors_soft_cap_and_sinks(causal):
+    p = problem(window=5, length=39, decay=causal)
+    generator = torch.Generator().manual_seed(1)
+    arguments = {
+        "routing_query": torch.randn(p.tokens["query"].shape, dtype=torch.float64, generator=generator),
+        "routing_key": torch.randn(p.tokens["key"].shape, dtype=torch.float64, generator=generator),
+        "softcap": 1.5,
+        "sinks": torch.randn(4, dtype=torch.float64, generator=generator),
+    }
+    with torch.no_grad():
+        torch.testing.assert_close(attend(p, causal=causal, **arguments), reference(p, causal, **arguments), **EXACT)
+
+
+@pytest.mark.quick
+def test_a_window_over_everything_is_softmax_attention():
+    p = problem(window=23, length=23)
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        p.tokens["query"], p.tokens["key"], p.tokens["value"], is_causal=True, enable_gqa=True
+    )
+    torch.testing.assert_close(attend(p), expected, **EXACT)
+
+
+def test_only_tokens_older_than_the_window_pass_through_the_memory():
+    """With a memory that weighs nothing, no token beyond the window is seen; nor is any later one, ever."""
+    p = problem(window=4, length=21)
+    with torch.no_grad():
+        p.window.memory_query.zero_()
+        for bias, seen in ((-torch.inf, range(9, 13)), (0.0, range(13))):
+            p.window.memory_bias.fill_(bias)
+            value = p.tokens["value"].clone().requires_grad_()
+            with torch.enable_grad():
+                attend(p, {**p.tokens, "value": value})[:, :, 12].sum().backward()
+            assert value.grad.abs().sum(dim=(0, 1, 3)).nonzero()[:, 0].tolist() == list(seen)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(("window", "length"), [(3, 7), (9, 5), (2, 36)])
+def test_gradients(window, length, causal):
+    p = problem(window, length, decay=causal)
+    inputs = {name: x.requires_grad_() for name, x in p.tokens.items() if x is not None}
+    inputs["sinks"] = torch.zeros(4, dtype=torch.float64, requires_grad=True)
+    mask = torch.ones(BATCH, length, dtype=torch.bool)
+    mask[0, 1] = False
+    ids = (torch.arange(length) > 2).long().expand(BATCH, -1)
+
+    def function(*tensors, **arguments):
+        tokens = dict(zip(inputs, tensors, strict=False))
+        return p.window(p.mixture, scaling=0.7, causal=causal, softcap=2.0, **tokens, **arguments)
+
+    tensors = (*inputs.values(), *p.mixture.parameters(), *p.window.parameters())
+    for arguments in ({}, {"padding_mask": mask, "sequence_ids": ids}):
+        assert torch.autograd.gradcheck(lambda *x, a=arguments: function(*x, **a), tensors, fast_mode=True)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("causal", [True, False])
+def test_the_affinity_is_what_the_window_computes(causal):
+    p = problem(window=5, length=27, decay=causal)
+    tokens = {name: x for name, x in p.tokens.items() if name != "value"}
+    with torch.no_grad():
+        affinity = p.window.affinity(p.mixture, scaling=HEAD_DIM**-0.5, causal=causal, **tokens)
+        output = attend(p, causal=causal)
+    assert (affinity >= 0).all()
+    torch.testing.assert_close(affinity.sum(-1), torch.ones_like(affinity[..., 0]), **EXACT)
+    torch.testing.assert_close(affinity @ p.tokens["value"].repeat_interleave(2, dim=1), output, **EXACT)
+    if causal:
+        assert not affinity.triu(1).any()
+
+
+def goes_on(ids: torch.Tensor, mask: torch.Tensor, bound: int) -> bool:
+    """Whether the real tokens on both sides of a bound are of one sequence."""
+    before, after = ids[:bound][mask[:bound]], ids[bound:][mask[bound:]]
+    return before.numel() == 0 or after.numel() == 0 or bool(before[-1] == after[0])
+
+
+@pytest.mark.quick
+@hypothesis_settings(max_examples=100)
+@given(
+    window=st.integers(1, 6),
+    splits=st.lists(st.integers(1, 19), min_size=1, max_size=5),
+    padding=st.sampled_from(["anywhere", "left", "right", "none", "all"]),
+    packed=st.booleans(),
+    causal=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_padding_packing_and_portions_change_nothing(window, splits, padding, packed, causal, seed):
+    """Every sequence of every row equals the sequence alone, however the tokens arrive."""
+    length = sum(splits)
+    p = problem(window, length, decay=causal, seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    mask = torch.rand(BATCH, length, generator=generator) < 0.6
+    if padding in ("left", "right"):
+        mask = mask.sort(dim=1, descending=padding == "right").values
+    elif padding != "anywhere":
+        mask[:] = padding == "none"
+    arguments = {"padding_mask": mask}
+    ids = torch.zeros(BATCH, length, dtype=torch.long)
+    if packed:
+        ids = (torch.rand(BATCH, length, generator=generator) < 0.06).cumsum(dim=1)
+        arguments["sequence_ids"] = ids
+    with torch.no_grad():
+        if causal:
+            # A history belongs to the first sequence of the next portion: let no portion end with a sequence
+            bounds = [0, *itertools.accumulate(splits)]
+            bounds = [b for b in bounds if all(goes_on(ids[row], mask[row], b) for row in range(BATCH))]
+            outputs, history = [], None
+            for start, stop in itertools.pairwise(bounds):
+                portion = {name: x[:, start:stop] for name, x in arguments.items()}
+                output, history = attend(
+                    p, part(p.tokens, start, stop), history=history, output_history=True, **portion
+                )
+                outputs.append(output)
+            output = torch.cat(outputs, dim=2)
+        else:
+            output = attend(p, causal=False, **arguments)
+        assert not output.transpose(1, 2)[~mask].any()
+        for row in range(BATCH):
+            for number in ids[row].unique():
+                keep = (ids[row] == number) & mask[row]
+                if keep.any():
+                    alone = attend(p, rows(p.tokens, row, keep), causal=causal)
+                    torch.testing.assert_close(output[row : row + 1, :, keep], alone, **EXACT)
+
+
+@pytest.mark.quick
+def test_what_stands_at_padding_is_never_seen():
+    p = problem(window=4, length=19)
+    mask = torch.rand(BATCH, 19, generator=torch.Generator().manual_seed(0)) < 0.5
+    expected = attend(p, padding_mask=mask)
+    poisoned = {
+        name: x.masked_fill(~mask.view(BATCH, 1, 19, *[1] * (x.ndim - 3)), -torch.inf if name == "log_decay" else 1e6)
+        for name, x in p.tokens.items()
+    }
+    torch.testing.assert_close(attend(p, poisoned, padding_mask=mask), expected, **EXACT)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_extreme_logits_and_memories_stay_finite(dtype):
+    """Logits beyond the range of exp, a memory that is nearly all or nearly nothing, and many equal tokens."""
+    p = problem(window=4, length=300, decay=False)
+    p.mixture.to(dtype), p.window.to(dtype)
+    tokens = {name: x.to(torch.float32 if x.ndim == 3 else dtype) for name, x in p.tokens.items() if x is not None}
+    tokens["write_weight"] = tokens["write_weight"] * 1e3
+    limit = tokens["value"].abs().max() * 1.01
+    for bias, scale in itertools.product((-1e4, 0.0, 1e4), (0.0, 1.0, 60.0)):
+        with torch.no_grad():
+            p.window.memory_bias.fill_(bias)
+        inputs = {**tokens, "query": tokens["query"] * scale}
+        leaves = {name: x.detach().requires_grad_() for name, x in inputs.items()}
+        output = attend(p, leaves)
+        assert output.dtype == dtype and output.isfinite().all() and (output.abs() <= limit).all()
+        output.float().square().mean().backward()
+        assert all(x.grad.isfinite().all() for x in leaves.values())
+
+
+@pytest.mark.quick
+def test_bfloat16_is_as_exact_as_its_inputs():
+    p = problem(window=8, length=120, decay=False, weight=False)
+    low = {name: None if x is None else x.bfloat16() for name, x in p.tokens.items()}
+    exact = {name: None if x is None else x.double() for name, x in low.items()}
+    expected = attend(p, exact)
+    p.mixture.float(), p.window.float()
+    output = attend(p, low)
+    # Roundings of 2^-9 each, of the output and of the memory's two reads; everything else is float32
+    assert (output.double() - expected).norm() <= 3 * 2**-9 * expected.norm()
+
+
+@pytest.mark.quick
+def test_what_does_not_fit_is_refused():
+    p = problem(window=4, length=6)
+    with pytest.raises(ValueError, match="at least 1, got 0"):
+        GMAWindow(4, HEAD_DIM, 0)
+    with pytest.raises(ValueError, match="have a direction; use causal=True"):
+        attend(p, causal=False)
+    with pytest.raises(ValueError, match=r"expected .* with 4 heads of dimension 4"):
+        attend(p, {**p.tokens, "query": p.tokens["query"][:, :2]})
+    _, history = attend(p, output_history=True)
+    other = problem(window=3, length=6)
+    with pytest.raises(ValueError, match="holds a window of 4 tokens, but `window_size` is 3"):
+        attend(other, history=history)
+
+
+MODELS = {
+    "gated": {"num_key_value_heads": 2},
+    "paper": {"position_embedding_type": "rope", "routing_dim": 12},
+    "hybrid": {"layer_types": ["linear_attention", "full_attention", "linear_attention"]},
+}
+
+
+@pytest.fixture(params=MODELS)
+def model(request):
+    block = "paper" if request.param == "paper" else "gated"
+    return make_model(gma_hf.GMAForCausalLM, tiny_config(block, **MODELS[request.param], window_size=4))
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("static", [False, True])
+def test_models_with_a_window_read_tokens_in_any_portions(model, tokens, static):
+    expected = model(tokens, use_cache=False).logits
+    for splits in ([1] * 19, [2, 1, 16], [18, 1]):
+        cache = StaticCache(config=model.config, max_cache_len=32) if static else DynamicCache(config=model.config)
+        logits = [model(portion, past_key_values=cache).logits for portion in tokens.split(splits, dim=1)]
+        torch.testing.assert_close(torch.cat(logits, dim=1), expected, **TOLERANCE)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_models_with_a_window_generate_with_any_cache(model, tokens, num_beams):
+    tokens[0, :8] = 0
+    arguments = {"max_new_tokens": 9, "eos_token_id": None, "do_sample": False, "num_beams": num_beams}
+    arguments["attention_mask"] = (tokens != 0).long()
+    expected = model.generate(tokens, use_cache=False, **arguments)
+    for implementation in (None, "static"):
+        assert torch.equal(model.generate(tokens, cache_implementation=implementation, **arguments), expected)
+
+
+@pytest.mark.quick
+def test_a_model_with_a_window_over_everything_is_a_softmax_model(tokens):
+    """The paper block with RoPE and a window as long as the text, beside the same weights in softmax layers."""
+    values = {"position_embedding_type": "rope", "num_key_value_heads": 2}
+    windowed = make_model(gma_hf.GMAForCausalLM, tiny_config("paper", window_size=19, **values))
+    softmax = gma_hf.GMAForCausalLM(tiny_config("paper", layer_types=["full_attention"] * 3, **values)).eval()
+    weights = {name: x for name, x in windowed.state_dict().items() if "_norm.me" not in name}
+    softmax.load_state_dict({name: weights[name] for name in softmax.state_dict()})
+    torch.testing.assert_close(windowed(tokens).logits, softmax(tokens).logits, **TOLERANCE)
+
+
+@pytest.mark.quick
+def test_the_cache_of_a_window_has_a_constant_size_and_holds_nothing_else(tokens):
+    model = make_model(gma_hf.GMAModel, tiny_config(window_size=4)).bfloat16()
+    sizes = set()
+    for length in (1, 3, 19):
+        history = model(tokens[:, :length], use_cache=True).past_key_values.layers[0].window_history
+        assert history.state.dtype == history.normalizer.dtype == torch.float32
+        assert history.keys.dtype == history.values.dtype == torch.bfloat16
+        # The memory that is held, not what is looked at
+        sizes.add(sum(x.untyped_storage().nbytes() for x in history if x is not None))
+    assert len(sizes) == 1
+
+
+@pytest.mark.quick
+def test_weights_and_prompts_survive_disk(model, tokens, tmp_path):
+    model.save_pretrained(tmp_path)
+    reloaded = gma_hf.GMAForCausalLM.from_pretrained(tmp_path)
+    torch.testing.assert_close(reloaded(tokens).logits, model(tokens).logits, rtol=0, atol=0)
+    path = tmp_path / "prompt.safetensors"
+    gma_hf.save_cache(model(tokens[:, :12], use_cache=True).past_key_values, path)
+    logits = reloaded(tokens[:, 12:], past_key_values=gma_hf.load_cache(path, reloaded.config)).logits
+    torch.testing.assert_close(logits, model(tokens).logits[:, 12:], **TOLERANCE)
+    for window_size in (0, 3):
+        with pytest.raises(ValueError, match="does not fit the model"):
+            gma_hf.load_cache(
+                path, type(model.config).from_dict({**model.config.to_dict(), "window_size": window_size})
+            )
+
+
+@pytest.mark.quick
+def test_the_window_starts_neutral_and_takes_no_weight_decay():
+    model = gma_hf.GMAForCausalLM(tiny_config(window_size=4))
+    window = model.model.layers[0].self_attn.window_norm
+    assert not window.memory_bias.any() and not window.memory_query.any()
+    decayed = Trainer.get_decay_parameter_names(None, model)
+    assert any("q_proj" in name for name in decayed) and not any("window_norm" in name for name in decayed)
+
+
+def test_models_with_a_window_compile_in_one_graph_and_decode_without_recompilation(tokens):
+    torch._dynamo.reset()
+    model = make_model(gma_hf.GMAForCausalLM, tiny_config("paper", window_size=4, num_hidden_layers=2))
+    counter = CompileCounter()
+    step = torch.compile(model.forward, fullgraph=True, backend=counter)
+    steps = torch.randint(3, TINY["vocab_size"], (2, 8), generator=torch.Generator().manual_seed(4))
+    expected = model(torch.cat([tokens, steps], dim=1), use_cache=False).logits
+    with torch.no_grad():
+        torch.testing.assert_close(step(tokens, use_cache=False).logits, expected[:, :19], **TOLERANCE)
+        cache = StaticCache(config=model.config, max_cache_len=64)
+        model(tokens, past_key_values=cache)
+        compilations = []
+        for position in range(8):
+            arguments = {"past_key_values": cache, "position_ids": torch.full((2, 1), 19 + position)}
+            logits = step(steps[:, position : position + 1], **arguments).logits
+            torch.testing.assert_close(logits[:, 0], expected[:, 19 + position], **TOLERANCE)
+            compilations.append(counter.frame_count)
+    assert len(set(compilations)) == 1
+    torch._dynamo.reset()
