@@ -1,0 +1,180 @@
+# Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
+"""Listening to the mixtures of a model while it reads: every `GMAMixture`, wherever it stands, tells what it routes."""
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..modeling import GMAMixture
+from ..modeling.window import GMAWindow
+from .errors import AnalysisError
+
+
+# Of the operator's arguments those that the affinity takes, and of a window's those that its affinity does not
+AFFINITY_ARGUMENTS = ("causal", "write_weight", "log_decay", "sequence_ids", "normalize")
+NOT_OF_WINDOW_AFFINITY = ("mixture", "query", "key", "value", "history", "output_history")
+
+
+class MixtureCall(NamedTuple):
+    """What one layer routes in one forward pass."""
+
+    name: str  # of the mixture in `model.named_modules()`
+    mixture: GMAMixture
+    query: Tensor  # [batch, query_heads, length, routing_dim]
+    key: Tensor  # [batch, key_value_heads, length, routing_dim]
+    real: Tensor | None  # [batch, length], True at tokens that write; None if all do
+    affinity: Callable[[], Tensor]  # gives the matrix that the layer's attention implies
+
+
+class LayerResponsibilities(NamedTuple):
+    """Responsibilities of one layer."""
+
+    queries: Tensor  # [batch, heads, length, components]
+    keys: Tensor  # [batch, heads, length, components]
+
+
+def find_mixtures(model: nn.Module) -> dict[str, GMAMixture]:
+    """The mixtures of a model, by module name.
+
+    Raises:
+        AnalysisError: the model has none.
+    """
+    mixtures = {name: module for name, module in model.named_modules() if isinstance(module, GMAMixture)}
+    if not mixtures:
+        raise AnalysisError(
+            f"{type(model).__name__} has no Gaussian mixture attention layers, so there are no responsibilities to "
+            "analyse. Give a GMA model or a model whose attention was converted to GMA."
+        )
+    return mixtures
+
+
+@contextmanager
+def watch_mixtures(model: nn.Module, callback: Callable[[MixtureCall], None]) -> Iterator[None]:
+    """Call `callback` whenever a mixture of the model is about to compute attention, within the `with` block."""
+
+    mixtures = find_mixtures(model)
+    names = {mixture: name for name, mixture in mixtures.items()}
+    windows: list[tuple[GMAWindow, dict]] = []  # the one that is running, with its arguments
+
+    def before_mixture(mixture: GMAMixture, positional: tuple, named: dict) -> None:
+        if windows:
+            # It hands the mixture delayed and invalid tokens: those of the text are what it was given itself
+            window, given = windows[-1]
+            query, key = given["query"], given["key"]
+            routed = [given.get("routing_query"), given.get("routing_key")]
+            routed = [
+                state if state is not None else default for state, default in zip(routed, (query, key), strict=True)
+            ]
+            known = {name: given[name] for name in given if name not in NOT_OF_WINDOW_AFFINITY}
+            real, affinity = given.get("padding_mask"), partial(window.affinity, mixture, query, key, **known)
+        else:
+            given = dict(zip(("query", "key", "value"), positional, strict=False)) | named
+            routed = [given["query"], given["key"]]
+            known = {name: given[name] for name in AFFINITY_ARGUMENTS if name in given}
+            weight = given.get("write_weight")
+            real = None if weight is None else (weight > 0).any(dim=1)
+            affinity = partial(mixture.affinity, *routed, **known)
+        callback(MixtureCall(names[mixture], mixture, *routed, real, affinity))
+
+    def before_window(window: GMAWindow, positional: tuple, named: dict) -> None:
+        windows.append((window, dict(zip(("mixture", "query", "key", "value"), positional, strict=False)) | named))
+
+    def after_window(window: GMAWindow, positional: tuple, output: object) -> None:
+        windows.pop()
+
+    handles = [mixture.register_forward_pre_hook(before_mixture, with_kwargs=True) for mixture in mixtures.values()]
+    for window in model.modules():
+        if isinstance(window, GMAWindow):
+            handles.append(window.register_forward_pre_hook(before_window, with_kwargs=True))
+            handles.append(window.register_forward_hook(after_window))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def run(model: nn.Module, inputs: dict[str, Tensor]) -> None:
+    """Let a model read one batch, for those who watch its mixtures.
+
+    Runs the model below its head, in evaluation mode, without a cache, uncompiled. The decoder of an encoder-decoder
+    model reads the encoder's tokens unless the inputs say otherwise. The model is left as it was.
+
+    Args:
+        model: any PyTorch model.
+        inputs: its inputs, on any device.
+    """
+    body = model.base_model if isinstance(model, PreTrainedModel) else model
+    accepted = inspect.signature(body.forward).parameters
+    device = next(model.parameters()).device
+    inputs = {name: value.to(device) for name, value in inputs.items()}
+    if "decoder_input_ids" in accepted and "input_ids" in inputs and "decoder_input_ids" not in inputs:
+        inputs["decoder_input_ids"] = inputs["input_ids"]
+        if "attention_mask" in inputs and "decoder_attention_mask" in accepted:
+            inputs["decoder_attention_mask"] = inputs["attention_mask"]
+    if "use_cache" in accepted:
+        inputs["use_cache"] = False
+    training = [module for module in body.modules() if module.training]
+    body.eval()
+    try:
+        with torch.compiler.set_stance("force_eager"):
+            body(**inputs)
+    finally:
+        for module in training:
+            module.training = True
+
+
+def responsibilities(model: nn.Module, **inputs: Tensor) -> dict[str, LayerResponsibilities]:
+    """All responsibilities of a short text; for a long one use `collect_statistics`, which keeps sums only.
+
+    Args:
+        model: a model with Gaussian mixture attention, native or converted.
+        inputs: its inputs, as `tokenizer(text, return_tensors="pt")` gives them.
+
+    Returns:
+        By module name, those of queries and keys, `[batch, heads, length, components]`, on the model's device. They
+        are given for padding too, which routes but never writes.
+
+    Raises:
+        AnalysisError: the model has no Gaussian mixtures.
+    """
+    found: dict[str, LayerResponsibilities] = {}
+
+    def keep(call: MixtureCall) -> None:
+        found[call.name] = LayerResponsibilities(*map(call.mixture.responsibilities, (call.query, call.key)))
+
+    with torch.no_grad(), watch_mixtures(model, keep):
+        run(model, inputs)
+    return found
+
+
+def implied_affinity(model: nn.Module, **inputs: Tensor) -> dict[str, Tensor]:
+    """The attention matrices that the Gaussian mixtures imply for a short text: what `output_attentions=True` returns.
+
+    Unlike `output_attentions`, it gives the Gaussian mixture layers of a hybrid whatever its softmax layers run on.
+
+    Args:
+        model, inputs: as in `responsibilities`.
+
+    Returns:
+        By module name, `[batch, query_heads, length, length]`. Rows sum to 1 where the read is normalised (the paper's
+        block); those of an un-normalised read (the gated block) sum to the accumulated weight.
+
+    Raises:
+        AnalysisError: the model has no Gaussian mixtures.
+    """
+    found: dict[str, Tensor] = {}
+
+    def keep(call: MixtureCall) -> None:
+        found[call.name] = call.affinity()
+
+    with torch.no_grad(), watch_mixtures(model, keep):
+        run(model, inputs)
+    return found

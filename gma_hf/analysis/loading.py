@@ -1,0 +1,119 @@
+# Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
+"""What the script reads: a model, its tokenizer, and text files. Every failure says what to do about it."""
+
+import gzip
+import logging
+import lzma
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from .collection import find_mixtures
+from .errors import AnalysisError
+
+
+logger = logging.getLogger(__name__)
+
+OPENERS = {".gz": gzip.open, ".xz": lzma.open}
+PIECE_CHARS = 1 << 16  # a text is tokenized in pieces of at least this many characters, cut at line ends
+
+
+@dataclass
+class TextFiles:
+    """Text files that were found to be readable.
+
+    Attributes:
+        paths: the files, in order.
+    """
+
+    paths: list[Path]
+
+    @property
+    def name(self) -> str:
+        """How a report calls them."""
+        names = [path.name for path in self.paths]
+        return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+    def pieces(self) -> Iterator[str]:
+        """Their texts, piece by piece, so that a large file is read only as far as it is used."""
+        for path in self.paths:
+            yield from _pieces(path)
+
+
+def read_texts(names: list[str]) -> TextFiles:
+    """Check that text files can be read and are not empty.
+
+    Args:
+        names: UTF-8 text files, plain, .gz or .xz.
+
+    Raises:
+        AnalysisError: a file is missing, unreadable or not UTF-8, or all are empty.
+    """
+    files = TextFiles([Path(name).expanduser() for name in names])
+    # The beginning of every file, so that a mistake shows before the model is loaded
+    beginnings = [next(_pieces(path), "") for path in files.paths]
+    if not any(beginning.strip() for beginning in beginnings):
+        raise AnalysisError(f"There is no text in {files.name}. Give a file with words in it.")
+    return files
+
+
+def load_model(
+    name: str, device: str = "cpu", dtype: str = "auto", trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """Load a model without its head, and check that it has Gaussian mixtures.
+
+    Args:
+        name: folder or hub name.
+        device: where it runs.
+        dtype: `"auto"`, or the name of a type of torch.
+        trust_remote_code: allow code from its repository to run.
+
+    Raises:
+        AnalysisError: it cannot be loaded, has no Gaussian mixtures, or there is no such device.
+    """
+    try:
+        model = AutoModel.from_pretrained(
+            name, dtype=dtype if dtype == "auto" else getattr(torch, dtype), trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise AnalysisError(f"Cannot load the model {name!r}: {error}") from error
+    find_mixtures(model)
+    try:
+        return model.to(device).eval()
+    except (RuntimeError, AssertionError) as error:
+        raise AnalysisError(f"Cannot run the model on the device {device!r}: {error}") from error
+
+
+def load_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """Load a tokenizer.
+
+    Args:
+        name: folder or hub name.
+        trust_remote_code: allow code from its repository to run.
+
+    Raises:
+        AnalysisError: there is none, or it knows no tokens.
+    """
+    advice = "Name the folder or hub repository of the tokenizer that the model was trained with (--tokenizer_name)."
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise AnalysisError(f"Cannot load a tokenizer from {name!r}: {error}\n{advice}") from error
+    if len(tokenizer) <= len(tokenizer.all_special_ids):
+        raise AnalysisError(f"The tokenizer of {name!r} has no tokens but special ones. {advice}")
+    return tokenizer
+
+
+def _pieces(path: Path) -> Iterator[str]:
+    """The text of a file in pieces of whole lines."""
+    try:
+        with OPENERS.get(path.suffix.lower(), open)(path, "rt", encoding="utf-8-sig", newline="") as file:
+            while lines := file.readlines(PIECE_CHARS):
+                yield "".join(lines)
+    except UnicodeDecodeError as error:
+        raise AnalysisError(f"{str(path)!r} is not UTF-8 text: {error}. Convert the file first.") from error
+    except (OSError, EOFError, lzma.LZMAError) as error:
+        raise AnalysisError(f"Cannot read {str(path)!r}: {error}. Give the path of a text file.") from error
