@@ -7,6 +7,7 @@ Gaussian Mixture Attention for Hugging Face Transformers.
 
 from .auto import register_auto_classes
 from .configuration import GMAConfig
+from .conversion import convert_to_gma, gma_layers, revert_to_softmax, supported_architectures
 from .modeling import (
     GMAForCausalLM,
     GMAForMaskedLM,
@@ -34,9 +35,13 @@ __all__ = [
     "GMAModel",
     "GMAPreTrainedModel",
     "__version__",
+    "convert_to_gma",
     "gaussian_mixture_affinity",
     "gaussian_mixture_attention",
     "gaussian_mixture_responsibilities",
+    "gma_layers",
     "load_cache",
+    "revert_to_softmax",
     "save_cache",
+    "supported_architectures",
 ]

@@ -12,7 +12,7 @@ REMOTE_CODE_MODULE = "gma_remote"
 # one place.
 REMOTE_CODE = """\
 # Loads this checkpoint in programs that do not import gma_hf themselves. It needs the package: pip install gma_hf
-from gma_hf import (
+from {module} import (
     {class_names},
 )
 """
@@ -36,10 +36,26 @@ def add_remote_code(config, save_directory: str | os.PathLike):
         config (`GMAConfig`): gains the attribute `auto_map`, which Transformers reads from config.json.
         save_directory (`str` or `os.PathLike`): the checkpoint's folder; created if missing.
     """
+    config.auto_map = write_remote_code(save_directory, "gma_hf", AUTO_CLASSES)
+
+
+def write_remote_code(save_directory: str | os.PathLike, module: str, auto_classes: dict[str, str]) -> dict[str, str]:
+    """
+    Write the remote-code file into `save_directory`.
+
+    Args:
+        save_directory (`str` or `os.PathLike`): the checkpoint's folder; created if missing.
+        module (`str`): where the classes can be imported from.
+        auto_classes (`dict[str, str]`): from the names of Auto classes to the names of what they load.
+
+    Returns:
+        `dict[str, str]`: the `auto_map` of the checkpoint's config.json.
+    """
     folder = Path(save_directory)
     if folder.is_file():
         raise ValueError(f"{folder} is a file. Give a folder to save the checkpoint to.")
     folder.mkdir(parents=True, exist_ok=True)
-    class_names = ",\n    ".join(sorted(AUTO_CLASSES.values()))
-    (folder / f"{REMOTE_CODE_MODULE}.py").write_text(REMOTE_CODE.format(class_names=class_names), encoding="utf-8")
-    config.auto_map = {auto_class: f"{REMOTE_CODE_MODULE}.{name}" for auto_class, name in AUTO_CLASSES.items()}
+    class_names = ",\n    ".join(sorted(set(auto_classes.values())))
+    source = REMOTE_CODE.format(module=module, class_names=class_names)
+    (folder / f"{REMOTE_CODE_MODULE}.py").write_text(source, encoding="utf-8")
+    return {auto_class: f"{REMOTE_CODE_MODULE}.{name}" for auto_class, name in auto_classes.items()}

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from transformers import PreTrainedModel, TrainingArguments
+from transformers import PreTrainedConfig, PreTrainedModel, TrainingArguments
 
 from ..version import __version__
 from .arguments import DataArguments
@@ -135,7 +135,7 @@ def write_model_card(output_dir: str, args: TrainingArguments, model: PreTrained
         model_name=name,
         library_name="transformers",
         pipeline_tag=record.task,
-        tags=["gma", "gaussian-mixture-attention"] if model.config.model_type == "gma" else None,
+        tags=["gma", "gaussian-mixture-attention"] if is_gma(model.config) else None,
         datasets=[data_name] if is_hub_dataset else None,
         base_model=record.base_model,
         eval_results=[
@@ -230,8 +230,13 @@ def _bullets(values: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def is_gma(config: PreTrainedConfig) -> bool:
+    """Whether a configuration is that of a GMA model, native or converted."""
+    return config.model_type == "gma" or config.model_type.startswith("gma_")
+
+
 def _loading_example(name: str, model: PreTrainedModel, record: TrainingRecord) -> str:
-    lines = ["import gma_hf  # registers the architecture"] if model.config.model_type == "gma" else []
+    lines = ["import gma_hf  # registers the architecture"] if is_gma(model.config) else []
     lines += [
         f"from transformers import {record.auto_class}, AutoTokenizer",
         "",

@@ -67,7 +67,7 @@ class GMATrainer(Trainer):
         optimizer = super().create_optimizer() if model is None else super().create_optimizer(model)
         learning_rate = getattr(self.args, "mixture_learning_rate", None)
         if created and learning_rate is not None:
-            _give_own_learning_rate(optimizer, mixture_parameters(model or self.model), learning_rate)
+            give_own_learning_rate(optimizer, mixture_parameters(model or self.model), learning_rate)
         return optimizer
 
     def training_step(self, *args, **kwargs) -> torch.Tensor:
@@ -147,7 +147,7 @@ def find_last_checkpoint(output_dir: str | os.PathLike) -> str | None:
     return str(max(candidates, key=lambda path: int(path.name.rsplit("-", 1)[1]))) if candidates else None
 
 
-def _give_own_learning_rate(
+def give_own_learning_rate(
     optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], learning_rate: float
 ) -> None:
     """Move parameters from their groups into a new one with its own learning rate and no weight decay."""

@@ -1,0 +1,261 @@
+#!/usr/bin/env python
+# Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
+"""
+A sentence encoder (all-MiniLM-L6-v2, 6 layers) converted to GMA, distilled on unlabelled text.
+
+    python benchmarks/conversion_minilm.py --model minilm --data DATA --prepare minilm.pt
+    python benchmarks/conversion_minilm.py --model minilm --prepared minilm.pt --minutes 3
+
+`--prepare` tokenizes: Wikipedia and books to train on, sentences of WikiText-103 and IMDB (test splits) to measure the cosine
+between the embeddings of original and converted model, 20 Newsgroups to fine-tune both. DATA holds `wikipedia-long`, `books`,
+`wikitext-103`, `imdb` and `20newsgroups`. Rows that the output file holds already are not repeated.
+"""
+
+import argparse
+import json
+import lzma
+import random
+import re
+from pathlib import Path
+
+import numpy as np
+import torch
+from conversion_common import ROOT, Results, device, train
+from torch.nn import functional as F
+from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
+
+from gma_hf import convert_to_gma
+from gma_hf.conversion.calibration import calibrate
+from gma_hf.conversion.distillation_losses import pooled
+
+
+LENGTH = 128  # tokens of a training text
+TRAIN_TEXTS = 150_000
+EVALUATION_SENTENCES = 2000
+NEWSGROUPS_LENGTH = 256
+# Options of `convert_to_gma`, and whether the mixtures are calibrated
+ROWS = {
+    "all layers, GMA alone": ({}, True),
+    "all layers, GMA alone, random mixtures": ({}, False),
+    "all layers, window of 8 to each side": ({"window_size": 8}, True),
+}
+# Short training: the first stage gets this share of the time
+TRANSFER_SHARE = 0.25
+
+
+def rows_of(path: Path):
+    with lzma.open(path, "rt", encoding="utf-8") as file:
+        yield from map(json.loads, file)
+
+
+def sentences_of(text: str) -> list[str]:
+    found = re.split(r"(?<=[.!?])\s+", re.sub(r"<br />|\s+", " ", text))
+    return [sentence.strip() for sentence in found if 20 <= len(sentence.strip()) <= 400]
+
+
+def training_texts(data: Path, count: int) -> list[str]:
+    """Pieces of Wikipedia and of books, of one to eight sentences."""
+    draw = random.Random(0)
+    texts = []
+    for name in ("wikipedia-long", "books"):
+        enough = len(texts) + count // 2
+        for row in rows_of(data / name / "train.jsonl.xz"):
+            sentences = sentences_of(row["text"])
+            # Not more of a book than of many articles
+            sentences = sentences[: 4000 if name == "books" else 100]
+            while sentences and len(texts) < enough:
+                size = draw.randint(1, 8)
+                texts.append(" ".join(sentences[:size]))
+                sentences = sentences[size:]
+            if len(texts) >= enough:
+                break
+    draw.shuffle(texts)
+    return texts
+
+
+def evaluation_sentences(data: Path) -> dict[str, list[str]]:
+    with lzma.open(data / "wikitext-103" / "test.txt.xz", "rt", encoding="utf-8") as file:
+        lines = [line.strip() for line in file if line.strip() and not line.startswith(" =")]
+    text = " ".join(lines).replace(" @-@ ", "-").replace(" @,@ ", ",").replace(" @.@ ", ".")
+    text = re.sub(r" ([.,;:!?)'])", r"\1", text)
+    reviews = (row["text"] for row in rows_of(data / "imdb" / "test.jsonl.xz"))
+    found = {"WikiText-103": sentences_of(text), "IMDB": [s for review in reviews for s in sentences_of(review)]}
+    return {name: random.Random(1).sample(sentences, EVALUATION_SENTENCES) for name, sentences in found.items()}
+
+
+def without_header(text: str) -> str:
+    """A post without its header, quotes and signature, by which its group could be guessed."""
+    _, _, body = text.partition("\n\n")
+    lines = [
+        line for line in body.split("\n") if not line.startswith((">", "|", "In article")) and "writes:" not in line
+    ]
+    return "\n".join(lines).split("\n-- ")[0]
+
+
+def prepare(arguments: argparse.Namespace) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+
+    def tokens(texts: list[str], length: int) -> list[np.ndarray]:
+        ids = tokenizer(texts, truncation=True, max_length=length)["input_ids"]
+        return [np.asarray(row, np.uint16) for row in ids]
+
+    def flat(rows: list[np.ndarray]) -> dict[str, torch.Tensor]:
+        lengths = torch.tensor([len(row) for row in rows], dtype=torch.int32)
+        return {"tokens": torch.from_numpy(np.concatenate(rows).astype(np.int32)).to(torch.uint16), "lengths": lengths}
+
+    prepared = {"train": flat(tokens(training_texts(arguments.data, arguments.texts), LENGTH))}
+    for name, sentences in evaluation_sentences(arguments.data).items():
+        prepared[name] = flat(tokens(sentences, LENGTH))
+    for split in ("train", "test"):
+        rows = list(rows_of(arguments.data / "20newsgroups" / f"{split}.jsonl.xz"))
+        posts = flat(tokens([without_header(row["text"]) for row in rows], NEWSGROUPS_LENGTH))
+        prepared[f"newsgroups {split}"] = {**posts, "labels": torch.tensor([row["label"] for row in rows])}
+    torch.save(prepared, arguments.prepare)
+    print({name: {key: tuple(x.shape) for key, x in part.items()} for name, part in prepared.items()})
+
+
+def examples(part: dict[str, torch.Tensor]) -> list[dict]:
+    rows = part["tokens"].to(torch.int32).split(part["lengths"].tolist())
+    if "labels" not in part:
+        return [{"input_ids": row} for row in rows]
+    return [{"input_ids": row, "labels": label} for row, label in zip(rows, part["labels"], strict=True)]
+
+
+def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
+    tokens = torch.nn.utils.rnn.pad_sequence([row["input_ids"].long() for row in rows], batch_first=True)
+    mask = torch.nn.utils.rnn.pad_sequence([torch.ones(len(row["input_ids"]), dtype=torch.long) for row in rows], True)
+    labels = {"labels": torch.stack([row["labels"] for row in rows])} if "labels" in rows[0] else {}
+    return {"input_ids": tokens, "attention_mask": mask, **labels}
+
+
+def sorted_batches(rows: list[dict], size: int):
+    """Batches of texts of about the same length, to measure fast."""
+    rows = sorted(rows, key=lambda row: len(row["input_ids"]))
+    for start in range(0, len(rows), size):
+        yield {name: x.to(device()) for name, x in collate(rows[start : start + size]).items()}
+
+
+@torch.no_grad()
+def mean_cosine(model, teacher, rows: list[dict]) -> float:
+    model.eval()
+    total = 0.0
+    for batch in sorted_batches(rows, 128):
+        hidden = [m(**batch).last_hidden_state for m in (model, teacher)]
+        total += F.cosine_similarity(*(pooled(x, batch["attention_mask"], "mean") for x in hidden)).sum().item()
+    return total / len(rows)
+
+
+def cosines(model, teacher, prepared: dict) -> dict[str, float]:
+    return {name: round(mean_cosine(model, teacher, prepared[name]), 4) for name in ("WikiText-103", "IMDB")}
+
+
+def convert_and_distil(arguments: argparse.Namespace, prepared: dict, options: dict, is_calibrated: bool) -> tuple:
+    torch.manual_seed(0)
+    teacher = AutoModel.from_pretrained(arguments.model).to(device()).eval()
+    model = AutoModel.from_pretrained(arguments.model).to(device())
+    convert_to_gma(model, num_components=arguments.components, use_routing_projections=True, **options)
+    row = {"options": {**options, "components": arguments.components}, "cosine": {}}
+    row["cosine"]["converted, random mixtures"] = cosines(model, teacher, prepared)
+    if is_calibrated:
+        batches = (collate(prepared["train"][i : i + 32]) for i in range(0, len(prepared["train"]), 32))
+        report = calibrate(model, batches, max_tokens=100_000, progress=False)
+        row["calibration"] = report.to_dict()
+        row["cosine"]["calibrated"] = cosines(model, teacher, prepared)
+    data = {"train_dataset": prepared["train"], "data_collator": collate, "teacher": teacher}
+    minutes, size = arguments.minutes, arguments.batch_size
+    row["stages"] = [
+        train(model, "attention_transfer", TRANSFER_SHARE * minutes, size, 1e-2, **data),
+    ]
+    row["cosine"]["after attention transfer"] = cosines(model, teacher, prepared)
+    weights = {"logits_weight": 0.0, "hidden_weight": 1.0, "embedding_weight": 1.0, "gma_learning_rate": 2e-3}
+    row["stages"].append(
+        train(model, "distillation", (1 - TRANSFER_SHARE) * minutes, size, 2e-4, arguments=weights, **data)
+    )
+    row["cosine"]["after distillation"] = cosines(model, teacher, prepared)
+    for state, scores in row["cosine"].items():
+        print(f"{state:28s} {scores}", flush=True)
+    return model, row
+
+
+def classify(arguments: argparse.Namespace, prepared: dict, encoder, seed: int) -> float:
+    """Accuracy on the test posts of 20 Newsgroups, after fine-tuning everything in the same way."""
+    torch.manual_seed(seed)
+    with torch.device("cpu"):
+        model = AutoModelForSequenceClassification.from_pretrained(arguments.model, num_labels=20)
+    if hasattr(encoder.config, "gma"):
+        description = encoder.config.gma
+        options = {name: value for name, value in description.items() if name not in ("layers", "softmax_layers")}
+        convert_to_gma(model, **options)
+    model.bert.load_state_dict(encoder.state_dict(), strict=False)
+    model.to(device()).train()
+    rows = prepared["newsgroups train"]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-4, weight_decay=0.01)
+    steps = int(arguments.epochs * len(rows)) // 32
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.cat([torch.randperm(len(rows), generator=generator) for _ in range(int(arguments.epochs) + 1)])
+    for step in range(steps):
+        factor = min((step + 1) / (0.06 * steps), (steps - step) / (0.94 * steps))
+        optimizer.param_groups[0]["lr"] = 2e-4 * factor
+        batch = {
+            name: x.to(device()) for name, x in collate([rows[i] for i in order[32 * step : 32 * step + 32]]).items()
+        }
+        with torch.autocast(device().type, torch.bfloat16, enabled=torch.cuda.is_available()):
+            loss = model(**batch).loss
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    model.eval()
+    correct = 0
+    with torch.no_grad():
+        for batch in sorted_batches(prepared["newsgroups test"], 128):
+            labels = batch.pop("labels")
+            correct += (model(**batch).logits.argmax(dim=-1) == labels).sum().item()
+    return round(100 * correct / len(prepared["newsgroups test"]), 2)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, required=True, help="folder of the encoder")
+    parser.add_argument("--data", type=Path, help="folder of the data sets, for --prepare")
+    parser.add_argument("--prepare", type=Path, help="tokenize into this file, and nothing else")
+    parser.add_argument("--prepared", type=Path, help="that file")
+    parser.add_argument("--texts", type=int, default=TRAIN_TEXTS, help="texts to train on, for --prepare")
+    parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS))
+    parser.add_argument("--minutes", type=float, default=3.0, help="of training per row")
+    parser.add_argument("--batch_size", type=int, default=128)
+    parser.add_argument("--components", type=int, default=64)
+    parser.add_argument("--epochs", type=float, default=3, help="of fine-tuning on 20 Newsgroups; 0 leaves it out")
+    parser.add_argument("--seeds", type=int, default=2, help="runs of the fine-tuning")
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "conversion_minilm.json")
+    arguments = parser.parse_args()
+    if arguments.prepare is not None:
+        prepare(arguments)
+        return
+    prepared = {name: examples(part) for name, part in torch.load(arguments.prepared).items()}
+    setting = {"minutes": arguments.minutes, "batch_size": arguments.batch_size, "components": arguments.components}
+    results = Results(arguments.output, "conversion_minilm", {**setting, "epochs": arguments.epochs})
+
+    def original() -> dict:
+        encoder = AutoModel.from_pretrained(arguments.model)
+        return {"newsgroups": [classify(arguments, prepared, encoder, seed) for seed in range(arguments.seeds)]}
+
+    def converted(name: str) -> dict:
+        model, row = convert_and_distil(arguments, prepared, *ROWS[name])
+        if arguments.epochs:
+            row["newsgroups"] = [classify(arguments, prepared, model, seed) for seed in range(arguments.seeds)]
+        return row
+
+    if arguments.epochs:
+        results.measure("original, softmax", original)
+    for name in arguments.rows:
+        results.measure(name, lambda name=name: converted(name))
+    print("\n| | cosine WikiText-103 | cosine IMDB | 20 Newsgroups accuracy |\n|---|---:|---:|---:|")
+    for name, row in results.rows.items():
+        scores = list(row.get("cosine", {"": {"WikiText-103": 1.0, "IMDB": 1.0}}).values())[-1]
+        accuracy = ", ".join(map(str, row.get("newsgroups", [])))
+        print(f"| {name} | {scores['WikiText-103']:.4f} | {scores['IMDB']:.4f} | {accuracy} |")
+
+
+if __name__ == "__main__":
+    main()

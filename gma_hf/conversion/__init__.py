@@ -1,0 +1,51 @@
+# Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
+"""Attention replacement: a model of Transformers becomes a GMA model, and keeps its habits."""
+
+import importlib
+
+from .architectures import Architecture, supported_architectures
+from .calibration import CalibrationReport, LayerCalibration, calibrate
+from .convert import convert_to_gma, revert_to_softmax
+from .install import gma_layers
+from .layer import GMAConversion
+from .mixture_fitting import FittedMixtures, fit_mixtures
+from .sensitivity import LayerSensitivity, choose_layers, rank_layers
+from .teacher import SoftmaxCall, as_teacher
+
+
+# Their modules import data set libraries, which `import gma_hf` must not
+_LAZY = {
+    "GMADistillationArguments": "distillation_arguments",
+    "GMADistillationTrainer": "distillation",
+    "StageResult": "distillation_stages",
+    "distill": "distillation_stages",
+}
+
+__all__ = [
+    "Architecture",
+    "CalibrationReport",
+    "FittedMixtures",
+    "GMAConversion",
+    "GMADistillationArguments",
+    "GMADistillationTrainer",
+    "LayerCalibration",
+    "LayerSensitivity",
+    "SoftmaxCall",
+    "StageResult",
+    "as_teacher",
+    "calibrate",
+    "choose_layers",
+    "convert_to_gma",
+    "distill",
+    "fit_mixtures",
+    "gma_layers",
+    "rank_layers",
+    "revert_to_softmax",
+    "supported_architectures",
+]
+
+
+def __getattr__(name: str):
+    if name in _LAZY:
+        return getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

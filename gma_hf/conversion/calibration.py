@@ -1,0 +1,340 @@
+# Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
+"""
+Mixtures from data. The model reads a small corpus as its own teacher, with softmax; queries and keys of every converted
+layer are sampled on the way, a mixture per head is fitted to both together, and widened until GMA comes nearest to softmax.
+
+Why widened: the mixture that explains queries and keys best tells them apart so sharply that hardly a query shares a
+component with a key. What reads and writes need is a kernel of the width of softmax's, exp(q . k scaled). So each head takes,
+of the fitted variances and of their average over the components, times several temperatures, what gives the smallest error of
+its output. Behind a window the weight of the memory is set such that on average as much attention goes to it as softmax pays
+to what lies outside of the window.
+"""
+
+import dataclasses
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from .calibration_data import Reservoir, as_it_is, join_batches, model_batches, no_cache
+from .layer import GMAConversion
+from .mixture_fitting import FittedMixtures, expectation, fit_mixtures, inverse_softplus
+from .teacher import SoftmaxCall, as_teacher, expect_gma_layers
+
+
+# (average the variances over the components?, temperature)
+WIDTHS = ((False, 1.0), (False, 4.0), *((True, 2.0**power) for power in range(7)))
+LARGEST_SHIFT = 30.0  # of the log-odds of memory against window, at once
+EXTREME_SHARE = 1e-6  # shares nearer to 0 or 1 have lost their digits
+
+
+@dataclasses.dataclass
+class LayerCalibration:
+    """
+    What calibration did for one layer; means over its heads.
+
+    Attributes:
+        log_likelihood_before, log_likelihood_after (`float`): of queries and keys under the mixtures as they were and as they
+            were fitted, before they are widened; nats per vector.
+        error_before, error_after (`float`): ||gma - softmax|| / ||softmax||, of the output of the attention on the teacher's
+            own hidden states.
+        temperature (`float`): by what the fitted variances were multiplied, the median.
+        far_mass (`float` or `None`): share of softmax's attention outside of the window.
+    """
+
+    log_likelihood_before: float
+    log_likelihood_after: float
+    error_before: float
+    error_after: float
+    temperature: float
+    far_mass: float | None = None
+
+
+@dataclasses.dataclass
+class CalibrationReport:
+    """
+    What [`calibrate`] did.
+
+    Attributes:
+        layers (`dict[str, LayerCalibration]`): by the name of the attention module.
+        num_tokens (`int`): tokens read.
+        num_samples (`int`): tokens kept per layer.
+        seconds (`float`): time taken.
+    """
+
+    layers: dict[str, LayerCalibration]
+    num_tokens: int
+    num_samples: int
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers, for JSON."""
+        return dataclasses.asdict(self)
+
+    def mean(self, name: str) -> float:
+        """Mean over the layers of one of their numbers, by the name of the attribute."""
+        return sum(getattr(layer, name) for layer in self.layers.values()) / len(self.layers)
+
+
+def calibrate(
+    model: PreTrainedModel,
+    data: Iterable,
+    *,
+    max_tokens: int = 200_000,
+    num_samples: int = 4096,
+    evaluation_tokens: int = 4096,
+    batch_size: int = 8,
+    em_steps: int = 20,
+    seed: int = 0,
+    progress: bool = True,
+) -> CalibrationReport:
+    """
+    Fit the mixtures of a converted model to the queries and keys that they will route, in place. A matter of seconds to
+    minutes; the weights that the model had before its conversion are not touched.
+
+    Args:
+        model (`PreTrainedModel`): a model from [`convert_to_gma`], its other weights still as they were.
+        data (`Iterable`): batches (dictionaries of tensors, as a `DataLoader` gives them, or tensors of token ids
+            `(batch, length)`) or single examples (rows of a data set with `input_ids`, which are batched and padded).
+        max_tokens (`int`): how many tokens are read.
+        num_samples (`int`): how many of them are kept per layer; twice as many vectors per head, a query and a key each.
+        evaluation_tokens (`int`): how many tokens of the beginning choose the width of the mixtures and measure errors.
+        batch_size (`int`): how many examples make a batch, where `data` are examples.
+        em_steps (`int`): steps of expectation maximisation.
+        seed (`int`): of the sample and of the seeding of the mixtures.
+        progress (`bool`): whether to show a progress bar.
+
+    Returns:
+        [`CalibrationReport`].
+
+    Raises:
+        ValueError: if the model has no converted layer, there are no data or too few, or no sequence is longer than the window.
+        MemoryError: if the device's memory is too small, with what to lower.
+    """
+    start = time.monotonic()
+    layers = expect_gma_layers(model)
+    names = {layer: name for name, layer in layers.items()}
+    reservoirs = {
+        layer: Reservoir(num_samples, torch.Generator().manual_seed(seed + i)) for i, layer in enumerate(names)
+    }
+    longest = dict.fromkeys(names, 0)
+
+    def collect(call: SoftmaxCall) -> None:
+        reservoirs[call.layer].add(*call.routed(), call.real())
+        longest[call.layer] = max(longest[call.layer], call.query.shape[2])
+
+    num_tokens, evaluation, evaluated = 0, [], 0
+    first = reservoirs[next(iter(names))]
+    with as_it_is(model), torch.no_grad(), explain_out_of_memory():
+        with as_teacher(model, collect), tqdm(total=max_tokens, unit="token", disable=not progress) as bar:
+            bar.set_description("Collecting queries and keys")
+            for batch in model_batches(model, data, batch_size):
+                model(**no_cache(model, batch))
+                if evaluated < evaluation_tokens:
+                    evaluation.append(batch)
+                    evaluated = first.num_seen
+                bar.update(first.num_seen - num_tokens)
+                num_tokens = first.num_seen
+                if num_tokens >= max_tokens:
+                    break
+        check_data(layers, num_tokens, longest)
+
+        fitted, likelihood_before = {}, {}
+        for layer in tqdm(names, desc="Fitting mixtures", unit="layer", disable=not progress):
+            samples = reservoirs.pop(layer).samples(layer.num_heads).float()
+            means, variances, prior_logits = current_mixture(layer)
+            with torch.autocast(samples.device.type, enabled=False):
+                likelihood_before[layer] = expectation(samples, means, variances, prior_logits.log_softmax(dim=-1))[3]
+            fitted[layer] = fit_mixtures(
+                samples,
+                means.shape[1],
+                variance_floor=layer.mixture_norm.variance_floor,
+                em_steps=em_steps,
+                generator=torch.Generator(samples.device).manual_seed(seed),
+            )
+
+        reports = {}
+        with tqdm(total=len(names), desc="Choosing widths", unit="layer", disable=not progress) as bar:
+
+            def choose(call: SoftmaxCall) -> None:
+                report = choose_width(call, fitted[call.layer])
+                likelihood = (likelihood_before[call.layer], fitted[call.layer].log_likelihood[-1])
+                reports[names[call.layer]] = LayerCalibration(*(x.mean().item() for x in likelihood), **report)
+                bar.update()
+
+            # One batch, so that a layer sees at once all there is to choose by
+            with as_teacher(model, choose):
+                model(**no_cache(model, join_batches(evaluation, evaluation_tokens / evaluated)))
+    ordered = {name: reports[name] for name in layers}
+    return CalibrationReport(ordered, num_tokens, min(num_samples, num_tokens), time.monotonic() - start)
+
+
+def choose_width(call: SoftmaxCall, fitted: FittedMixtures) -> dict[str, Any]:
+    """Give the layer of a call the fitted mixtures, of the width that suits each head best; errors before and after."""
+    layer = call.layer
+    real = call.real()
+    before = output_errors(call, real)
+    far = None if layer.window_norm is None else mean_far_mass(call, real)
+
+    # The mixture as it was is a candidate too: nothing gets worse
+    tied = (
+        (fitted.prior_logits.exp()[..., None] * fitted.variances).sum(dim=1, keepdim=True).expand_as(fitted.variances)
+    )
+    widened = [(tied if is_tied else fitted.variances) * temperature for is_tied, temperature in WIDTHS]
+    candidates = [current_mixture(layer), *((fitted.means, variances, fitted.prior_logits) for variances in widened)]
+    temperatures = torch.tensor([1.0, *(temperature for _, temperature in WIDTHS)])
+    errors, biases = [], []
+    for candidate in candidates:
+        set_mixture(layer, *candidate)
+        if far is not None:
+            balance_memory(call, real, far)
+            biases.append(layer.window_norm.memory_bias.clone())
+        errors.append(output_errors(call, real))
+    best = torch.stack(errors).argmin(dim=0)  # [heads]
+    heads = torch.arange(layer.num_heads, device=best.device)
+    set_mixture(layer, *(torch.stack(parts)[best, heads] for parts in zip(*candidates, strict=True)))
+    if far is not None:
+        layer.window_norm.memory_bias.copy_(torch.stack(biases)[best, heads])
+    return {
+        "error_before": before.mean().item(),
+        "error_after": output_errors(call, real).mean().item(),
+        "temperature": temperatures[best.cpu()].median().item(),
+        "far_mass": None if far is None else far.mean().item(),
+    }
+
+
+def output_errors(call: SoftmaxCall, real: Tensor | None) -> Tensor:
+    """||gma - softmax|| / ||softmax|| of every head, over the real tokens: `(num_heads,)`."""
+    target = call.output.float()
+    difference = call.student().float() - target
+    if real is not None:
+        difference, target = (x * real[:, None, :, None] for x in (difference, target))
+    norms = [x.square().sum(dim=(0, 2, 3)).sqrt() for x in (difference, target)]
+    return norms[0] / norms[1].clamp(min=torch.finfo(torch.float32).tiny)
+
+
+def balance_memory(call: SoftmaxCall, real: Tensor | None, far: Tensor) -> None:
+    """Set the memory's bias of each head such that its mean share of the attention is `far` `(num_heads,)`."""
+    bias = call.layer.window_norm.memory_bias
+    bias.zero_()
+    # The bias is added to the log-odds of memory against window, so that one measurement tells the share for every bias. Only
+    # shares that are 0 or 1 to all digits have to be measured again, when they are no longer
+    for _ in range(3):
+        share = memory_share(call).float()
+        counted = torch.ones_like(share) if real is None else real[:, None].to(share).expand_as(share)
+        log_odds = torch.logit(share, eps=EXTREME_SHARE)
+        low, high = torch.full_like(far, -LARGEST_SHIFT), torch.full_like(far, LARGEST_SHIFT)
+        for _ in range(30):
+            middle = (low + high) / 2
+            mean = (torch.sigmoid(log_odds + middle[:, None]) * counted).sum(dim=(0, 2)) / counted.sum(dim=(0, 2))
+            low, high = torch.where(mean < far, middle, low), torch.where(mean < far, high, middle)
+        bias.add_((low + high) / 2)
+        is_extreme = ((share < EXTREME_SHARE) & (share > 0)) | (share > 1 - EXTREME_SHARE)
+        if not (is_extreme & (counted > 0)).any():
+            return
+
+
+def memory_share(call: SoftmaxCall) -> Tensor:
+    """The share of the attention that goes to the memory `(batch, num_heads, length)`: values are 1 there, 0 in the window."""
+
+    def mark(mixture: nn.Module, arguments: tuple) -> tuple:
+        query, key, value = arguments
+        # The window passes a column of ones beside the values, zero where there is no token
+        return query, key, value[..., -1:].expand_as(value)
+
+    handle = call.layer.mixture_norm.register_forward_pre_hook(mark)
+    try:
+        return call._replace(value=torch.zeros_like(call.value)).student()[..., 0]
+    finally:
+        handle.remove()
+
+
+def mean_far_mass(call: SoftmaxCall, real: Tensor | None) -> Tensor:
+    """Mean share of softmax's attention outside of the window, `(num_heads,)`."""
+    layer = call.layer
+    size, length = layer.window_norm.window_size, call.query.shape[2]
+    index = torch.arange(length, device=call.query.device)
+    distance = index[:, None] - index
+    is_far = distance >= size if layer.is_causal else distance.abs() > size
+    is_visible = distance >= 0 if layer.is_causal else torch.ones_like(is_far)
+    scaling = layer.routing_dim**-0.5 if call.scaling is None else call.scaling
+    softcap, sinks = call.arguments.get("softcap"), call.arguments.get("s_aux")
+    total, count = 0.0, 0
+    for row in range(call.query.shape[0]):
+        key = call.key[row].repeat_interleave(layer.num_heads // call.key.shape[1], dim=0)
+        with torch.autocast(key.device.type, enabled=False):
+            logits = (call.query[row].float() @ key.float().transpose(1, 2)) * scaling
+        if softcap is not None:
+            logits = softcap * torch.tanh(logits / softcap)
+        visible = is_visible if real is None else is_visible & real[row]
+        logits = logits.masked_fill(~visible, torch.finfo(logits.dtype).min)
+        if sinks is not None:
+            logits = torch.cat([logits, sinks.float()[:, None, None].expand(-1, length, 1)], dim=-1)
+        mass = (logits.softmax(dim=-1)[..., :length] * is_far).sum(dim=-1)
+        total += mass.sum(dim=1) if real is None else mass[:, real[row]].sum(dim=1)
+        count += length if real is None else int(real[row].sum())
+    return total / count
+
+
+def current_mixture(layer: GMAConversion) -> tuple[Tensor, Tensor, Tensor]:
+    """Means, variances and prior logits as they are, in float32."""
+    mixture = layer.mixture_norm
+    variances = F.softplus(mixture.raw_variances.float()) + mixture.variance_floor
+    return mixture.means.float().clone(), variances, mixture.prior_logits.float().clone()
+
+
+def set_mixture(layer: GMAConversion, means: Tensor, variances: Tensor, prior_logits: Tensor) -> None:
+    mixture = layer.mixture_norm
+    floor = mixture.variance_floor
+    mixture.means.copy_(means)
+    mixture.raw_variances.copy_(inverse_softplus((variances - floor).clamp(min=1e-6 * floor)))
+    mixture.prior_logits.copy_(prior_logits)
+
+
+def check_data(layers: dict[str, GMAConversion], num_tokens: int, longest: dict[GMAConversion, int]) -> None:
+    """
+    Raises:
+        ValueError: if the calibration set is empty, or too small, or its sequences too short.
+    """
+    if num_tokens == 0:
+        raise ValueError(
+            "The calibration set is empty. Give batches, or examples with token ids; a few thousand tokens will do."
+        )
+    for name, layer in layers.items():
+        num_components = layer.mixture_norm.means.shape[1]
+        if longest[layer] == 0:
+            raise ValueError(f"{name} did not run on the calibration set. Give the inputs that it works on, too.")
+        if 2 * num_tokens < num_components:
+            raise ValueError(
+                f"The calibration set has {num_tokens} tokens, too few to fit {num_components} components per head. Give "
+                "more text, or convert with fewer components."
+            )
+        if layer.window_norm is not None and longest[layer] <= layer.window_norm.window_size:
+            raise ValueError(
+                f"The sequences of the calibration set have {longest[layer]} tokens at most, so nothing ever leaves the "
+                f"window of {layer.window_norm.window_size} tokens. Give longer sequences, several times the window, or "
+                "convert with a smaller `window_size`."
+            )
+
+
+@contextmanager
+def explain_out_of_memory() -> Iterator[None]:
+    """
+    Raises:
+        MemoryError: instead of the device's own error.
+    """
+    try:
+        yield
+    except (torch.OutOfMemoryError, RuntimeError) as error:
+        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+            raise MemoryError(
+                "The memory of the device is too small to calibrate like this. Lower `num_samples` (what is kept of queries "
+                "and keys), `evaluation_tokens`, or the size of the batches."
+            ) from error
+        raise

@@ -1,0 +1,120 @@
+# Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
+"""What calibration reads, in batches, and what it keeps of it: a sample of bounded size."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+
+class Reservoir:
+    """
+    A uniform sample of the tokens of one layer that fits into bounded memory: of all tokens seen, those with the largest of
+    independent uniform numbers.
+    """
+
+    def __init__(self, size: int, generator: torch.Generator):
+        self.size = size
+        self.generator = generator
+        self.priorities = torch.empty(0)
+        self.num_seen = 0
+        self.query = self.key = None  # [heads, tokens, dim]
+
+    def add(self, query: Tensor, key: Tensor, real: Tensor | None) -> None:
+        """Queries and keys `(batch, heads, length, dim)` of the same tokens; `real` `(batch, length)` leaves padding out."""
+        rows = torch.arange(query.shape[0] * query.shape[2])
+        if real is not None:
+            rows = rows[real.flatten().cpu()]
+        self.num_seen += len(rows)
+        priorities = torch.cat([self.priorities, torch.rand(len(rows), generator=self.generator)])
+        kept = priorities.topk(min(self.size, len(priorities))).indices.sort().values
+        num_old = len(self.priorities)
+        old, new = kept[kept < num_old], rows[kept[kept >= num_old] - num_old]
+        self.priorities = priorities[kept]
+        self.query, self.key = (
+            self._select(held, states, old, new) for held, states in ((self.query, query), (self.key, key))
+        )
+
+    @staticmethod
+    def _select(held: Tensor | None, states: Tensor, old: Tensor, new: Tensor) -> Tensor:
+        added = states.transpose(0, 1).flatten(1, 2)[:, new.to(states.device)]
+        if held is None or len(old) == 0:
+            return added
+        return torch.cat([held[:, old.to(held.device)], added], dim=1)
+
+    def samples(self, num_heads: int) -> Tensor:
+        """As many queries as keys, `(num_heads, samples, dim)`: each head's queries and the keys of its group."""
+        return torch.cat([self.query, self.key.repeat_interleave(num_heads // self.key.shape[0], dim=0)], dim=1)
+
+
+def model_batches(model: PreTrainedModel, data: Iterable, batch_size: int) -> Iterator[dict[str, Any]]:
+    """Batches on the model's device, from batches or from examples."""
+    examples: list[Mapping] = []
+    for item in data:
+        if isinstance(item, Tensor):
+            item = {model.main_input_name: item if item.ndim > 1 else item[None]}
+        main = item.get(model.main_input_name)
+        if main is None:
+            raise ValueError(
+                f"An item of the data has no {model.main_input_name!r}, which {type(model).__name__} takes; it has "
+                f"{sorted(item)}. Tokenize the data first."
+            )
+        if isinstance(main, Tensor) and main.ndim > 1:
+            yield {
+                name: value.to(model.device) if isinstance(value, Tensor) else value for name, value in item.items()
+            }
+            continue
+        examples.append(item)
+        if len(examples) == batch_size:
+            yield padded(model, examples)
+            examples = []
+    if examples:
+        yield padded(model, examples)
+
+
+def padded(model: PreTrainedModel, examples: list[Mapping]) -> dict[str, Tensor]:
+    """One batch of token lists, padded on the right."""
+    rows = [torch.as_tensor(example[model.main_input_name], dtype=torch.long) for example in examples]
+    lengths = torch.tensor([len(row) for row in rows])
+    tokens = nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    mask = (torch.arange(tokens.shape[1]) < lengths[:, None]).long()
+    return {model.main_input_name: tokens.to(model.device), "attention_mask": mask.to(model.device)}
+
+
+def join_batches(batches: list[dict[str, Any]], fraction: float) -> dict[str, Any]:
+    """One batch of about that fraction of the rows: of the longest batch and of those of its shape."""
+
+    def shapes(batch: dict[str, Any]) -> dict[str, torch.Size]:
+        return {name: value.shape[1:] for name, value in batch.items() if isinstance(value, Tensor)}
+
+    longest = max(batches, key=lambda batch: max(shape.numel() for shape in shapes(batch).values()))
+    alike = [batch for batch in batches if shapes(batch) == shapes(longest)]
+    num_rows = sum(len(next(iter(batch.values()))) for batch in batches)
+    return {
+        name: torch.cat([batch[name] for batch in alike])[: max(1, round(num_rows * fraction))]
+        if isinstance(value, Tensor)
+        else value
+        for name, value in longest.items()
+    }
+
+
+def no_cache(model: PreTrainedModel, batch: dict[str, Any]) -> dict[str, Any]:
+    """The batch for a pass that keeps nothing, and computes no loss unless labels are what the decoder reads."""
+    labels_are_read = model.config.is_encoder_decoder and "decoder_input_ids" not in batch
+    inputs = {name: value for name, value in batch.items() if name != "labels" or labels_are_read}
+    return {**inputs, "use_cache": False} if hasattr(model.config, "use_cache") else inputs
+
+
+@contextmanager
+def as_it_is(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode; afterwards every module is in the mode that it had."""
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, was_training in training.items():
+            module.training = was_training

@@ -1,0 +1,184 @@
+# Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
+"""`convert_to_gma` and `revert_to_softmax`."""
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
+
+from .architectures import check_architecture, supported_list
+from .classes import ConvertedModelMixin, converted_model_class, initialize_conversions
+from .install import install_layers, remove_layers, restore_softmax_implementations, use_linear_masks
+from .probe import find_attention_layers
+from .registration import register_converted_type
+from .selection import select_layers
+
+
+def convert_to_gma(
+    model: PreTrainedModel,
+    layers: Sequence[int | str] | float | str | None = None,
+    *,
+    keep_every: int | None = None,
+    num_components: int = 64,
+    window_size: int = 0,
+    use_routing_projections: bool = False,
+    use_forgetting: bool = False,
+    variance_floor: float = 1e-4,
+    read_eps: float = 1e-6,
+    mean_init_std: float = 1.0,
+    variance_init: float = 1.0,
+    example_inputs: dict[str, Any] | None = None,
+) -> PreTrainedModel:
+    """
+    Replace the softmax of a model's self-attention by Gaussian Mixture Attention (Huang and Raza, arXiv:2606.18283), in
+    place. Projections, norms, positions and the names of all weights stay; each converted module gains a child `gma`.
+
+    Args:
+        model (`PreTrainedModel`): a loaded model of Transformers.
+        layers (*optional*): which self-attention layers to convert: all by default; a list of indices, counted over the
+            model's self-attention layers in the order of the model (those of an encoder come before those of its decoder;
+            negative ones count from the end); a list of module names, or of their beginnings, such as `["encoder"]`; or a
+            fraction between 0 and 1, spread evenly.
+        keep_every (`int`, *optional*): of the layers above, every n-th (the n-th, the 2n-th, ...) stays softmax.
+        num_components (`int`): Gaussian components per head, the slots of the memory.
+        window_size (`int`): how many of the nearest tokens are seen exactly, by softmax, in front of the memory; 0 for none.
+        use_routing_projections (`bool`): whether queries and keys pass a learned map per head before they are routed.
+        use_forgetting (`bool`): whether the memory of causal layers forgets, as a learned gate says.
+        variance_floor (`float`): smallest variance, in squared units of queries and keys.
+        read_eps (`float`): constant added to the normaliser of the read.
+        mean_init_std (`float`), variance_init (`float`): the mixtures before they are calibrated or trained.
+        example_inputs (`dict`, *optional*): arguments for one forward pass of the base model, by which its attention is
+            found, where tokens, pixels or audio features made up from the configuration do not do.
+
+    Returns:
+        `PreTrainedModel`: the same object, now of a class such as `GMALlamaForCausalLM` and with a configuration of its own,
+        whose model type is "gma_llama".
+
+    Raises:
+        ValueError: for a model or layer that cannot be converted, with the reason. The model is unchanged then.
+
+    ```python
+    >>> from gma_hf import convert_to_gma
+    >>> from transformers import AutoModelForCausalLM
+
+    >>> model = AutoModelForCausalLM.from_pretrained(folder)
+    >>> convert_to_gma(model, window_size=64, keep_every=4)
+    >>> model.save_pretrained(another_folder)
+    ```
+    """
+    check_model(model)
+    check_options(num_components, window_size, variance_floor, read_eps, variance_init)
+    attention_layers = find_attention_layers(model, example_inputs)
+    if not attention_layers:
+        raise ValueError(
+            f"{type(model).__name__} does not compute its attention through Transformers' attention interface, so that it "
+            f"cannot be replaced. {supported_list()}"
+        )
+    chosen = select_layers(attention_layers, layers, keep_every)
+    if use_forgetting and not any(layer.is_causal for layer in chosen):
+        raise ValueError(
+            "`use_forgetting=True` needs causal layers: a bidirectional layer has no order in which to forget. "
+            "Leave it out for an encoder."
+        )
+    description = {
+        "layers": {layer.name: layer.shapes() for layer in chosen},
+        "softmax_layers": [layer.name for layer in attention_layers if layer not in chosen],
+        "num_components": num_components,
+        "window_size": window_size,
+        "use_routing_projections": use_routing_projections,
+        "use_forgetting": use_forgetting,
+        "variance_floor": variance_floor,
+        "read_eps": read_eps,
+        "mean_init_std": mean_init_std,
+        "variance_init": variance_init,
+    }
+    model_class = converted_model_class(type(model), type(model.config))
+    register_converted_type(model.config.model_type)
+    exchange_config(model, model_class.config_class).gma = description
+    exchange_class(model, model_class)
+    install_layers(model)
+    initialize_conversions(model)
+    use_linear_masks(model)
+    return model
+
+
+def revert_to_softmax(model: PreTrainedModel) -> PreTrainedModel:
+    """
+    Undo [`convert_to_gma`]: the original class, configuration and attention, in place. The mixtures are lost.
+
+    Args:
+        model (`PreTrainedModel`): a converted model, or one that was loaded as such.
+
+    Returns:
+        `PreTrainedModel`: the same object.
+
+    Raises:
+        ValueError: if the model is not a converted one.
+    """
+    if not isinstance(model, ConvertedModelMixin):
+        raise ValueError(f"{type(model).__name__} was not converted to GMA; there is nothing to revert.")
+    restore_softmax_implementations(model)
+    del model._softmax_implementations
+    remove_layers(model)
+    config = exchange_config(model, type(model.config).softmax_class)
+    for name in ("gma", "auto_map"):
+        config.__dict__.pop(name, None)
+    config.architectures = [model.softmax_class.__name__]
+    exchange_class(model, model.softmax_class)
+    return model
+
+
+def check_model(model: Any) -> None:
+    """
+    Raises:
+        ValueError: unless it is a model of Transformers whose architecture can be converted.
+    """
+    if not isinstance(model, PreTrainedModel):
+        wrapped = " Convert the model first, then wrap it or add adapters." if isinstance(model, nn.Module) else ""
+        raise ValueError(f"`convert_to_gma` takes a model of Transformers, got {type(model).__name__}.{wrapped}")
+    if isinstance(model, ConvertedModelMixin):
+        raise ValueError(
+            f"{type(model).__name__} is converted already. To convert other layers, call `revert_to_softmax(model)` first."
+        )
+    check_architecture(model)
+
+
+def check_options(
+    num_components: int, window_size: int, variance_floor: float, read_eps: float, variance_init: float
+) -> None:
+    """
+    Raises:
+        ValueError: for impossible values.
+    """
+    positive = {"num_components": num_components, "variance_floor": variance_floor, "read_eps": read_eps}
+    for name, value in positive.items():
+        if not value > 0:
+            raise ValueError(f"`{name}` must be positive, got {value}.")
+    if window_size < 0:
+        raise ValueError(f"`window_size` must not be negative, got {window_size}. 0 means no window.")
+    if not variance_init > variance_floor:
+        raise ValueError(f"`variance_init` ({variance_init}) must exceed `variance_floor` ({variance_floor}).")
+
+
+def exchange_config(model: PreTrainedModel, config_class: type[PreTrainedConfig]) -> PreTrainedConfig:
+    """
+    Give a model a copy of its configuration, of another class. Another model that shares the old one keeps it as it is.
+    """
+    copies: dict[int, Any] = {}
+    config = copy.deepcopy(model.config, copies)
+    config.__class__ = config_class
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if isinstance(value, PreTrainedConfig) and id(value) in copies:
+                vars(module)[name] = copies[id(value)]
+    return config
+
+
+def exchange_class(model: PreTrainedModel, model_class: type[PreTrainedModel]) -> None:
+    """Make a model an instance of another class with the same modules."""
+    model.__class__ = model_class
+    # What `PreTrainedModel.__init__` does; Transformers looks up by the class which outputs can be recorded
+    dict.__setitem__(_CAN_RECORD_REGISTRY, str(model_class), model._can_record_outputs)

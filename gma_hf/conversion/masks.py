@@ -1,0 +1,222 @@
+# Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
+"""
+Masks: from what Transformers says about pairs of tokens to what GMA needs to know about tokens.
+
+Where every layer is converted, masks are made by [`gaussian_mixture_mask`] and stay linear in the length. Where softmax
+layers are left, masks are made for those, in the form of their implementation, and a converted layer reads from them what
+concerns it: which tokens are padding, and where a packed sequence begins. Both are found by looking at single pairs: a real
+token sees itself, and it sees the real token before it, unless a sequence begins with it.
+"""
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
+from transformers.masking_utils import (
+    BlockMask,
+    bidirectional_mask_function,
+    causal_mask_function,
+    prepare_padding_mask,
+)
+from transformers.utils import is_tracing
+
+
+# Below this, an additive mask means "never": eager masks hold the smallest number of their dtype, some models -10,000
+MASKED = -5e3
+
+
+def gaussian_mixture_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    mask_function: Callable = causal_mask_function,
+    attention_mask: Tensor | None = None,
+    use_vmap: bool = False,
+    device: torch.device | str = "cpu",
+    **kwargs,
+) -> Tensor | None:
+    """
+    The mask of a model without softmax layers, in the form of Transformers' `AttentionMaskInterface`.
+
+    Args:
+        batch_size (`int`), q_length (`int`), kv_length (`int`): number of rows, queries and keys.
+        q_offset (`int` or `torch.Tensor`), kv_offset (`int`): positions of the first query and key.
+        mask_function (`Callable`): whether a query sees a key.
+        attention_mask (`torch.BoolTensor` of shape `(batch, length)`, *optional*): `True` at real tokens.
+        use_vmap (`bool`): whether `mask_function` takes one pair at a time.
+        device (`torch.device` or `str`): where the mask is wanted.
+
+    Returns:
+        `torch.LongTensor` of shape `(batch, kv_length)`: 0 at padding, s >= 1 at a token of the s-th packed sequence;
+        `torch.BoolTensor` if each row is one sequence; `None` if none has padding either.
+
+    Raises:
+        ValueError: if tokens see each other in another pattern than backwards, or both ways, within a sequence.
+    """
+    padding_mask = prepare_padding_mask(attention_mask, kv_length, kv_offset)
+    if padding_mask is not None:
+        padding_mask = padding_mask[:, kv_offset : kv_offset + kv_length]
+        if not is_tracing(padding_mask) and bool(padding_mask.all()):
+            padding_mask = None
+    sequence_ids = None
+    # Transformers tells packed sequences apart only where all keys are there
+    plain = mask_function in (causal_mask_function, bidirectional_mask_function)
+    if not plain and q_length == kv_length and q_length > 1 and not isinstance(q_offset, Tensor):
+
+        def is_allowed(query: Tensor, key: Tensor) -> Tensor:
+            return _evaluate(mask_function, query + q_offset, key + kv_offset, use_vmap)
+
+        real = padding_mask
+        if real is None:
+            real = torch.ones(batch_size, kv_length, dtype=torch.bool, device=device)
+        sequence_ids = _find_sequences(is_allowed, real, check_direction=True)
+    if sequence_ids is None:
+        return padding_mask
+    return sequence_ids + 1 if padding_mask is None else (sequence_ids + 1) * padding_mask
+
+
+def read_mask(attention_mask: Any, query: Tensor, cache_layer: Any = None) -> tuple[Tensor | None, Tensor | None]:
+    """
+    What a mask says about the current tokens.
+
+    Args:
+        attention_mask: `None`; a 2D mask, nonzero at real tokens, if it has numbers with others at other packed sequences;
+            a 4D mask, boolean or additive; or a `BlockMask` of flex attention.
+        query (`torch.Tensor` of shape `(batch, heads, length, dim)`): the current tokens.
+        cache_layer (*optional*): the layer's state; one of a static cache knows where in the mask the tokens stand.
+
+    Returns:
+        The padding mask `(batch, length)`, `True` at real tokens, and the numbers of the packed sequences `(batch, length)`;
+        each `None` where there is nothing to tell.
+
+    Raises:
+        ValueError: for a mask of pairs that says more than padding, causality, packed sequences and a sliding window.
+    """
+    if attention_mask is None:
+        return None, None
+    batch_size, length = query.shape[0], query.shape[2]
+    columns = attention_mask.shape[-1] - length
+    if columns < 0:
+        raise ValueError(
+            f"The attention mask covers {attention_mask.shape[-1]} tokens, but {length} tokens were given. It must cover the "
+            "current tokens, or the cached and the current tokens."
+        )
+    if isinstance(getattr(cache_layer, "cumulative_length", None), Tensor):
+        # A static cache is longer than what was seen; a sliding one may be shorter
+        columns = cache_layer.cumulative_length.clamp(max=columns)
+    index = torch.arange(length, device=query.device).expand(batch_size, -1)
+
+    if isinstance(attention_mask, BlockMask):
+
+        def is_allowed(queries: Tensor, keys: Tensor) -> Tensor:
+            return _evaluate(attention_mask.mask_mod, queries, keys + columns, use_vmap=True)
+
+    elif attention_mask.ndim == 2:
+        current = attention_mask.to(query.device).gather(1, (index + columns).expand(attention_mask.shape[0], -1))
+        padding_mask = _unless_trivial(current != 0, trivial=True)
+        if current.dtype == torch.bool:
+            return padding_mask, None
+        return padding_mask, _unless_trivial(torch.where(current == 0, 1, current).long() - 1, trivial=0)
+    else:
+        allowed = _boolean(attention_mask.to(query.device))
+        _expect_padding_and_packing(attention_mask, allowed)
+        allowed = allowed[:, 0].expand(batch_size, -1, -1)
+        rows = torch.arange(batch_size, device=query.device)[:, None]
+
+        def is_allowed(queries: Tensor, keys: Tensor) -> Tensor:
+            return allowed[rows, queries.clamp(max=allowed.shape[1] - 1), keys + columns]
+
+    real = is_allowed(index, index)
+    return _unless_trivial(real, trivial=True), _find_sequences(is_allowed, real)
+
+
+def _find_sequences(
+    is_allowed: Callable[[Tensor, Tensor], Tensor], real: Tensor, check_direction: bool = False
+) -> Tensor | None:
+    """
+    Number the packed sequences, from 0, of tokens `(batch, length)` whose pairs are allowed or not; `None` if each row is
+    one sequence.
+    """
+    batch_size, length = real.shape
+    if length < 2:
+        return None
+    index = torch.arange(length, device=real.device).expand(batch_size, -1)
+    last_real = torch.where(real, index, -1).cummax(dim=1).values
+    previous = torch.nn.functional.pad(last_real[:, :-1], (1, 0), value=-1)
+    has_previous = real & (previous >= 0)
+    previous = previous.clamp(min=0)
+    back = is_allowed(index, previous)
+    if check_direction and not is_tracing(real):
+        forth = is_allowed(previous, index) & has_previous
+        if bool(forth.any()) and bool((forth != (back & has_previous)).any()):
+            raise ValueError(
+                "The model lets some tokens look ahead and others not (blocks of image tokens, a prefix). A GMA layer is "
+                "either causal or bidirectional. Keep the layers with such a mask as softmax."
+            )
+    return _unless_trivial((has_previous & ~back).long().cumsum(dim=1), trivial=0)
+
+
+def _evaluate(mask_function: Callable, queries: Tensor, keys: Tensor, use_vmap: bool) -> Tensor:
+    """`mask_function` at pairs `(batch, length)` of every row."""
+    batch = torch.arange(queries.shape[0], device=queries.device)
+    head = torch.zeros((), dtype=torch.long, device=queries.device)
+    if use_vmap:
+        by_token = torch.vmap(mask_function, in_dims=(None, None, 0, 0))
+        with TransformGetItemToIndex():
+            return torch.vmap(by_token, in_dims=(0, None, 0, 0))(batch, head, queries, keys)
+    return mask_function(batch[:, None], head, queries, keys).expand(queries.shape)
+
+
+def _boolean(mask: Tensor) -> Tensor:
+    return mask if mask.dtype == torch.bool else mask > MASKED
+
+
+def _unless_trivial(tensor: Tensor, trivial: bool | int) -> Tensor | None:
+    """`None` where every entry is the trivial one. The check reads values, so it is left out of compiled graphs."""
+    return None if not is_tracing(tensor) and bool((tensor == trivial).all()) else tensor
+
+
+# The mask that was checked last: all layers of a forward pass are given the same one
+_last_checked: Callable[[], Tensor | None] = lambda: None  # noqa: E731
+
+
+def _expect_padding_and_packing(mask: Tensor, allowed: Tensor) -> None:
+    """
+    Raises:
+        ValueError: unless a 4D mask is made of padding, causality, packed sequences and a window, and nothing else.
+    """
+    global _last_checked
+    if mask.ndim != 4 or mask.shape[1] != 1:
+        raise ValueError(
+            f"GMA layers understand attention masks of shape (batch, length) or (batch, 1, length, length), got "
+            f"{tuple(mask.shape)}. They cannot follow a mask per head."
+        )
+    if is_tracing(mask) or mask.shape[2] != mask.shape[3] or _last_checked() is mask:
+        return
+    allowed = allowed[:, 0]
+    batch_size, length, _ = allowed.shape
+    index = torch.arange(length, device=mask.device).expand(batch_size, -1)
+    rows = torch.arange(batch_size, device=mask.device)[:, None]
+    real = allowed.diagonal(dim1=1, dim2=2)
+    sequence_ids = _find_sequences(lambda queries, keys: allowed[rows, queries, keys], real)
+    distance = index[:, :, None] - index[:, None, :]
+    expected = real[:, None, :].expand(-1, length, -1)
+    if sequence_ids is not None:
+        expected = expected & (sequence_ids[:, :, None] == sequence_ids[:, None, :])
+    if not bool((allowed & (distance < 0) & real[:, :, None]).any()):
+        expected = expected & (distance >= 0)
+    seen = allowed & real[:, :, None]
+    expected = expected & (distance.abs() <= torch.where(seen, distance.abs(), 0).max())
+    additive = mask.dtype != torch.bool and bool(((mask != 0) & (mask > MASKED)).any())
+    if additive or bool(((allowed != expected) & real[:, :, None]).any()):
+        raise ValueError(
+            "The attention mask says more about pairs of tokens than padding, causality, packed sequences and a sliding "
+            "window. A GMA layer cannot follow it. Pass a 2D mask of shape (batch, length) that marks padding, and "
+            "`position_ids` that start anew with each packed sequence."
+        )
+    _last_checked = weakref.ref(mask)
