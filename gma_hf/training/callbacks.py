@@ -20,6 +20,7 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
+from ..analysis.collection import MixtureCall, watch_mixtures
 from ..modeling import GMAMixture
 
 
@@ -157,33 +158,25 @@ def measure_mixture_health(model: nn.Module, inputs: dict[str, torch.Tensor]) ->
     Returns:
         The health of every `GMAMixture` that ran, by module name, on the CPU; empty if there is none.
     """
-    mixtures = {name: module for name, module in model.named_modules() if isinstance(module, GMAMixture)}
-    if not mixtures:
+    if not any(isinstance(module, GMAMixture) for module in model.modules()):
         return {}
     sums: dict[str, list[torch.Tensor]] = {}
 
-    def watch(name: str):
-        def hook(module: GMAMixture, arguments: tuple) -> None:
-            key = arguments[1]
-            gamma = module.responsibilities(key)  # [batch, heads, length, C]
-            mask = inputs.get("attention_mask")
-            real = gamma.new_ones(gamma.shape[0], gamma.shape[2]) if mask is None else mask.to(gamma)
-            real = real[:, None, :, None]
-            new = [(gamma * real).sum(dim=(0, 2)), (torch.special.entr(gamma) * real).sum(dim=(0, 2, 3)), real.sum()]
-            sums[name] = [a + b for a, b in zip(sums[name], new, strict=True)] if name in sums else new
+    def add(call: MixtureCall) -> None:
+        gamma = call.mixture.responsibilities(call.key)  # [batch, heads, length, C]
+        mask = inputs.get("attention_mask")
+        real = gamma.new_ones(gamma.shape[0], gamma.shape[2]) if mask is None else mask.to(gamma)
+        real = real[:, None, :, None]
+        new = [(gamma * real).sum(dim=(0, 2)), (torch.special.entr(gamma) * real).sum(dim=(0, 2, 3)), real.sum()]
+        sums[call.name] = [a + b for a, b in zip(sums[call.name], new, strict=True)] if call.name in sums else new
 
-        return hook
-
-    handles = [module.register_forward_pre_hook(watch(name)) for name, module in mixtures.items()]
     was_training = model.training
     model.eval()
     try:
-        with torch.compiler.set_stance("force_eager"):
+        with torch.compiler.set_stance("force_eager"), watch_mixtures(model, add):
             model(**inputs)
     finally:
         model.train(was_training)
-        for handle in handles:
-            handle.remove()
     return {name: MixtureHealth.from_sums(*(part.float().cpu() for part in parts)) for name, parts in sums.items()}
 
 
