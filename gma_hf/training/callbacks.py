@@ -21,6 +21,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from ..analysis.collection import MixtureCall, watch_mixtures
+from ..analysis.statistics import DEAD_SHARE
 from ..modeling import GMAMixture
 
 
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-DEAD_SHARE = 0.1  # of an equal share 1 / C
 COLLAPSE_PERPLEXITY = 1.5  # of 64 components, say, barely more than one is used
 MAX_EXAMPLES = 8  # that the health is measured on, if a batch holds them; every process takes the same ones
 
