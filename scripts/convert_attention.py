@@ -30,11 +30,11 @@ from gma_hf.conversion.distillation_recipe import (
     load_source,
     parse_model_arguments,
     prepare_data,
-    write_json,
 )
 from gma_hf.training.arguments import LanguageModelingArguments
+from gma_hf.training.files import write_json
 from gma_hf.training.model_card import describe_command, describe_data, device_name, versions, without_folder
-from gma_hf.training.workflow import check_length, run_script
+from gma_hf.training.workflow import check_length, run_script, set_up_logging
 
 
 @dataclass
@@ -53,8 +53,7 @@ def main():
     source, conversion, data_args, output = parse_model_arguments(
         [SourceArguments, ConversionArguments, LanguageModelingArguments, OutputArguments]
     )
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S")
-    logging.getLogger("gma_hf").setLevel(logging.INFO)
+    set_up_logging()
     transformers.set_seed(output.seed)
     check_output(source, output.output_dir)
     model, tokenizer = load_source(source)

@@ -11,7 +11,6 @@ command line, or from a JSON or YAML file that stands first; `--help` lists them
 """
 
 import json
-import logging
 import sys
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -35,14 +34,14 @@ from gma_hf.conversion.distillation_recipe import (
     prepare_data,
     sample_texts,
     stage_arguments,
-    write_json,
 )
 from gma_hf.conversion.distillation_stages import distill
 from gma_hf.conversion.teacher import as_teacher
 from gma_hf.training.arguments import LanguageModelingArguments
 from gma_hf.training.errors import TrainingInputError
+from gma_hf.training.files import write_json
 from gma_hf.training.model_card import describe_command, describe_data, device_name, versions, without_folder
-from gma_hf.training.workflow import check_length, run_script
+from gma_hf.training.workflow import check_length, run_script, set_up_logging
 
 
 ORIGINAL, INITIALISED = "original, softmax", "after initialisation"
@@ -117,8 +116,7 @@ def main():
     source, conversion, recipe, data_args, args = parse_model_arguments(
         [SourceArguments, ConversionArguments, RecipeArguments, LanguageModelingArguments, GMADistillationArguments]
     )
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S")
-    logging.getLogger("gma_hf").setLevel(logging.INFO if args.process_index == 0 else logging.ERROR)
+    set_up_logging(args.process_index == 0)
     transformers.set_seed(args.seed)
     check_output(source, args.output_dir)
     stages = stages_of(args, recipe)

@@ -14,8 +14,7 @@ from gma_hf.training.arguments import LanguageModelingArguments, ModelArguments,
 from gma_hf.training.data import load_text_splits
 from gma_hf.training.metrics import language_model_metrics, text_metrics, token_statistics
 from gma_hf.training.model_card import TrainingRecord, describe_data, without_folder
-from gma_hf.training.packing import PackedCollator, pack_documents
-from gma_hf.training.tokenization import separator_id
+from gma_hf.training.packing import PackedCollator, pack_splits
 from gma_hf.training.trainer import GMATrainer, GMATrainingArguments
 from gma_hf.training.workflow import (
     build_model,
@@ -38,20 +37,7 @@ def main():
     model = build_model(AutoModelForCausalLM, model_args, tokenizer)
     check_length(model, data_args.block_size, "--block_size")
     with args.main_process_first(desc="packing the data"):
-        packed = {
-            split: pack_documents(
-                dataset,
-                tokenizer,
-                separator_id(tokenizer),
-                data_args.block_size,
-                split,
-                isolate_documents=data_args.isolate_documents,
-                predict_every_token=split != "train",
-                keep_last=split != "train",
-                num_proc=data_args.preprocessing_num_workers,
-            )
-            for split, dataset in splits.items()
-        }
+        packed = pack_splits(splits, tokenizer, data_args)
     train_blocks = limit(packed["train"].blocks, data_args.max_train_samples)
     eval_blocks = {
         split: limit(packed[split].blocks, data_args.max_eval_samples) for split in packed if split != "train"

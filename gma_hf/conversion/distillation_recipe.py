@@ -2,7 +2,6 @@
 """What `scripts/convert_attention.py` and `scripts/distill.py` share: arguments, models, data, and the initial conversion."""
 
 import copy
-import json
 import logging
 import sys
 from collections.abc import Sequence
@@ -18,8 +17,7 @@ from transformers import AutoTokenizer, DataCollatorWithPadding, PreTrainedModel
 from ..training.arguments import LanguageModelingArguments, parse_arguments
 from ..training.data import load_text_splits
 from ..training.errors import TrainingInputError
-from ..training.packing import PackedCollator, pack_documents
-from ..training.tokenization import separator_id
+from ..training.packing import PackedCollator, pack_splits
 from ..training.workflow import limit
 from .calibration import calibrate
 from .convert import convert_to_gma
@@ -162,20 +160,8 @@ def prepare_data(
     """Text as a model of its task reads it: packed blocks for a language model, single texts for an encoder."""
     splits = load_text_splits(arguments, seed, source.trust_remote_code)
     if source.task == "text-generation":
-        prepared = {
-            split: pack_documents(
-                dataset,
-                tokenizer,
-                separator_id(tokenizer),
-                arguments.block_size,
-                split,
-                isolate_documents=arguments.isolate_documents,
-                predict_every_token=split != "train",
-                keep_last=split != "train",
-                num_proc=arguments.preprocessing_num_workers,
-            ).blocks
-            for split, dataset in splits.items()
-        }
+        packed = pack_splits(splits, tokenizer, arguments)
+        prepared = {split: text.blocks for split, text in packed.items()}
         collator = PackedCollator(tokenizer.pad_token_id)
     else:
 
@@ -257,10 +243,3 @@ def stage_arguments(args: Any, stage: str, max_steps: int, learning_rate: float,
     for name, value in {"stage": stage, "max_steps": max_steps, "learning_rate": learning_rate, **changes}.items():
         setattr(stage_args, name, value)
     return stage_args
-
-
-def write_json(path: Path, values: Any) -> None:
-    """Readable JSON, by way of a temporary file."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(values, indent=2, default=str) + "\n", "utf-8")
-    temporary.replace(path)

@@ -10,6 +10,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from ..training.files import write_json
 from ..training.trainer import find_last_checkpoint
 from .distillation import GMADistillationTrainer
 from .distillation_arguments import GMADistillationArguments
@@ -101,7 +102,7 @@ def distill(
             StageResult(args.stage, name, trainer.state.global_step, training.metrics["train_runtime"], metrics)
         )
         if trainer.is_world_process_zero():
-            write_state(output_dir, results)
+            write_json(output_dir / STATE_FILE, [dataclasses.asdict(result) for result in results])
         trainer.accelerator.wait_for_everyone()
     model.requires_grad_(True)
     return results
@@ -125,13 +126,6 @@ def read_state(output_dir: Path, stages: list[str]) -> list[StageResult]:
             f"{', '.join(stages) or 'none'}. Choose another output folder, or delete this one."
         )
     return results
-
-
-def write_state(output_dir: Path, results: list[StageResult]) -> None:
-    """Replace the state file in one step, so that an interruption leaves the old one or the new one."""
-    temporary = output_dir / f"{STATE_FILE}.tmp"
-    temporary.write_text(json.dumps([dataclasses.asdict(result) for result in results], indent=2) + "\n", "utf-8")
-    temporary.replace(output_dir / STATE_FILE)
 
 
 def load_weights(model: PreTrainedModel, folder: Path) -> None:

@@ -9,9 +9,11 @@ text), lines end at `\\n` alone, and no other Unicode separator splits anything.
 import glob
 import gzip
 import io
+import json
 import lzma
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from datasets import Dataset, Features, Value, load_dataset
 from datasets.exceptions import DatasetGenerationError
@@ -134,6 +136,13 @@ def load_files(files: list[str], data_format: str = "auto", text_documents: str 
     except DatasetGenerationError as error:
         cause = error.__cause__ or error
         raise TrainingInputError(f"Cannot read {_names(files)} as {kind}: {cause}") from error
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Write readable JSON in one step, so that an interruption leaves the old file or the new one."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(values, indent=2, default=str) + "\n", "utf-8")
+    temporary.replace(path)
 
 
 def _text_rows(files: tuple[str, ...], documents: str, cache_key: tuple) -> Iterator[dict]:

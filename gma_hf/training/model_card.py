@@ -1,7 +1,6 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
 """What was trained, on what, how, and what it scored: a model card for people and `results.json` for programs."""
 
-import json
 import math
 import os
 import platform
@@ -19,6 +18,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, TrainingArguments
 
 from ..version import __version__
 from .arguments import DataArguments
+from .files import write_json
 
 
 HYPERPARAMETERS = (
@@ -121,8 +121,7 @@ def write_results(output_dir: str, args: TrainingArguments, model: PreTrainedMod
         "num_processes": args.world_size,
         "versions": versions(),
     }
-    text = json.dumps(results, indent=2, default=str)
-    (Path(output_dir) / "results.json").write_text(text + "\n", "utf-8")
+    write_json(Path(output_dir) / "results.json", results)
 
 
 def write_model_card(output_dir: str, args: TrainingArguments, model: PreTrainedModel, record: TrainingRecord) -> None:

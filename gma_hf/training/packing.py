@@ -18,7 +18,9 @@ from datasets import Dataset, Features, NamedSplit, Sequence, Value
 from transformers import PreTrainedTokenizerBase
 
 from ..version import __version__
+from .arguments import LanguageModelingArguments
 from .errors import TrainingInputError
+from .tokenization import separator_id
 
 
 IGNORE_INDEX = -100  # labels that the loss leaves out
@@ -111,6 +113,26 @@ def pack_documents(
         num_words=sum(tokenized["num_words"]),
         num_documents=num_documents,
     )
+
+
+def pack_splits(
+    splits: dict[str, Dataset], tokenizer: PreTrainedTokenizerBase, arguments: LanguageModelingArguments
+) -> dict[str, PackedText]:
+    """Pack the documents of every split; outside of training every token is predicted and none is left out."""
+    return {
+        split: pack_documents(
+            dataset,
+            tokenizer,
+            separator_id(tokenizer),
+            arguments.block_size,
+            split,
+            isolate_documents=arguments.isolate_documents,
+            predict_every_token=split != "train",
+            keep_last=split != "train",
+            num_proc=arguments.preprocessing_num_workers,
+        )
+        for split, dataset in splits.items()
+    }
 
 
 def _tokenize(batch: dict[str, list], tokenizer: PreTrainedTokenizerBase) -> dict[str, list]:

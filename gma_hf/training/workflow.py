@@ -37,6 +37,12 @@ def run_script(main: Callable[[], None]) -> None:
         sys.exit(f"error: {error}")
 
 
+def set_up_logging(is_main: bool = True) -> None:
+    """Log with time and origin: what this package says, of processes beside the main one only errors."""
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S")
+    logging.getLogger("gma_hf").setLevel(logging.INFO if is_main else logging.ERROR)
+
+
 def start(args: GMATrainingArguments) -> str | None:
     """Set up logging and seeds, and find out where to resume.
 
@@ -52,8 +58,7 @@ def start(args: GMATrainingArguments) -> str | None:
         TrainingInputError: if there is no such checkpoint, or a trained model without checkpoints would be overwritten.
     """
     is_main = args.process_index == 0
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S")
-    logging.getLogger("gma_hf").setLevel(logging.INFO if is_main else logging.ERROR)
+    set_up_logging(is_main)
     datasets.utils.logging.set_verbosity_warning() if is_main else datasets.utils.logging.set_verbosity_error()
     transformers.set_seed(args.seed)
 

@@ -5,12 +5,12 @@ import copy
 
 import pytest
 import torch
-from torch._dynamo.testing import CompileCounter
 from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import DynamicLayer
 
 from gma_hf.modeling import GMACacheLayer
 from tests.conversion.tiny_models import VOCAB, make_converted_model, make_softmax_model
+from tests.promises import compiled_decoding_never_recompiles, left_padded_prompts_generate_as_alone
 
 
 # Float32 sums in another order
@@ -56,19 +56,7 @@ def test_generating_with_the_cache_equals_generating_without(model, tokens, argu
 
 @pytest.mark.quick
 def test_left_padded_prompts_generate_as_alone(model, tokens):
-    short = tokens[0, :7]
-    batch = torch.zeros(2, 19, dtype=torch.long)
-    batch[0, 12:], batch[1] = short, tokens[1]
-    for implementation in (None, "static"):
-        together = model.generate(
-            batch,
-            attention_mask=(batch != 0).long(),
-            do_sample=False,
-            cache_implementation=implementation,
-            **LENGTH,
-        )[:, 19:]
-        alone = [model.generate(row[None], do_sample=False, **LENGTH)[0, len(row) :] for row in (short, tokens[1])]
-        assert torch.equal(together, torch.stack(alone))
+    left_padded_prompts_generate_as_alone(model, tokens, **LENGTH)
 
 
 @pytest.mark.quick
@@ -161,25 +149,7 @@ def fresh_compiler():
 @pytest.mark.parametrize("variant", ["all", "hybrid"])
 def test_compiled_decoding_never_recompiles(variant, tokens, fresh_compiler):
     model = make_converted_model("llama", **VARIANTS[variant])
-    cache = StaticCache(config=model.config, max_cache_len=64)
-    counter = CompileCounter()
-    step = torch.compile(model.forward, fullgraph=True, backend=counter)
-    steps = torch.randint(3, VOCAB, (2, 6), generator=torch.Generator().manual_seed(4))
-    with torch.no_grad():
-        model(tokens, past_key_values=cache)
-        logits = []
-        for position in range(6):
-            arguments = model.prepare_inputs_for_generation(
-                steps[:, position : position + 1],
-                past_key_values=cache,
-                position_ids=torch.full((2, 1), 19 + position),
-            )
-            logits.append(step(**arguments).logits)
-            if position == 0:
-                compilations = counter.frame_count
-        expected = model(torch.cat([tokens, steps], dim=1), use_cache=False).logits[:, 19:]
-    assert counter.frame_count == compilations
-    torch.testing.assert_close(torch.cat(logits, dim=1), expected, **CLOSE)
+    compiled_decoding_never_recompiles(model, tokens, num_steps=6, vocab_size=VOCAB, **CLOSE)
 
 
 def test_forward_and_backward_compile_in_one_graph(tokens, fresh_compiler):

@@ -8,6 +8,7 @@ from transformers import StaticCache
 
 import gma_hf
 from tests.conftest import TINY, make_model, tiny_config
+from tests.promises import compiled_decoding_never_recompiles
 
 
 TOLERANCE = {"rtol": 1e-4, "atol": 2e-5}
@@ -73,25 +74,7 @@ def test_padded_batches_compile_in_one_graph(block, tokens):
 
 def test_compiled_decoding_never_recompiles(block, tokens):
     model = make_model(gma_hf.GMAForCausalLM, tiny_config(block))
-    cache = StaticCache(config=model.config, max_cache_len=64)
-    counter = CompileCounter()
-    step = torch.compile(model.forward, fullgraph=True, backend=counter)
-    steps = torch.randint(3, TINY["vocab_size"], (2, 10), generator=torch.Generator().manual_seed(4))
-    with torch.no_grad():
-        model(tokens, past_key_values=cache)
-        logits = []
-        for position in range(10):
-            arguments = model.prepare_inputs_for_generation(
-                steps[:, position : position + 1],
-                past_key_values=cache,
-                position_ids=torch.full((2, 1), 19 + position),
-            )
-            logits.append(step(**arguments).logits)
-            if position == 0:
-                compilations = counter.frame_count
-        expected = model(torch.cat([tokens, steps], dim=1), use_cache=False).logits[:, 19:]
-    assert counter.frame_count == compilations
-    torch.testing.assert_close(torch.cat(logits, dim=1), expected, **TOLERANCE)
+    compiled_decoding_never_recompiles(model, tokens, num_steps=10, vocab_size=TINY["vocab_size"], **TOLERANCE)
 
 
 def test_export_with_any_length(block, tokens):

@@ -11,6 +11,7 @@ from transformers.cache_utils import Cache
 import gma_hf
 from gma_hf.modeling import GMACacheLayer
 from tests.conftest import BLOCKS, TINY, make_model, tiny_config
+from tests.promises import left_padded_prompts_generate_as_alone
 
 
 # Float32 sums in another order, as in the padding tests
@@ -68,19 +69,7 @@ def test_static_cache_equals_dynamic_cache(model, tokens):
 
 @pytest.mark.quick
 def test_left_padded_prompts_generate_as_alone(model, tokens):
-    short = tokens[0, :7]
-    batch = torch.zeros(2, 19, dtype=torch.long)
-    batch[0, 12:], batch[1] = short, tokens[1]
-    for implementation in (None, "static"):
-        together = model.generate(
-            batch,
-            attention_mask=(batch != 0).long(),
-            do_sample=False,
-            cache_implementation=implementation,
-            **LENGTH,
-        )[:, 19:]
-        alone = [model.generate(row[None], do_sample=False, **LENGTH)[0, len(row) :] for row in (short, tokens[1])]
-        assert torch.equal(together, torch.stack(alone))
+    left_padded_prompts_generate_as_alone(model, tokens, **LENGTH)
 
 
 @pytest.mark.quick

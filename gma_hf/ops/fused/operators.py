@@ -44,7 +44,6 @@ def empty_saved(plan, query, key, means, causal, normalize, has_weight, save) ->
     chunks, key_chunks = cdiv(length, plan.T), cdiv(key.shape[2], plan.T)
     state_dtype = torch.float32 if plan.exact else torch.float16
     kept = slabs if save and causal else 0
-
     parts = 2 if plan.exact else 4
 
     def new(*shape, dtype=torch.float32):
@@ -122,10 +121,7 @@ def scan(states, decays, first, last, reverse, slabs_per_decay) -> None:
     )  # fmt: skip
 
 
-def write(
-    plan, saved, x, y, output, rd, write_weight, log_decay, lse, largest_y, largest_weight, mixtures, repeats,
-    first, last, reverse,
-):  # fmt: skip
+def write(plan, saved, x, y, output, rd, write_weight, log_decay, mixtures, repeats, first, last, reverse):
     """States at the borders of the segments [slabs, segments, size], and chunks per segment; fills `last` as well."""
     batch, _, length, dim = x.shape
     chunks = cdiv(length, plan.T)
@@ -134,7 +130,8 @@ def write(
     states = last.new_empty(batch * mixtures * plan.NV, segments, last.shape[-1])
     decays = last.new_empty(batch * mixtures, segments)
     write_kernel[(batch * mixtures * plan.NV * segments,)](
-        x, y, output, rd, write_weight, log_decay, saved.weights, saved.bias, states, decays, lse, largest_y, largest_weight,
+        x, y, output, rd, write_weight, log_decay, saved.weights, saved.bias, states, decays,
+        saved.lse_query if reverse else saved.lse_key, saved.largest_value, saved.largest_weight,
         *strides(x), *strides(y), *strides(output), *strides(write_weight), *strides(log_decay),
         length, dim, y.shape[-1], mixtures, segments, per_segment, chunks,
         mixtures * repeats // x.shape[1], mixtures * repeats // y.shape[1],
@@ -180,8 +177,7 @@ def fused_attention(
         states, per_segment = first, chunks
     else:
         states, per_segment = write(
-            plan, saved, key, value, None, None, write_weight, log_decay, saved.lse_key, saved.largest_value,
-            saved.largest_weight, mixtures, 1, first, saved.last, False,
+            plan, saved, key, value, None, None, write_weight, log_decay, mixtures, 1, first, saved.last, False
         )  # fmt: skip
     if not causal:
         states, per_segment = saved.last, segment_length(plan, batch * mixtures, chunks, query.device)
@@ -219,9 +215,8 @@ def _(
     (mixtures, components, dim), value_dim = means.shape, value.shape[-1]
     plan = make_plan(query.dtype, int(components), int(dim), int(value_dim))
     saved = empty_saved(plan, query, key, means, causal, eps is not None, write_weight is not None, save)
-    new = saved.last.new_empty
-    shape = (query.shape[0], mixtures, components) if final_state else (0,)
-    S, z = new(*shape, value_dim) if final_state else new(0), new(shape)
+    shape = (query.shape[0], mixtures, components)
+    S, z = (saved.last.new_empty(size if final_state else 0) for size in ((*shape, value_dim), shape))
     return empty_output(query, value), S, z, *saved
 
 
@@ -279,8 +274,8 @@ def fused_attention_backward(
     grad_states = first
     if not one_pass:
         grad_states, _ = write(
-            plan, saved, query, grad_output, output if normalize else None, rd, None, log_decay, saved.lse_query,
-            None, None, mixtures, repeats, first, grad_first, True,
+            plan, saved, query, grad_output, output if normalize else None, rd, None, log_decay, mixtures, repeats,
+            first, grad_first, True,
         )  # fmt: skip
     if not causal:
         grad_states = grad_first
