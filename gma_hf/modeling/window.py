@@ -155,19 +155,23 @@ class GMAWindow(nn.Module):
             tokens = tokens._replace(runs=run_starts(tokens.runs).cumsum(dim=1))
 
         with torch.autocast(device_type=query.device.type, enabled=False):
-            near, near_log_sum = window_softmax(
+            read, weight, state = self._read_memory(mixture, routing_query, tokens, causal, history, output_history)
+            output = window_softmax(
                 query,
                 tokens.keys,
                 tokens.values,
                 tokens.valid,
                 tokens.runs,
+                read,
+                weight,
+                self.memory_bias,
+                self.memory_query,
+                sinks,
                 size=size,
                 causal=causal,
                 scaling=scaling,
                 softcap=softcap,
             )
-            read, weight, state = self._read_memory(mixture, routing_query, tokens, causal, history, output_history)
-            output = merge(near, near_log_sum, read, weight, self._memory_logits(query), sinks).to(value.dtype)
 
         if order is not None:
             back = order.argsort(dim=1)[:, -query.shape[2] :] - (order.shape[1] - query.shape[2])
@@ -195,12 +199,6 @@ class GMAWindow(nn.Module):
         if history is None and not output_history and isinstance(length, int) and length < self.window_size:
             return max(length, 1)
         return self.window_size
-
-    def _memory_logits(self, query: Tensor) -> Tensor:
-        """m of the equations, (batch, num_heads, length)."""
-        dtype = torch.promote_types(query.dtype, torch.float32)
-        slopes = query.to(dtype) @ self.memory_query.to(dtype)[:, :, None]
-        return slopes.squeeze(-1) + self.memory_bias.to(dtype)[:, None]
 
     def _read_memory(
         self,
@@ -238,7 +236,6 @@ class GMAWindow(nn.Module):
                 is_last = written.runs[:, -1] == tokens.runs[:, -1]
                 last_state = last_state * is_last[:, None, None, None]
             state = last_state[..., :-1], last_state[..., -1]
-        output = output.to(torch.promote_types(output.dtype, torch.float32))
         read, weight = output[..., :-1], output[..., -1]
         if causal and tokens.runs is not None:
             # The newest token that the memory knows is of another sequence: so is all of the memory
@@ -338,39 +335,3 @@ def join_history(tokens: WindowTokens, history: GMAWindowHistory | None, size: i
         join(past.log_decay, tokens.log_decay),
         runs,
     )
-
-
-def merge(
-    near: Tensor, near_log_sum: Tensor, read: Tensor, weight: Tensor, log_weight: Tensor, sinks: Tensor | None
-) -> Tensor:
-    """
-    (e^{l_i} near_i + e^{m_i} read_i) / (e^{l_i} + e^{m_i} weight_i + e^{sink}), all relative to the largest term.
-
-    Args:
-        near, near_log_sum (`torch.Tensor` of shape `(batch, heads, length, value_dim)` and `(batch, heads, length)`): the
-            softmax part and l, the logarithm of its normaliser.
-        read, weight (`torch.Tensor` of the same shapes): gamma^Q S and gamma^Q z, what the memory reads.
-        log_weight (`torch.Tensor` of shape `(batch, heads, length)`): m.
-        sinks (`torch.Tensor` of shape `(heads,)`, *optional*): logits that join the normaliser alone.
-
-    Returns:
-        `torch.Tensor` of shape `(batch, heads, length, value_dim)`; zero where there is nothing to see.
-    """
-    # As in the operator, what is below 1e-19 (float32) counts as forgotten; its inverse stays finite
-    is_empty = weight < torch.finfo(weight.dtype).tiny ** 0.5
-    log_weight = log_weight.masked_fill(is_empty, float("-inf"))
-    log_total = (log_weight + weight.masked_fill(is_empty, 1.0).log()).detach()
-    maximum = torch.maximum(near_log_sum.detach(), log_total)
-    if sinks is not None:
-        sinks = sinks.to(maximum.dtype)[:, None]
-        maximum = torch.maximum(maximum, sinks.detach())
-    # The lowest number, not -inf, where a query sees nothing: the difference to -inf is no number
-    maximum = maximum.clamp(min=torch.finfo(maximum.dtype).min)
-    near_weight = torch.exp(near_log_sum - maximum)
-    memory_factor = torch.exp(log_weight - maximum)
-    numerator = near * near_weight[..., None] + read * memory_factor[..., None]
-    denominator = near_weight + weight * memory_factor
-    if sinks is not None:
-        denominator = denominator + torch.exp(sinks - maximum)
-    # The largest term is about one, so the denominator is zero only where nothing is seen
-    return numerator / denominator.masked_fill(denominator == 0, 1.0)[..., None]

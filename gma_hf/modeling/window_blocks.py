@@ -1,0 +1,189 @@
+# Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
+"""The two passes of `window_softmax` in PyTorch, in any precision and on any device.
+
+A block of T queries stands against the T keys beside it and the W before (bidirectional, also the W behind) them, so there
+are T + W logits per query. B rows, Hq query heads, Hk key/value heads, R = Hq / Hk, length N, n blocks: queries
+[B, Hk, n, R * T, d] (queries that share a key are rows of one matrix), keys of a block [B, Hk, n, span, d].
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+SHORTEST_BLOCK = 16  # queries: narrow windows would make the matrix products small
+PIECE = 2**24  # logits that exist at the same time
+
+
+class Band(NamedTuple):
+    """How the tokens are cut into blocks."""
+
+    size: int  # W
+    causal: bool
+    block: int  # T
+    num_blocks: int
+
+    @property
+    def span(self) -> int:
+        """How many keys a block of queries stands against."""
+        return self.block + self.size * (1 if self.causal else 2)
+
+    def spread(self, x: Tensor, dim: int) -> Tensor:
+        """Keys of all blocks, [..., length, ...] -> [..., n, ..., span] (overlapping views)."""
+        padding = self.size * (0 if self.causal else 1)
+        missing = self.size * (1 if self.causal else 2) + self.num_blocks * self.block - x.shape[dim] - padding
+        return F.pad(x, (*[0, 0] * (x.ndim - 1 - dim), padding, missing)).unfold(dim, self.span, self.block)
+
+    def gather(self, x: Tensor, length: int) -> Tensor:
+        """The transpose of `spread`: sums what blocks [B, Hk, n, span, d] have for a key, [B, Hk, length, d]."""
+        size, block = self.size, self.block
+        total = x.new_zeros(*x.shape[:2], (self.num_blocks + 1) * block + size, x.shape[-1])
+        for start, width in ((0, size), (size, block), (size + block, size))[: 2 if self.causal else 3]:
+            part = total.narrow(2, start, self.num_blocks * block).unflatten(2, (self.num_blocks, block))
+            part.narrow(3, 0, width).add_(x.narrow(3, start, width))
+        return total.narrow(2, 0 if self.causal else size, length).contiguous()
+
+    def pieces(self, num_rows: int) -> list[slice]:
+        """Blocks to do at once, `num_rows` being those of the logits of one block."""
+        step = max(1, PIECE // max(1, num_rows * self.span))
+        return [slice(start, start + step) for start in range(0, self.num_blocks, step)]
+
+    def fold_queries(self, x: Tensor, num_key_heads: int) -> Tensor:
+        """[B, Hq, N, d] -> [B, Hk, n, R * T, d]."""
+        x = F.pad(x, (0, 0, 0, self.num_blocks * self.block - x.shape[2]))
+        x = x.unflatten(2, (self.num_blocks, self.block)).unflatten(1, (num_key_heads, -1))
+        return x.transpose(2, 3).flatten(3, 4)
+
+    def unfold_queries(self, x: Tensor, length: int) -> Tensor:
+        """[B, Hk, n, R * T, d] -> [B, Hq, N, d]."""
+        x = x.unflatten(3, (-1, self.block)).transpose(2, 3).flatten(1, 2).flatten(2, 3)
+        return x.narrow(2, 0, length).contiguous()
+
+    def visible(self, valid: Tensor, runs: Tensor | None) -> Tensor:
+        """Which keys a query sees, [B or 1, n, T, span]."""
+        key_place = torch.arange(self.span, device=valid.device) - self.size
+        distance = torch.arange(self.block, device=valid.device)[:, None] - key_place
+        is_near = (distance >= 0) & (distance < self.size) if self.causal else distance.abs() <= self.size
+        visible = self.spread(valid, 1)[:, :, None] & is_near
+        if runs is not None:
+            key_runs = self.spread(runs, 1)
+            visible = visible & (key_runs[..., self.size : self.size + self.block, None] == key_runs[:, :, None])
+        return visible
+
+
+def shortest_band(length: int, size: int, causal: bool) -> Band:
+    """The band of a forward pass: a single token is a block of its own."""
+    block = max(1, min(length, max(size, SHORTEST_BLOCK)))
+    return Band(size, causal, block, max(1, -(-length // block)))
+
+
+def whole_band(length: int, size: int, causal: bool) -> Band:
+    """The band of a backward pass: `gather` needs blocks that are no shorter than the window."""
+    block = max(size, SHORTEST_BLOCK)
+    return Band(size, causal, block, max(1, -(-length // block)))
+
+
+def masked_logits(query: Tensor, key: Tensor, visible: Tensor, softcap: float | None) -> Tensor:
+    """s, [B, Hk, n, R * T, span], from scaled queries and the keys [B, Hk, n, d, span]; -inf where not visible."""
+    logits = query @ key
+    if softcap is not None:
+        logits.div_(softcap).tanh_().mul_(softcap)
+    logits.unflatten(3, (-1, visible.shape[2])).masked_fill_(~visible[:, None, :, None], float("-inf"))
+    return logits
+
+
+def accumulation_dtype(query: Tensor, value: Tensor) -> torch.dtype:
+    """Precision of logits and sums: float32, or float64 when an input has it."""
+    return torch.promote_types(torch.promote_types(query.dtype, value.dtype), torch.float32)
+
+
+def memory_logits(query: Tensor, weight: Tensor, memory_bias: Tensor, memory_query: Tensor, dtype) -> Tensor:
+    """m, [B, Hq, N]; -inf where the memory is empty."""
+    slopes = query.to(dtype) @ memory_query.to(dtype)[:, :, None]
+    logits = slopes.squeeze(-1) + memory_bias.to(dtype)[:, None]
+    # As in the operator, what is below 1e-19 (float32) counts as forgotten; its inverse stays finite
+    return logits.masked_fill_(weight < torch.finfo(dtype).tiny ** 0.5, float("-inf"))
+
+
+def attend(
+    query, key, value, valid, runs, read, weight, memory_bias, memory_query, sinks, size, causal, scaling, softcap
+) -> tuple[Tensor, Tensor]:
+    """o [B, Hq, N, dv] and l [B, Hq, N]."""
+    dtype, length = accumulation_dtype(query, value), query.shape[2]
+    band = shortest_band(length, size, causal)
+    queries = band.fold_queries(query.to(dtype) * scaling, key.shape[1])
+    keys, values = band.spread(key.to(dtype), 2), band.spread(value.to(dtype), 2)
+    visible = band.visible(valid, runs)
+    near = queries.new_empty(*queries.shape[:-1], value.shape[-1])
+    log_sum = queries.new_empty(*queries.shape[:-1], 1)
+    # The lowest number, not -inf, where a query sees nothing: the difference to -inf is no number
+    lowest = torch.finfo(dtype).min
+    for piece in band.pieces(queries[:, :, 0, :, 0].numel()):
+        weights = masked_logits(queries[:, :, piece], keys[:, :, piece], visible[:, piece], softcap)
+        maximum = weights.amax(dim=-1, keepdim=True).clamp_(min=lowest)
+        total = weights.sub_(maximum).exp_().sum(dim=-1, keepdim=True)
+        log_sum[:, :, piece] = maximum.add_(total.log())
+        near_sum = weights @ values[:, :, piece].transpose(-1, -2)
+        near[:, :, piece] = near_sum.div_(total.masked_fill_(total == 0, 1.0))
+    near, log_sum = band.unfold_queries(near, length), band.unfold_queries(log_sum, length).squeeze(-1)
+
+    weight = weight.to(dtype)
+    logits = memory_logits(query, weight, memory_bias, memory_query, dtype)
+    maximum = torch.maximum(log_sum, logits + weight.clamp(min=torch.finfo(dtype).tiny).log())
+    if sinks is not None:
+        sinks = sinks.to(dtype)[:, None]
+        maximum = torch.maximum(maximum, sinks)
+    maximum.clamp_(min=lowest)
+    near_factor, memory_factor = torch.exp(log_sum - maximum), torch.exp(logits - maximum)
+    total = near_factor + weight * memory_factor
+    if sinks is not None:
+        total += torch.exp(sinks - maximum)
+    output = near.mul_(near_factor[..., None]).addcmul_(read.to(dtype), memory_factor[..., None])
+    # The largest term is about one, so the sum is zero only where nothing is seen
+    output.div_(total.masked_fill(total == 0, 1.0)[..., None])
+    return output.to(value.dtype), maximum.add_(total.log())
+
+
+def attend_backward(
+    query, key, value, valid, runs, read, weight, memory_bias, memory_query, output, log_sum, grad_output,
+    size, causal, scaling, softcap,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """dq, dk, dv, dr, dw, dm [B, Hq, N], du [Hq, d], and delta [B, Hq, N]."""
+    dtype, length, num_key_heads = log_sum.dtype, query.shape[2], key.shape[1]
+    grad_output, memory_weight = grad_output.to(dtype), weight.to(dtype)
+    delta = (grad_output * output).sum(dim=-1)
+    log_sum = log_sum.clamp(min=torch.finfo(dtype).min)
+    factor = torch.exp(memory_logits(query, memory_weight, memory_bias, memory_query, dtype) - log_sum)
+    grad_read, grad_weight = grad_output * factor[..., None], -factor * delta
+    grad_logit = (read * grad_read).sum(dim=-1) + memory_weight * grad_weight
+    grad_memory_query = (query.to(dtype) * grad_logit[..., None]).sum(dim=(0, 2))
+
+    band = whole_band(length, size, causal)
+    queries = band.fold_queries(query.to(dtype) * scaling, num_key_heads)
+    keys, values = band.spread(key.to(dtype), 2), band.spread(value.to(dtype), 2)
+    visible = band.visible(valid, runs)
+    reads = band.fold_queries(grad_output, num_key_heads)
+    deltas, log_sum = (band.fold_queries(x[..., None], num_key_heads) for x in (delta, log_sum))
+    grad_query = torch.empty_like(queries)
+    grad_key = queries.new_empty(*queries.shape[:3], band.span, key.shape[-1])
+    grad_value = queries.new_empty(*queries.shape[:3], band.span, value.shape[-1])
+    for piece in band.pieces(queries[:, :, 0, :, 0].numel()):
+        logits = masked_logits(queries[:, :, piece], keys[:, :, piece], visible[:, piece], softcap)
+        weights = torch.exp(logits - log_sum[:, :, piece])
+        grad_value[:, :, piece] = weights.transpose(-1, -2) @ reads[:, :, piece]
+        grad_logits = reads[:, :, piece] @ values[:, :, piece]
+        grad_logits.sub_(deltas[:, :, piece]).mul_(weights)
+        if softcap is not None:
+            # d (c tanh(s / c)) = 1 - tanh^2; what is not visible has weight zero, but an infinite logit
+            slope = logits.div_(softcap).square_().neg_().add_(1.0)
+            grad_logits.mul_(slope.masked_fill_(weights == 0, 0.0))
+        grad_query[:, :, piece] = grad_logits @ keys[:, :, piece].transpose(-1, -2)
+        grad_key[:, :, piece] = grad_logits.transpose(-1, -2) @ queries[:, :, piece]
+    grad_query = band.unfold_queries(grad_query, length).mul_(scaling)
+    grad_query.addcmul_(grad_logit[..., None], memory_query.to(dtype)[:, None])
+    grads = (grad_query, *(band.gather(x, key.shape[2]) for x in (grad_key, grad_value)), grad_read, grad_weight)
+    inputs = (query, key, value, read, weight)
+    grads = (grad.to(x.dtype) for grad, x in zip(grads, inputs, strict=True))
+    return tuple(x.contiguous() for x in (*grads, grad_logit, grad_memory_query, delta))

@@ -1,0 +1,119 @@
+# Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
+"""The two passes of `window_softmax` by its kernels: block sizes, what is allocated, how they are launched.
+
+query [B, HQ, N, D], key [B, HK, NK, D], value [B, HK, NK, DV], valid [B or 1, NK], runs [B, NK], read [B, HQ, N, DV],
+weight [B, HQ, N], memory_bias and sinks [HQ], memory_query [HQ, D].
+"""
+
+import torch
+from torch import Tensor
+
+from ..ops.fused.operators import empty_output, row_contiguous, strides
+from ..ops.fused.plan import INTERPRETED, cdiv, padded
+from .window_kernels import LOG2E, attend_kernel, grad_keys_kernel, grad_queries_kernel
+
+
+# (queries, keys, warps, stages) of the blocks by the larger padded dimension
+FORWARD = {64: (64, 64, 4, 2), 128: (64, 64, 4, 2), 256: (64, 32, 8, 2)}
+BACKWARD = {64: (64, 64, 4, 2), 128: (64, 64, 8, 2), 256: (32, 32, 8, 1)}
+EXACT_FORWARD = {64: (64, 32, 4, 2), 128: (32, 32, 8, 2), 256: (32, 16, 8, 1)}
+EXACT_BACKWARD = {64: (32, 32, 4, 2), 128: (32, 32, 8, 1), 256: (16, 16, 8, 1)}
+FEW_QUERIES = 16  # decoding: the least that matrix units multiply
+
+
+def blocks_of(tables: tuple[dict, dict], query: Tensor, value: Tensor) -> tuple[int, int, dict[str, int]]:
+    """Queries and keys of a block, and launch options; `tables` are for 16-bit and for float32 inputs."""
+    table = tables[torch.float32 in (query.dtype, value.dtype)]
+    queries, keys, warps, stages = table[max(64, padded(query.shape[-1]), padded(value.shape[-1]))]
+    return queries, keys, {"num_warps": warps, "num_stages": stages}
+
+
+def constants(query: Tensor, key: Tensor, value: Tensor, runs, causal: bool, softcap) -> dict[str, int | bool | str]:
+    """What the kernels are specialised for."""
+    dim, value_dim = query.shape[-1], value.shape[-1]
+    return {
+        "R": query.shape[1] // key.shape[1],
+        "DP": padded(dim),
+        "DVP": padded(value_dim),
+        "EVEN_D": dim == padded(dim),
+        "EVEN_V": value_dim == padded(value_dim),
+        "CAUSAL": causal,
+        "HAS_RUNS": runs is not None,
+        "SOFTCAP": softcap is not None,
+        "PRECISION": "ieee" if INTERPRETED else "tf32x3",
+    }
+
+
+def logit_scales(scaling: float, softcap: float | None) -> tuple[float, float]:
+    """Base 2: q . k times the first; with a cap, the second times the hyperbolic tangent of that."""
+    log2e = LOG2E.value
+    return (scaling * log2e, 0.0) if softcap is None else (scaling / softcap, softcap * log2e)
+
+
+def mask_strides(valid: Tensor, runs: Tensor | None) -> tuple[int, int]:
+    """Strides of the rows of `valid`, one for all or one each, and of `runs`."""
+    return (0 if valid.shape[0] == 1 else valid.stride(0)), (0 if runs is None else runs.stride(0))
+
+
+def forward(
+    query, key, value, valid, runs, read, weight, memory_bias, memory_query, sinks, size, causal, scaling, softcap
+) -> tuple[Tensor, Tensor]:
+    """o [B, HQ, N, DV] in the dtype of value, and l [B, HQ, N] in float32."""
+    batch, heads, length, dim = query.shape
+    query, key, value, read = (row_contiguous(x) for x in (query, key, value, read))
+    valid, runs = valid.contiguous(), None if runs is None else runs.contiguous()
+    block, key_block, options = blocks_of((FORWARD, EXACT_FORWARD), query, value)
+    block = FEW_QUERIES if length <= FEW_QUERIES else block
+    blocks = cdiv(length, block)
+    output = empty_output(query, value)
+    log_sum = query.new_empty(batch, heads, length, dtype=torch.float32)
+    attend_kernel[(batch * heads * blocks,)](
+        query, key, value, valid, valid if runs is None else runs, read, weight, memory_bias.contiguous(),
+        memory_query.contiguous(), memory_bias if sinks is None else sinks.contiguous(), output, log_sum,
+        *strides(query), *strides(key), *strides(value), *strides(read), *weight.stride(), *strides(output),
+        *mask_strides(valid, runs), length, key.shape[2], dim, value.shape[-1], heads, size, blocks,
+        *logit_scales(scaling, softcap),
+        BM=block, BN=key_block, HAS_SINKS=sinks is not None,
+        **constants(query, key, value, runs, causal, softcap), **options,
+    )  # fmt: skip
+    return output, log_sum
+
+
+def empty_grads(query, key, value, read, weight) -> tuple[Tensor, ...]:
+    """Gradients of what has tokens, not filled yet: as dense as the inputs, in the same order."""
+    grads = (torch.empty_like(row_contiguous(x)) for x in (query, key, value, read))
+    return *grads, weight.new_empty(weight.shape)
+
+
+def backward(
+    query, key, value, valid, runs, read, weight, memory_bias, memory_query, output, log_sum, grad_output,
+    size, causal, scaling, softcap,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """dq, dk, dv, dr, dw, and in float32 dm [B, HQ, N], du [HQ, D] and delta [B, HQ, N]."""
+    batch, heads, length, dim = query.shape
+    query, key, value, read, grad_output = (row_contiguous(x) for x in (query, key, value, read, grad_output))
+    valid, runs = valid.contiguous(), None if runs is None else runs.contiguous()
+    block, key_block, options = blocks_of((BACKWARD, EXACT_BACKWARD), query, value)
+    blocks = cdiv(length, block)
+    grad_query, grad_key, grad_value, grad_read, grad_weight = empty_grads(query, key, value, read, weight)
+    grad_logit, delta = torch.empty_like(log_sum), torch.empty_like(log_sum)
+    grad_slope = log_sum.new_empty(batch, heads, blocks, dim)
+    named = constants(query, key, value, runs, causal, softcap) | options
+    sizes = (length, key.shape[2], dim, value.shape[-1], heads, size)
+    scales = (scaling, *logit_scales(scaling, softcap))
+    numbers = valid if runs is None else runs
+    grad_queries_kernel[(batch * heads * blocks,)](
+        query, key, value, valid, numbers, read, weight, memory_bias.contiguous(), memory_query.contiguous(),
+        output, log_sum, grad_output, grad_query, grad_read, grad_weight, grad_logit, grad_slope, delta,
+        *strides(query), *strides(key), *strides(value), *strides(read), *weight.stride(), *strides(output),
+        *strides(grad_output), *strides(grad_query), *strides(grad_read),
+        *mask_strides(valid, runs), *sizes, blocks, *scales, BM=block, BN=key_block, **named,
+    )  # fmt: skip
+    key_blocks = cdiv(key.shape[2], key_block)
+    grad_keys_kernel[(batch * key.shape[1] * key_blocks,)](
+        query, key, value, valid, numbers, log_sum, grad_output, delta, grad_key, grad_value,
+        *strides(query), *strides(key), *strides(value), *strides(grad_output), *strides(grad_key),
+        *strides(grad_value), *mask_strides(valid, runs), *sizes, key_blocks, *scales,
+        BM=block, BN=key_block, **named,
+    )  # fmt: skip
+    return grad_query, grad_key, grad_value, grad_read, grad_weight, grad_logit, grad_slope.sum(dim=(0, 2)), delta
