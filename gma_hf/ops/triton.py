@@ -16,6 +16,7 @@ import os
 import torch
 from torch import Tensor
 
+from .recurrent import SHORT
 from .registry import AttentionCall, State, register_backend
 
 
@@ -25,17 +26,33 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 INSTALLED = importlib.util.find_spec("triton") is not None
 
 
+def needs_gradients(call: AttentionCall) -> bool:
+    tensors = (*call[:6], call.write_weight, call.log_decay, *(call.initial_state or ()))
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
+def is_step(call: AttentionCall) -> bool:
+    """Whether the call is decoding: a few tokens, without gradients."""
+    # A length that is still open (torch.export) is no int, and must not be decided on
+    length = call.key.shape[2]
+    is_short = isinstance(length, int) and length <= SHORT
+    return is_short and call.causal and not call.strict and not needs_gradients(call)
+
+
 def fused_attention(call: AttentionCall) -> tuple[Tensor, State | None]:
     """Evaluate the call with the fused kernels."""
-    from .fused import operators  # noqa: F401 (defines the operators)
+    from .fused import decoding, operators  # noqa: F401 (define the operators)
 
     S, z = (None, None) if call.initial_state is None else call.initial_state
     tensors = (
         call.query, call.key, call.value, call.means, call.raw_variances, call.prior_logits, call.write_weight,
         call.log_decay, S, z,
     )  # fmt: skip
-    save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
     eps = call.eps if call.normalize else None
+    if is_step(call):
+        output, S, z = torch.ops.gma_hf.fused_decoding(*tensors, eps, call.variance_floor)
+        return output, (S, z)
+    save = needs_gradients(call)
     output, S, z, *_ = torch.ops.gma_hf.fused_attention(
         *tensors, call.causal, call.strict, eps, call.variance_floor, save, call.output_final_state
     )
@@ -75,7 +92,9 @@ def supports(call: AttentionCall) -> str | None:
 
 
 def priority(call: AttentionCall) -> int:
-    return 0 if call.query.device.type == "cpu" else 15
+    if call.query.device.type == "cpu":
+        return 0
+    return 25 if is_step(call) else 15
 
 
 register_backend("triton", fused_attention, supports=supports, priority=priority)

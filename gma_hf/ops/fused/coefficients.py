@@ -39,6 +39,20 @@ def log_priors(Priors, components, C, CP: tl.constexpr):
 
 
 @triton.jit
+def load_centred(Means, RawVariances, offsets, mask, variance_floor, C):
+    """linear and quadratic of some dimensions [CP, BD] in base 2, and their share of the bias [CP] in base e."""
+    means = tl.load(Means + offsets, mask=mask, other=0.0).to(tl.float32)
+    raw = tl.load(RawVariances + offsets, mask=mask, other=0.0).to(tl.float32)
+    precisions = tl.where(mask, 1.0 / (softplus(raw) + variance_floor), 0.0)
+    linear = means * precisions
+    constant = tl.where(mask, means * linear - tl.log(tl.where(mask, precisions, 1.0)), 0.0)
+    bias = -0.5 * tl.sum(tl.where(mask, constant - tl.sum(constant, 0)[None, :] / C, 0.0), 1)
+    quadratic = tl.where(mask, -0.5 * LOG2E * (precisions - tl.sum(precisions, 0)[None, :] / C), 0.0)
+    linear = tl.where(mask, LOG2E * (linear - tl.sum(linear, 0)[None, :] / C), 0.0)
+    return linear, quadratic, bias
+
+
+@triton.jit
 def coefficients_kernel(
     Means, RawVariances, Priors, Coefficients, Bias, variance_floor, C, D,
     CP: tl.constexpr, DP: tl.constexpr, BD: tl.constexpr, EXACT: tl.constexpr,
@@ -54,15 +68,8 @@ def coefficients_kernel(
         columns = block * BD + tl.arange(0, BD)
         offsets = components[:, None] * D + columns[None, :]
         mask = (components < C)[:, None] & (columns < D)[None, :]
-        means = tl.load(Means + offsets, mask=mask, other=0.0).to(tl.float32)
-        raw = tl.load(RawVariances + offsets, mask=mask, other=0.0).to(tl.float32)
-        precisions = tl.where(mask, 1.0 / (softplus(raw) + variance_floor), 0.0)
-        linear = means * precisions
-        constant = tl.where(mask, means * linear - tl.log(tl.where(mask, precisions, 1.0)), 0.0)
-        quadratic = tl.where(mask, -0.5 * LOG2E * (precisions - tl.sum(precisions, 0)[None, :] / C), 0.0)
-        bias -= 0.5 * tl.sum(tl.where(mask, constant - tl.sum(constant, 0)[None, :] / C, 0.0), 1)
-        linear = tl.where(mask, LOG2E * (linear - tl.sum(linear, 0)[None, :] / C), 0.0)
-
+        linear, quadratic, share = load_centred(Means, RawVariances, offsets, mask, variance_floor, C)
+        bias += share
         to = components[:, None] * DP + columns[None, :]
         if EXACT:
             tl.store(Coefficients + to, linear)

@@ -114,10 +114,10 @@ def from_slabs(plan: Plan, slabs: Tensor, batch: int, components: int, dim: int)
 def scan(states, decays, first, last, reverse, slabs_per_decay) -> None:
     """Run `scan_kernel` in place on states [slabs, segments, size]."""
     slabs, segments, size = states.shape
-    block = 256
+    block = 128
     scan_kernel[(slabs, cdiv(size, block))](
         states, decays, first, last, segments, size, slabs_per_decay,
-        BLOCK=block, REVERSE=reverse, HAS_DECAY=decays is not None, HAS_FIRST=first is not None, num_warps=2,
+        BLOCK=block, ROWS=16, REVERSE=reverse, HAS_DECAY=decays is not None, HAS_FIRST=first is not None, num_warps=1,
     )  # fmt: skip
 
 
@@ -239,6 +239,15 @@ def make_side(plan: Plan, queries: bool, batch: int, mixtures: int, x: Tensor, o
     return Side(queries, x.shape[2], per_segment, segments, workers)
 
 
+def sums_in_registers(plan: Plan, queries: bool, one_pass: bool, has_decay: bool) -> bool:
+    """Whether a program keeps the sums of its parameters' gradients in registers, as measured; else they are in memory."""
+    if plan.BD < plan.DP:  # blocks of columns take turns in the registers
+        return False
+    if plan.CP * plan.DP > 4096:
+        return not queries
+    return queries or not (one_pass or has_decay)
+
+
 torch.library.define(
     "gma_hf::fused_attention_backward",
     f"({INPUTS}, Tensor output, Tensor grad_output, Tensor? grad_S, Tensor? grad_z, bool causal, bool strict, "
@@ -296,8 +305,7 @@ def fused_attention_backward(
     ]
     dd, reads = grad_first.new_empty(2, batch, query_heads, blocks, length)
     partials = sum(side.workers for side in sides) * blocks
-    in_registers = plan.DP == plan.BD and log_decay is None
-    new = grad_first.new_empty if in_registers else grad_first.new_zeros
+    new = grad_first.new_zeros
     grad_linear, grad_quadratic = (new(partials, mixtures, plan.CP, plan.DP) for _ in range(2))
     grad_bias = grad_first.new_empty(partials, mixtures, plan.CP)
     done = 0
@@ -315,7 +323,7 @@ def fused_attention_backward(
             R=repeats, CAUSAL=causal, QUERIES=side.queries, HAS_GRAD_STATE=grad_states is not None,
             GRAD_FIRST=one_pass and grad_state, STRICT=strict,
             HAS_WEIGHT=write_weight is not None, HAS_DECAY=log_decay is not None, NORMALIZE=normalize,
-            GRAD_WEIGHT=grad_weight, IN_REGISTERS=in_registers,
+            GRAD_WEIGHT=grad_weight, IN_REGISTERS=sums_in_registers(plan, side.queries, one_pass, log_decay is not None),
             **plan.constants(dim, value_dim), **plan.gradient,
         )  # fmt: skip
         done += side.workers * blocks

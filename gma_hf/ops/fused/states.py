@@ -146,22 +146,37 @@ def write_kernel(
 @triton.jit(do_not_specialize=["segments", "slabs_per_decay"])
 def scan_kernel(
     States, SegmentDecays, First, Last, segments, SIZE, slabs_per_decay,
-    BLOCK: tl.constexpr, REVERSE: tl.constexpr, HAS_DECAY: tl.constexpr, HAS_FIRST: tl.constexpr,
+    BLOCK: tl.constexpr, ROWS: tl.constexpr, REVERSE: tl.constexpr, HAS_DECAY: tl.constexpr, HAS_FIRST: tl.constexpr,
 ):  # fmt: skip
-    """Replace what every segment writes by the state before it (after it, if REVERSE); also the state at the end."""
+    """Replace what every segment writes by the state before it (after it, if REVERSE); also the state at the end.
+
+    ROWS segments are loaded at a time, so that loads do not wait for each other. One warp has all rows of a column in the
+    registers of one thread: picking a row costs next to nothing.
+    """
     slab = tl.program_id(0).to(tl.int64)
     offsets = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    rows = tl.arange(0, ROWS)
     mask = offsets < SIZE
+    States += slab * segments * SIZE
+    if HAS_DECAY:
+        SegmentDecays += (slab // slabs_per_decay) * segments
     state = tl.zeros([BLOCK], tl.float32)
     if HAS_FIRST:
         state = tl.load(First + slab * SIZE + offsets, mask=mask, other=0.0)
-    for i in range(segments):
-        segment = segments - 1 - i if REVERSE else i
-        pointers = States + (slab * segments + segment) * SIZE + offsets
-        written = tl.load(pointers, mask=mask, other=0.0)
-        tl.store(pointers, state, mask=mask)
+    for first in range(0, segments, ROWS):
+        exists = first + rows < segments
+        places = segments - 1 - (first + rows) if REVERSE else first + rows
+        pointers = States + places[:, None].to(tl.int64) * SIZE + offsets[None, :]
+        in_both = exists[:, None] & mask[None, :]
+        written = tl.load(pointers, mask=in_both, other=0.0)
         if HAS_DECAY:
-            state = state * tl.load(SegmentDecays + (slab // slabs_per_decay) * segments + segment) + written
-        else:
-            state += written
+            decays = tl.load(SegmentDecays + places, mask=exists, other=1.0)
+        states = written
+        for row in tl.static_range(ROWS):
+            is_row = rows == row
+            states = tl.where(is_row[:, None], state[None, :], states)
+            if HAS_DECAY:
+                state *= tl.sum(tl.where(is_row, decays, 0.0), 0)
+            state += tl.sum(tl.where(is_row[:, None], written, 0.0), 0)
+        tl.store(pointers, states, mask=in_both)
     tl.store(Last + slab * SIZE + offsets, state, mask=mask)

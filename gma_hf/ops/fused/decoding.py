@@ -1,0 +1,150 @@
+# Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
+"""Decoding: one launch advances all heads of a layer by a token, or by a few.
+
+    S_t = a_t S_{t-1} + w_t gamma^K_t v_t^T,    z_t = a_t z_{t-1} + w_t gamma^K_t
+    o_t = gamma^Q_t S_t / (gamma^Q_t z_t + eps)        or gamma^Q_t S_t
+
+A program has one mixture and a block of the value dimensions; the mixture's coefficients and its part of the state stay in
+registers. All of it in float32: there is nothing for matrix units here.
+
+query [B, HQ, N, D], key [B, HK, N, D], value [B, HK, N, DV], mixtures M -> output [B, HQ, N, DV], S [B, M, C, DV] and
+z [B, M, C] float32.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .coefficients import load_centred, log_priors
+from .operators import INPUTS, empty_output, row_contiguous, strides
+from .plan import cdiv, padded
+from .tiles import LOG2E, rounded
+
+
+VALUE_BLOCK = 32  # value dimensions of a program: few, because a small batch has few programs
+
+
+@triton.jit
+def responsibilities_of(X, columns, D, linear, quadratic, bias):
+    """gamma of one token, [CP]."""
+    x = tl.load(X + columns, mask=columns < D, other=0.0).to(tl.float32)
+    x = tl.clamp(x, -1e12, 1e12)  # so that squares are finite
+    logits = bias + tl.sum((linear + quadratic * x[None, :]) * x[None, :], 1)
+    likelihoods = tl.exp2(logits - tl.max(logits, 0))
+    return likelihoods / tl.sum(likelihoods, 0)
+
+
+@triton.jit(do_not_specialize=["N", "M", "kv_groups"])
+def decode_kernel(
+    Q, K, V, Means, RawVariances, Priors, W, LA, S, Z, Output, NewS, NewZ,
+    stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
+    stride_wb, stride_wh, stride_wn, stride_ab, stride_ah, stride_an, stride_ob, stride_oh, stride_on,
+    N, M, C, D, DV, kv_groups, eps, variance_floor,
+    R: tl.constexpr, CP: tl.constexpr, DP: tl.constexpr, BV: tl.constexpr, NV: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr, HAS_DECAY: tl.constexpr, HAS_STATE: tl.constexpr, NORMALIZE: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    v, mixture = program % NV, (program // NV) % M
+    batch = (program // NV // M).to(tl.int64)
+    components, columns = tl.arange(0, CP), tl.arange(0, DP)
+    value_columns = v * BV + tl.arange(0, BV)
+    exists, has_value = components < C, value_columns < DV
+    offsets = components[:, None] * D + columns[None, :]
+    mask = exists[:, None] & (columns < D)[None, :]
+    of_mixture = mixture * C * D
+    linear, quadratic, bias = load_centred(
+        Means + of_mixture, RawVariances + of_mixture, offsets, mask, variance_floor, C
+    )
+    bias += log_priors(Priors + mixture * C, components, C, CP)
+    bias = tl.where(exists, bias * LOG2E, -1e30)
+
+    slab = batch * M + mixture
+    of_state = components[:, None] * DV + value_columns[None, :]
+    in_state = exists[:, None] & has_value[None, :]
+    if HAS_STATE:
+        state = tl.load(S + slab * C * DV + of_state, mask=in_state, other=0.0).to(tl.float32)
+        norm = tl.load(Z + slab * C + components, mask=exists, other=0.0).to(tl.float32)
+    else:
+        state = tl.zeros([CP, BV], tl.float32)
+        norm = tl.zeros([CP], tl.float32)
+
+    kv_head = (mixture // kv_groups).to(tl.int64)
+    K += batch * stride_kb + kv_head * stride_kh
+    V += batch * stride_vb + kv_head * stride_vh
+    for token in range(N):
+        written = responsibilities_of(K + token * stride_kn, columns, D, linear, quadratic, bias)
+        value = tl.load(V + token * stride_vn + value_columns, mask=has_value, other=0.0).to(tl.float32)
+        if HAS_DECAY:
+            decay = tl.load(LA + batch * stride_ab + mixture * stride_ah + token * stride_an).to(tl.float32)
+            decay = tl.exp2(decay * LOG2E)
+            state *= decay
+            norm *= decay
+        if HAS_WEIGHT:
+            weight = tl.load(W + batch * stride_wb + mixture * stride_wh + token * stride_wn).to(tl.float32)
+            written *= weight
+            value = tl.where(weight > 0, value, 0.0)  # padding may hold anything
+        state += written[:, None] * value[None, :]
+        norm += written
+        for r in range(R):
+            head = (mixture * R + r).to(tl.int64)
+            query = Q + batch * stride_qb + head * stride_qh + token * stride_qn
+            gamma = responsibilities_of(query, columns, D, linear, quadratic, bias)
+            read = tl.sum(gamma[:, None] * state, 0)
+            if NORMALIZE:
+                read /= tl.sum(gamma * norm, 0) + eps
+            to = Output + batch * stride_ob + head * stride_oh + token * stride_on + value_columns
+            tl.store(to, rounded(read, Output.dtype.element_ty), mask=has_value)
+
+    tl.store(NewS + slab * C * DV + of_state, state, mask=in_state)
+    if v == 0:
+        tl.store(NewZ + slab * C + components, norm, mask=exists)
+
+
+torch.library.define(
+    "gma_hf::fused_decoding",
+    f"({INPUTS}, Tensor? S, Tensor? z, float? eps, float variance_floor) -> (Tensor, Tensor, Tensor)",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+
+
+@torch.library.impl("gma_hf::fused_decoding", ("cpu", "cuda"))
+def fused_decoding(
+    query, key, value, means, raw_variances, prior_logits, write_weight, log_decay, S, z, eps, variance_floor
+):  # fmt: skip
+    """Output, S, z."""
+    batch, query_heads, length, dim = query.shape
+    (mixtures, components, _), value_dim = means.shape, value.shape[-1]
+    query, key, value = row_contiguous(query), row_contiguous(key), row_contiguous(value)
+    CP, DP = padded(components), padded(dim)
+    block = min(padded(value_dim), VALUE_BLOCK)
+    blocks = cdiv(value_dim, block)
+    output, (new_S, new_z) = empty_output(query, value), empty_state(query, means, value)
+    state = (None, None) if S is None else (S.contiguous(), z.contiguous())
+    decode_kernel[(batch * mixtures * blocks,)](
+        query, key, value, means.contiguous(), raw_variances.contiguous(), prior_logits.contiguous(), write_weight,
+        log_decay, *state, output, new_S, new_z,
+        *strides(query), *strides(key), *strides(value), *strides(write_weight), *strides(log_decay),
+        *output.stride()[:3], length, mixtures, components, dim, value_dim, mixtures // key.shape[1],
+        0.0 if eps is None else eps, variance_floor,
+        R=query_heads // mixtures, CP=CP, DP=DP, BV=block, NV=blocks, HAS_WEIGHT=write_weight is not None,
+        HAS_DECAY=log_decay is not None, HAS_STATE=S is not None, NORMALIZE=eps is not None,
+        num_warps=8 if CP * DP > 4096 else 4,
+    )  # fmt: skip
+    return output, new_S, new_z
+
+
+def empty_state(query: Tensor, means: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """S [B, M, C, DV] and z [B, M, C]."""
+    batch, (mixtures, components, _) = query.shape[0], means.shape
+    return (
+        query.new_empty(batch, mixtures, components, value.shape[-1], dtype=torch.float32),
+        query.new_empty(batch, mixtures, components, dtype=torch.float32),
+    )
+
+
+@torch.library.register_fake("gma_hf::fused_decoding")
+def _(
+    query, key, value, means, raw_variances, prior_logits, write_weight, log_decay, S, z, eps, variance_floor
+):  # fmt: skip
+    return empty_output(query, value), *empty_state(query, means, value)
