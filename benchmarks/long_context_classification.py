@@ -1,0 +1,264 @@
+#!/usr/bin/env python
+# Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
+"""
+Long-context classification by bidirectional models: ListOps, bytes of movie reviews, 20 Newsgroups.
+
+    python benchmarks/long_context_classification.py --data DATA --prepare classification.pt.xz
+    python benchmarks/long_context_classification.py --prepared classification.pt.xz
+    python benchmarks/long_context_classification.py --table --plot
+
+The same encoder (4 layers of width 256, 4 heads of dimension 64, 64 components) with each sequence mixer, from random weights,
+as large as the softmax model within 3% (the width of the MLP makes up for the rest, the table of learned positions counted),
+trained on the same batches for the same number of steps. A model pools the mean of its last hidden states.
+
+- `listops`: see listops.py; 96,000 expressions of 500 to 2,000 symbols, one token each.
+- `imdb`: Long Range Arena's "Text": reviews as bytes, cut at 4,096; half of them positive.
+- `newsgroups`: posts without headers, quotes and signatures, by a BPE of 8,192 tokens trained on the training posts; cut at
+  2,048, though only one post in twenty reaches 1,024.
+
+DATA holds `imdb` and `20newsgroups`, files `train.jsonl.xz` and `test.jsonl.xz` with `text` and `label`. ListOps is generated.
+A thousand training examples (ListOps: expressions of their own) are held out for the curve; the test set is looked at once, at
+the end. Rows that the output file holds already are not measured again.
+
+Batches hold examples of similar length, padded to a multiple of 256. The mask of the padding keeps SDPA from its
+FlashAttention kernel, which takes none: scaling.py compares the operators without padding.
+"""
+
+import argparse
+import statistics
+from functools import partial
+from pathlib import Path
+
+import torch
+from classification_data import TASKS, Examples, batches_by_length, collate, load, prepare, rounded_up
+from conversion_common import ROOT, Results, device
+from experiment import COLOURS, equal_width, evaluating, measure, save_figure, train
+from mixers import MIXERS, make_config, make_model
+
+from gma_hf import GMAForSequenceClassification
+
+
+# What may be compared: a mixer and what its configuration has besides. Bidirectional, the gated block has no forgetting and
+# knows order by its convolution alone; the last two give it learned positions, or a window of exact softmax.
+CONTENDERS = {
+    **{name: (name, {}) for name in ("softmax", "elu", "performer", "performer_redrawn", "gma_paper", "gma_gated")},
+    "gma_gated_positions": ("gma_gated", {"position_embedding_type": "learned"}),
+    "gma_gated_window": ("gma_gated", {"window_size": 32}),
+}
+DEFAULT_CONTENDERS = ["softmax", "elu", "performer", "gma_paper", "gma_gated", "gma_gated_positions"]
+TITLES = {
+    **{name: MIXERS[name].title for name in CONTENDERS if name in MIXERS},
+    "gma_gated_positions": "GMA, gated block, learned positions",
+    "gma_gated_window": "GMA, gated block, softmax window of 32 to each side",
+}
+TOKENS_PER_EVALUATION = 65536
+
+
+def accuracy(model, examples: Examples, tokens_per_batch: int = TOKENS_PER_EVALUATION) -> float:
+    correct = torch.zeros((), dtype=torch.long, device=device())
+    with evaluating(model):
+        for batch in batches_by_length(examples, model.config.pad_token_id, tokens_per_batch):
+            batch = {name: x.to(device(), non_blocking=True) for name, x in batch.items()}
+            labels = batch.pop("labels")
+            correct += (model(**batch).logits.argmax(dim=-1) == labels).sum()
+    return correct.item() / len(examples)
+
+
+def run(task: str, contender: str, seed: int, recipe: dict, splits: dict[str, Examples], compile: bool) -> dict:
+    """Train one model and test it."""
+    mixer, overrides = CONTENDERS[contender]
+    description = TASKS[task]
+    shared = {
+        **recipe["sizes"],
+        "vocab_size": description.vocab_size,
+        "pad_token_id": description.pad_token_id,
+        "max_position_embeddings": rounded_up(max(split.lengths.max() for split in splits.values())),
+        "num_labels": description.num_labels,
+        "is_causal": False,
+    }
+    sizes = {**shared, **overrides}
+    sizes["intermediate_size"] = equal_width(mixer, sizes, "softmax", shared, GMAForSequenceClassification)
+    config = make_config(mixer, **sizes, hidden_dropout=recipe["dropout"])
+    torch.manual_seed(seed)
+    model = make_model(mixer, config, GMAForSequenceClassification)
+    pad = partial(collate, pad_token_id=description.pad_token_id)
+    row = train(
+        model,
+        splits["train"],
+        pad,
+        recipe,
+        seed,
+        score=lambda: accuracy(model, splits["valid"]),
+        compile=compile,
+        train_sampling_strategy="group_by_length",
+    )
+    return {
+        "task": task,
+        "contender": contender,
+        "seed": seed,
+        "intermediate_size": sizes["intermediate_size"],
+        "train_examples": len(splits["train"]),
+        "test_examples": len(splits["test"]),
+        "mean_length": round(float(splits["test"].lengths.mean()), 1),
+        "majority_accuracy": round(splits["test"].majority_accuracy, 5),
+        "test_accuracy": round(accuracy(model, splits["test"]), 5),
+        **row,
+    }
+
+
+def summarize(rows: list[dict]) -> dict[str, float]:
+    """Mean and spread over the seeds of one task and contender."""
+    accuracies = [100 * row["test_accuracy"] for row in rows]
+    return {
+        "accuracy": statistics.mean(accuracies),
+        "spread": statistics.stdev(accuracies) if len(rows) > 1 else None,
+        "parameters": rows[0]["parameters"],
+        "ms_per_step": statistics.mean(row["ms_per_step"] for row in rows),
+        "peak_memory_gib": rows[0]["peak_memory_gib"],
+    }
+
+
+def by_task(rows: dict[str, dict]) -> dict[str, dict[str, list[dict]]]:
+    """The rows of every task and contender, in the order of both tables above."""
+    found = {}
+    for task in TASKS:
+        for contender in CONTENDERS:
+            own = [row for row in rows.values() if (row["task"], row["contender"]) == (task, contender)]
+            if own:
+                found.setdefault(task, {})[contender] = own
+    return found
+
+
+def table(rows: dict[str, dict]) -> str:
+    """The rows as Markdown, one table per task."""
+    lines = []
+    for task, contenders in by_task(rows).items():
+        first = next(iter(contenders.values()))[0]
+        recipe = first["recipe"]
+        lines += [
+            f"**{TASKS[task].title}**: {first['train_examples']:,} training and {first['test_examples']:,} test examples of "
+            f"{first['mean_length']:,.0f} tokens in the mean; {recipe['steps']:,} steps of {recipe['batch_size']}; always "
+            f"guessing the commonest class gives {100 * first['majority_accuracy']:.1f} %.",
+            "",
+            "| mixer | seeds | parameters | test accuracy, % | ms per step | peak memory, GiB |",
+            "|---|---:|---:|---:|---:|---:|",
+        ]
+        for contender, own in contenders.items():
+            values = summarize(own)
+            spread = "" if values["spread"] is None else f" ± {values['spread']:.1f}"
+            memory = "" if values["peak_memory_gib"] is None else f"{values['peak_memory_gib']:.1f}"
+            lines.append(
+                f"| {TITLES[contender]} | {len(own)} | {values['parameters'] / 1e6:.2f} M | "
+                f"{values['accuracy']:.1f}{spread} | {values['ms_per_step']:.1f} | {memory} |"
+            )
+        lines.append("")
+    return "\n".join(lines)
+
+
+def plot(rows: dict[str, dict], path: Path) -> None:
+    """Accuracy and time per step of every contender, a column per task."""
+    import matplotlib.pyplot as plt
+
+    tasks = by_task(rows)
+    height = 0.32 * max(map(len, tasks.values())) + 0.7
+    figure, axes = plt.subplots(
+        2, len(tasks), figsize=(1.8 + 3.4 * len(tasks), 2 * height), squeeze=False, sharey="col"
+    )
+    for column, (task, contenders) in enumerate(tasks.items()):
+        values = {contender: summarize(own) for contender, own in contenders.items()}
+        colours = [COLOURS[CONTENDERS[contender][0].removesuffix("_redrawn")] for contender in contenders]
+        for axis, field, form, title in (
+            (axes[0, column], "accuracy", "{:.1f}", "test accuracy, %"),
+            (axes[1, column], "ms_per_step", "{:.0f}", "milliseconds per training step"),
+        ):
+            numbers = [value[field] for value in values.values()]
+            spreads = [value["spread"] or 0 for value in values.values()] if field == "accuracy" else None
+            bars = axis.barh(range(len(numbers)), numbers, xerr=spreads, color=colours, height=0.7, ecolor="#888888")
+            axis.bar_label(bars, [form.format(number) for number in numbers], padding=4, fontsize=9)
+            axis.set_xlim(0, 1.15 * (max(numbers) + max(spreads or [0])))
+            axis.set_xlabel(title, fontsize=9)
+            axis.set_yticks(range(len(numbers)), [TITLES[contender] for contender in contenders], fontsize=9)
+            axis.tick_params(axis="y", length=0, labelleft=column == 0)
+            axis.tick_params(axis="x", labelsize=8)
+            axis.spines[["top", "right", "left"]].set_visible(False)
+        majority = 100 * next(iter(contenders.values()))[0]["majority_accuracy"]
+        axes[0, column].axvline(majority, color="#888888", linewidth=1, linestyle=":")
+        axes[0, column].set_title(TASKS[task].title, fontsize=10)
+        axes[0, column].invert_yaxis()
+    axes[0, 0].set_title(f"{axes[0, 0].get_title()}\n(dotted: always the commonest class)", fontsize=10)
+    figure.tight_layout()
+    save_figure(figure, path)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, help="folder of the data sets, for --prepare")
+    parser.add_argument("--prepare", type=Path, help="tokenize into this file, and nothing else")
+    parser.add_argument("--prepared", type=Path, help="that file")
+    parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
+    parser.add_argument("--contenders", nargs="+", choices=list(CONTENDERS), default=DEFAULT_CONTENDERS)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--steps", type=int, help="of every task instead of its own number")
+    parser.add_argument("--batch_size", type=int, default=32, help="examples per step")
+    parser.add_argument("--learning_rate", type=float, default=5e-4)
+    parser.add_argument("--hidden_size", type=int, default=256)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--heads", type=int, default=4)
+    parser.add_argument("--components", type=int, default=64)
+    parser.add_argument("--intermediate_size", type=int, default=704, help="of the softmax model")
+    parser.add_argument("--listops_sizes", type=int, nargs=3, default=[96_000, 2000, 2000], help="train, valid, test")
+    parser.add_argument("--listops_lengths", type=int, nargs=2, default=[500, 2000], help="between these, exclusive")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False, help="the blocks")
+    parser.add_argument("--table", action="store_true", help="only print the table of the output file")
+    parser.add_argument("--plot", action="store_true", help="only draw the figure from the output file")
+    parser.add_argument("--figures", type=Path, default=ROOT / "docs" / "figures")
+    parser.add_argument(
+        "--output", type=Path, default=ROOT / "benchmarks" / "results" / "long_context_classification.json"
+    )
+    arguments = parser.parse_args()
+    if arguments.prepare is not None:
+        if arguments.data is None:
+            parser.error("--prepare needs --data")
+        prepare(arguments.data, arguments.prepare)
+        return
+    results = Results(arguments.output, "long_context_classification", {})
+    if not (arguments.table or arguments.plot):
+        sizes = {
+            "hidden_size": arguments.hidden_size,
+            "num_hidden_layers": arguments.layers,
+            "num_attention_heads": arguments.heads,
+            "num_components": arguments.components,
+            "intermediate_size": arguments.intermediate_size,
+        }
+        for task in arguments.tasks:
+            recipe = {
+                "steps": arguments.steps or TASKS[task].steps,
+                "batch_size": arguments.batch_size,
+                "learning_rate": arguments.learning_rate,
+                "weight_decay": 0.05,
+                "dropout": TASKS[task].dropout,
+                "sizes": sizes,
+            }
+            names = {
+                f"{task}, {contender}, seed {seed}": (contender, seed)
+                for seed in arguments.seeds
+                for contender in arguments.contenders
+            }
+            splits = None
+            for name, (contender, seed) in names.items():
+                if name not in results.rows and splits is None:
+                    splits = load(task, arguments.prepared, arguments.listops_sizes, arguments.listops_lengths)
+                measure(
+                    results,
+                    name,
+                    recipe,
+                    partial(run, task, contender, seed, recipe, splits, arguments.compile),
+                )
+    if arguments.plot:
+        plot(results.rows, arguments.figures / "long_context_classification.png")
+    else:
+        print("\n" + table(results.rows))
+
+
+if __name__ == "__main__":
+    main()

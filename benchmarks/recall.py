@@ -1,0 +1,297 @@
+#!/usr/bin/env python
+# Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
+"""
+Recall: where a state of constant size loses against softmax attention, and how many softmax layers win it back.
+
+    python benchmarks/recall.py --experiments recall needle
+    python benchmarks/recall.py --table --plot
+
+- `recall`: multi-query associative recall (Zoology, Arora et al., 2024). Trained on a mix of 4 to 64 pairs in 64 to 256 tokens,
+  tested on up to 256 pairs in 1,024 tokens: more and longer than in training.
+- `needle`: one fact of several, hidden at some depth in random tokens. Trained up to `--train_length`, tested beyond.
+
+The tasks are in recall_tasks.py. A contender is written mixer:layers:softmax layers:components, all but the mixer optional:
+`gma_gated:4:1,3` is a model of four gated GMA layers of which the second and the last are softmax attention instead, `gma_gated:2::256`
+has 256 components. Models of the same depth have as many parameters as Mamba-2, within 3% (`needle`: without the table of learned
+positions, which is as long as the longest test). Rows that the output file holds already are not measured again; with several
+`--learning_rates` the tables show the best of each contender, as Zoology does.
+"""
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from conversion_common import ROOT, Results, device
+from experiment import equal_width, evaluating, measure, save_figure, train
+from mixers import MIXERS, make_config, make_model
+from recall_report import plot, tables
+from recall_tasks import (
+    IGNORE_INDEX,
+    NEEDLE_VOCAB_SIZE,
+    RECALL_VOCAB_SIZE,
+    Stream,
+    draw_needle,
+    draw_recall,
+    multi_query_recall,
+    needle,
+)
+from rival_mamba2 import EXPAND, STATE_SIZE
+from torch import Tensor
+from torch.nn import functional as F
+
+from gma_hf.training.trainer import GMATrainer
+
+
+REFERENCE = "mamba2"  # the one whose size cannot be chosen
+DEFAULT_CONTENDERS = [
+    "softmax:2",
+    "elu:2",
+    "mamba2:2",
+    "gma_paper:2",
+    "gma_gated:2",
+    "gma_gated:2::256",
+    "gma_gated:4",
+    "gma_gated:4:2",
+    "gma_gated:4:1,3",
+]
+# (length, pairs), those of Zoology
+TRAIN_SEGMENTS = [(64, 4), (128, 8), (256, 16), (256, 32), (256, 64)]
+TEST_SEGMENTS = [(64, 4), (64, 8), (64, 16), (128, 32), (256, 64), (512, 128), (1024, 256)]
+TOKENS_PER_EVALUATION = 65536
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A model to compare: see the text above."""
+
+    mixer: str
+    layers: int
+    softmax_layers: tuple[int, ...]
+    components: int
+
+    @classmethod
+    def parse(cls, text: str) -> "Contender":
+        """From mixer:layers:softmax layers:components.
+
+        Raises:
+            ValueError: for anything else.
+        """
+        mixer, layers, softmax_layers, components, *rest = [*text.split(":"), "", "", ""][
+            : max(4, text.count(":") + 1)
+        ]
+        try:
+            chosen = tuple(int(index) for index in softmax_layers.split(",")) if softmax_layers else ()
+            contender = cls(mixer, int(layers or 2), chosen, int(components or 64))
+        except ValueError as error:
+            raise ValueError(f"{text!r} is no contender: write mixer:layers:softmax layers:components.") from error
+        if mixer not in MIXERS or rest:
+            raise ValueError(f"{text!r} is no contender: its mixer must be one of {list(MIXERS)}.")
+        if chosen and (not mixer.startswith("gma_gated") or not set(chosen) <= set(range(contender.layers))):
+            raise ValueError(
+                f"{text!r} is no contender: layers 0 to {contender.layers - 1} of a gma_gated model can be softmax."
+            )
+        return contender
+
+    def __str__(self) -> str:
+        softmax_layers = ",".join(map(str, self.softmax_layers))
+        return f"{self.mixer}:{self.layers}:{softmax_layers}:{self.components}"
+
+    @property
+    def title(self) -> str:
+        name = MIXERS[self.mixer].title
+        if self.softmax_layers:
+            name = f"hybrid: {name}, {len(self.softmax_layers)} softmax of"
+        if self.mixer.startswith("gma") and self.components != 64:
+            name += f", {self.components} components"
+        # Mamba-2 blocks have no MLP: two of them for one of the others
+        return f"{name}, {MIXERS[self.mixer].layer_factor * self.layers} layers".replace("of,", "of")
+
+    def state_size(self, width: int) -> int | None:
+        """Numbers that all layers keep of what they have read; None if softmax layers keep everything."""
+        if self.softmax_layers or self.mixer in ("softmax", "hybrid"):
+            return None
+        if self.mixer == "mamba2":
+            return self.layers * MIXERS[self.mixer].layer_factor * EXPAND * width * STATE_SIZE
+        features = 64 if self.mixer == "elu" else self.components  # of a head; the normaliser is a column more
+        return self.layers * width * features + self.layers * max(1, width // 64) * features
+
+    def overrides(self) -> dict:
+        if not self.softmax_layers:
+            return {}
+        kinds = {True: "full_attention", False: "linear_attention"}
+        return {"layer_types": [kinds[index in self.softmax_layers] for index in range(self.layers)]}
+
+
+class RecallTrainer(GMATrainer):
+    """The loss of the labelled positions alone: the head, which is most of such a model, does not see the others."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        with self.accelerator.autocast():
+            logits, labels = answers(model, inputs["input_ids"], inputs["labels"])
+            loss = F.cross_entropy(logits.float(), labels)
+        return (loss, {"logits": logits}) if return_outputs else loss
+
+
+def answers(model, tokens: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """What a model predicts for the labelled positions, `[positions, vocab_size]`, and their labels."""
+    labels = labels[:, 1:]
+    is_asked = labels != IGNORE_INDEX
+    hidden_states = model.model(tokens, use_cache=False).last_hidden_state[:, :-1]
+    return model.lm_head(hidden_states[is_asked]), labels[is_asked]
+
+
+def recalled(model, tokens: Tensor, labels: Tensor) -> float:
+    """The share of the labelled positions that are predicted right."""
+    correct = torch.zeros((), dtype=torch.long, device=device())
+    rows = max(1, TOKENS_PER_EVALUATION // tokens.shape[1])
+    with evaluating(model):
+        for part, expected in zip(tokens.split(rows), labels.split(rows), strict=True):
+            logits, expected = answers(model, part.to(device()), expected.to(device()))
+            correct += (logits.argmax(dim=-1) == expected).sum()
+    return correct.item() / int((labels != IGNORE_INDEX).sum())
+
+
+def run(
+    contender: Contender, recipe: dict, seed: int, vocab_size: int, max_length: int, data: Stream, score: Callable
+):
+    """Train one model; the row without its test."""
+    width = recipe["width"]
+    shared = {
+        "hidden_size": width,
+        "num_attention_heads": max(1, width // 64),
+        "num_hidden_layers": contender.layers,
+        "num_components": contender.components,
+        "vocab_size": vocab_size,
+        "max_position_embeddings": max_length,
+    }
+    sizes = {**shared, **contender.overrides()}
+    counted = {} if recipe["experiment"] == "recall" else {"max_position_embeddings": 1}
+    sizes["intermediate_size"] = equal_width(contender.mixer, {**sizes, **counted}, REFERENCE, {**shared, **counted})
+    torch.manual_seed(seed)
+    model = make_model(contender.mixer, make_config(contender.mixer, **sizes))
+    row = train(
+        model,
+        data,
+        lambda batches: batches[0],
+        {**recipe, "batch_size": 1},
+        seed,
+        score=lambda: score(model),
+        trainer_class=RecallTrainer,
+        compile=recipe["compile"],
+        dataloader_num_workers=recipe["workers"],
+        accelerator_config={"dispatch_batches": False},
+    )
+    description = {
+        "contender": str(contender),
+        "title": contender.title,
+        "state_size": contender.state_size(width),
+        "seed": seed,
+        "intermediate_size": sizes["intermediate_size"],
+    }
+    return model, {**description, **row}
+
+
+def run_recall(contender: Contender, recipe: dict, seed: int, test_rows: int) -> dict:
+    """Multi-query associative recall: the accuracy in every test segment."""
+    generator = torch.Generator().manual_seed(987654321)  # the same tests for all
+    tests = {segment: multi_query_recall(test_rows, *segment, generator) for segment in TEST_SEGMENTS}
+    hardest = [part[: max(1, test_rows // 8)] for part in tests[TRAIN_SEGMENTS[-1]]]
+    draw = partial(draw_recall, segments=TRAIN_SEGMENTS, tokens_per_batch=recipe["tokens_per_step"])
+    longest = max(length for length, _ in TEST_SEGMENTS)
+    model, row = run(
+        contender,
+        recipe,
+        seed,
+        RECALL_VOCAB_SIZE,
+        longest,
+        Stream(draw, seed),
+        lambda model: recalled(model, *hardest),
+    )
+    accuracy = [[length, pairs, round(recalled(model, *test), 4)] for (length, pairs), test in tests.items()]
+    return {**row, "accuracy": accuracy}
+
+
+def run_needle(contender: Contender, recipe: dict, seed: int, test_rows: int) -> dict:
+    """Needle in a haystack: the accuracy by length and depth."""
+    train_lengths = [length for length in recipe["lengths"] if length <= recipe["train_length"]]
+    draw = partial(
+        draw_needle, lengths=train_lengths, tokens_per_batch=recipe["tokens_per_step"], facts=recipe["facts"]
+    )
+
+    def test(model, length: int, depth: float) -> float:
+        generator = torch.Generator().manual_seed(length)
+        return recalled(model, *needle(test_rows, length, generator, recipe["facts"], depth))
+
+    model, row = run(
+        contender,
+        recipe,
+        seed,
+        NEEDLE_VOCAB_SIZE,
+        max(recipe["lengths"]),
+        Stream(draw, seed),
+        lambda model: test(model, train_lengths[-1], 0.0),
+    )
+    depths = [round(i / (recipe["depths"] - 1), 4) for i in range(recipe["depths"])]
+    accuracy = [
+        [length, depth, round(test(model, length, depth), 4)] for length in recipe["lengths"] for depth in depths
+    ]
+    return {**row, "accuracy": accuracy}
+
+
+RUNS = {"recall": run_recall, "needle": run_needle}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--experiments", nargs="+", choices=list(RUNS), default=list(RUNS))
+    parser.add_argument("--contenders", nargs="+", type=Contender.parse, metavar="CONTENDER")
+    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--widths", type=int, nargs="+", default=[128], help="hidden sizes")
+    parser.add_argument("--learning_rates", type=float, nargs="+", default=[1e-3])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--tokens_per_step", type=int, default=32768)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[256, 512, 1024, 2048, 4096, 8192], help="of needle")
+    parser.add_argument("--train_length", type=int, default=1024, help="the longest of them to train on")
+    parser.add_argument("--facts", type=int, default=4, help="in the haystack")
+    parser.add_argument("--depths", type=int, default=11, help="of the needle, from the beginning to the end")
+    parser.add_argument("--test_rows", type=int, default=512, help="per segment; needle: an eighth of it per depth")
+    parser.add_argument("--workers", type=int, default=4 if torch.cuda.is_available() else 0, help="that draw batches")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False, help="the blocks")
+    parser.add_argument("--table", action="store_true", help="only print the tables of the output file")
+    parser.add_argument("--plot", action="store_true", help="only draw the figures from the output file")
+    parser.add_argument("--figures", type=Path, default=ROOT / "docs" / "figures")
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "recall.json")
+    arguments = parser.parse_args()
+    results = Results(arguments.output, "recall", {})
+    if not (arguments.table or arguments.plot):
+        contenders = arguments.contenders or [Contender.parse(text) for text in DEFAULT_CONTENDERS]
+        for experiment in arguments.experiments:
+            shared = {
+                "experiment": experiment,
+                **{name: getattr(arguments, name) for name in ("steps", "tokens_per_step", "compile", "workers")},
+                "weight_decay": 0.1,
+            }
+            test_rows = arguments.test_rows
+            if experiment == "needle":
+                shared |= {name: getattr(arguments, name) for name in ("lengths", "train_length", "facts", "depths")}
+                test_rows = max(1, test_rows // 8)
+            for seed in arguments.seeds:
+                for width in arguments.widths:
+                    for rate in arguments.learning_rates:
+                        for contender in contenders:
+                            recipe = {**shared, "width": width, "learning_rate": rate}
+                            name = f"{experiment}, {contender}, width {width}, learning rate {rate:g}, seed {seed}"
+                            run_one = partial(RUNS[experiment], contender, recipe, seed, test_rows)
+                            measure(results, name, recipe, run_one)
+    if arguments.plot:
+        for name, figure in plot(results.rows).items():
+            save_figure(figure, arguments.figures / f"{name}.png")
+    else:
+        print("\n" + tables(results.rows))
+
+
+if __name__ == "__main__":
+    main()

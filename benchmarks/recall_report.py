@@ -1,0 +1,148 @@
+# Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
+"""Tables and figures of the rows of recall.py."""
+
+import statistics
+from collections.abc import Iterable
+from itertools import takewhile
+
+
+RECALLED = 0.9  # the accuracy from which something counts as recalled
+
+
+def best_rows(rows: Iterable[dict], experiment: str) -> dict[tuple[int, str], dict]:
+    """By width and contender: the learning rate with the best accuracy, averaged over the seeds.
+
+    Returns:
+        For every width and title: `accuracy`, `{(length, pairs or depth): accuracy}`, and what one of its rows says.
+    """
+    groups: dict[tuple, dict[float, list[dict]]] = {}
+    for row in rows:
+        recipe = row["recipe"]
+        if recipe["experiment"] == experiment:
+            by_rate = groups.setdefault((recipe["width"], row["title"]), {})
+            by_rate.setdefault(recipe["learning_rate"], []).append(row)
+    best = {}
+    for key, by_rate in groups.items():
+        candidates = []
+        for own in by_rate.values():
+            cells = [{(a, b): accuracy for a, b, accuracy in row["accuracy"]} for row in own]
+            means = {cell: statistics.mean(row[cell] for row in cells) for cell in cells[0]}
+            candidates.append({**own[0], "accuracy": means, "seeds": len(own)})
+        best[key] = max(candidates, key=lambda row: statistics.mean(row["accuracy"].values()))
+    return dict(sorted(best.items(), key=lambda item: item[0][0]))
+
+
+def tables(rows: dict[str, dict]) -> str:
+    """Both experiments as Markdown."""
+    lines = []
+    best = best_rows(rows.values(), "recall")
+    if best:
+        segments = list(next(iter(best.values()))["accuracy"])
+        lines += [
+            "Multi-query associative recall: accuracy in % by key-value pairs @ length.",
+            "",
+            f"| width | mixer | parameters | state | {' | '.join(f'{b} @ {a}' for a, b in segments)} | pairs at "
+            f"{RECALLED:.0%} | ms per step |",
+            "|---:|---|---:|---:|" + "---:|" * (len(segments) + 2),
+        ]
+        for (width, title), row in best.items():
+            accuracy = row["accuracy"]
+            recalled = [b for (a, b), value in takewhile(lambda item: item[1] >= RECALLED, accuracy.items())]
+            cells = " | ".join(f"{100 * accuracy[segment]:.1f}" for segment in segments)
+            lines.append(
+                f"| {width} | {title} | {row['parameters'] / 1e6:.2f} M | {state(row)} | {cells} | "
+                f"{recalled[-1] if recalled else 'none'} | {row['ms_per_step']:.1f} |"
+            )
+        lines.append("")
+    best = best_rows(rows.values(), "needle")
+    if best:
+        first = next(iter(best.values()))
+        lengths = list(dict.fromkeys(length for length, _ in first["accuracy"]))
+        lines += [
+            f"Needle in a haystack of {first['recipe']['facts']} facts: accuracy in %, mean over the depths / at the worst depth, "
+            f"by length. Trained up to {first['recipe']['train_length']:,} tokens.",
+            "",
+            f"| width | mixer | parameters | state | {' | '.join(f'{length:,}' for length in lengths)} | ms per step |",
+            "|---:|---|---:|---:|" + "---:|" * (len(lengths) + 1),
+        ]
+        for (width, title), row in best.items():
+            by_length = [[x for (a, _), x in row["accuracy"].items() if a == length] for length in lengths]
+            cells = " | ".join(f"{100 * statistics.mean(part):.0f} / {100 * min(part):.0f}" for part in by_length)
+            lines.append(
+                f"| {width} | {title} | {row['parameters'] / 1e6:.2f} M | {state(row)} | {cells} | {row['ms_per_step']:.1f} |"
+            )
+        lines.append("")
+    return "\n".join(lines)
+
+
+def state(row: dict) -> str:
+    """The numbers that a model keeps of what it has read."""
+    return "grows" if row["state_size"] is None else f"{row['state_size']:,}"
+
+
+def plot(rows: dict[str, dict]) -> dict:
+    """The figures that the rows suffice for, by name; the greatest width of each experiment."""
+    figures = {}
+    for experiment, draw in (("recall", recall_figure), ("needle", needle_figure)):
+        best = best_rows(rows.values(), experiment)
+        if best:
+            widest = max(width for width, _ in best)
+            figures[experiment] = draw({title: row for (width, title), row in best.items() if width == widest}, widest)
+    return figures
+
+
+def recall_figure(best: dict[str, dict], width: int):
+    """Accuracies as a table in colours, a line per contender and a column per number of pairs."""
+    import matplotlib.pyplot as plt
+
+    segments = list(next(iter(best.values()))["accuracy"])
+    values = [[100 * row["accuracy"][segment] for segment in segments] for row in best.values()]
+    figure, axis = plt.subplots(figsize=(4.2 + 0.75 * len(segments), 1.3 + 0.34 * len(best)))
+    heat(axis, values)
+    axis.set_xticks(range(len(segments)), [f"{b}\n{a:,}" for a, b in segments], fontsize=9)
+    axis.set_yticks(range(len(best)), list(best), fontsize=9)
+    axis.set_xlabel("key-value pairs, below them the length", fontsize=9)
+    axis.set_title(f"Multi-query associative recall, width {width}: accuracy in %", fontsize=10)
+    figure.tight_layout()
+    return figure
+
+
+def needle_figure(best: dict[str, dict], width: int):
+    """Accuracy by length and depth, a map per contender."""
+    import matplotlib.pyplot as plt
+
+    columns = min(3, len(best))
+    lines = -(-len(best) // columns)
+    figure, axes = plt.subplots(lines, columns, figsize=(3.5 * columns, 0.6 + 2.5 * lines), squeeze=False)
+    for axis in axes.flat[len(best) :]:
+        axis.set_visible(False)
+    for index, (axis, (title, row)) in enumerate(zip(axes.flat, best.items(), strict=False)):
+        lengths = list(dict.fromkeys(length for length, _ in row["accuracy"]))
+        depths = list(dict.fromkeys(depth for _, depth in row["accuracy"]))
+        heat(axis, [[100 * row["accuracy"][length, depth] for length in lengths] for depth in depths], size=6)
+        trained = sum(length <= row["recipe"]["train_length"] for length in lengths)
+        axis.axvline(trained - 0.5, color="#d1495b", linewidth=2)
+        axis.set_title(title.replace(": ", ":\n", 1) if len(title) > 36 else title, fontsize=9)
+        axis.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths], fontsize=7)
+        shown = range(0, len(depths), max(1, len(depths) // 5))
+        axis.set_yticks(shown, [f"{depths[i]:.0%}" for i in shown], fontsize=7)
+        if index % columns == 0:
+            axis.set_ylabel("depth of the fact", fontsize=8)
+        if index + columns >= len(best):
+            axis.set_xlabel("length", fontsize=8)
+    figure.suptitle(
+        f"Needle in a haystack, width {width}: accuracy in %. Right of the red line: longer than in training.",
+        fontsize=10,
+    )
+    figure.tight_layout()
+    return figure
+
+
+def heat(axis, values: list[list[float]], size: int = 9) -> None:
+    """Numbers from 0 to 100 on a ground that darkens with them."""
+    axis.imshow(values, cmap="Blues", vmin=0, vmax=130, aspect="auto")
+    for y, line in enumerate(values):
+        for x, value in enumerate(line):
+            axis.text(x, y, f"{value:.0f}", ha="center", va="center", fontsize=size, color="#111111")
+    axis.tick_params(length=0)
+    axis.spines[:].set_visible(False)

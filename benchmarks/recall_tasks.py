@@ -1,0 +1,148 @@
+# Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
+"""
+Two tasks in which a model has to find again what it has read, drawn anew for every batch.
+
+Both come as `tokens` and `labels`, `[rows, length]`, in the convention of language models: the label of a position is the token
+that should be predicted from the positions before it, -100 where nothing is asked.
+"""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+from torch.utils.data import IterableDataset, get_worker_info
+
+
+IGNORE_INDEX = -100
+RECALL_VOCAB_SIZE = 8192
+# The needle's vocabulary: two markers, keys, values, and what the haystack consists of
+FACT, QUESTION = 0, 1
+NUM_KEYS = NUM_VALUES = 512
+FIRST_KEY = 2
+FIRST_VALUE = FIRST_KEY + NUM_KEYS
+FIRST_HAY = FIRST_VALUE + NUM_VALUES
+NEEDLE_VOCAB_SIZE = 2048
+
+
+def multi_query_recall(
+    rows: int, length: int, pairs: int, generator: torch.Generator, vocab_size=RECALL_VOCAB_SIZE, power=0.01
+) -> tuple[Tensor, Tensor]:
+    """
+    Multi-query associative recall as in Zoology (Arora et al., 2024, arXiv:2312.04927).
+
+        k1 v1 k2 v2 ... kn vn  x x k2 x x x k1 x ...        labels: v2 behind k2, v1 behind k1
+
+    Different keys with different values come first. Every key follows once more, at an even position behind them; the gap to the
+    pairs follows a power law, so that most questions come early. All else (x) is random.
+
+    Args:
+        rows, length: shape of the tokens; `length` is even.
+        pairs: number of keys, at most a quarter of `length`.
+        generator: of the draw.
+        vocab_size: the first half of the vocabulary are keys, the second values.
+        power: of the law of the gaps; 1 is uniform.
+
+    Returns:
+        `tuple`: tokens and labels, `[rows, length]`.
+
+    Raises:
+        ValueError: if the pairs and questions do not fit.
+    """
+    half, slots = vocab_size // 2, length // 2 - pairs
+    if length % 2 or pairs > slots or pairs > half - 1:
+        raise ValueError(
+            f"{pairs} pairs and their questions do not fit into {length} tokens of {vocab_size}: give an even length of at "
+            "least four times the pairs, and a vocabulary of more than twice as many tokens."
+        )
+
+    def distinct(first: int, count: int) -> Tensor:
+        return first + torch.rand(rows, count, generator=generator).topk(pairs, dim=1).indices
+
+    keys, values = distinct(1, half - 1), distinct(half, vocab_size - half)
+    # The Gumbel trick: the largest of noisy log-probabilities are a draw without replacement
+    log_probabilities = (power - 1) * torch.arange(1, slots + 1).log()
+    uniform = torch.rand(rows, slots, generator=generator).clamp(1e-10, 1 - 1e-7)
+    chosen = (log_probabilities - (-uniform.log()).log()).topk(pairs, dim=1).indices
+    asked = 2 * pairs + 2 * chosen
+
+    tokens = torch.randint(vocab_size, (rows, length), generator=generator)
+    tokens[:, : 2 * pairs] = torch.stack([keys, values], dim=-1).flatten(1)
+    tokens.scatter_(1, asked, keys)
+    labels = torch.full_like(tokens, IGNORE_INDEX).scatter_(1, asked + 1, values)
+    return tokens, labels
+
+
+def needle(
+    rows: int, length: int, generator: torch.Generator, facts: int = 4, depth: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """
+    Facts in a haystack of random tokens, and questions at its end.
+
+        x x FACT k2 v2 x x x x x FACT k1 v1 x x x  QUESTION k1 v1        label: v1 at the end
+
+    To train, `depth` is None: the facts stand anywhere and each of them is asked for, in random order. To test, one fact stands
+    at the given depth and it alone is asked for; the others are there to be confused with it.
+
+    Args:
+        rows, length: shape of the tokens.
+        generator: of the draw.
+        facts: number of facts, with different keys.
+        depth: where the needle stands, 0 at the beginning of the haystack and 1 at its end.
+
+    Returns:
+        `tuple`: tokens and labels, `[rows, length]`.
+
+    Raises:
+        ValueError: if the facts and questions do not fit.
+    """
+    questions = facts if depth is None else 1
+    slots = length // 3 - questions  # a fact and a question take three tokens each
+    if slots < facts or facts > NUM_KEYS:
+        raise ValueError(f"{facts} facts and {questions} questions do not fit into {length} tokens.")
+    keys = FIRST_KEY + torch.rand(rows, NUM_KEYS, generator=generator).topk(facts, dim=1).indices
+    values = torch.randint(FIRST_VALUE, FIRST_HAY, (rows, facts), generator=generator)
+    order = torch.rand(rows, slots, generator=generator)
+    if depth is not None:
+        order[:, round(depth * (slots - 1))] = 2.0  # the first fact gets this slot
+    chosen = order.topk(facts, dim=1).indices
+
+    hay = torch.randint(FIRST_HAY, NEEDLE_VOCAB_SIZE, (rows, length - 3 * questions), generator=generator)
+    for offset, part in enumerate((torch.full_like(keys, FACT), keys, values)):
+        hay.scatter_(1, 3 * chosen + offset, part)
+    # Facts already stand in random places, so asking in their order asks in random order
+    asked = torch.stack([torch.full_like(keys, QUESTION), keys, values], dim=-1)[:, :questions].flatten(1)
+    tokens = torch.cat([hay, asked], dim=1)
+    labels = torch.full_like(tokens, IGNORE_INDEX)
+    labels[:, hay.shape[1] + 2 :: 3] = values[:, :questions]
+    return tokens, labels
+
+
+class Stream(IterableDataset):
+    """Endless batches; every worker of a data loader draws its own.
+
+    Args:
+        draw: makes tokens and labels of one batch from a generator.
+        seed: of all of them.
+    """
+
+    def __init__(self, draw: Callable[[torch.Generator], tuple[Tensor, Tensor]], seed: int):
+        self.draw, self.seed = draw, seed
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        worker = get_worker_info()
+        generator = torch.Generator().manual_seed(1000 * self.seed + (0 if worker is None else worker.id))
+        while True:
+            tokens, labels = self.draw(generator)
+            yield {"input_ids": tokens, "labels": labels}
+
+
+def draw_recall(generator: torch.Generator, segments: list[tuple[int, int]], tokens_per_batch: int):
+    """A batch of one of the segments (length, pairs), as large as all others in tokens."""
+    length, pairs = segments[torch.randint(len(segments), (), generator=generator)]
+    return multi_query_recall(max(1, tokens_per_batch // length), length, pairs, generator)
+
+
+def draw_needle(generator: torch.Generator, lengths: list[int], tokens_per_batch: int, facts: int):
+    """A batch of one of the lengths."""
+    length = lengths[torch.randint(len(lengths), (), generator=generator)]
+    return needle(max(1, tokens_per_batch // length), length, generator, facts)

@@ -1,0 +1,134 @@
+# Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
+"""The tables and the figure of `scaling.py`, from its JSON file."""
+
+import math
+from pathlib import Path
+
+
+FITTED_POINTS = 4  # the slope is that of the longest lengths: short ones show the costs of launching
+COLOURS = {
+    "GMA, paper": "#b3202c",
+    "GMA, gated": "#e07b39",
+    "softmax (SDPA)": "#30333a",
+    "linear attention": "#2b7bba",
+    "linear attention, fla": "#8fbcdd",
+    "Mamba-2": "#3b8f5a",
+    "Mamba-2, fla": "#97c9a8",
+}
+
+
+def points(report: dict, name: str, part: str, field: str) -> dict[int, float]:
+    """What was measured of a rival: by length, a number."""
+    rows = [row for row in report["rows"].values() if (row["rival"], row["pass"]) == (name, part)]
+    return {row["length"]: row[field] for row in sorted(rows, key=lambda row: row["length"]) if field in row}
+
+
+def slope(measured: dict[int, float]) -> float | None:
+    """
+    The exponent of the growth: least squares of log value against log length, over the longest lengths. None with fewer than
+    three points.
+    """
+    lengths = sorted(measured)[-FITTED_POINTS:]
+    if len(lengths) < 3:
+        return None
+    x = [math.log(length) for length in lengths]
+    y = [math.log(measured[length]) for length in lengths]
+    mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)
+    covariance = sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True))
+    return covariance / sum((a - mean_x) ** 2 for a in x)
+
+
+def rivals_of(report: dict) -> list[str]:
+    """The rivals of which anything was measured, in the order of the results."""
+    return list(dict.fromkeys(row["rival"] for row in report["rows"].values() if "ms" in row))
+
+
+def tokens(length: int) -> str:
+    return f"{length // 2**20}M" if length >= 2**20 else f"{length // 2**10}k" if length >= 2**10 else str(length)
+
+
+def shown(value: float | None, form: str = ",.4g") -> str:
+    if value is None:
+        return ""
+    return f"{value:,.0f}" if value >= 100 else f"{value:{form}}" if value >= 10 else f"{value:.2g}"
+
+
+def table(report: dict, part: str = "forward_backward", field: str = "ms") -> str:
+    """A line per length, a column per rival, and the fitted exponents below; an empty cell was refused."""
+    names = rivals_of(report)
+    values = {name: points(report, name, part, field) for name in names}
+    lengths = sorted({length for measured in values.values() for length in measured})
+    lines = ["| tokens | " + " | ".join(names) + " |", "|---:|" + "---:|" * len(names)]
+    for length in lengths:
+        cells = [shown(values[name].get(length), ".3g") for name in names]
+        lines.append(f"| {tokens(length)} | " + " | ".join(cells) + " |")
+    slopes = [slope(values[name]) for name in names]
+    cells = ["" if exponent is None else f"{exponent:.2f}" for exponent in slopes]
+    return "\n".join([*lines, "| exponent | " + " | ".join(cells) + " |"])
+
+
+def plot(report: dict, path: Path) -> None:
+    """Two log-log panels, forward and backward: time and peak memory, with the name and the exponent at each line's end."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+    names = rivals_of(report)
+    figure, axes = pyplot.subplots(1, 2, figsize=(12.5, 5), layout="constrained")
+    for axis, (field, title, unit) in zip(
+        axes,
+        (("ms", "Time of forward and backward pass", "milliseconds"), ("peak_mib", "Peak memory", "MiB")),
+        strict=True,
+    ):
+        ends = []
+        for name in names:
+            measured = points(report, name, "forward_backward", field)
+            if not measured:
+                continue
+            axis.plot(
+                list(measured), list(measured.values()), "o-", color=COLOURS[name], markersize=3.5, linewidth=1.7
+            )
+            exponent = slope(measured)
+            label = name if exponent is None else f"{name}  (N^{exponent:.2f})"
+            ends.append((max(measured), list(measured.values())[-1], label, COLOURS[name]))
+        axis.set(xscale="log", yscale="log", title=title, xlabel="tokens", ylabel=unit)
+        lengths = sorted({row["length"] for row in report["rows"].values()})
+        axis.xaxis.set_major_locator(FixedLocator(lengths[::2]))
+        axis.xaxis.set_minor_locator(NullLocator())
+        axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: tokens(round(x))))
+        axis.grid(True, color="#e4e4e4", linewidth=0.6)
+        axis.spines[["top", "right"]].set_visible(False)
+        label_ends(axis, ends, lengths[-1])
+    figure.suptitle(
+        f"{report['setting']['device']}, {report['setting']['dtype']}, batch 1, width 512", fontsize=10, color="#555"
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130, facecolor="white", bbox_inches="tight")
+    pyplot.close(figure)
+    print(f"figure written to {path}")
+
+
+def label_ends(axis, ends: list[tuple[float, float, str, str]], longest: float) -> None:
+    """Names to the right of the lines, moved apart where they would overlap, and not above the axis."""
+    low, high = (math.log10(limit) for limit in axis.get_ylim())
+    least = 0.06 * (high - low)
+    ends = sorted(ends, key=lambda end: end[1])
+    positions: list[float] = []
+    for _, y, _, _ in ends:
+        positions.append(max(math.log10(y), positions[-1] + least if positions else low))
+    for index in range(len(positions) - 1, -1, -1):
+        above = positions[index + 1] - least if index + 1 < len(positions) else high
+        positions[index] = min(positions[index], above)
+    for (x, y, label, colour), position in zip(ends, positions, strict=True):
+        axis.annotate(
+            label,
+            (x, y),
+            (longest * 1.35, 10**position),
+            color=colour,
+            va="center",
+            fontsize=9,
+            annotation_clip=False,
+            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.6, "alpha": 0.5},
+        )

@@ -1,0 +1,271 @@
+# Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
+"""The rivals of the benchmarks compute what they are said to compute, in models of equal size."""
+
+import math
+import tempfile
+
+import pytest
+import rival_linear_attention
+import rival_mamba2
+import torch
+from mixers import MIXERS, equal_intermediate_size, make_config, make_model, number_of_parameters
+from rival_linear_attention import linear_attention
+from rival_mamba2 import state_space
+from transformers import Mamba2Config, Trainer, TrainingArguments
+from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer as TransformersMamba2Mixer
+
+from gma_hf import GMAForMaskedLM, GMAForSequenceClassification
+
+
+SIZES = {
+    "vocab_size": 50,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_components": 8,
+    "intermediate_size": 64,
+    "max_position_embeddings": 300,
+    "pad_token_id": 0,
+}
+BIDIRECTIONAL = [name for name, mixer in MIXERS.items() if not mixer.causal_only]
+# Sums of some hundred terms of float64, whose unit is 1e-16
+EXACT = {"rtol": 1e-10, "atol": 1e-12}
+
+
+def random(*shape):
+    return torch.randn(*shape, dtype=torch.float64)
+
+
+def quadratic_attention(query, key, value, causal, eps=1e-6):
+    scores = query @ key.transpose(-1, -2)
+    if causal:
+        scores = scores.tril()
+    return scores @ value / (scores.sum(-1, keepdim=True) + eps)
+
+
+def recurrence(x, dt, rate, B, C):
+    state = torch.zeros(x.shape[0], x.shape[2], B.shape[-1], x.shape[3], dtype=x.dtype)
+    outputs = []
+    for t in range(x.shape[1]):
+        written = B[:, t, None, :, None] * (dt[:, t, :, None] * x[:, t])[:, :, None]
+        state = torch.exp(-rate * dt[:, t])[..., None, None] * state + written
+        outputs.append(torch.einsum("bn,bhnp->bhp", C[:, t], state))
+    return torch.stack(outputs, dim=1)
+
+
+def assert_same_with_gradients(function, definition, inputs):
+    inputs = [x.requires_grad_() for x in inputs]
+    outputs = [f(*inputs) for f in (function, definition)]
+    torch.testing.assert_close(*outputs, **EXACT)
+    direction = torch.randn_like(outputs[0])
+    gradients = [torch.autograd.grad(output, inputs, direction) for output in outputs]
+    for own, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(own, expected, **EXACT)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("length", [1, 5, 19])
+def test_linear_attention_is_the_quadratic_formula(causal, length, monkeypatch):
+    monkeypatch.setattr(rival_linear_attention, "CHUNK_SIZE", 4)
+    torch.manual_seed(0)
+    query, key = random(2, 3, length, 6).exp(), random(2, 3, length, 6).exp()
+    assert_same_with_gradients(
+        lambda *inputs: linear_attention(*inputs, causal=causal),
+        lambda *inputs: quadratic_attention(*inputs, causal=causal),
+        [query, key, random(2, 3, length, 5)],
+    )
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    "length", [1, 7, 41]
+)  # 41: more chunks than one block combines, and than two levels of blocks
+def test_state_space_is_the_recurrence(length, monkeypatch):
+    monkeypatch.setattr(rival_mamba2, "CHUNK_SIZE", 4)
+    monkeypatch.setattr(rival_mamba2, "BLOCK_SIZE", 3)
+    torch.manual_seed(0)
+    dt, rate = random(2, length, 3).exp(), random(3).exp()
+    assert_same_with_gradients(
+        state_space, recurrence, [random(2, length, 3, 5), dt, rate, random(2, length, 6), random(2, length, 6)]
+    )
+
+
+def test_state_space_survives_steps_that_forget_everything():
+    """A decay over a chunk far below the smallest number is zero, not NaN; also in the gradients."""
+    torch.manual_seed(0)
+    x, B, C = torch.randn(1, 300, 2, 4), torch.randn(1, 300, 3), torch.randn(1, 300, 3)
+    dt = torch.full((1, 300, 2), 50.0).requires_grad_()
+    y = state_space(x, dt, torch.tensor([16.0, 1.0]), B, C)
+    y.sum().backward()
+    own = (C * B).sum(-1)[..., None, None] * 50.0 * x  # what the token itself wrote
+    # Rounding of float32 (6e-8) times the some ten terms of a sum and their size, some hundreds
+    torch.testing.assert_close(y, own, rtol=1e-5, atol=1e-3)
+    assert torch.isfinite(dt.grad).all()
+
+
+@pytest.mark.quick
+def test_mamba2_is_that_of_transformers():
+    torch.manual_seed(0)
+    config = make_config("mamba2", **SIZES)
+    own = make_model("mamba2", config).model.layers[0].self_attn
+    theirs = TransformersMamba2Mixer(
+        Mamba2Config(
+            hidden_size=32,
+            num_heads=1,
+            head_dim=64,
+            state_size=rival_mamba2.STATE_SIZE,
+            n_groups=1,
+            num_hidden_layers=1,
+            chunk_size=16,
+        ),
+        layer_idx=0,
+    )
+    copies = {
+        "in_proj.weight": own.in_proj.weight,
+        "out_proj.weight": own.out_proj.weight,
+        "conv1d.weight": own.conv_weight[:, None],
+        "conv1d.bias": own.conv_bias,
+        "dt_bias": own.dt_bias,
+        "A_log": own.A_log_bias,
+        "D": own.D_bias,
+        "norm.weight": own.norm.weight,
+    }
+    theirs.load_state_dict({name: value.detach() for name, value in copies.items()})
+    hidden_states = torch.randn(2, 150, 32)
+    output, expected = own(hidden_states)[0], theirs(hidden_states)
+    expected = expected[0] if isinstance(expected, tuple) else expected
+    # Both in float32: some hundred roundings of 6e-8
+    torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_random_features_estimate_the_softmax_kernel():
+    """The mean of phi(q).phi(k) over many features is exp(q.k / sqrt(d)), up to the stabilisers, which cancel in ratios."""
+    torch.manual_seed(0)
+    sizes = {**SIZES, "hidden_size": 16, "num_attention_heads": 1, "num_components": 200_000}
+    attention = make_model("performer", make_config("performer", **sizes)).model.layers[0].self_attn
+    query, key = 0.3 * torch.randn(1, 1, 6, 16), 0.3 * torch.randn(1, 1, 6, 16)
+    query_features, key_features = attention.features(query, True, None), attention.features(key, False, None)
+    weights = torch.nn.functional.normalize(query_features @ key_features.transpose(-1, -2), p=1, dim=-1)
+    # The product of one feature deviates by sqrt(exp(|q + k|^2) - 1), about 2, that of 200,000 by 0.5%; five times that,
+    # and what the queries' 1e-4 adds
+    torch.testing.assert_close(weights, torch.softmax(query @ key.transpose(-1, -2) / 4, dim=-1), rtol=0.03, atol=0)
+
+
+def test_random_features_are_orthogonal_and_as_long_as_gaussian_vectors():
+    torch.manual_seed(0)
+    sizes = {**SIZES, "num_components": 16}
+    projection = make_model("performer", make_config("performer", **sizes)).model.layers[0].self_attn.projection
+    for block in projection.split(8):  # heads of 8
+        gram = block @ block.T
+        torch.testing.assert_close(gram, torch.diag(gram.diag()), rtol=0, atol=1e-4)
+    assert projection.norm(dim=-1).std() > 0.1
+
+
+def test_random_features_are_redrawn_in_training_only():
+    torch.manual_seed(0)
+    model = make_model("performer_redrawn", make_config("performer_redrawn", **SIZES), redraw_interval=2)
+    tokens = torch.ones(1, 4, dtype=torch.long)
+
+    def changed(times):
+        before = [layer.self_attn.projection.clone() for layer in model.model.layers]
+        for _ in range(times):
+            model(tokens)
+        after = [layer.self_attn.projection for layer in model.model.layers]
+        return [not torch.equal(*pair) for pair in zip(before, after, strict=True)]
+
+    assert changed(2) == [False, False]
+    assert changed(1) == [True, True]
+    model.eval()
+    assert changed(5) == [False, False]
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("mixer", list(MIXERS))
+def test_language_models_do_not_see_the_future(mixer):
+    torch.manual_seed(0)
+    model = make_model(mixer, make_config(mixer, **SIZES)).eval()
+    tokens = torch.randint(1, 50, (2, 200))
+    other = tokens.clone()
+    other[:, 150:] = torch.randint(1, 50, (2, 50))
+    with torch.no_grad():
+        logits, other_logits = model(tokens).logits, model(other).logits
+    # The stabiliser of Performer's keys looks ahead and cancels but for rounding
+    torch.testing.assert_close(logits[:, :150], other_logits[:, :150], rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(logits[:, 150:], other_logits[:, 150:], atol=1e-3)
+
+
+@pytest.mark.parametrize("mixer", BIDIRECTIONAL)
+def test_padding_changes_nothing_in_an_encoder(mixer):
+    torch.manual_seed(0)
+    config = make_config(mixer, is_causal=False, num_labels=3, **SIZES)
+    model = make_model(mixer, config, GMAForSequenceClassification).eval()
+    tokens = torch.randint(1, 50, (1, 23))
+    padded = torch.cat([tokens, torch.zeros(1, 9, dtype=torch.long)], dim=1)
+    with torch.no_grad():
+        expected = model(tokens).logits
+        logits = model(padded, attention_mask=(padded != 0).long()).logits
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("mixer", list(MIXERS))
+def test_left_padding_changes_nothing_in_a_language_model(mixer):
+    torch.manual_seed(0)
+    model = make_model(mixer, make_config(mixer, **SIZES)).eval()
+    tokens = torch.randint(1, 50, (1, 23))
+    padded = torch.cat([torch.zeros(1, 9, dtype=torch.long), tokens], dim=1)
+    with torch.no_grad():
+        expected = model(tokens).logits
+        logits = model(padded, attention_mask=(padded != 0).long()).logits[:, 9:]
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_an_encoder_sees_both_sides():
+    torch.manual_seed(0)
+    for mixer in BIDIRECTIONAL:
+        model = make_model(mixer, make_config(mixer, is_causal=False, **SIZES), GMAForMaskedLM).eval()
+        tokens = torch.randint(1, 50, (1, 20))
+        other = tokens.clone()
+        other[:, -1] = (tokens[:, -1] + 1) % 50
+        with torch.no_grad():
+            assert not torch.allclose(model(tokens).logits[:, 0], model(other).logits[:, 0], atol=1e-7), mixer
+
+
+@pytest.mark.parametrize("mixer", list(MIXERS))
+def test_sizes_agree_within_three_percent(mixer):
+    """At the sizes of the language models, with Mamba-2, which cannot be adapted, as the reference."""
+    sizes = {**SIZES, "vocab_size": 16384, "hidden_size": 512, "num_hidden_layers": 8, "num_attention_heads": 8}
+    sizes["num_components"] = 64
+    width = equal_intermediate_size(mixer, reference="mamba2", **sizes)
+    counts = [number_of_parameters("mamba2", **sizes)]
+    counts.append(number_of_parameters(mixer, **{**sizes, "intermediate_size": width}))
+    assert math.isclose(*counts, rel_tol=0.01)
+    assert width % 8 == 0
+
+
+def test_a_model_without_mlp_cannot_be_made_equal():
+    with pytest.raises(ValueError, match="reference"):
+        equal_intermediate_size("mamba2", **{**SIZES, "intermediate_size": 2048})
+
+
+def test_mamba2_is_no_encoder():
+    with pytest.raises(ValueError, match="causal only"):
+        make_config("mamba2", is_causal=False, **SIZES)
+
+
+def test_rivals_refuse_what_they_would_ignore():
+    model = make_model("elu", make_config("elu", **SIZES)).eval()
+    tokens = torch.ones(1, 6, dtype=torch.long)
+    with pytest.raises(ValueError, match="packed"):
+        model(tokens, position_ids=torch.tensor([[0, 1, 2, 0, 1, 2]]))
+    with pytest.raises(ValueError, match="cache"):
+        model(tokens, use_cache=True)
+
+
+def test_weight_decay_spares_what_is_no_matrix():
+    for mixer in ("elu", "performer", "mamba2"):
+        model = make_model(mixer, make_config(mixer, **SIZES))
+        with tempfile.TemporaryDirectory() as folder:
+            decayed = Trainer(model, TrainingArguments(folder, use_cpu=True)).get_decay_parameter_names(model)
+        assert all(model.get_parameter(name).ndim == 2 for name in decayed), decayed
+        assert len(decayed) > 8

@@ -1,0 +1,151 @@
+# Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
+"""`benchmarks/scaling.py` and the page of results: what they say is what was measured."""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import results_page
+import scaling
+import scaling_report
+import torch
+
+
+ROOT = Path(__file__).parents[2]
+
+
+def report_of(times: dict[str, dict[int, float]]) -> dict:
+    rows = [
+        {"rival": name, "pass": part, "length": length, "ms": ms, "peak_mib": length / 16}
+        for name, measured in times.items()
+        for part in scaling.PASSES
+        for length, ms in measured.items()
+    ]
+    setting = {"device": "toy", "dtype": "float32"}
+    return {"setting": setting, "rows": {f"{row['rival']}, {row['pass']}, {row['length']}": row for row in rows}}
+
+
+@pytest.mark.quick
+def test_the_slope_is_the_exponent_of_the_growth_at_the_longest_lengths():
+    lengths = [2**n for n in range(10, 18)]
+    # 5 ms of launching, which the short lengths show, and a square behind it
+    assert scaling_report.slope({n: 5 + 1e-6 * n**2 for n in lengths}) == pytest.approx(2, abs=0.01)
+    assert scaling_report.slope({n: 3e-4 * n for n in lengths}) == pytest.approx(1, abs=1e-9)
+    assert scaling_report.slope({1024: 1.0, 2048: 2.0}) is None
+
+
+@pytest.mark.quick
+def test_rivals_compute_causal_sequence_mixers_of_the_same_width():
+    """No output looks ahead, and the gradients reach every input."""
+    assert set(scaling_report.COLOURS) == set(scaling.RIVALS)
+    for name, rival in scaling.RIVALS.items():
+        if rival.needs_gpu:
+            continue
+        inputs = rival.inputs(160, torch.float32, "cpu")
+        output = rival.function(inputs)
+        tokens = output.shape.index(160)
+        assert output.numel() == 160 * scaling.HEADS * scaling.DIM * (2 if name == "Mamba-2" else 1)
+        gradients = torch.autograd.grad(output.narrow(tokens, 0, 100).square().sum(), list(inputs.values()))
+        for key, gradient in zip(inputs, gradients, strict=True):
+            assert gradient.abs().sum() > 0, (name, key)
+            if 160 in gradient.shape:
+                later = gradient.narrow(gradient.shape.index(160), 100, 60)
+                assert later.abs().max() == 0, (name, key)
+
+
+@pytest.mark.quick
+def test_what_would_take_too_long_or_too_much_memory_is_not_tried():
+    softmax = {"rival": "softmax (SDPA)", "length": 1024, "ms": 1000.0, "peak_mib": 100.0}
+    assert (
+        scaling.too_long(softmax, 4096, longest=10) == "would take some 16 s"
+    )  # four times as long: 16 times the time
+    assert scaling.too_long({**softmax, "rival": "GMA, paper"}, 4096, longest=10) is None
+    assert scaling.too_long({"refused": "out of memory"}, 4096, longest=10) == "out of memory"
+    assert scaling.no_memory(softmax, 2048, available=1000) is None
+    assert scaling.no_memory({**softmax, "peak_mib": 2048.0}, 2048, available=4096) == "would need some 4 GiB"
+
+
+def test_a_run_goes_on_where_it_was_stopped_and_draws_its_figure(tmp_path, monkeypatch, capsys):
+    output = tmp_path / "scaling_toy.json"
+    monkeypatch.setattr(scaling, "check", lambda device: None)
+    monkeypatch.setattr(scaling, "ROOT", tmp_path)
+    words = ["--device", "cpu", "--seconds", "0.001", "--rivals", "GMA, paper", "linear attention"]
+
+    def run(*more):
+        monkeypatch.setattr(sys, "argv", ["scaling.py", *words, "--output", str(output), *more])
+        scaling.main()
+
+    run("--lengths", "128", "256")
+    first = json.loads(output.read_text())["rows"]
+    run("--lengths", "128", "256", "512", "--plot")
+    rows = json.loads(output.read_text())["rows"]
+    assert {name: rows[name] for name in first} == first
+    assert len(rows) == 2 * 2 * 3
+    assert all(row["ms"] > 0 and row["peak_mib"] >= 0 for row in rows.values())
+    assert "| exponent |" in capsys.readouterr().out
+    assert (tmp_path / "docs" / "figures" / "scaling_toy.png").stat().st_size > 10_000
+
+
+@pytest.mark.quick
+def test_the_table_leaves_out_what_was_refused():
+    report = report_of({"GMA, paper": {1024: 2.0, 2048: 4.0, 4096: 8.0}, "softmax (SDPA)": {1024: 1.0}})
+    assert scaling_report.table(report).splitlines() == [
+        "| tokens | GMA, paper | softmax (SDPA) |",
+        "|---:|---:|---:|",
+        "| 1k | 2 | 1 |",
+        "| 2k | 4 |  |",
+        "| 4k | 8 |  |",
+        "| exponent | 1.00 |  |",
+    ]
+
+
+def test_the_committed_page_is_what_the_committed_results_say():
+    assert (ROOT / "docs" / "results.md").read_text(encoding="utf-8") == results_page.page()
+
+
+@pytest.mark.quick
+def test_experiments_without_results_have_no_section(tmp_path):
+    assert results_page.page(tmp_path, tmp_path) == results_page.HEAD + "\n"
+    report = report_of({"GMA, paper": {1024: 2.0, 2048: 4.0, 4096: 8.0}})
+    for row in report["rows"].values():
+        row.update(
+            command="python benchmarks/scaling.py", date="2026-11-22T10:00:00+00:00", versions={"torch": "2.11"}
+        )
+    for name in ("scaling_a100", "scaling_a100_more"):
+        (tmp_path / f"{name}.json").write_text(json.dumps(report))
+        (tmp_path / f"{name}.png").touch()
+    page = results_page.page(tmp_path, tmp_path)
+    assert re.findall(r"^## .*", page, flags=re.MULTILINE) == ["## Scaling with the length"]
+    assert "python benchmarks/scaling.py" in page and "Measured on toy; torch 2.11; 2026-11-22." in page
+    assert page.count("| 1k | 2 |") == 4  # forward, and forward and backward, of each file
+    assert page.count("scaling_a100.png") == page.count("scaling_a100_more.png") == 1
+
+
+def test_everything_that_the_page_names_exists():
+    page = results_page.page()
+    for name in set(re.findall(r"(?:scripts|benchmarks)/\w+\.py", page)):
+        assert (ROOT / name).is_file(), name
+    for name in set(re.findall(r"\]\(([^)h][^)]*)\)", page)):
+        assert (ROOT / "docs" / name).exists(), name
+
+
+@pytest.mark.quick
+def test_numbers_of_other_benchmarks_are_shown_as_they_were_stored(tmp_path):
+    smollm2 = {
+        "original": {"title": "original, softmax", "scores": {"original": {"perplexity": 20.0}}},
+        "window": {"title": "window", "scores": {"distilled": {"perplexity": 21.0, "kl": 0.05}}},
+    }
+    minilm = {
+        "all": {"cosine": {"before": {}, "after": {"WikiText-103": 0.97, "IMDB": 0.96}}, "newsgroups": [70.0, 72.0]}
+    }
+    assert "| window: distilled | 21.00 | 1.050 | 0.0500 |" in results_page.conversion_smollm2({"rows": smollm2})
+    assert "| all | 0.9700 | 0.9600 | 71.00 ± 1.41 |" in results_page.conversion_minilm({"rows": minilm})
+    aims = [{"target": "a <= 1", "measured": 2.0, "met": False}, {"target": "b <= 1", "measured": 0.5, "met": True}]
+    assert results_page.targets({"targets": aims}).startswith("1 of 2 targets") and "- a <= 1: 2" in (
+        results_page.targets({"targets": aims})
+    )
+    decode = {"model": "softmax + RoPE", "mode": "eager", "batch": 1, "position": 1024}
+    rows = [{**decode, "ms_per_token": 1.5, "tokens_per_second": 666.7}]
+    assert "1.500 (667)" in results_page.gpu_decode({"rows": rows, "targets": []})
