@@ -7,6 +7,21 @@ sequence alone: padding, wherever it stands, and other packed sequences do not t
 import torch
 from torch import nn
 
+from ..ops.triton import DTYPES, missing
+from .kernel_choice import prefers_kernels
+
+
+MAX_WIDTH = 8  # taps of a tile stay in registers
+
+
+def cannot_run(inputs: torch.Tensor, weight: torch.Tensor) -> str | None:
+    """Why the kernels cannot run a call, or None."""
+    if inputs.dtype not in DTYPES or weight.dtype not in DTYPES:
+        return "the inputs or the weights are float64."
+    if weight.shape[-1] > MAX_WIDTH:
+        return f"it is wider than {MAX_WIDTH} tokens."
+    return missing(inputs.device.type, inputs.device.index)
+
 
 class GMAShortConvolution(nn.Conv1d):
     """
@@ -66,19 +81,29 @@ class GMAShortConvolution(nn.Conv1d):
             is_last = sequence_ids == sequence_ids[:, -1:]
             new_history = new_history * is_last[:, inputs.shape[1] - (width - 1) :, None]
 
-        if sequence_ids is None:
-            channels_first = nn.functional.pad(
-                inputs.transpose(1, 2), (before if order is not None else 0, width - 1 - before)
-            )
-            outputs = nn.functional.conv1d(channels_first, self.weight, groups=num_channels).transpose(1, 2)
-        else:
-            outputs = self._convolve_packed(inputs, sequence_ids, before)[:, before if order is None else 0 :]
-        outputs = nn.functional.silu(outputs)
+        # Where padding moved to the front, the history is among the tokens: its outputs are cut off afterwards
+        outputs = self._convolve(inputs, sequence_ids, before, first=before if order is None else 0)
 
         if order is not None:
-            outputs = torch.zeros_like(inputs).scatter(1, gather_index, outputs)[:, before:]
+            outputs = outputs.new_zeros(inputs.shape).scatter(1, gather_index, outputs)[:, before:]
             outputs = outputs * padding_mask[..., None]
         return outputs, new_history
+
+    def _convolve(
+        self, inputs: torch.Tensor, sequence_ids: torch.Tensor | None, before: int, first: int
+    ) -> torch.Tensor:
+        """SiLU of the convolution at the positions from `first` on; each of them sees `before` tokens before it."""
+        width, num_channels = self.kernel_size[0], inputs.shape[2]
+        if prefers_kernels("short convolution", inputs.is_cuda, cannot_run(inputs, self.weight)):
+            from .short_convolution_fused import short_convolution
+
+            return short_convolution(inputs, self.weight, sequence_ids, before, first)
+        if sequence_ids is None:
+            channels_first = nn.functional.pad(inputs.transpose(1, 2), (before - first, width - 1 - before))
+            outputs = nn.functional.conv1d(channels_first, self.weight, groups=num_channels).transpose(1, 2)
+        else:
+            outputs = self._convolve_packed(inputs, sequence_ids, before)[:, first:]
+        return nn.functional.silu(outputs)
 
     def _convolve_packed(self, inputs: torch.Tensor, sequence_ids: torch.Tensor, before: int) -> torch.Tensor:
         """The convolution tap by tap, each tap closed where it would reach into another sequence."""
@@ -90,4 +115,5 @@ class GMAShortConvolution(nn.Conv1d):
         for tap in range(width):
             is_same = padded_ids[:, tap : tap + length] == sequence_ids
             outputs = outputs + padded_inputs[:, tap : tap + length] * is_same[..., None] * self.weight[:, 0, tap]
-        return outputs
+        # Weights may be float32 beside 16-bit inputs: autocast leaves this product alone
+        return outputs.to(inputs.dtype)

@@ -8,6 +8,7 @@ weight [B, HQ, N], memory_bias and sinks [HQ], memory_query [HQ, D].
 import torch
 from torch import Tensor
 
+from ..ops.fused.launching import on_its_device
 from ..ops.fused.operators import empty_output, row_contiguous, strides
 from ..ops.fused.plan import INTERPRETED, cdiv, padded
 from .window_kernels import LOG2E, attend_kernel, grad_keys_kernel, grad_queries_kernel
@@ -55,6 +56,7 @@ def mask_strides(valid: Tensor, runs: Tensor | None) -> tuple[int, int]:
     return (0 if valid.shape[0] == 1 else valid.stride(0)), (0 if runs is None else runs.stride(0))
 
 
+@on_its_device
 def forward(
     query, key, value, valid, runs, read, weight, memory_bias, memory_query, sinks, size, causal, scaling, softcap
 ) -> tuple[Tensor, Tensor]:
@@ -85,6 +87,7 @@ def empty_grads(query, key, value, read, weight) -> tuple[Tensor, ...]:
     return *grads, weight.new_empty(weight.shape)
 
 
+@on_its_device
 def backward(
     query, key, value, valid, runs, read, weight, memory_bias, memory_query, output, log_sum, grad_output,
     size, causal, scaling, softcap,

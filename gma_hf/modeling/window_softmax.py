@@ -13,20 +13,13 @@ Only the inputs, o and l are kept; logits are computed again. On GPUs the kernel
 and where they cannot, the plain PyTorch of `window_blocks`.
 """
 
-import logging
-import os
-
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..ops.registry import ENVIRONMENT_VARIABLE
 from ..ops.triton import DTYPES, MAX_DIM, missing
+from .kernel_choice import prefers_kernels
 from .window_blocks import accumulation_dtype, attend, attend_backward
-
-
-logger = logging.getLogger(__name__)
-_EXPLAINED: set[str] = set()  # reasons that have been logged
 
 
 def cannot_run(query: Tensor, key: Tensor, value: Tensor, read: Tensor) -> str | None:
@@ -40,18 +33,7 @@ def cannot_run(query: Tensor, key: Tensor, value: Tensor, read: Tensor) -> str |
 
 def uses_kernels(query: Tensor, key: Tensor, value: Tensor, read: Tensor) -> bool:
     """Whether a call goes to the kernels, by the rules of the operator's backends."""
-    name = os.environ.get(ENVIRONMENT_VARIABLE) or "auto"
-    if name != "triton" and (name != "auto" or not query.is_cuda):
-        return False
-    reason = cannot_run(query, key, value, read)
-    if reason is None:
-        return True
-    if name == "triton":
-        raise ValueError(f"Backend 'triton' cannot run this window: {reason} Unset {ENVIRONMENT_VARIABLE}.")
-    if reason not in _EXPLAINED:
-        _EXPLAINED.add(reason)
-        logger.info("The fused kernels cannot run this window: %s Plain PyTorch does.", reason)
-    return False
+    return prefers_kernels("window", query.is_cuda, cannot_run(query, key, value, read))
 
 
 # As in `ops`, the two passes are opaque operators to torch.compile and torch.export, and lengths stay dynamic. Defined and

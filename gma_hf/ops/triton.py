@@ -27,6 +27,9 @@ INSTALLED = importlib.util.find_spec("triton") is not None
 
 
 def needs_gradients(call: AttentionCall) -> bool:
+    if torch.compiler.is_exporting():
+        # What a backward pass keeps has the shape of the chunks, which would decide on a length that is still open
+        return False
     tensors = (*call[:6], call.write_weight, call.log_decay, *(call.initial_state or ()))
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 

@@ -167,13 +167,13 @@ def write_model_card(output_dir: str, args: TrainingArguments, model: PreTrained
         "## How to load it",
         _loading_example(name, model, record),
         "## Training data",
-        _bullets(record.data),
+        bullets(record.data),
         "## Training",
-        _bullets({**record.details, **hyperparameters(args)}),
+        bullets({**record.details, **hyperparameters(args)}),
         f"On {device_name(args)}, {args.world_size} process{'es' if args.world_size > 1 else ''}:",
         f"```bash\n{record.command}\n```",
         "## Versions",
-        _bullets(versions()),
+        bullets(versions()),
     ]
     ModelCard("\n\n".join(sections) + "\n").save(Path(output_dir) / "README.md")
 
@@ -216,7 +216,7 @@ def _evaluated_files(data: dict[str, Any], split: str) -> str:
     return ", ".join(files) if files else f"held-out part of {', '.join(data.get('train_files', ['the data']))}"
 
 
-def _bullets(values: dict[str, Any]) -> str:
+def bullets(values: dict[str, Any]) -> str:
     lines = []
     for name, value in values.items():
         if value is None:

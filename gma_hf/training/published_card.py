@@ -19,7 +19,7 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from .errors import TrainingInputError
 from .intervals import CONFIDENCE
-from .model_card import _bullets
+from .model_card import bullets
 
 
 BIBTEX = """\
@@ -174,7 +174,7 @@ def published_card(description: CardDescription, results: dict[str, Any], recipe
         "## Training data",
         description.training_data,
         "## Procedure",
-        _bullets({**facts, **results.get("data", {}), **results.get("details", {})}),
+        bullets({**facts, **results.get("data", {}), **results.get("details", {})}),
     ]
     if recipe is not None:
         script = "train_clm" if description.pipeline_tag == "text-generation" else "train_mlm"
@@ -192,7 +192,7 @@ def published_card(description: CardDescription, results: dict[str, Any], recipe
     if estimate is not None:
         sections += ["## Time, energy, carbon", estimate]
     if "versions" in results:
-        sections += ["## Versions", _bullets(results["versions"])]
+        sections += ["## Versions", bullets(results["versions"])]
     sections += [
         "## Citation",
         "The operator is the work of Y. Huang and H. Raza; the package is `gma_hf`.",

@@ -229,6 +229,22 @@ def test_pytorch_finds_the_operator_well_formed(features):
     torch.library.opcheck(torch.ops.gma_hf.fused_attention.default, arguments)
 
 
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    "sizes", [{"mixtures_per_key_head": 2, "queries_per_mixture": 2}, {"components": 40, "routing_dim": 130}]
+)
+def test_gradients_lie_in_memory_as_their_inputs_do(sizes):
+    """What the fake implementation tells the compiler, which relies on it: heads of a token side by side."""
+    problem = Problem(length=5, batch=2, key_heads=2, **sizes)
+    tensors = {name: x.float().to(DEVICE) for name, x in problem.tensors().items()}
+    for name in QKV:
+        tensors[name] = tensors[name].transpose(1, 2).contiguous().transpose(1, 2)
+    leaves = [tensors[name].requires_grad_() for name in QKV]
+    output = problem.run(tensors, backend="triton")["output"]
+    for x, grad in zip(leaves, torch.autograd.grad(output.sum(), leaves), strict=True):
+        assert grad.stride() == x.stride()
+
+
 COMPILED_CASES = {
     "everything": {**EVERYTHING, "packed": True},
     "bidirectional": {"causal": False, "weights": True},

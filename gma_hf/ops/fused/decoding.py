@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .coefficients import load_centred, log_priors
+from .launching import on_its_device
 from .operators import INPUTS, empty_output, row_contiguous, strides
 from .plan import cdiv, padded
 from .tiles import LOG2E, rounded
@@ -109,6 +110,7 @@ torch.library.define(
 
 
 @torch.library.impl("gma_hf::fused_decoding", ("cpu", "cuda"))
+@on_its_device
 def fused_decoding(
     query, key, value, means, raw_variances, prior_logits, write_weight, log_decay, S, z, eps, variance_floor
 ):  # fmt: skip

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .coefficients import coefficients_backward_kernel, coefficients_kernel
 from .gradients import gradient_kernel
+from .launching import on_its_device
 from .outputs import read_kernel
 from .plan import Plan, cdiv, fills_chip, make_plan, segment_length, workers_per_mixture
 from .states import scan_kernel, write_kernel
@@ -158,11 +159,12 @@ torch.library.define(
 
 
 @torch.library.impl("gma_hf::fused_attention", ("cpu", "cuda"))
+@on_its_device
 def fused_attention(
     query, key, value, means, raw_variances, prior_logits, write_weight, log_decay, S, z, causal, strict, eps,
     variance_floor, save, final_state,
 ):  # fmt: skip
-    """Output, S, z (of size 0 unless final_state) and `Saved`."""
+    """Output, S, z (of size 0 unless final_state) and `Saved` (of size 0 unless save)."""
     batch, query_heads, length, dim = query.shape
     mixtures, components, _ = means.shape
     value_dim = value.shape[-1]
@@ -198,7 +200,12 @@ def fused_attention(
         S, z = from_slabs(plan, saved.last, batch, components, value_dim)
     else:
         S, z = saved.last.new_empty(0), saved.last.new_empty(0)
-    return output, S, z, *saved
+    return output, S, z, *(saved if save else nothing_saved(saved.last))
+
+
+def nothing_saved(like: Tensor) -> Saved:
+    """What an inference keeps. Shapes that depend on the number of chunks would keep torch.export from open lengths."""
+    return Saved(*(like.new_empty(0) for _ in Saved._fields))
 
 
 def empty_output(query: Tensor, value: Tensor) -> Tensor:
@@ -214,9 +221,13 @@ def _(
 ):  # fmt: skip
     (mixtures, components, dim), value_dim = means.shape, value.shape[-1]
     plan = make_plan(query.dtype, int(components), int(dim), int(value_dim))
-    saved = empty_saved(plan, query, key, means, causal, eps is not None, write_weight is not None, save)
+    single = query.new_empty(0, dtype=torch.float32)
+    if save:
+        saved = empty_saved(plan, query, key, means, causal, eps is not None, write_weight is not None, save)
+    else:
+        saved = nothing_saved(single)
     shape = (query.shape[0], mixtures, components)
-    S, z = (saved.last.new_empty(size if final_state else 0) for size in ((*shape, value_dim), shape))
+    S, z = (single.new_empty(size if final_state else 0) for size in ((*shape, value_dim), shape))
     return empty_output(query, value), S, z, *saved
 
 
@@ -258,6 +269,7 @@ torch.library.define(
 
 
 @torch.library.impl("gma_hf::fused_attention_backward", ("cpu", "cuda"))
+@on_its_device
 def fused_attention_backward(
     query, key, value, means, raw_variances, prior_logits, write_weight, log_decay, output, grad_output, grad_S, grad_z,
     causal, strict, normalize, variance_floor, grad_weight, grad_state, *saved,
@@ -339,11 +351,11 @@ def fused_attention_backward(
     )  # fmt: skip
 
     if grad_query.ndim == 5:
-        grad_query = grad_query.sum(dim=0).to(query.dtype)
+        grad_query = laid_out_as(query, grad_query.sum(dim=0))
     if grad_key.ndim == 5:
-        grad_key = grad_key.sum(dim=0).unflatten(1, (key_heads, -1)).sum(dim=2).to(key.dtype)
+        grad_key = laid_out_as(key, grad_key.sum(dim=0).unflatten(1, (key_heads, -1)).sum(dim=2))
     if shared:
-        grad_value = grad_value.unflatten(1, (key_heads, -1)).sum(dim=2).to(value.dtype)
+        grad_value = laid_out_as(value, grad_value.unflatten(1, (key_heads, -1)).sum(dim=2))
     gates = (write_weight if grad_weight else None, log_decay)
     grad_gates = (sum_heads(grad, gate) for grad, gate in zip(grad_gates, gates, strict=True))
     if not grad_state:
@@ -361,6 +373,11 @@ def fused_attention_backward(
         grad_z = grad_first.unflatten(0, (batch, mixtures, blocks))[..., plan.CP * plan.BV :].sum(dim=2)
         grad_z = grad_z[..., :components].contiguous()
     return grad_query, grad_key, grad_value, *grad_mixture, *grad_gates, grad_S, grad_z
+
+
+def laid_out_as(like: Tensor, x: Tensor) -> Tensor:
+    """x in the memory layout and dtype of the input that it is the gradient of, as the fake implementation promises."""
+    return torch.empty_like(like).copy_(x)
 
 
 def sum_heads(x: Tensor, like: Tensor | None) -> Tensor:
@@ -400,6 +417,10 @@ def setup_context(ctx, inputs, output):
 def backward(ctx, grad_output, grad_S, grad_z, *_):
     """Gradients of `fused_attention`'s arguments."""
     tensors = ctx.saved_tensors  # asked for once: activation checkpointing computes them again
+    if tensors[-1].numel() == 0:
+        raise RuntimeError(
+            "The fused kernels kept nothing for a backward pass, as in programs of torch.export. Train the model itself."
+        )
     if grad_output is None:
         grad_output = torch.zeros_like(tensors[8])
     if not ctx.final_state:

@@ -57,12 +57,14 @@ def make_plan(dtype: torch.dtype, components: int, dim: int, value_dim: int) -> 
     """The plan of a call."""
     exact = dtype != torch.bfloat16
     CP, DP, DVP = padded(components), padded(dim), padded(value_dim)
+    many = CP > 128
     # Elements of a block that stays on the chip: all of a common size, a part of a large one
-    room = 8192 if not exact and CP * max(DP, DVP) <= 8192 else 4096
+    room = 8192 if not exact and (many or CP * max(DP, DVP) <= 8192) else 4096
     BD, BV = min(DP, room // CP), min(DVP, room // CP)
     large = CP * max(BD, BV) > 4096
     stages = 1 if DP > BD else 2  # blocks that are loaded again and again leave no room for the next chunk
-    T = 32 if exact or CP > 128 else 64
+    # Fewer than 64 rows keep the large matrix instructions away; float32 operands leave no room for more
+    T = 64 if not exact else 32 if CP * max(DP, DVP) <= 4096 else 16
     return Plan(
         exact,
         T,
@@ -73,7 +75,7 @@ def make_plan(dtype: torch.dtype, components: int, dim: int, value_dim: int) -> 
         cdiv(value_dim, BV),
         write={"num_warps": 4, "num_stages": stages},
         read={"num_warps": 8 if large else 4, "num_stages": 1 if large else stages},
-        gradient={"num_warps": 4, "num_stages": 1},
+        gradient={"num_warps": 8 if many and not exact else 4, "num_stages": 1},
     )
 
 
