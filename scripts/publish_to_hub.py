@@ -28,6 +28,8 @@ class PublishingArguments:
         default=None,
         metadata={"help": "Folder with README.md, recipe.yaml and results.json, in place of the model's own."},
     )
+    license: str | None = field(default=None, metadata={"help": "Licence to write into the card, such as apache-2.0."})
+    language: str | None = field(default=None, metadata={"help": "Language to write into the card, such as en."})
     output: str | None = field(
         default=None, metadata={"help": "Keep the assembled folder here. Default: a temporary one."}
     )
@@ -54,7 +56,9 @@ def main():
     args, positional = parser.parse_args_into_dataclasses(look_for_args_file=False)
     check_repo_id(args.repo_id)
     with tempfile.TemporaryDirectory() as work:
-        assembly = assemble(positional.model, args.output or Path(work) / "model", args.card, args.max_total_gb)
+        metadata = {name: getattr(args, name) for name in ("license", "language") if getattr(args, name)}
+        folder = args.output or Path(work) / "model"
+        assembly = assemble(positional.model, folder, args.card, args.max_total_gb, metadata)
         print(describe(assembly))
         print(f"model: {check_loading(positional.model, assembly.folder)}")
         data = read_card(assembly.folder / "README.md").data

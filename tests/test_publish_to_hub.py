@@ -261,6 +261,16 @@ def test_metadata_that_the_hub_would_refuse(old, new, match):
         check_metadata(ModelCard(CARD.replace(old, new, 1)))
 
 
+def test_what_a_trainings_own_card_lacks_can_be_given(trained, tmp_path):
+    """A card that a training wrote knows neither licence nor language."""
+    incomplete = CARD.replace("license: apache-2.0\n", "").replace("language: en\n", "")
+    (trained / "README.md").write_text(incomplete)
+    assembly = assemble(trained, tmp_path / "out", metadata={"license": "mit", "language": "en"})
+    published = ModelCard.load(assembly.folder / "README.md")
+    assert (published.data.license, published.data.language) == ("mit", "en") and "# A toy" in published.text
+    assert (trained / "README.md").read_text() == incomplete
+
+
 def test_a_card_whose_metadata_cannot_be_read(trained, tmp_path):
     (trained / "README.md").write_text(CARD.replace("metrics:", "measures:"))
     with pytest.raises(TrainingInputError, match="cannot be read"):

@@ -27,7 +27,8 @@ INSTALLED = importlib.util.find_spec("triton") is not None
 
 
 def needs_gradients(call: AttentionCall) -> bool:
-    if torch.compiler.is_exporting():
+    # The flag itself: before PyTorch 2.13 torch.compile took `is_exporting()` for true
+    if getattr(torch.compiler, "_is_exporting_flag", False):
         # What a backward pass keeps has the shape of the chunks, which would decide on a length that is still open
         return False
     tensors = (*call[:6], call.write_weight, call.log_decay, *(call.initial_state or ()))

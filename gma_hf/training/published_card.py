@@ -275,7 +275,8 @@ def check_metadata(card: ModelCard) -> None:
     problems = []
     for name in ("license", "pipeline_tag", "library_name", "language"):
         if not getattr(data, name, None):
-            problems.append(f"{name} is missing")
+            by_option = f" (--{name})" if name in ("license", "language") else ""
+            problems.append(f"{name} is missing{by_option}")
     if data.license and not re.fullmatch(r"[a-z0-9]+([.+-][a-z0-9]+)*\+?", str(data.license)):
         problems.append(f"license {data.license!r} is no identifier such as apache-2.0 or cc-by-sa-4.0")
     if data.license == "other" and not (data.license_name and data.license_link):

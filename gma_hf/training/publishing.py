@@ -122,7 +122,11 @@ class Assembly:
 
 
 def assemble(
-    source: str | Path, target: str | Path, card: str | Path | None = None, max_total_gb: float = 100.0
+    source: str | Path,
+    target: str | Path,
+    card: str | Path | None = None,
+    max_total_gb: float = 100.0,
+    metadata: dict[str, str] | None = None,
 ) -> Assembly:
     """Copy what belongs to a published model into an empty folder and check it.
 
@@ -131,6 +135,7 @@ def assemble(
         target: folder to fill; must be empty or missing, and not inside of `source`.
         card: folder with the model card, the recipe and the results; they replace those of `source`.
         max_total_gb: gigabytes that the folder may have at most.
+        metadata: fields of the copied card's metadata to set, such as `license`; the source's card stays as it is.
 
     Returns:
         The folder with what is in it.
@@ -164,7 +169,12 @@ def assemble(
     config = AutoConfig.from_pretrained(target)
     if is_gma(config) and not (getattr(config, "auto_map", None) and (target / f"{REMOTE_CODE_MODULE}.py").exists()):
         config.save_pretrained(target)  # writes the remote-code file, and points to it
-    check_metadata(read_card(target / "README.md"))
+    model_card = read_card(target / "README.md")
+    if metadata:
+        for name, value in metadata.items():
+            setattr(model_card.data, name, value)
+        model_card.save(target / "README.md")
+    check_metadata(model_card)
     _check_no_folders(target, source)
     files = {path.name: path.stat().st_size for path in sorted(target.iterdir())}
     return Assembly(target, files, left_behind)
