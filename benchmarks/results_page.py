@@ -317,8 +317,10 @@ SECTIONS = (
         "recovery (rows that say *fine-tuned* have one). Perplexity on the whole test set of WikiText-103 in windows of 1,024 "
         "tokens. The paper does not convert models. [conversion.md](conversion.md) explains the recipe. **To know:** with calibrated "
         "mixtures behind a window the second stage was unstable (norms of the gradient up to 60,000, where 0.3 is usual), so that "
-        "the row with 7 softmax layers got worse in it, and both calibrated rows fail at positions that they were not trained on; "
-        "a smaller learning rate is the first thing to try. The row without softmax and the fine-tuning of the original shared "
+        "the row with 7 softmax layers got worse in it, and both calibrated rows fail at positions that they were not trained on. "
+        "Calibration had given some heads mixtures under which queries share nothing with keys, and their memory a weight of up "
+        "to e^40; it passes over such mixtures since, which is not measured yet. The row without softmax and the fine-tuning of "
+        "the original shared "
         "their GPU with another training, and saw fewer tokens in the same minutes.",
         conversion_smollm2,
     ),

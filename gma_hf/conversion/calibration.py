@@ -8,6 +8,9 @@ component with a key. What reads and writes need is a kernel of the width of sof
 of the fitted variances and of their average over the components, times several temperatures, what gives the smallest error of
 its output. Behind a window the weight of the memory is set such that on average as much attention goes to it as softmax pays
 to what lies outside of the window.
+
+Mixtures under which queries share next to nothing with keys are passed over: their memory is as good as off, which may be
+the smallest error of all at first, but its weight is then huge, and the least change of a mixture turns it on.
 """
 
 import dataclasses
@@ -32,6 +35,9 @@ from .teacher import SoftmaxCall, as_teacher, expect_gma_layers
 WIDTHS = ((False, 1.0), (False, 4.0), *((True, 2.0**power) for power in range(7)))
 LARGEST_SHIFT = 30.0  # of the log-odds of memory against window, at once
 EXTREME_SHARE = 1e-6  # shares nearer to 0 or 1 have lost their digits
+SMALLEST_OVERLAP = (
+    1e-6  # sum_c gamma^Q_c gamma^K_c of a query with the average key; useful mixtures have 1e-5 and more
+)
 
 
 @dataclasses.dataclass
@@ -195,7 +201,8 @@ def choose_width(call: SoftmaxCall, fitted: FittedMixtures) -> dict[str, Any]:
         if far is not None:
             balance_memory(call, real, far)
             biases.append(layer.window_norm.memory_bias.clone())
-        errors.append(output_errors(call, real))
+        # In nats, beside errors of about one: what shares less than anything useful loses against all that share more
+        errors.append(output_errors(call, real) + (SMALLEST_OVERLAP / overlap(call, real)).log().clamp(min=0.0))
     best = torch.stack(errors).argmin(dim=0)  # [heads]
     heads = torch.arange(layer.num_heads, device=best.device)
     set_mixture(layer, *(torch.stack(parts)[best, heads] for parts in zip(*candidates, strict=True)))
@@ -207,6 +214,21 @@ def choose_width(call: SoftmaxCall, fitted: FittedMixtures) -> dict[str, Any]:
         "temperature": temperatures[best.cpu()].median().item(),
         "far_mass": None if far is None else far.mean().item(),
     }
+
+
+def overlap(call: SoftmaxCall, real: Tensor | None) -> Tensor:
+    """How much of a key a query finds in its components, gamma^Q . mean gamma^K; geometric mean over queries, `(heads,)`."""
+    layer = call.layer
+    query, key = call.routed()
+    with torch.autocast(query.device.type, enabled=False):
+        gamma_query, gamma_key = (layer.mixture_norm.responsibilities(x.float()) for x in (query, key))
+    counted = (
+        torch.ones(query.shape[0], 1, query.shape[2], device=query.device) if real is None else real[:, None].float()
+    )
+    weights = (counted / counted.sum()).unsqueeze(-1)
+    mean_key = (gamma_key * weights).sum(dim=(0, 2))
+    found = (gamma_query * mean_key[:, None]).sum(dim=-1).clamp(min=torch.finfo(torch.float32).tiny)
+    return (found.log() * weights.squeeze(-1)).sum(dim=(0, 2)).exp()
 
 
 def output_errors(call: SoftmaxCall, real: Tensor | None) -> Tensor:

@@ -8,7 +8,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from gma_hf import convert_to_gma, gma_layers
-from gma_hf.conversion.calibration import calibrate
+from gma_hf.conversion import calibration
+from gma_hf.conversion.calibration import SMALLEST_OVERLAP, calibrate, current_mixture, overlap
 from gma_hf.conversion.calibration_data import Reservoir
 from gma_hf.conversion.mixture_fitting import fit_mixtures
 from gma_hf.conversion.sensitivity import choose_layers, rank_layers
@@ -184,6 +185,28 @@ def test_the_memory_weighs_what_softmax_pays_outside_of_the_window():
     for share, layer in zip(shares.values(), report.layers.values(), strict=True):
         # Bisection to 60 / 2^30, shares in float32
         assert share.item() == pytest.approx(layer.far_mass, abs=1e-4)
+
+
+@quick
+def test_no_memory_is_left_out_of_reach_of_the_queries(monkeypatch):
+    """A mixture so narrow that queries share nothing with keys may have the smallest error of all: its memory is off. But a
+    memory of weight e^40 times 1e-17 is no place to start a training from."""
+    monkeypatch.setattr(calibration, "WIDTHS", ((False, 1e-6), (True, 4.0)))
+    monkeypatch.setattr(
+        calibration, "output_errors", lambda call, real: current_mixture(call.layer)[1].mean(dim=(1, 2))
+    )
+    model = make_softmax_model("llama")
+    with torch.no_grad():
+        for layer in model.model.layers:  # keys far from all queries, and logits as they were
+            layer.self_attn.k_proj.weight *= 1000
+            layer.self_attn.q_proj.weight /= 1000
+    convert_to_gma(model, num_components=8, window_size=4)
+    calibrate(model, [tokens()], progress=False)
+    reached = []
+    with torch.no_grad(), as_teacher(model, lambda call: reached.append(overlap(call, call.real()))):
+        model(tokens(), use_cache=False)
+    assert len(reached) == len(gma_layers(model))
+    assert (torch.stack(reached) >= SMALLEST_OVERLAP).all()
 
 
 @pytest.mark.parametrize("window_size", [0, 4])
