@@ -71,15 +71,20 @@ def fill_cache(model: GMAForCausalLM, mode: str, batch: int, position: int) -> C
     # A static cache of softmax layers takes its shape from the first tokens; they are overwritten below
     length = PROMPT if "linear_attention" in config.layer_types else 1
     model(torch.randint(config.vocab_size, (batch, length), device=device), past_key_values=cache)
+    fill_softmax_layers(cache, mode, position)
+    return cache
+
+
+def fill_softmax_layers(cache: Cache, mode: str, position: int) -> None:
+    """Random keys and values up to `position`; a cache that grows gets the room first."""
     for layer in cache.layers:
         if isinstance(layer, GMACacheLayer):
             continue
         if mode == "eager":
-            shape = (batch, config.num_key_value_heads, position, config.head_dim)
-            layer.keys, layer.values = (torch.empty(shape, dtype=model.dtype, device=device) for _ in range(2))
+            shape = (*layer.keys.shape[:2], position, layer.keys.shape[-1])
+            layer.keys, layer.values = (layer.keys.new_empty(shape) for _ in range(2))
         layer.keys.normal_()
         layer.values.normal_()
-    return cache
 
 
 def set_position(cache: Cache, position: int) -> None:

@@ -2,7 +2,6 @@
 """The data sets of long_context_classification.py: how they are tokenized, kept in one file, and cut into batches."""
 
 import io
-import json
 import lzma
 import re
 from collections.abc import Iterator, Sequence
@@ -12,6 +11,7 @@ from pathlib import Path
 import listops
 import numpy as np
 import torch
+from corpora import rows_of
 from torch.utils.data import Dataset
 
 
@@ -91,11 +91,6 @@ def batches_by_length(examples: Examples, pad_token_id: int, tokens_per_batch: i
         start = end
 
 
-def rows_of(path: Path) -> list[dict]:
-    with lzma.open(path, "rt", encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
-
-
 def without_hints(post: str) -> str:
     """A post without header, quotes and signature, which give its group away: the rules that scikit-learn follows."""
     _, _, body = post.partition("\n\n")
@@ -112,13 +107,13 @@ def prepare(data: Path, file: Path) -> None:
 
     prepared = {}
     for split in ("train", "test"):
-        rows = rows_of(data / "imdb" / f"{split}.jsonl.xz")
+        rows = list(rows_of(data / "imdb" / f"{split}.jsonl.xz"))
         texts = [row["text"].encode()[: TASKS["imdb"].max_length] for row in rows]
         # Token 0 is padding, so byte b is token b + 1: stored as bytes, shifted when loaded
         prepared["imdb", split] = packed(texts, [row["label"] for row in rows], np.uint8)
 
     task = TASKS["newsgroups"]
-    posts = {split: rows_of(data / "20newsgroups" / f"{split}.jsonl.xz") for split in ("train", "test")}
+    posts = {split: list(rows_of(data / "20newsgroups" / f"{split}.jsonl.xz")) for split in ("train", "test")}
     texts = {split: [without_hints(row["text"]) for row in rows] for split, rows in posts.items()}
     tokenizer = train_tokenizer(iter(texts["train"]), task.vocab_size)
     for split, rows in posts.items():

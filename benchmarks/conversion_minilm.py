@@ -12,7 +12,6 @@ between the embeddings of original and converted model, 20 Newsgroups to fine-tu
 """
 
 import argparse
-import json
 import lzma
 import random
 import re
@@ -21,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from conversion_common import ROOT, Results, device, train
+from corpora import rows_of, texts_of
 from torch.nn import functional as F
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -41,11 +41,6 @@ ROWS = {
 }
 # Short training: the first stage gets this share of the time
 TRANSFER_SHARE = 0.25
-
-
-def rows_of(path: Path):
-    with lzma.open(path, "rt", encoding="utf-8") as file:
-        yield from map(json.loads, file)
 
 
 def sentences_of(text: str) -> list[str]:
@@ -78,7 +73,7 @@ def evaluation_sentences(data: Path) -> dict[str, list[str]]:
         lines = [line.strip() for line in file if line.strip() and not line.startswith(" =")]
     text = " ".join(lines).replace(" @-@ ", "-").replace(" @,@ ", ",").replace(" @.@ ", ".")
     text = re.sub(r" ([.,;:!?)'])", r"\1", text)
-    reviews = (row["text"] for row in rows_of(data / "imdb" / "test.jsonl.xz"))
+    reviews = texts_of(data / "imdb" / "test.jsonl.xz")
     found = {"WikiText-103": sentences_of(text), "IMDB": [s for review in reviews for s in sentences_of(review)]}
     return {name: random.Random(1).sample(sentences, EVALUATION_SENTENCES) for name, sentences in found.items()}
 

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 from conversion_common import ROOT, Results, device, train
+from corpora import texts_of
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -61,12 +62,6 @@ TITLES = {
 TRANSFER_SHARE = 0.2  # of the time
 
 
-def documents(path: Path):
-    with lzma.open(path, "rt", encoding="utf-8") as file:
-        for line in file:
-            yield json.loads(line)["text"]
-
-
 def prepare(arguments: argparse.Namespace) -> None:
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     separator = tokenizer.convert_tokens_to_ids("<|endoftext|>")
@@ -78,7 +73,7 @@ def prepare(arguments: argparse.Namespace) -> None:
     parts = []
     for name in ("wikipedia-long", "books"):
         found = []
-        for text in documents(arguments.data / name / "train.jsonl.xz"):
+        for text in texts_of(arguments.data / name / "train.jsonl.xz"):
             # Not the whole of every book: many authors matter more than long runs of one
             found += [separator, *tokens_of(text[:400_000])]
             if len(found) >= half:

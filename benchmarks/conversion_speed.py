@@ -23,7 +23,7 @@ import argparse
 import itertools
 
 import torch
-from bench_gpu_decode import STEPS, capture, time_step
+from bench_gpu_decode import STEPS, capture, fill_softmax_layers, set_position, time_step
 from gpu_report import Report, add_report_arguments, default_output, first_line, free_memory, median_time, print_table
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, StaticCache
 from transformers.cache_utils import Cache
@@ -113,26 +113,8 @@ def fill_cache(model, mode: str, position: int) -> Cache:
     config, tokens = model.config, torch.randint(model.config.vocab_size, (1, PROMPT), device=model.device)
     cache = DynamicCache(config=config) if mode == "eager" else StaticCache(config=config, max_cache_len=position)
     model(tokens, past_key_values=cache, logits_to_keep=1)
-    for layer in cache.layers:
-        if isinstance(layer, GMACacheLayer):
-            continue
-        if mode == "eager":
-            shape = (1, config.num_key_value_heads, position, layer.keys.shape[-1])
-            layer.keys, layer.values = (layer.keys.new_empty(shape) for _ in range(2))
-        layer.keys.normal_()
-        layer.values.normal_()
+    fill_softmax_layers(cache, mode, position)
     return cache
-
-
-def set_position(cache: Cache, position: int) -> None:
-    """Take the cache to `position`: tokens behind it are dropped, or overwritten by those to come."""
-    for layer in cache.layers:
-        if isinstance(getattr(layer, "cumulative_length", None), torch.Tensor):
-            layer.cumulative_length.fill_(position)
-        elif isinstance(layer, GMACacheLayer):
-            layer.cumulative_length = position
-        else:
-            layer.keys, layer.values = layer.keys[:, :, :position], layer.values[:, :, :position]
 
 
 def measure_decode(model, mode: str, position: int, seconds: float) -> dict:

@@ -9,14 +9,13 @@ those of the published form, which makes the perplexities per word comparable.
 """
 
 import io
-import json
 import lzma
 import random
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from corpora import texts_of
 from torch import Tensor
 
 from gma_hf.training.tokenization import train_tokenizer
@@ -53,13 +52,6 @@ def detokenize(text: str) -> str:
     return text
 
 
-def documents(path: Path) -> Iterator[str]:
-    """The texts of a JSON-lines file packed by xz."""
-    with lzma.open(path, "rt", encoding="utf-8") as file:
-        for line in file:
-            yield json.loads(line)["text"]
-
-
 def prepare(data: Path, target: Path, vocab_size: int = VOCAB_SIZE, max_tokens: int | None = None) -> dict:
     """
     Train a tokenizer, tokenize everything, write it.
@@ -73,7 +65,7 @@ def prepare(data: Path, target: Path, vocab_size: int = VOCAB_SIZE, max_tokens: 
     Returns:
         Number of tokens of every part.
     """
-    train = list(documents(data / "wikipedia-long" / "train.jsonl.xz"))
+    train = list(texts_of(data / "wikipedia-long" / "train.jsonl.xz"))
     random.Random(0).shuffle(train)
     sample, size = [], 0
     for text in train:
@@ -99,7 +91,7 @@ def prepare(data: Path, target: Path, vocab_size: int = VOCAB_SIZE, max_tokens: 
 
     prepared = {
         "train": tokens_of(train, max_tokens),
-        "wikipedia_valid": tokens_of(list(documents(data / "wikipedia-long" / "valid.jsonl.xz"))),
+        "wikipedia_valid": tokens_of(list(texts_of(data / "wikipedia-long" / "valid.jsonl.xz"))),
     }
     counts = {}
     for split in WIKITEXT_SPLITS:

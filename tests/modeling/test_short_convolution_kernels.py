@@ -10,10 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-import gma_hf
 from gma_hf.modeling import GMAShortConvolution, kernel_choice, short_convolution
-from tests.conftest import make_model, tiny_config
-from tests.ops.kernels import DEVICE
+from tests.ops.kernels import DEVICE, what_a_model_learns
 from tests.ops.problems import assert_close
 
 
@@ -259,19 +257,10 @@ def test_compiles_into_one_graph_for_all_lengths(autocast, kernels):
 
 @pytest.mark.quick
 def test_a_model_learns_the_same(monkeypatch):
-    """Logits, loss and every gradient of a language model, with padding."""
-    tokens = torch.randint(3, 99, (2, 20), generator=torch.Generator().manual_seed(1)).to(DEVICE)
-    mask = torch.ones_like(tokens)
-    mask[0, :6] = 0
     results = []
     for answer in (False, True):
         monkeypatch.setattr(short_convolution, "prefers_kernels", lambda *call, answer=answer: answer)
-        model = make_model(gma_hf.GMAForCausalLM, tiny_config("gated", num_hidden_layers=1)).to(DEVICE)
-        outputs = model(tokens, attention_mask=mask, labels=tokens.masked_fill(mask == 0, -100))
-        outputs.loss.backward()
-        grads = {name: parameter.grad for name, parameter in model.named_parameters()}
-        logits = outputs.logits.detach() * mask[..., None]
-        results.append({"logits": logits, "loss": outputs.loss.detach(), **grads})
+        results.append(what_a_model_learns("gated"))
     # The rest of the model amplifies float32 rounding by some tens
     assert_close(*results, 2e-5)
 

@@ -14,7 +14,7 @@ from gma_hf.modeling import kernel_choice
 from gma_hf.modeling import window_softmax as module
 from gma_hf.modeling.window_softmax import window_softmax
 from tests.conftest import make_model, tiny_config
-from tests.ops.kernels import DEVICE
+from tests.ops.kernels import DEVICE, what_a_model_learns
 from tests.ops.problems import assert_close
 
 
@@ -224,19 +224,10 @@ def test_compiles_into_one_graph_forward_and_backward(kernels, monkeypatch):
 
 @pytest.mark.quick
 def test_a_model_learns_the_same(monkeypatch):
-    """Logits, loss and every gradient of a language model, with padding."""
-    tokens = torch.randint(3, 99, (2, 20), generator=torch.Generator().manual_seed(1)).to(DEVICE)
-    mask = torch.ones_like(tokens)
-    mask[0, :6] = 0
     results = []
     for answer in (False, True):
         monkeypatch.setattr(module, "uses_kernels", lambda *tensors, answer=answer: answer)
-        model = make_model(gma_hf.GMAForCausalLM, tiny_config("windowed", num_hidden_layers=1)).to(DEVICE)
-        outputs = model(tokens, attention_mask=mask, labels=tokens.masked_fill(mask == 0, -100))
-        outputs.loss.backward()
-        grads = {name: parameter.grad for name, parameter in model.named_parameters()}
-        logits = outputs.logits.detach() * mask[..., None]
-        results.append({"logits": logits, "loss": outputs.loss.detach(), **grads})
+        results.append(what_a_model_learns("windowed"))
     assert_close(*results, SINGLE)
 
 

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+import gma_hf
+from tests.conftest import make_model, tiny_config
+
 from .problems import Problem, errors
 
 
@@ -90,3 +93,15 @@ def half_errors(exact: dict[str, Tensor], actual: dict[str, Tensor]) -> dict[str
     for name in ("grad query", "grad prior_logits"):
         found[name] *= min(1.0, (exact[name].norm().clamp(min=1e-3) / floor).item())
     return found
+
+
+def what_a_model_learns(block: str) -> dict[str, Tensor]:
+    """Logits, loss and every gradient of a language model of one layer, with padding."""
+    tokens = torch.randint(3, 99, (2, 20), generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    mask = torch.ones_like(tokens)
+    mask[0, :6] = 0
+    model = make_model(gma_hf.GMAForCausalLM, tiny_config(block, num_hidden_layers=1)).to(DEVICE)
+    outputs = model(tokens, attention_mask=mask, labels=tokens.masked_fill(mask == 0, -100))
+    outputs.loss.backward()
+    grads = {name: parameter.grad for name, parameter in model.named_parameters()}
+    return {"logits": outputs.logits.detach() * mask[..., None], "loss": outputs.loss.detach(), **grads}

@@ -317,11 +317,12 @@ def fused_attention_backward(
     ]
     dd, reads = grad_first.new_empty(2, batch, query_heads, blocks, length)
     partials = sum(side.workers for side in sides) * blocks
-    new = grad_first.new_zeros
+    registers = [sums_in_registers(plan, side.queries, one_pass, log_decay is not None) for side in sides]
+    new = grad_first.new_empty if all(registers) else grad_first.new_zeros
     grad_linear, grad_quadratic = (new(partials, mixtures, plan.CP, plan.DP) for _ in range(2))
     grad_bias = grad_first.new_empty(partials, mixtures, plan.CP)
     done = 0
-    for side in sides:
+    for side, in_registers in zip(sides, registers, strict=True):
         gradient_kernel[(side.workers * mixtures * blocks,)](
             query, key, value, grad_output, rd, write_weight, log_decay, saved.weights, saved.bias, saved.lse_query,
             saved.lse_key, saved.largest_value, saved.largest_weight, largest_dn, dd, reads,
@@ -335,7 +336,7 @@ def fused_attention_backward(
             R=repeats, CAUSAL=causal, QUERIES=side.queries, HAS_GRAD_STATE=grad_states is not None,
             GRAD_FIRST=one_pass and grad_state, STRICT=strict,
             HAS_WEIGHT=write_weight is not None, HAS_DECAY=log_decay is not None, NORMALIZE=normalize,
-            GRAD_WEIGHT=grad_weight, IN_REGISTERS=sums_in_registers(plan, side.queries, one_pass, log_decay is not None),
+            GRAD_WEIGHT=grad_weight, IN_REGISTERS=in_registers,
             **plan.constants(dim, value_dim), **plan.gradient,
         )  # fmt: skip
         done += side.workers * blocks
