@@ -7,17 +7,15 @@
 with S_n, z_n the state before the chunk (`chunked_causal`) and S, z what all keys wrote (`chunked_bidirectional`).
 
 query [B, Hq, Nq, d], key [B, Hk, N, d], value [B, Hk, N, dv], mixtures M -> output [B, Hq, Nq, dv],
-S [B, M, C, dv], z [B, M, C].
+S [B, M, C, dv], z [B, M, C], denominators [B, Hq, Nq].
 """
-
-from torch import Tensor
 
 from .chunked_bidirectional import ReadState, WriteState
 from .chunked_causal import CausalChunks
-from .registry import AttentionCall, State, register_backend
+from .registry import AttentionCall, AttentionResult, register_backend
 
 
-def chunked_attention(call: AttentionCall) -> tuple[Tensor, State | None]:
+def chunked_attention(call: AttentionCall) -> AttentionResult:
     """Evaluate the call chunk by chunk."""
     dtype, mixtures = call.state_dtype, call.means.shape[0]
     coefficients = call.coefficients()
@@ -31,13 +29,17 @@ def chunked_attention(call: AttentionCall) -> tuple[Tensor, State | None]:
     S, z = S.transpose(0, 1), z.transpose(0, 1)
     eps = call.eps if call.normalize else None
     if call.causal:
-        output, S, z = CausalChunks.apply(
-            call.query, call.key, call.value, *coefficients, call.write_weight, call.log_decay, S, z, eps, call.strict
-        )
+        output, normalizer, S, z = CausalChunks.apply(
+            call.query, call.key, call.value, *coefficients, call.write_weight, call.log_decay, S, z, eps, call.strict,
+            call.output_normalizer,
+        )  # fmt: skip
     else:
         S, z = WriteState.apply(call.key, call.value, *coefficients, call.write_weight, S, z)
-        output = ReadState.apply(call.query, *coefficients, S, z, eps, call.value.dtype)
-    return output, (S.transpose(0, 1), z.transpose(0, 1))
+        output, normalizer = ReadState.apply(
+            call.query, *coefficients, S, z, eps, call.value.dtype, call.output_normalizer
+        )
+    state = (S.transpose(0, 1), z.transpose(0, 1))
+    return AttentionResult(output, state, normalizer if call.output_normalizer else None)
 
 
 register_backend("chunked", chunked_attention, supports=lambda call: None, priority=lambda call: 10)

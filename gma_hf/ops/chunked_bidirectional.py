@@ -4,7 +4,8 @@
     write:  S = S_0 + sum_j w_j gamma^K_j v_j^T,        z likewise with v_j = 1
     read:   o_i = gamma^Q_i S / D_i,                    D_i = gamma^Q_i z + eps
 
-Backwards, with dS, dz the gradients of the state, dn_i = do_i / D_i and dD_i = -(dn_i . gamma^Q_i S) / D_i:
+Backwards, with dS, dz the gradients of the state, dn_i = do_i / D_i and dD_i = -(dn_i . gamma^Q_i S) / D_i, plus the
+gradient of D_i where it is an output:
 
     read:   dgamma^Q_i = S dn_i + z dD_i                dS = sum_i gamma^Q_i dn_i^T,    dz = sum_i gamma^Q_i dD_i
     write:  d(w_j gamma^K_j) = dS v_j + dz              dv_j = dS^T w_j gamma^K_j
@@ -94,32 +95,43 @@ def _(key, value, coefficients, write_weight, grad_S, grad_z):
 @torch.library.custom_op(
     "gma_hf::read_state",
     mutates_args=(),
-    schema="(Tensor query, Tensor[] coefficients, Tensor S, Tensor z, float? eps, ScalarType dtype) -> Tensor",
+    schema="(Tensor query, Tensor[] coefficients, Tensor S, Tensor z, float? eps, ScalarType dtype, "
+    "bool output_normalizer) -> (Tensor, Tensor)",
 )
-def read_forward(query, coefficients, S, z, eps, dtype):
-    """What every query reads, in `dtype`."""
+def read_forward(query, coefficients, S, z, eps, dtype, output_normalizer):
+    """What every query reads, in `dtype`, and D (of size 0 unless `output_normalizer`)."""
     coefficients = MixtureCoefficients(*coefficients)
-    output = query.new_empty(*query.shape[:3], S.shape[-1], dtype=dtype)
+    output, normalizer = empty_reads(query, S, dtype, output_normalizer)
     for block in single_chunk_blocks(query.shape[2]):
         gamma_query = posterior(block.centred_queries(query, coefficients.centre), coefficients)
         read = gamma_query @ S.unsqueeze(2)
         if eps is not None:
-            read.div_(gamma_query @ z[:, :, None, :, None] + eps)
+            total = gamma_query @ z[:, :, None, :, None] + eps
+            read.div_(total)
+            if output_normalizer:
+                block.put_queries(normalizer.unsqueeze(-1), total)
         block.put_queries(output, read)
-    return output
+    return output, normalizer
+
+
+def empty_reads(query: Tensor, S: Tensor, dtype: torch.dtype, output_normalizer: bool) -> tuple[Tensor, Tensor]:
+    """Output [B, Hq, N, dv] and, of size 0 unless asked for, D [B, Hq, N], not filled yet."""
+    shape = query.shape[:3]
+    return query.new_empty(*shape, S.shape[-1], dtype=dtype), S.new_empty(shape if output_normalizer else 0)
 
 
 @read_forward.register_fake
-def _(query, coefficients, S, z, eps, dtype):
-    return query.new_empty(*query.shape[:3], S.shape[-1], dtype=dtype)
+def _(query, coefficients, S, z, eps, dtype, output_normalizer):
+    return empty_reads(query, S, dtype, output_normalizer)
 
 
 @torch.library.custom_op(
     "gma_hf::read_state_backward",
     mutates_args=(),
-    schema="(Tensor query, Tensor[] coefficients, Tensor S, Tensor z, Tensor grad_output, float? eps) -> Tensor[]",
+    schema="(Tensor query, Tensor[] coefficients, Tensor S, Tensor z, Tensor grad_output, Tensor? grad_normalizer, "
+    "float? eps) -> Tensor[]",
 )
-def read_backward(query, coefficients, S, z, grad_output, eps):
+def read_backward(query, coefficients, S, z, grad_output, grad_normalizer, eps):
     """Gradients of query, linear, quadratic, bias, S and z."""
     coefficients = MixtureCoefficients(*coefficients)
     grad_query, grad_S, grad_z = torch.empty_like(query), torch.zeros_like(S), torch.zeros_like(z)
@@ -136,6 +148,8 @@ def read_backward(query, coefficients, S, z, grad_output, eps):
             if eps is not None:
                 # dn_i . gamma^Q_i S = gamma^Q_i . S dn_i
                 grad_total = -(gamma_query * grad_gamma).sum(dim=-1, keepdim=True) / total
+                if grad_normalizer is not None:
+                    grad_total += block.of_queries(grad_normalizer.unsqueeze(-1), S.shape[0]).flatten(3, 4)
                 grad_gamma.addcmul_(grad_total, z[:, :, None, None])
                 grad_z.add_((gamma_query * grad_total).sum(dim=(2, 3)))
             grad_S.add_((gamma_query.transpose(-1, -2) @ grad_read).squeeze(2))
@@ -147,7 +161,7 @@ def read_backward(query, coefficients, S, z, grad_output, eps):
 
 
 @read_backward.register_fake
-def _(query, coefficients, S, z, grad_output, eps):
+def _(query, coefficients, S, z, grad_output, grad_normalizer, eps):
     return [torch.empty_like(x) for x in (query, *coefficients[1:], S, z)]
 
 
@@ -170,18 +184,19 @@ class WriteState(torch.autograd.Function):
 
 
 class ReadState(torch.autograd.Function):
-    """Read the state S [M, B, C, dv], z [M, B, C] with query [B, Hq, N, d] -> [B, Hq, N, dv]."""
+    """Read the state S [M, B, C, dv], z [M, B, C] with query [B, Hq, N, d] -> [B, Hq, N, dv], and D [B, Hq, N]."""
 
     @staticmethod
-    def forward(ctx, query, centre, linear, quadratic, bias, S, z, eps, dtype):
+    def forward(ctx, query, centre, linear, quadratic, bias, S, z, eps, dtype, output_normalizer):
         coefficients = [centre, linear, quadratic, bias]
         ctx.save_for_backward(query, *coefficients, S, z)
-        ctx.eps = eps
-        return read_forward(query, coefficients, S, z, eps, dtype)
+        ctx.eps, ctx.output_normalizer = eps, output_normalizer
+        return read_forward(query, coefficients, S, z, eps, dtype, output_normalizer)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_output):
+    def backward(ctx, grad_output, grad_normalizer):
         query, *coefficients, S, z = ctx.saved_tensors
-        grads = read_backward(query, coefficients, S, z, grad_output, ctx.eps)
-        return grads[0], None, *grads[1:], None, None
+        grad_normalizer = grad_normalizer if ctx.output_normalizer else None
+        grads = read_backward(query, coefficients, S, z, grad_output, grad_normalizer, ctx.eps)
+        return grads[0], None, *grads[1:], None, None, None

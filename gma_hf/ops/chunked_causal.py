@@ -10,7 +10,7 @@ Positions i, j are in chunk n of T tokens; S_n, z_n is the state before the chun
 with e and t the decays from the chunk's start and to its end. Backwards, with n_i = o_i D_i and G_n the gradient of the
 state after chunk n (the states' recurrence, run from right to left):
 
-    dn_i     = do_i / D_i                                  dD_i = -(dn_i . n_i) / D_i
+    dn_i     = do_i / D_i                                  dD_i = -(dn_i . n_i) / D_i   (+ that of D_i as an output)
     dP_ij    = dn_i . v_j + dD_i                           dr_i = e_i (S_n dn_i + z_n dD_i)
     dgamma^Q = decayed dP @ (w gamma^K) + dr               d(w gamma^K) = (decayed dP)^T @ gamma^Q + t (v G_n^T + g_n)
     dv       = P^T dn + t w gamma^K G_n
@@ -119,13 +119,16 @@ def propagate_back(decays: Tensor, reads: Tensor, last: Tensor) -> Tensor:
     return (decays[..., :-1] @ reads).addcmul_(decays[..., -1:], last.unsqueeze(2))
 
 
-def block_read(terms: BlockTerms, eps: float | None) -> Tensor:
-    """o of the equations, [M, B, n, R * T, dv]."""
+def block_read(terms: BlockTerms, eps: float | None) -> tuple[Tensor, Tensor | None]:
+    """o of the equations, [M, B, n, R * T, dv], and D, if the read is normalised."""
     read = terms.gamma_query @ terms.S
     if terms.decays is not None:
         read.mul_(terms.decays.from_start)
     add_product_(read, terms.pairs, terms.value)
-    return read if eps is None else read.div_(denominator(terms, eps))
+    if eps is None:
+        return read, None
+    total = denominator(terms, eps)
+    return read.div_(total), total
 
 
 def denominator(terms: BlockTerms, eps: float) -> Tensor:
@@ -144,12 +147,13 @@ def denominator(terms: BlockTerms, eps: float) -> Tensor:
     "gma_hf::chunked_causal",
     mutates_args=(),
     schema="(Tensor query, Tensor key, Tensor value, Tensor[] coefficients, Tensor? write_weight, Tensor? log_decay, "
-    "Tensor S, Tensor z, float? eps, bool strict) -> (Tensor, Tensor, Tensor)",
+    "Tensor S, Tensor z, float? eps, bool strict, bool output_normalizer) -> (Tensor, Tensor, Tensor, Tensor)",
 )
-def causal_forward(query, key, value, coefficients, write_weight, log_decay, S, z, eps, strict):
-    """Output, and S and z before every block and, in what slots remain, after the last: [slots, M, B, ...]."""
+def causal_forward(query, key, value, coefficients, write_weight, log_decay, S, z, eps, strict, output_normalizer):
+    """Output, D (of size 0 unless `output_normalizer`), and S and z before every block and, in what slots remain, after the
+    last: [slots, M, B, ...]."""
     coefficients = MixtureCoefficients(*coefficients)
-    output = value.new_empty(*query.shape[:3], value.shape[-1])
+    output, normalizer = empty_reads(query, value, S, output_normalizer)
     cover = causal_blocks(query.shape[2])
     slots = state_slots(query.shape[2])
     block_S, block_z = S.new_empty(slots, *S.shape), z.new_empty(slots, *z.shape)
@@ -157,26 +161,35 @@ def causal_forward(query, key, value, coefficients, write_weight, log_decay, S, 
     for i, block in enumerate(cover):
         S, z = block_S[i], block_z[i]
         terms = block_terms(block, query, key, value, coefficients, write_weight, log_decay, S, z, strict)
-        block.put_queries(output, block_read(terms, eps))
+        read, total = block_read(terms, eps)
+        block.put_queries(output, read)
+        if output_normalizer:
+            block.put_queries(normalizer.unsqueeze(-1), total)
         block_S[i + 1], block_z[i + 1] = terms.last_S, terms.last_z
-        del terms  # so that the next block finds its memory, still in the cache
+        del terms, read, total  # so that the next block finds its memory, still in the cache
     block_S[len(cover) :], block_z[len(cover) :] = block_S[len(cover)].clone(), block_z[len(cover)].clone()
-    return output, block_S, block_z
+    return output, normalizer, block_S, block_z
+
+
+def empty_reads(query: Tensor, value: Tensor, S: Tensor, output_normalizer: bool) -> tuple[Tensor, Tensor]:
+    """Output [B, Hq, N, dv] and, of size 0 unless asked for, D [B, Hq, N], not filled yet."""
+    shape = query.shape[:3]
+    return value.new_empty(*shape, value.shape[-1]), S.new_empty(shape if output_normalizer else 0)
 
 
 @causal_forward.register_fake
-def _(query, key, value, coefficients, write_weight, log_decay, S, z, eps, strict):
-    output = value.new_empty(*query.shape[:3], value.shape[-1])
+def _(query, key, value, coefficients, write_weight, log_decay, S, z, eps, strict, output_normalizer):
     slots = state_slots(query.shape[2])
-    return output, S.new_empty(slots, *S.shape), z.new_empty(slots, *z.shape)
+    reads = empty_reads(query, value, S, output_normalizer)
+    return *reads, S.new_empty(slots, *S.shape), z.new_empty(slots, *z.shape)
 
 
 @torch.library.custom_op(
     "gma_hf::chunked_causal_backward",
     mutates_args=(),
     schema="(Tensor query, Tensor key, Tensor value, Tensor[] coefficients, Tensor? write_weight, Tensor? log_decay, "
-    "Tensor block_S, Tensor block_z, Tensor grad_output, Tensor grad_S, Tensor grad_z, float? eps, bool strict) "
-    "-> Tensor[]",
+    "Tensor block_S, Tensor block_z, Tensor grad_output, Tensor? grad_normalizer, Tensor grad_S, Tensor grad_z, "
+    "float? eps, bool strict) -> Tensor[]",
 )
 def causal_backward(
     query,
@@ -188,6 +201,7 @@ def causal_backward(
     block_S,
     block_z,
     grad_output,
+    grad_normalizer,
     grad_S,
     grad_z,
     eps,
@@ -205,7 +219,10 @@ def causal_backward(
             S, z = block_S[i], block_z[i]
             terms = block_terms(block, query, key, value, coefficients, write_weight, log_decay, S, z, strict)
             grad_read = block.of_queries(grad_output, S.shape[0]).to(S.dtype).flatten(3, 4)
-            gradient = block_backward(terms, grad_read, grad_S, grad_z, eps)
+            grad_total = None
+            if grad_normalizer is not None:
+                grad_total = block.of_queries(grad_normalizer.unsqueeze(-1), S.shape[0]).flatten(3, 4)
+            gradient = block_backward(terms, grad_read, grad_total, grad_S, grad_z, eps)
             block.put_queries(grads[0], gradient.query)
             block.put_keys(grads[1], gradient.key)
             block.put_keys(grads[2], gradient.value)
@@ -216,7 +233,7 @@ def causal_backward(
             if grad_decay is not None:
                 block.put_keys(grad_decay, gradient.log_decay)
             grad_S, grad_z = gradient.S, gradient.z
-            del terms, grad_read, gradient
+            del terms, grad_read, grad_total, gradient
     optional = [grad for grad in (grad_weight, grad_decay) if grad is not None]
     return [*grads, grad_S, grad_z, *grad_coefficients, *optional]
 
@@ -232,6 +249,7 @@ def _(
     block_S,
     block_z,
     grad_output,
+    grad_normalizer,
     grad_S,
     grad_z,
     eps,
@@ -247,27 +265,30 @@ class CausalChunks(torch.autograd.Function):
     """Causal attention on query, key, value [B, heads, N, dim] and a state S [M, B, C, dv], z [M, B, C]."""
 
     @staticmethod
-    def forward(ctx, query, key, value, centre, linear, quadratic, bias, write_weight, log_decay, S, z, eps, strict):
+    def forward(
+        ctx, query, key, value, centre, linear, quadratic, bias, write_weight, log_decay, S, z, eps, strict,
+        output_normalizer,
+    ):  # fmt: skip
         coefficients = [centre, linear, quadratic, bias]
-        output, block_S, block_z = causal_forward(
-            query, key, value, coefficients, write_weight, log_decay, S, z, eps, strict
+        output, normalizer, block_S, block_z = causal_forward(
+            query, key, value, coefficients, write_weight, log_decay, S, z, eps, strict, output_normalizer
         )
         ctx.save_for_backward(query, key, value, *coefficients, write_weight, log_decay, block_S, block_z)
-        ctx.eps, ctx.strict = eps, strict
-        return output, block_S[-1].clone(), block_z[-1].clone()
+        ctx.eps, ctx.strict, ctx.output_normalizer = eps, strict, output_normalizer
+        return output, normalizer, block_S[-1].clone(), block_z[-1].clone()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_output, grad_S, grad_z):
+    def backward(ctx, grad_output, grad_normalizer, grad_S, grad_z):
         query, key, value, *coefficients, write_weight, log_decay, block_S, block_z = ctx.saved_tensors
         grads = causal_backward(
-            query, key, value, coefficients, write_weight, log_decay, block_S, block_z, grad_output, grad_S, grad_z,
-            ctx.eps, ctx.strict,
+            query, key, value, coefficients, write_weight, log_decay, block_S, block_z, grad_output,
+            grad_normalizer if ctx.output_normalizer else None, grad_S, grad_z, ctx.eps, ctx.strict,
         )  # fmt: skip
         optional = list(grads[8:])
         grad_weight = None if write_weight is None else optional.pop(0)
         grad_decay = None if log_decay is None else optional.pop(0)
-        return *grads[:3], None, *grads[5:8], grad_weight, grad_decay, *grads[3:5], None, None
+        return *grads[:3], None, *grads[5:8], grad_weight, grad_decay, *grads[3:5], None, None, None
 
 
 class BlockGradient(NamedTuple):
@@ -283,8 +304,15 @@ class BlockGradient(NamedTuple):
     z: Tensor
 
 
-def block_backward(terms: BlockTerms, grad_read: Tensor, grad_S: Tensor, grad_z: Tensor, eps: float | None):
-    """Gradients of a block from those of its output [M, B, n, R * T, dv] and of the state after it."""
+def block_backward(
+    terms: BlockTerms,
+    grad_read: Tensor,
+    grad_normalizer: Tensor | None,
+    grad_S: Tensor,
+    grad_z: Tensor,
+    eps: float | None,
+) -> BlockGradient:
+    """Gradients of a block from those of its output [M, B, n, R * T, dv], of D as an output and of the state after it."""
     decays, gamma_query = terms.decays, terms.gamma_query
     normalize = eps is not None
     if normalize:
@@ -301,6 +329,8 @@ def block_backward(terms: BlockTerms, grad_read: Tensor, grad_S: Tensor, grad_z:
     if normalize:
         # dn_i . n_i is the sum of what dP and dr put on n_i's parts, so that n_i itself is not needed.
         grad_total = -(row_dot(terms.pairs, grad_pairs) + row_dot(gamma_query, grad_query)) / total  # dD
+        if grad_normalizer is not None:
+            grad_total = grad_total + grad_normalizer
         grad_pairs.add_(grad_total)
         faded_total = grad_total if decays is None else grad_total * decays.from_start
         grad_query.addcmul_(faded_total, terms.z.unsqueeze(-2))

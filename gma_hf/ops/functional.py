@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from . import chunked, recurrent, triton  # noqa: F401 (importing a backend registers it)
 from .mixture import mixture_coefficients, repeat_heads, responsibilities
 from .reference import pair_weights
-from .registry import AttentionCall, State, select_backend
+from .registry import AttentionCall, AttentionResult, State, select_backend
 from .validation import expect_floating, validate_call, validate_mixture
 
 
@@ -29,8 +29,9 @@ def gaussian_mixture_attention(
     variance_floor: float = 1e-4,
     initial_state: State | None = None,
     output_final_state: bool = False,
+    output_normalizer: bool = False,
     backend: str = "auto",
-) -> Tensor | tuple[Tensor, State]:
+) -> Tensor | tuple[Tensor, State] | tuple[Tensor, Tensor] | tuple[Tensor, Tensor, State]:
     """Gaussian mixture attention: tokens write values to mixture components, queries read them back.
 
     Causal, per head, with `gamma(x)` the posterior of the mixture's components given `x`:
@@ -64,11 +65,14 @@ def gaussian_mixture_attention(
         initial_state: `(S, z)`, `[batch, mixtures, components, value_dim]` and `[batch, mixtures, components]`, as
             returned by an earlier call. Never modified.
         output_final_state: also return `(S, z)` after the last token.
+        output_normalizer: also return what the read is divided by, `D = gamma(q_t) z_t + eps`; only with `normalize`.
         backend: "auto", or a name of `available_backends()`.
 
     Returns:
-        The output `[batch, query_heads, query_length, value_dim]` in `value.dtype`; with `output_final_state`, the
-        pair `(output, (S, z))` with the state in float32 (float64 when an input is float64).
+        The output `[batch, query_heads, query_length, value_dim]` in `value.dtype`. What was asked for besides follows in a
+        tuple, in this order, in float32 (float64 when an input is float64): the normaliser `[batch, query_heads,
+        query_length]`, the state `(S, z)`. So that is `(output, normalizer)`, `(output, (S, z))` or `(output, normalizer,
+        (S, z))`. All of it is differentiable.
 
     Raises:
         ValueError: a shape or combination of arguments does not fit, or the named backend cannot run the call.
@@ -89,16 +93,23 @@ def gaussian_mixture_attention(
         variance_floor=variance_floor,
         initial_state=initial_state,
         output_final_state=output_final_state,
+        output_normalizer=output_normalizer,
     )
     validate_call(call, sequence_ids)
     call = with_mixture_heads(call)
     # Autocast would run the matrix products on half the digits; the backends choose their precision themselves.
     with torch.autocast(device_type=query.device.type, enabled=False):
         if sequence_ids is not None and not causal:
-            return packed_bidirectional(call, sequence_ids, backend)
-        call = with_resets(call, sequence_ids)
-        output, state = select_backend(backend, call).function(call)
-    return (output, state) if output_final_state else output
+            result = packed_bidirectional(call, sequence_ids, backend)
+        else:
+            call = with_resets(call, sequence_ids)
+            result = AttentionResult(*select_backend(backend, call).function(call))
+    asked_for = (result.output,)
+    if output_normalizer:
+        asked_for += (result.normalizer,)
+    if output_final_state:
+        asked_for += (result.state,)
+    return asked_for if len(asked_for) > 1 else result.output
 
 
 def gaussian_mixture_affinity(
@@ -213,7 +224,7 @@ def with_resets(call: AttentionCall, sequence_ids: Tensor | None) -> AttentionCa
     return call._replace(log_decay=log_decay.masked_fill(starts, float("-inf")))
 
 
-def packed_bidirectional(call: AttentionCall, sequence_ids: Tensor, backend: str) -> Tensor:
+def packed_bidirectional(call: AttentionCall, sequence_ids: Tensor, backend: str) -> AttentionResult:
     """Every token reads its whole sequence: what j <= i wrote, forwards, plus what j > i wrote, backwards.
 
     Both are causal calls with resets, so packing needs nothing that causal attention does not have. A column of ones
@@ -222,7 +233,7 @@ def packed_bidirectional(call: AttentionCall, sequence_ids: Tensor, backend: str
     value = call.value.to(call.state_dtype)
     if call.normalize:
         value = F.pad(value, (0, 1), value=1.0)
-    plain = call._replace(value=value, causal=True, normalize=False)
+    plain = call._replace(value=value, causal=True, normalize=False, output_normalizer=False)
     forwards = with_resets(plain, sequence_ids)
     mirrored = plain._replace(
         query=call.query.flip(2),
@@ -235,6 +246,8 @@ def packed_bidirectional(call: AttentionCall, sequence_ids: Tensor, backend: str
     # One backend for both halves: one that can leave out the diagonal.
     function = select_backend(backend, backwards).function
     output = function(forwards)[0] + function(backwards)[0].flip(2)
+    normalizer = None
     if call.normalize:
-        output = output[..., :-1] / (output[..., -1:] + call.eps)
-    return output.to(call.value.dtype)
+        normalizer = output[..., -1] + call.eps
+        output = output[..., :-1] / normalizer.unsqueeze(-1)
+    return AttentionResult(output.to(call.value.dtype), None, normalizer)

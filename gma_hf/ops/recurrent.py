@@ -3,23 +3,22 @@
 
     S_t = a_t S_{t-1} + w_t gamma^K_t v_t^T
     z_t = a_t z_{t-1} + w_t gamma^K_t
-    o_t = gamma^Q_t S_t / (gamma^Q_t z_t + eps)          or gamma^Q_t S_t when the read is not normalised
+    o_t = gamma^Q_t S_t / D_t, D_t = gamma^Q_t z_t + eps          or gamma^Q_t S_t when the read is not normalised
 
 query [B, Hq, N, d], key [B, Hk, N, d], value [B, Hk, N, dv], mixtures M -> output [B, Hq, N, dv],
-S [B, M, C, dv], z [B, M, C].
+S [B, M, C, dv], z [B, M, C], D [B, Hq, N].
 """
 
 import torch
-from torch import Tensor
 
 from .mixture import repeat_heads, responsibilities
-from .registry import AttentionCall, State, register_backend
+from .registry import AttentionCall, AttentionResult, register_backend
 
 
 SHORT = 8  # tokens: up to here stepping beats the set-up of chunks
 
 
-def recurrent_attention(call: AttentionCall) -> tuple[Tensor, State | None]:
+def recurrent_attention(call: AttentionCall) -> AttentionResult:
     """Evaluate a causal call token by token."""
     dtype, mixtures = call.state_dtype, call.means.shape[0]
     coefficients = call.coefficients()
@@ -37,7 +36,7 @@ def recurrent_attention(call: AttentionCall) -> tuple[Tensor, State | None]:
     else:
         S, z = call.initial_state[0].to(dtype), call.initial_state[1].to(dtype).unsqueeze(-1)
 
-    outputs = []
+    outputs, normalizers = [], []
     for t in range(length):
         write = gamma_key[:, :, t].unsqueeze(-1)  # [B, M, C, 1]
         if decay is not None:
@@ -46,9 +45,16 @@ def recurrent_attention(call: AttentionCall) -> tuple[Tensor, State | None]:
         z = z + write
         read = gamma_query[:, :, :, t]  # [B, M, Hq / M, C]
         output = read @ S
-        outputs.append(output / (read @ z + call.eps) if call.normalize else output)
+        if call.normalize:
+            normalizers.append(read @ z + call.eps)
+            output = output / normalizers[-1]
+        outputs.append(output)
     output = torch.stack(outputs, dim=3) if outputs else gamma_query @ S.unsqueeze(2)
-    return output.flatten(1, 2).to(call.value.dtype), (S, z.squeeze(-1))
+    normalizer = None
+    if call.output_normalizer:
+        normalizer = torch.stack(normalizers, dim=3) if normalizers else gamma_query @ z.unsqueeze(2)
+        normalizer = normalizer.flatten(1, 2).squeeze(-1)
+    return AttentionResult(output.flatten(1, 2).to(call.value.dtype), (S, z.squeeze(-1)), normalizer)
 
 
 def supports(call: AttentionCall) -> str | None:

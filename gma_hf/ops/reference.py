@@ -2,19 +2,20 @@
 """The definition, evaluated as matrices. Quadratic in the length: for tests and for short sequences.
 
     P_ij = gamma^Q_i . gamma^K_j  w_j  exp(sum_{j < l <= i} log a_l)        j <= i if causal
-    o_i  = (sum_j P_ij v_j + d_i gamma^Q_i S_0) / (sum_j P_ij + d_i gamma^Q_i z_0 + eps)
+    D_i  = sum_j P_ij + d_i gamma^Q_i z_0 + eps
+    o_i  = (sum_j P_ij v_j + d_i gamma^Q_i S_0) / D_i
     S_N  = sum_j exp(sum_{j < l <= N} log a_l) w_j gamma^K_j v_j^T + d_N S_0,     z_N likewise with v_j = 1
     d_i  = exp(sum_{l <= i} log a_l)
 
 query [B, Hq, Nq, d], key [B, Hk, N, d], value [B, Hk, N, dv], mixtures M -> output [B, Hq, Nq, dv],
-S [B, M, C, dv], z [B, M, C].
+S [B, M, C, dv], z [B, M, C], D [B, Hq, Nq].
 """
 
 import torch
 from torch import Tensor
 
 from .mixture import repeat_heads, responsibilities
-from .registry import AttentionCall, State, register_backend
+from .registry import AttentionCall, AttentionResult, register_backend
 
 
 def segment_sums(x: Tensor) -> Tensor:
@@ -55,7 +56,7 @@ def log_decay_or_zero(call: AttentionCall) -> Tensor:
     return call.log_decay.to(call.state_dtype)
 
 
-def reference_attention(call: AttentionCall) -> tuple[Tensor, State | None]:
+def reference_attention(call: AttentionCall) -> AttentionResult:
     """Evaluate the call with the matrices of this file's opening."""
     dtype, mixtures = call.state_dtype, call.means.shape[0]
     value = repeat_heads(call.value.to(dtype), mixtures)
@@ -87,8 +88,10 @@ def reference_attention(call: AttentionCall) -> tuple[Tensor, State | None]:
         denominator = denominator + gamma_query @ z_0[:, :, None, :, None]
         S = S + S_0 * remaining
         z = z + (z_0.unsqueeze(-1) * remaining).squeeze(-1)
-    output = numerator / (denominator + call.eps) if call.normalize else numerator
-    return output.flatten(1, 2).to(call.value.dtype), (S, z)
+    denominator = denominator + call.eps
+    output = numerator / denominator if call.normalize else numerator
+    normalizer = denominator.flatten(1, 2).squeeze(-1) if call.output_normalizer else None
+    return AttentionResult(output.flatten(1, 2).to(call.value.dtype), (S, z), normalizer)
 
 
 register_backend("reference", reference_attention, supports=lambda call: None, priority=lambda call: 1)

@@ -1,8 +1,8 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
 """The registry of backends: interchangeable ways to compute the same operator.
 
-A backend is a name, a function `AttentionCall -> (output, state or None)`, a predicate that says why it cannot run a
-call, and a priority by which `backend="auto"` chooses among those that can.
+A backend is a name, a function `AttentionCall -> AttentionResult`, a predicate that says why it cannot run a call, and a
+priority by which `backend="auto"` chooses among those that can.
 """
 
 import logging
@@ -41,6 +41,7 @@ class AttentionCall(NamedTuple):
     variance_floor: float
     initial_state: State | None
     output_final_state: bool
+    output_normalizer: bool = False  # only where the read is normalised
 
     @property
     def state_dtype(self) -> torch.dtype:
@@ -55,11 +56,21 @@ class AttentionCall(NamedTuple):
         )
 
 
+class AttentionResult(NamedTuple):
+    """What a backend returns; a plain pair of the first two will do where the normaliser is not asked for."""
+
+    output: Tensor  # [batch, query_heads, query_length, value_dim]
+    state: State | None  # after the last token
+    normalizer: Tensor | None = (
+        None  # D = gamma^Q z + eps [batch, query_heads, query_length], in the state's precision
+    )
+
+
 class Backend(NamedTuple):
     """A named way to compute the operator."""
 
     name: str
-    function: Callable[[AttentionCall], tuple[Tensor, State | None]]
+    function: Callable[[AttentionCall], AttentionResult]
     supports: Callable[[AttentionCall], str | None]  # None, or why the backend cannot run the call
     priority: Callable[[AttentionCall], int]  # "auto" takes the supporting backend that gives the largest number
 
@@ -72,7 +83,7 @@ ENVIRONMENT_VARIABLE = "GMA_HF_BACKEND"
 
 def register_backend(
     name: str,
-    function: Callable[[AttentionCall], tuple[Tensor, State | None]],
+    function: Callable[[AttentionCall], AttentionResult],
     *,
     supports: Callable[[AttentionCall], str | None],
     priority: Callable[[AttentionCall], int],

@@ -7,17 +7,16 @@
 the equations of `chunked`, by the kernels of `fused`. This file decides when they can run and imports them when they do.
 
 query [B, Hq, Nq, d], key [B, Hk, N, d], value [B, Hk, N, dv], mixtures M -> output [B, Hq, Nq, dv],
-S [B, M, C, dv], z [B, M, C].
+S [B, M, C, dv], z [B, M, C], denominators [B, Hq, Nq].
 """
 
 import importlib.util
 import os
 
 import torch
-from torch import Tensor
 
 from .recurrent import SHORT
-from .registry import AttentionCall, State, register_backend
+from .registry import AttentionCall, AttentionResult, register_backend
 
 
 MAX_COMPONENTS = MAX_DIM = 256
@@ -43,7 +42,7 @@ def is_step(call: AttentionCall) -> bool:
     return is_short and call.causal and not call.strict and not needs_gradients(call)
 
 
-def fused_attention(call: AttentionCall) -> tuple[Tensor, State | None]:
+def fused_attention(call: AttentionCall) -> AttentionResult:
     """Evaluate the call with the fused kernels."""
     from .fused import decoding, operators  # noqa: F401 (define the operators)
 
@@ -54,13 +53,16 @@ def fused_attention(call: AttentionCall) -> tuple[Tensor, State | None]:
     )  # fmt: skip
     eps = call.eps if call.normalize else None
     if is_step(call):
-        output, S, z = torch.ops.gma_hf.fused_decoding(*tensors, eps, call.variance_floor)
-        return output, (S, z)
-    save = needs_gradients(call)
-    output, S, z, *_ = torch.ops.gma_hf.fused_attention(
-        *tensors, call.causal, call.strict, eps, call.variance_floor, save, call.output_final_state
-    )
-    return output, (S, z) if call.output_final_state else None
+        output, normalizer, S, z = torch.ops.gma_hf.fused_decoding(
+            *tensors, eps, call.variance_floor, call.output_normalizer
+        )
+    else:
+        output, normalizer, S, z, *_ = torch.ops.gma_hf.fused_attention(
+            *tensors, call.causal, call.strict, eps, call.variance_floor, needs_gradients(call),
+            call.output_final_state, call.output_normalizer,
+        )  # fmt: skip
+    state = (S, z) if call.output_final_state else None
+    return AttentionResult(output, state, normalizer if call.output_normalizer else None)
 
 
 @torch.compiler.assume_constant_result

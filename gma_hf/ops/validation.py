@@ -78,6 +78,10 @@ def validate_mode(call: AttentionCall, sequence_ids: Tensor | None) -> None:
     """Causal and bidirectional calls have the arguments that they can use."""
     batch, _, query_length, _ = call.query.shape
     key_length = call.key.shape[2]
+    if call.output_normalizer and not call.normalize:
+        raise ValueError(
+            "output_normalizer is given with normalize=False, where nothing is divided by it; use normalize=True."
+        )
     if call.causal or sequence_ids is not None:
         mode = "causal=True" if call.causal else "sequence_ids"
         if query_length != key_length:

@@ -67,6 +67,7 @@ GATED = {"weights": True, "decay": True, "normalize": False}
 # Features of a problem, and what is done to its tensors
 HALF_CASES = {
     "plain": ({}, None),
+    "normaliser": ({"normalizer": True, "weights": True}, None),
     "gated": (GATED, None),
     "outliers": ({}, outliers),
     "near-zero variances": ({}, near_zero_variances),

@@ -33,6 +33,7 @@ class Problem:
     value_dim: int = 3
     causal: bool = True
     normalize: bool = True
+    normalizer: bool = False  # also an output, where the read is normalised
     weights: bool = False
     decay: bool = False
     state: bool = False
@@ -81,10 +82,11 @@ class Problem:
         return changes.cumsum(dim=-1) % 3
 
     def run(self, tensors: dict[str, Tensor], **options) -> dict[str, Tensor]:
-        """Output and, where there is one, the final state."""
+        """Output and, where there are, normaliser and final state."""
         tensors = dict(tensors)
         state = (tensors.pop("S"), tensors.pop("z")) if self.state else None
         with_state = self.causal or not self.packed
+        with_normalizer = self.normalize and self.normalizer
         result = gaussian_mixture_attention(
             **tensors,
             causal=self.causal,
@@ -92,10 +94,18 @@ class Problem:
             sequence_ids=self.sequence_ids(),
             initial_state=state,
             output_final_state=with_state,
+            output_normalizer=with_normalizer,
             eps=EPS,
             **options,
         )
-        return {"output": result[0], "S": result[1][0], "z": result[1][1]} if with_state else {"output": result}
+        if not (with_state or with_normalizer):
+            return {"output": result}
+        named = {"output": result[0]}
+        if with_normalizer:
+            named["normalizer"] = result[1]
+        if with_state:
+            named["S"], named["z"] = result[-1]
+        return named
 
     def results(self, dtype: torch.dtype = torch.float64, **options) -> dict[str, Tensor]:
         """Outputs, final state and the gradient of every input of a random linear function of them."""
@@ -113,18 +123,20 @@ class Problem:
         }
 
 
-def errors(expected: dict[str, Tensor], actual: dict[str, Tensor]) -> dict[str, float]:
+def errors(expected: dict[str, Tensor], actual: dict[str, Tensor], floor: float = 1e-3) -> dict[str, float]:
     """Relative error of every result; the scale has a floor, since a gradient may vanish identically."""
     assert expected.keys() == actual.keys()
     return {
-        name: ((actual[name].double() - expected[name]).norm() / expected[name].norm().clamp(min=1e-3)).item()
+        name: ((actual[name].double() - expected[name]).norm() / expected[name].norm().clamp(min=floor)).item()
         for name in expected
     }
 
 
-def assert_close(expected: dict[str, Tensor], actual: dict[str, Tensor], tolerance: float) -> None:
+def assert_close(
+    expected: dict[str, Tensor], actual: dict[str, Tensor], tolerance: float, floor: float = 1e-3
+) -> None:
     """Every result agrees to the relative tolerance; a NaN never does."""
-    wrong = {name: error for name, error in errors(expected, actual).items() if not error <= tolerance}
+    wrong = {name: error for name, error in errors(expected, actual, floor).items() if not error <= tolerance}
     assert not wrong, wrong
 
 
@@ -140,6 +152,7 @@ def problems(max_length: int = 150, **fixed) -> st.SearchStrategy[Problem]:
         "routing_dim": st.integers(1, 5),
         "value_dim": st.integers(1, 6),
         "normalize": st.booleans(),
+        "normalizer": st.booleans(),
         "weights": st.booleans(),
         "decay": st.booleans(),
         "state": st.booleans(),

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from .problems import Problem, assert_close, errors, few_examples, problems
+from .problems import EPS, Problem, assert_close, errors, few_examples, problems
 
 
 # float64 rounds at 1e-16. Resets clamp log-decays at -700, and cumulative sums of several of them round at 1e-12.
@@ -42,7 +42,7 @@ def test_packed_bidirectional_equals_the_definition(problem):
 
 @pytest.mark.parametrize("length", [63, 64, 65, 512, 513, 1100])
 def test_chunk_and_block_boundaries_do_not_show(length):
-    problem = Problem(length=length, batch=1, weights=True, decay=True, state=True)
+    problem = Problem(length=length, batch=1, weights=True, decay=True, state=True, normalizer=True)
     assert_close(problem.results(backend="reference"), problem.results(backend="chunked"), EXACT)
     problem = Problem(length=length, batch=1)
     assert_close(problem.results(backend="reference"), problem.results(backend="chunked"), EXACT)
@@ -50,7 +50,7 @@ def test_chunk_and_block_boundaries_do_not_show(length):
 
 @pytest.mark.parametrize("backend", ["reference", "chunked", "recurrent"])
 def test_float32_is_accurate(backend):
-    problem = Problem(length=130, weights=True, decay=True, state=True, queries_per_mixture=2)
+    problem = Problem(length=130, weights=True, decay=True, state=True, queries_per_mixture=2, normalizer=True)
     assert_close(problem.results(), problem.results(torch.float32, backend=backend), SINGLE)
 
 
@@ -78,15 +78,16 @@ def test_split_anywhere_and_resume(problem, data):
     head = problem.run(first, backend=backends[0])
     problem.state = True
     tail = problem.run(second | {"S": head["S"], "z": head["z"]}, backend=backends[1])
-    joined = {"output": torch.cat([head["output"], tail["output"]], dim=2), "S": tail["S"], "z": tail["z"]}
+    joined = {name: torch.cat([x, tail[name]], dim=2) for name, x in head.items() if name not in ("S", "z")}
+    joined |= {"S": tail["S"], "z": tail["z"]}
     assert_close(whole, joined, EXACT)
 
 
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("causal", [True, False])
 def test_gradcheck_of_the_definition(causal, normalize):
-    problem = Problem(length=5, batch=1, queries_per_mixture=2, causal=causal, normalize=normalize, state=True,
-                      weights=True, components=3, routing_dim=2, value_dim=2)  # fmt: skip
+    problem = Problem(length=5, batch=1, queries_per_mixture=2, causal=causal, normalize=normalize, normalizer=True,
+                      state=True, weights=True, components=3, routing_dim=2, value_dim=2)  # fmt: skip
     tensors = problem.tensors()
     if causal:
         tensors["log_decay"] = -torch.rand(1, 1, 5, dtype=torch.float64)
@@ -98,12 +99,33 @@ def test_gradcheck_of_the_definition(causal, normalize):
     assert torch.autograd.gradcheck(outputs, [x.requires_grad_() for x in tensors.values()])
 
 
+@pytest.mark.quick
+@pytest.mark.parametrize("features", [{}, {"causal": False}, {"causal": False, "packed": True, "state": False}])
+@pytest.mark.parametrize("backend", ["reference", "chunked", "recurrent"])
+def test_the_normaliser_is_what_the_unnormalised_read_is_divided_by(backend, features):
+    """Minus eps it is what is read of values of one."""
+    if backend == "recurrent" and features:
+        backend = "auto"
+    problem = Problem(**{"length": 70, "weights": True, "state": True, "queries_per_mixture": 2} | features)
+    tensors = problem.tensors()
+    tensors["value"][..., 0] = 1.0
+    if problem.state:
+        tensors["S"][..., 0] = tensors["z"]
+    problem.normalize = False
+    plain = problem.run(tensors, backend=backend)["output"]
+    problem.normalize, problem.normalizer = True, True
+    normalised = problem.run(tensors, backend=backend)
+    assert_close({"D": plain[..., 0] + EPS}, {"D": normalised["normalizer"]}, EXACT)
+    assert_close({"sum": plain}, {"sum": normalised["output"] * normalised["normalizer"].unsqueeze(-1)}, EXACT)
+
+
 @pytest.mark.parametrize("backend", ["reference", "chunked", "recurrent"])
 @pytest.mark.parametrize("length", [0, 1])
 def test_shortest_lengths(backend, length):
-    problem = Problem(length=length, weights=True, decay=True, state=True)
+    problem = Problem(length=length, weights=True, decay=True, state=True, normalizer=True)
     results = problem.results(backend=backend)
     assert results["output"].shape == (2, 1, length, 3)
+    assert results["normalizer"].shape == (2, 1, length)
     if length == 0:
         assert torch.equal(results["S"], problem.tensors()["S"])
 
@@ -170,6 +192,7 @@ def test_autocast_does_not_touch_the_operator():
 def test_state_is_float32_for_half_precision_inputs():
     problem = Problem(length=12, causal=True)
     tensors = {name: x.bfloat16() for name, x in problem.tensors().items()}
+    problem.normalizer = True
     results = problem.run(tensors)
     assert results["output"].dtype == torch.bfloat16
-    assert results["S"].dtype == results["z"].dtype == torch.float32
+    assert results["S"].dtype == results["z"].dtype == results["normalizer"].dtype == torch.float32

@@ -7,8 +7,8 @@ import torch
 from gma_hf.ops import gaussian_mixture_attention, registry
 from gma_hf.ops.recurrent import SHORT
 
-from .kernels import DEVICE
-from .problems import Problem, assert_close
+from .kernels import DEVICE, KernelProblem
+from .problems import assert_close
 
 
 pytest.importorskip("triton", reason="Triton has no wheel for this platform")
@@ -19,27 +19,35 @@ CASES = {
     "next token": {"length": 1, **EVERYTHING},
     "next token, unnormalised": {"length": 1, "normalize": False, **EVERYTHING},
     "some tokens": {"length": SHORT, "packed": True, **EVERYTHING},
-    "grouped": {"length": 3, "key_heads": 2, "mixtures_per_key_head": 2, "queries_per_mixture": 2, **EVERYTHING},
-    "large": {"length": 2, "components": 70, "routing_dim": 70, "value_dim": 65, "state": True},
+    "next token, normaliser": {"length": 1, "normalizer": True, **EVERYTHING},
+    "grouped": {
+        "length": 3,
+        "normalizer": True,
+        "key_heads": 2,
+        "mixtures_per_key_head": 2,
+        "queries_per_mixture": 2,
+        **EVERYTHING,
+    },
+    "large": {"length": 2, "normalizer": True, "components": 70, "routing_dim": 70, "value_dim": 65, "state": True},
 }
 
 
-def run(problem: Problem, dtype: torch.dtype, backend: str) -> dict[str, torch.Tensor]:
-    tensors = {name: x.to(DEVICE, dtype) for name, x in problem.tensors().items()}
+def run(problem: KernelProblem, dtype: torch.dtype, backend: str) -> dict[str, torch.Tensor]:
+    tensors = {name: x.to(dtype) for name, x in problem.tensors().items()}
     with torch.no_grad():
-        return {name: x.cpu() for name, x in problem.run(tensors, backend=backend).items()}
+        return problem.run(tensors, backend=backend)
 
 
 @pytest.mark.quick
 @pytest.mark.parametrize("case", CASES)
 def test_a_step_is_the_recurrence(case):
-    problem = Problem(**CASES[case])
+    problem = KernelProblem(**CASES[case])
     assert_close(run(problem, torch.float64, "reference"), run(problem, torch.float32, "triton"), 1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_sixteen_bit_inputs_lose_no_more_than_their_own_rounding(dtype):
-    problem = Problem(**CASES["next token"])
+    problem = KernelProblem(**CASES["next token"])
     expected, actual = run(problem, dtype, "recurrent"), run(problem, dtype, "triton")
     assert actual["output"].dtype == dtype and actual["S"].dtype == torch.float32
     # The recurrence in PyTorch computes in float32 as well: outputs differ by a rounding of the last digit at most
@@ -48,7 +56,7 @@ def test_sixteen_bit_inputs_lose_no_more_than_their_own_rounding(dtype):
 
 @pytest.mark.quick
 def test_padding_may_hold_anything():
-    problem = Problem(length=2, weights=True, state=True)
+    problem = KernelProblem(length=2, weights=True, state=True)
     tensors = {name: x.to(DEVICE, torch.float32) for name, x in problem.tensors().items()}
     tensors["write_weight"][..., -1] = 0.0
     with torch.no_grad():
@@ -60,7 +68,7 @@ def test_padding_may_hold_anything():
 
 @pytest.mark.quick
 def test_the_given_state_stays_as_it_is():
-    problem = Problem(**CASES["next token"])
+    problem = KernelProblem(**CASES["next token"])
     tensors = {name: x.to(DEVICE, torch.float32) for name, x in problem.tensors().items()}
     S, z = tensors["S"].clone(), tensors["z"].clone()
     with torch.no_grad():
@@ -69,7 +77,7 @@ def test_the_given_state_stays_as_it_is():
 
 
 def test_a_step_with_gradients_has_them():
-    problem = Problem(length=1, **EVERYTHING)
+    problem = KernelProblem(length=1, **EVERYTHING)
     tensors = {name: x.to(DEVICE, torch.float32).requires_grad_() for name, x in problem.tensors().items()}
     output = problem.run(tensors, backend="triton")["output"]
     assert output.requires_grad
@@ -77,7 +85,7 @@ def test_a_step_with_gradients_has_them():
 
 @pytest.mark.quick
 def test_the_operator_can_be_compiled_and_exported():
-    problem = Problem(**CASES["next token"])
+    problem = KernelProblem(**CASES["next token"])
     tensors = {name: x.to(DEVICE, torch.float32) for name, x in problem.tensors().items()}
     state = (tensors.pop("S"), tensors.pop("z"))
 
@@ -90,6 +98,8 @@ def test_the_operator_can_be_compiled_and_exported():
     torch.testing.assert_close(actual, expected)
     arguments = [tensors.get(name) for name in registry.AttentionCall._fields[:6]]
     arguments += [tensors["write_weight"], tensors["log_decay"].expand(-1, 1, -1), *state, 1e-6, 1e-4]
-    torch.library.opcheck(
-        torch.ops.gma_hf.fused_decoding.default, arguments, test_utils=("test_schema", "test_faketensor")
-    )
+    fused_decoding = torch.ops.gma_hf.fused_decoding.default
+    for output_normalizer in (False, True):
+        torch.library.opcheck(
+            fused_decoding, [*arguments, output_normalizer], test_utils=("test_schema", "test_faketensor")
+        )

@@ -44,6 +44,10 @@ WRONG = {
     "state": ({"initial_state": (torch.zeros(2, 2, 5, 4), torch.zeros(2, 2, 5))}, "initial_state S has shape"),
     "state z": ({"initial_state": (torch.zeros(2, 2, 5, 3), torch.zeros(2, 2))}, "initial_state z has shape"),
     "state parts": ({"initial_state": (torch.zeros(2, 2, 5, 3),)}, "1 parts, expected the pair"),
+    "normaliser": (
+        {"output_normalizer": True, "normalize": False},
+        "output_normalizer is given with normalize=False.*use normalize=True",
+    ),
     "backend": ({"backend": "fast"}, "Unknown backend 'fast'; expected 'auto' or one of .*'chunked'"),
     "unable": ({"backend": "recurrent", "causal": False}, "'recurrent' cannot run .* causal.*'chunked'"),
 }
@@ -63,6 +67,16 @@ def test_affinity_and_responsibilities_check_their_arguments():
         gaussian_mixture_affinity(tensors["query"], tensors["key"][..., :3], *mixture)
     with pytest.raises(ValueError, match="means has shape"):
         gaussian_mixture_responsibilities(tensors["key"][..., :3], *mixture)
+
+
+def test_what_is_asked_for_follows_the_output_in_a_fixed_order():
+    output = call()
+    normalizer = call(output_normalizer=True)[1]
+    S, z = call(output_final_state=True)[1]
+    everything = call(output_normalizer=True, output_final_state=True)
+    assert normalizer.shape == output.shape[:3]
+    for actual, expected in zip((*everything[:2], *everything[2]), (output, normalizer, S, z), strict=True):
+        assert torch.equal(actual, expected)
 
 
 def test_auto_takes_the_recurrence_for_a_token_and_chunks_for_many(monkeypatch):
@@ -103,7 +117,8 @@ def test_a_registered_backend_is_chosen_by_name_and_by_priority(monkeypatch):
 CASES = {
     "causal": {},
     "everything": {"weights": True, "decay": True, "state": True, "packed": True},
-    "bidirectional": {"causal": False, "weights": True},
+    "normaliser": {"normalizer": True},
+    "bidirectional, normaliser": {"causal": False, "weights": True, "normalizer": True},
     "packed bidirectional": {"causal": False, "packed": True},
 }
 
@@ -120,9 +135,13 @@ def test_compiles_into_one_graph_forward_and_backward(case):
         leaves = {name: x.requires_grad_() for name, x in problem.tensors().items()}
         state = {"initial_state": (leaves["S"], leaves["z"])} if problem.state else {}
         arguments = {name: x for name, x in leaves.items() if name not in ("S", "z")}
-        output = function(**arguments, **state, causal=problem.causal, sequence_ids=ids)
-        grads = torch.autograd.grad(output.sin().sum(), list(leaves.values()))
-        results.append({"output": output.detach(), **dict(zip(leaves, grads, strict=True))})
+        output = function(
+            **arguments, **state, causal=problem.causal, sequence_ids=ids, output_normalizer=problem.normalizer
+        )
+        outputs = output if problem.normalizer else (output,)
+        grads = torch.autograd.grad(sum(x.sin().sum() for x in outputs), list(leaves.values()))
+        named = {str(i): x.detach() for i, x in enumerate(outputs)}
+        results.append({**named, **dict(zip(leaves, grads, strict=True))})
     assert_close(*results, 1e-11)
 
 
@@ -157,13 +176,15 @@ def test_decoding_compiles_once():
 def test_exports_with_a_dynamic_length():
     class Layer(torch.nn.Module):
         def forward(self, query, key, value, means, raw_variances, prior_logits):
-            return gaussian_mixture_attention(query, key, value, means, raw_variances, prior_logits)
+            return gaussian_mixture_attention(
+                query, key, value, means, raw_variances, prior_logits, output_normalizer=True
+            )
 
     dynamic = {name: {2: torch.export.Dim.DYNAMIC} for name in ("query", "key", "value")}
     dynamic |= {"means": None, "raw_variances": None, "prior_logits": None}
     exported = torch.export.export(Layer(), tuple(Problem(length=100).tensors().values()), dynamic_shapes=dynamic)
     other = tuple(Problem(length=333).tensors().values())
-    torch.testing.assert_close(exported.module()(*other), gaussian_mixture_attention(*other))
+    torch.testing.assert_close(exported.module()(*other), gaussian_mixture_attention(*other, output_normalizer=True))
 
 
 def test_there_is_room_for_the_state_before_every_block_and_after_the_last():

@@ -35,6 +35,8 @@ SINGLE_CASES = {
     "plain": {"length": 65},
     "unnormalised": {"length": 40, "normalize": False},
     "everything": {"length": 63, **EVERYTHING},
+    "everything, normaliser": {"length": 63, "queries_per_mixture": 2, "normalizer": True, **EVERYTHING},
+    "normaliser alone": {"length": 40, "normalizer": True},
     "everything, unnormalised": {"length": 64, "normalize": False, **EVERYTHING},
     "packed": {"length": 65, "packed": True},
     "packed, everything": {"length": 40, "packed": True, "batch": 2, **EVERYTHING},
@@ -45,19 +47,23 @@ SINGLE_CASES = {
         "length": 70, "query_length": 40, "causal": False, "weights": True, "state": True, "normalize": False,
         "mixtures_per_key_head": 2, "queries_per_mixture": 2,
     },
-    "packed bidirectional": {"length": 40, "causal": False, "packed": True, "weights": True},
+    "bidirectional, normaliser": {
+        "length": 40, "query_length": 70, "causal": False, "weights": True, "normalizer": True, "queries_per_mixture": 2,
+    },
+    "packed bidirectional": {"length": 40, "causal": False, "packed": True, "weights": True, "normalizer": True},
     "packed bidirectional, unnormalised": {"length": 33, "causal": False, "packed": True, "normalize": False},
     "one token": {"length": 1, **EVERYTHING},
     "one token, bidirectional": {"length": 1, "causal": False, "weights": True},
     "one component": {"length": 40, "components": 1, **EVERYTHING},
     "130 components": {"length": 33, "components": 130, "routing_dim": 20, "value_dim": 24, **EVERYTHING},
-    "many blocks": {**MANY_BLOCKS, **EVERYTHING},
+    "many blocks": {**MANY_BLOCKS, "normalizer": True, **EVERYTHING},
     "many blocks, shared keys": {**MANY_BLOCKS, "length": 9, "components": 20, "mixtures_per_key_head": 2},
     "many value blocks, bidirectional": {
         "length": 9, "query_length": 20, "components": 40, "routing_dim": 20, "value_dim": 140, "causal": False,
+        "normalizer": True,
     },
 }  # fmt: skip
-QUICK = ("everything", "grouped", "bidirectional", "packed bidirectional")
+QUICK = ("everything", "everything, normaliser", "grouped", "bidirectional", "packed bidirectional")
 
 
 def marked(cases, quick):
@@ -87,7 +93,11 @@ def test_float32_equals_the_definition(case):
     expected = problem.results(backend="reference")
     # Logits grow with the number of dimensions that they sum over, and with them what float32 rounds off
     tolerance = SINGLE * max(1, problem.routing_dim / 64)
-    assert_close(expected, problem.results(torch.float32, backend="triton"), tolerance)
+    floor = 1e-3
+    if problem.components == 1:
+        # Its responsibility is 1 whatever is routed: in the gradients behind it terms as large as the values' cancel
+        floor = expected["grad value"].norm().item()
+    assert_close(expected, problem.results(torch.float32, backend="triton"), tolerance, floor)
 
 
 @settings(few_examples, max_examples=4, phases=[Phase.generate])  # to shrink a failure would take minutes
@@ -135,8 +145,8 @@ def test_padding_never_writes(held, dtype):
 @pytest.mark.parametrize(
     "features",
     [
-        {"length": 70, **EVERYTHING},
-        {"length": 70, "causal": False, "weights": True},
+        {"length": 70, "normalizer": True, **EVERYTHING},
+        {"length": 70, "causal": False, "weights": True, "normalizer": True},
         {**MANY_BLOCKS, "length": 9, **GATED},
     ],
 )
@@ -159,7 +169,7 @@ def test_the_same_call_gives_the_same_bits_whatever_fresh_memory_holds(features)
     "features",
     [
         {"length": 70},
-        {"length": 150, "queries_per_mixture": 2, **EVERYTHING},
+        {"length": 150, "queries_per_mixture": 2, "normalizer": True, **EVERYTHING},
         {**MANY_BLOCKS, "length": 65, **GATED},
     ],
     ids=["plain", "everything", "many blocks"],
@@ -219,13 +229,24 @@ def test_split_anywhere_and_resume(split):
     assert_close({name: x.double() for name, x in whole.items()}, joined, SINGLE)
 
 
-@pytest.mark.parametrize("features", [EVERYTHING, {"causal": False, "query_length": 30}])
+@pytest.mark.parametrize(
+    "features", [EVERYTHING, {"causal": False, "query_length": 30}, {"normalizer": True, "queries_per_mixture": 2}]
+)
 def test_pytorch_finds_the_operator_well_formed(features):
     """Schema, shapes without data, autograd, and differentiation ahead of time with fixed and with open sizes."""
     problem = KernelProblem(length=20, batch=1, **features)
     tensors = {name: x.float().to(DEVICE).requires_grad_() for name, x in problem.tensors().items()}
     names = (*QKV, "means", "raw_variances", "prior_logits", "write_weight", "log_decay", "S", "z")
-    arguments = (*(tensors.get(name) for name in names), problem.causal, False, 1e-6, 1e-4, True, True)
+    arguments = (
+        *(tensors.get(name) for name in names),
+        problem.causal,
+        False,
+        1e-6,
+        1e-4,
+        True,
+        True,
+        problem.normalizer,
+    )
     torch.library.opcheck(torch.ops.gma_hf.fused_attention.default, arguments)
 
 
@@ -246,7 +267,7 @@ def test_gradients_lie_in_memory_as_their_inputs_do(sizes):
 
 
 COMPILED_CASES = {
-    "everything": {**EVERYTHING, "packed": True},
+    "everything": {**EVERYTHING, "packed": True, "normalizer": True},
     "bidirectional": {"causal": False, "weights": True},
 }
 

@@ -7,8 +7,8 @@
 A program has one mixture and a block of the value dimensions; the mixture's coefficients and its part of the state stay in
 registers. All of it in float32: there is nothing for matrix units here.
 
-query [B, HQ, N, D], key [B, HK, N, D], value [B, HK, N, DV], mixtures M -> output [B, HQ, N, DV], S [B, M, C, DV] and
-z [B, M, C] float32.
+query [B, HQ, N, D], key [B, HK, N, D], value [B, HK, N, DV], mixtures M -> output [B, HQ, N, DV], if asked for the
+denominators D [B, HQ, N] in float32, S [B, M, C, DV] and z [B, M, C] float32.
 """
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .coefficients import load_centred, log_priors
 from .launching import on_its_device
-from .operators import INPUTS, empty_output, row_contiguous, strides
+from .operators import INPUTS, empty_normalizer, empty_output, row_contiguous, strides
 from .plan import cdiv, padded
 from .tiles import LOG2E, rounded
 
@@ -38,12 +38,13 @@ def responsibilities_of(X, columns, D, linear, quadratic, bias):
 
 @triton.jit(do_not_specialize=["N", "M", "kv_groups"])
 def decode_kernel(
-    Q, K, V, Means, RawVariances, Priors, W, LA, S, Z, Output, NewS, NewZ,
+    Q, K, V, Means, RawVariances, Priors, W, LA, S, Z, Output, Normalizer, NewS, NewZ,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     stride_wb, stride_wh, stride_wn, stride_ab, stride_ah, stride_an, stride_ob, stride_oh, stride_on,
     N, M, C, D, DV, kv_groups, eps, variance_floor,
     R: tl.constexpr, CP: tl.constexpr, DP: tl.constexpr, BV: tl.constexpr, NV: tl.constexpr,
     HAS_WEIGHT: tl.constexpr, HAS_DECAY: tl.constexpr, HAS_STATE: tl.constexpr, NORMALIZE: tl.constexpr,
+    OUTPUT_NORMALIZER: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     v, mixture = program % NV, (program // NV) % M
@@ -93,7 +94,11 @@ def decode_kernel(
             gamma = responsibilities_of(query, columns, D, linear, quadratic, bias)
             read = tl.sum(gamma[:, None] * state, 0)
             if NORMALIZE:
-                read /= tl.sum(gamma * norm, 0) + eps
+                denominator = tl.sum(gamma * norm, 0) + eps
+                read /= denominator
+                if OUTPUT_NORMALIZER:
+                    if v == 0:
+                        tl.store(Normalizer + (batch * M * R + head) * N + token, denominator)
             to = Output + batch * stride_ob + head * stride_oh + token * stride_on + value_columns
             tl.store(to, rounded(read, Output.dtype.element_ty), mask=has_value)
 
@@ -104,7 +109,8 @@ def decode_kernel(
 
 torch.library.define(
     "gma_hf::fused_decoding",
-    f"({INPUTS}, Tensor? S, Tensor? z, float? eps, float variance_floor) -> (Tensor, Tensor, Tensor)",
+    f"({INPUTS}, Tensor? S, Tensor? z, float? eps, float variance_floor, bool output_normalizer) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
     tags=torch.Tag.pt2_compliant_tag,
 )
 
@@ -112,9 +118,10 @@ torch.library.define(
 @torch.library.impl("gma_hf::fused_decoding", ("cpu", "cuda"))
 @on_its_device
 def fused_decoding(
-    query, key, value, means, raw_variances, prior_logits, write_weight, log_decay, S, z, eps, variance_floor
+    query, key, value, means, raw_variances, prior_logits, write_weight, log_decay, S, z, eps, variance_floor,
+    output_normalizer,
 ):  # fmt: skip
-    """Output, S, z."""
+    """Output, D (of size 0 unless output_normalizer), S, z."""
     batch, query_heads, length, dim = query.shape
     (mixtures, components, _), value_dim = means.shape, value.shape[-1]
     query, key, value = row_contiguous(query), row_contiguous(key), row_contiguous(value)
@@ -122,18 +129,19 @@ def fused_decoding(
     block = min(padded(value_dim), VALUE_BLOCK)
     blocks = cdiv(value_dim, block)
     output, (new_S, new_z) = empty_output(query, value), empty_state(query, means, value)
+    normalizer = empty_normalizer(query, output_normalizer)
     state = (None, None) if S is None else (S.contiguous(), z.contiguous())
     decode_kernel[(batch * mixtures * blocks,)](
         query, key, value, means.contiguous(), raw_variances.contiguous(), prior_logits.contiguous(), write_weight,
-        log_decay, *state, output, new_S, new_z,
+        log_decay, *state, output, normalizer if output_normalizer else None, new_S, new_z,
         *strides(query), *strides(key), *strides(value), *strides(write_weight), *strides(log_decay),
         *output.stride()[:3], length, mixtures, components, dim, value_dim, mixtures // key.shape[1],
         0.0 if eps is None else eps, variance_floor,
         R=query_heads // mixtures, CP=CP, DP=DP, BV=block, NV=blocks, HAS_WEIGHT=write_weight is not None,
         HAS_DECAY=log_decay is not None, HAS_STATE=S is not None, NORMALIZE=eps is not None,
-        num_warps=8 if CP * DP > 4096 else 4,
+        OUTPUT_NORMALIZER=output_normalizer, num_warps=8 if CP * DP > 4096 else 4,
     )  # fmt: skip
-    return output, new_S, new_z
+    return output, normalizer, new_S, new_z
 
 
 def empty_state(query: Tensor, means: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -147,6 +155,7 @@ def empty_state(query: Tensor, means: Tensor, value: Tensor) -> tuple[Tensor, Te
 
 @torch.library.register_fake("gma_hf::fused_decoding")
 def _(
-    query, key, value, means, raw_variances, prior_logits, write_weight, log_decay, S, z, eps, variance_floor
+    query, key, value, means, raw_variances, prior_logits, write_weight, log_decay, S, z, eps, variance_floor,
+    output_normalizer,
 ):  # fmt: skip
-    return empty_output(query, value), *empty_state(query, means, value)
+    return empty_output(query, value), empty_normalizer(query, output_normalizer), *empty_state(query, means, value)

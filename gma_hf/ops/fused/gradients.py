@@ -4,7 +4,8 @@
 i, j in one chunk, S, z the state before it (saved by the forward pass), G, g the gradient of the state after it (carried),
 dn_i = do_i / D_i, and e, t, A the decays of `outputs`:
 
-    dD_i  = -(sum_j P_ij dn_i . v_j + e_i gamma^Q_i . S dn_i) / D_i                     0 if the read is not normalised
+    dD_i  = -(sum_j P_ij dn_i . v_j + e_i gamma^Q_i . S dn_i) / D_i                     0 if the read is not normalised;
+                                                                            plus that of D_i as an output
     dP_ij = dn_i . v_j + dD_i
     dgamma^Q_i = sum_j decayed dP_ij w_j gamma^K_j + e_i (S dn_i + dD_i z)
     d(w gamma^K)_j = sum_i decayed dP_ij gamma^Q_i + t_j (G v_j + g)
@@ -109,7 +110,7 @@ def logits_backward(
 
 @triton.jit(do_not_specialize=["B", "N", "M", "segments", "chunks_per_segment", "chunks", "kv_groups", "programs"])
 def gradient_kernel(
-    Q, K, V, DO, RD, W, LA, Coefficients, Bias, LSEQ, LSEK, LargestV, LargestW, LargestDN, DD, Reads,
+    Q, K, V, DO, RD, GradNormalizer, W, LA, Coefficients, Bias, LSEQ, LSEK, LargestV, LargestW, LargestDN, DD, Reads,
     States, ChunkStates, ChunkNorms, ChunkScales, GradStates,
     GradFirst, GQ, GK, GV, GW, GLA, GradLinear, GradQuadratic, GradBias,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
@@ -121,7 +122,7 @@ def gradient_kernel(
     NV: tl.constexpr, EVEN_D: tl.constexpr, EVEN_V: tl.constexpr,
     CAUSAL: tl.constexpr, QUERIES: tl.constexpr, HAS_GRAD_STATE: tl.constexpr, GRAD_FIRST: tl.constexpr,
     STRICT: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_DECAY: tl.constexpr, NORMALIZE: tl.constexpr,
-    GRAD_WEIGHT: tl.constexpr, IN_REGISTERS: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_GRAD_NORMALIZER: tl.constexpr, GRAD_WEIGHT: tl.constexpr, IN_REGISTERS: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of QUERIES, else of keys and values, which takes from memory what the former left there: the denominators'
     gradients dD, the largest dn of each chunk, and the sums r that the gradients of the decays need. One kernel for both needs more registers than
@@ -277,6 +278,9 @@ def gradient_kernel(
                                 both = tl.sum(pairs * grad_pairs, 1)
                                 grad_denominator += both * (1.0 / (written_scale * UNIT * pair_scale))
                             grad_denominator *= -rd
+                            if HAS_GRAD_NORMALIZER:
+                                if v == 0:  # the blocks of the value dimensions add up
+                                    grad_denominator += load_row(GradNormalizer + token, first, 1, count, 0.0, T)
                             z_grad = grad_denominator
                             if HAS_DECAY:
                                 z_grad *= from_start

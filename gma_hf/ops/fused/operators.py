@@ -4,8 +4,8 @@
 forward:   coefficients -> what every segment writes -> running sum -> outputs
 backward:  coefficients -> what every segment of do writes -> running sum -> gradients -> gradients of the parameters
 
-query [B, HQ, NQ, D], key [B, HK, N, D], value [B, HK, N, DV], mixtures M -> output [B, HQ, NQ, DV], S [B, M, C, DV],
-z [B, M, C] float32.
+query [B, HQ, NQ, D], key [B, HK, N, D], value [B, HK, N, DV], mixtures M -> output [B, HQ, NQ, DV], if asked for the
+denominators D [B, HQ, NQ] in float32, S [B, M, C, DV], z [B, M, C] float32.
 """
 
 from typing import NamedTuple
@@ -122,7 +122,9 @@ def scan(states, decays, first, last, reverse, slabs_per_decay) -> None:
     )  # fmt: skip
 
 
-def write(plan, saved, x, y, output, rd, write_weight, log_decay, mixtures, repeats, first, last, reverse):
+def write(
+    plan, saved, x, y, output, rd, grad_normalizer, write_weight, log_decay, mixtures, repeats, first, last, reverse
+):
     """States at the borders of the segments [slabs, segments, size], and chunks per segment; fills `last` as well."""
     batch, _, length, dim = x.shape
     chunks = cdiv(length, plan.T)
@@ -131,13 +133,14 @@ def write(plan, saved, x, y, output, rd, write_weight, log_decay, mixtures, repe
     states = last.new_empty(batch * mixtures * plan.NV, segments, last.shape[-1])
     decays = last.new_empty(batch * mixtures, segments)
     write_kernel[(batch * mixtures * plan.NV * segments,)](
-        x, y, output, rd, write_weight, log_decay, saved.weights, saved.bias, states, decays,
+        x, y, output, rd, grad_normalizer, write_weight, log_decay, saved.weights, saved.bias, states, decays,
         saved.lse_query if reverse else saved.lse_key, saved.largest_value, saved.largest_weight,
         *strides(x), *strides(y), *strides(output), *strides(write_weight), *strides(log_decay),
         length, dim, y.shape[-1], mixtures, segments, per_segment, chunks,
         mixtures * repeats // x.shape[1], mixtures * repeats // y.shape[1],
         R=repeats, REVERSE=reverse, HAS_WEIGHT=write_weight is not None, HAS_DECAY=log_decay is not None,
-        NORMALIZE=rd is not None, **plan.constants(dim, y.shape[-1]), **plan.write,
+        NORMALIZE=rd is not None, HAS_GRAD_NORMALIZER=grad_normalizer is not None,
+        **plan.constants(dim, y.shape[-1]), **plan.write,
     )  # fmt: skip
     scan(states, decays if log_decay is not None else None, first, last, reverse, plan.NV)
     return states, per_segment
@@ -153,7 +156,7 @@ INPUTS = (
 torch.library.define(
     "gma_hf::fused_attention",
     f"({INPUTS}, Tensor? S, Tensor? z, bool causal, bool strict, float? eps, float variance_floor, bool save, "
-    f"bool final_state) -> ({', '.join(['Tensor'] * (3 + len(Saved._fields)))})",
+    f"bool final_state, bool output_normalizer) -> ({', '.join(['Tensor'] * (4 + len(Saved._fields)))})",
     tags=torch.Tag.pt2_compliant_tag,
 )
 
@@ -162,9 +165,9 @@ torch.library.define(
 @on_its_device
 def fused_attention(
     query, key, value, means, raw_variances, prior_logits, write_weight, log_decay, S, z, causal, strict, eps,
-    variance_floor, save, final_state,
+    variance_floor, save, final_state, output_normalizer,
 ):  # fmt: skip
-    """Output, S, z (of size 0 unless final_state) and `Saved` (of size 0 unless save)."""
+    """Output, D (of size 0 unless output_normalizer), S, z (unless final_state) and `Saved` (unless save)."""
     batch, query_heads, length, dim = query.shape
     mixtures, components, _ = means.shape
     value_dim = value.shape[-1]
@@ -179,28 +182,28 @@ def fused_attention(
         states, per_segment = first, chunks
     else:
         states, per_segment = write(
-            plan, saved, key, value, None, None, write_weight, log_decay, mixtures, 1, first, saved.last, False
+            plan, saved, key, value, None, None, None, write_weight, log_decay, mixtures, 1, first, saved.last, False
         )  # fmt: skip
     if not causal:
         states, per_segment = saved.last, segment_length(plan, batch * mixtures, chunks, query.device)
     segments = cdiv(chunks, per_segment)
-    output = empty_output(query, value)
+    output, normalizer = empty_output(query, value), empty_normalizer(query, output_normalizer)
     read_kernel[(batch * mixtures * plan.NV * segments,)](
-        query, key, value, output, saved.rd, write_weight, log_decay, saved.weights, saved.bias, states, saved.last,
-        saved.lse_query, saved.lse_key, saved.largest_value, saved.largest_weight, *saved[4:7],
+        query, key, value, output, normalizer if output_normalizer else None, saved.rd, write_weight, log_decay,
+        saved.weights, saved.bias, states, saved.last, saved.lse_query, saved.lse_key, saved.largest_value, saved.largest_weight, *saved[4:7],
         *strides(query), *strides(key), *strides(value), *strides(output), *strides(write_weight),
         *strides(log_decay), 0 if states is None else states.stride(0),
         length, dim, value_dim, mixtures, segments, per_segment, chunks,
         mixtures // key.shape[1], 0.0 if eps is None else eps,
         R=query_heads // mixtures, CAUSAL=causal, ONE_PASS=one_pass, HAS_STATE=states is not None, STRICT=strict,
-        HAS_WEIGHT=write_weight is not None, HAS_DECAY=log_decay is not None, NORMALIZE=eps is not None, SAVE=save,
-        **plan.constants(dim, value_dim), **plan.read,
+        HAS_WEIGHT=write_weight is not None, HAS_DECAY=log_decay is not None, NORMALIZE=eps is not None,
+        OUTPUT_NORMALIZER=output_normalizer, SAVE=save, **plan.constants(dim, value_dim), **plan.read,
     )  # fmt: skip
     if final_state:
         S, z = from_slabs(plan, saved.last, batch, components, value_dim)
     else:
         S, z = saved.last.new_empty(0), saved.last.new_empty(0)
-    return output, S, z, *(saved if save else nothing_saved(saved.last))
+    return output, normalizer, S, z, *(saved if save else nothing_saved(saved.last))
 
 
 def nothing_saved(like: Tensor) -> Saved:
@@ -214,10 +217,15 @@ def empty_output(query: Tensor, value: Tensor) -> Tensor:
     return value.new_empty(batch, length, heads, value.shape[-1]).transpose(1, 2)
 
 
+def empty_normalizer(query: Tensor, output_normalizer: bool) -> Tensor:
+    """[B, HQ, NQ] if it is asked for, else of size 0."""
+    return query.new_empty(query.shape[:3] if output_normalizer else 0, dtype=torch.float32)
+
+
 @torch.library.register_fake("gma_hf::fused_attention")
 def _(
     query, key, value, means, raw_variances, prior_logits, write_weight, log_decay, S, z, causal, strict, eps,
-    variance_floor, save, final_state,
+    variance_floor, save, final_state, output_normalizer,
 ):  # fmt: skip
     (mixtures, components, dim), value_dim = means.shape, value.shape[-1]
     plan = make_plan(query.dtype, int(components), int(dim), int(value_dim))
@@ -228,7 +236,7 @@ def _(
         saved = nothing_saved(single)
     shape = (query.shape[0], mixtures, components)
     S, z = (single.new_empty(size if final_state else 0) for size in ((*shape, value_dim), shape))
-    return empty_output(query, value), S, z, *saved
+    return empty_output(query, value), empty_normalizer(query, output_normalizer), S, z, *saved
 
 
 class Side(NamedTuple):
@@ -261,8 +269,9 @@ def sums_in_registers(plan: Plan, queries: bool, one_pass: bool, has_decay: bool
 
 torch.library.define(
     "gma_hf::fused_attention_backward",
-    f"({INPUTS}, Tensor output, Tensor grad_output, Tensor? grad_S, Tensor? grad_z, bool causal, bool strict, "
-    f"bool normalize, float variance_floor, bool grad_weight, bool grad_state, {', '.join(f'Tensor {name}' for name in Saved._fields)}) "
+    f"({INPUTS}, Tensor output, Tensor grad_output, Tensor? grad_normalizer, Tensor? grad_S, Tensor? grad_z, bool causal, "
+    "bool strict, bool normalize, float variance_floor, bool grad_weight, bool grad_state, "
+    f"{', '.join(f'Tensor {name}' for name in Saved._fields)}) "
     f"-> ({', '.join(['Tensor'] * 10)})",
     tags=torch.Tag.pt2_compliant_tag,
 )
@@ -271,8 +280,8 @@ torch.library.define(
 @torch.library.impl("gma_hf::fused_attention_backward", ("cpu", "cuda"))
 @on_its_device
 def fused_attention_backward(
-    query, key, value, means, raw_variances, prior_logits, write_weight, log_decay, output, grad_output, grad_S, grad_z,
-    causal, strict, normalize, variance_floor, grad_weight, grad_state, *saved,
+    query, key, value, means, raw_variances, prior_logits, write_weight, log_decay, output, grad_output,
+    grad_normalizer, grad_S, grad_z, causal, strict, normalize, variance_floor, grad_weight, grad_state, *saved,
 ):  # fmt: skip
     """Gradients of the inputs in their order, S and z included; of size 0 where nothing needs them."""
     batch, query_heads, length, dim = query.shape
@@ -282,6 +291,7 @@ def fused_attention_backward(
     plan = make_plan(query.dtype, int(components), int(dim), int(value_dim))
     saved, blocks = Saved(*saved), plan.NV
     rd = saved.rd if normalize else None
+    grad_normalizer = None if grad_normalizer is None else grad_normalizer.contiguous()
     first = None
     if grad_S is not None or grad_z is not None:
         shape = (batch, mixtures, components)
@@ -295,8 +305,8 @@ def fused_attention_backward(
     grad_states = first
     if not one_pass:
         grad_states, _ = write(
-            plan, saved, query, grad_output, output if normalize else None, rd, None, log_decay, mixtures, repeats,
-            first, grad_first, True,
+            plan, saved, query, grad_output, output if normalize else None, rd, grad_normalizer, None, log_decay,
+            mixtures, repeats, first, grad_first, True,
         )  # fmt: skip
     if not causal:
         grad_states = grad_first
@@ -324,8 +334,8 @@ def fused_attention_backward(
     done = 0
     for side, in_registers in zip(sides, registers, strict=True):
         gradient_kernel[(side.workers * mixtures * blocks,)](
-            query, key, value, grad_output, rd, write_weight, log_decay, saved.weights, saved.bias, saved.lse_query,
-            saved.lse_key, saved.largest_value, saved.largest_weight, largest_dn, dd, reads,
+            query, key, value, grad_output, rd, grad_normalizer if side.queries else None, write_weight, log_decay,
+            saved.weights, saved.bias, saved.lse_query, saved.lse_key, saved.largest_value, saved.largest_weight, largest_dn, dd, reads,
             *saved[3:7], grad_states, grad_first, grad_query, grad_key, grad_value, *grad_gates,
             grad_linear[done:], grad_quadratic[done:], grad_bias[done:],
             *strides(query), *strides(key), *strides(value), *strides(grad_output), *strides(write_weight),
@@ -336,7 +346,7 @@ def fused_attention_backward(
             R=repeats, CAUSAL=causal, QUERIES=side.queries, HAS_GRAD_STATE=grad_states is not None,
             GRAD_FIRST=one_pass and grad_state, STRICT=strict,
             HAS_WEIGHT=write_weight is not None, HAS_DECAY=log_decay is not None, NORMALIZE=normalize,
-            GRAD_WEIGHT=grad_weight, IN_REGISTERS=in_registers,
+            HAS_GRAD_NORMALIZER=grad_normalizer is not None and side.queries, GRAD_WEIGHT=grad_weight, IN_REGISTERS=in_registers,
             **plan.constants(dim, value_dim), **plan.gradient,
         )  # fmt: skip
         done += side.workers * blocks
@@ -392,8 +402,8 @@ def sum_heads(x: Tensor, like: Tensor | None) -> Tensor:
 
 @torch.library.register_fake("gma_hf::fused_attention_backward")
 def _(
-    query, key, value, means, raw_variances, prior_logits, write_weight, log_decay, output, grad_output, grad_S, grad_z,
-    causal, strict, normalize, variance_floor, grad_weight, grad_state, *saved,
+    query, key, value, means, raw_variances, prior_logits, write_weight, log_decay, output, grad_output,
+    grad_normalizer, grad_S, grad_z, causal, strict, normalize, variance_floor, grad_weight, grad_state, *saved,
 ):  # fmt: skip
     batch, mixtures, components, value_dim = query.shape[0], *means.shape[:2], value.shape[-1]
     last = Saved(*saved).last
@@ -409,13 +419,15 @@ def _(
 
 def setup_context(ctx, inputs, output):
     """Keep inputs, output and what the forward pass saved for the gradients."""
-    *tensors, S, z, ctx.causal, ctx.strict, ctx.eps, ctx.variance_floor, _, ctx.final_state = inputs
+    *tensors, S, z, ctx.causal, ctx.strict, ctx.eps, ctx.variance_floor, _, ctx.final_state, ctx.output_normalizer = (
+        inputs
+    )
     ctx.state_dtypes = None if S is None else (S.dtype, z.dtype)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors, output[0], *output[3:])
+    ctx.save_for_backward(*tensors, output[0], *output[4:])
 
 
-def backward(ctx, grad_output, grad_S, grad_z, *_):
+def backward(ctx, grad_output, grad_normalizer, grad_S, grad_z, *_):
     """Gradients of `fused_attention`'s arguments."""
     tensors = ctx.saved_tensors  # asked for once: activation checkpointing computes them again
     if tensors[-1].numel() == 0:
@@ -426,16 +438,18 @@ def backward(ctx, grad_output, grad_S, grad_z, *_):
         grad_output = torch.zeros_like(tensors[8])
     if not ctx.final_state:
         grad_S = grad_z = None
+    if not ctx.output_normalizer:
+        grad_normalizer = None
     needed = ctx.needs_input_grad
     *grads, grad_S, grad_z = torch.ops.gma_hf.fused_attention_backward(
-        *tensors[:9], grad_output, grad_S, grad_z, ctx.causal, ctx.strict, ctx.eps is not None,
+        *tensors[:9], grad_output, grad_normalizer, grad_S, grad_z, ctx.causal, ctx.strict, ctx.eps is not None,
         ctx.variance_floor, needed[6], ctx.state_dtypes is not None, *tensors[9:],
     )  # fmt: skip
     grads = [grad if need else None for grad, need in zip(grads, needed, strict=False)]
     states = (None, None)
     if ctx.state_dtypes is not None:
         states = (grad.to(dtype) for grad, dtype in zip((grad_S, grad_z), ctx.state_dtypes, strict=True))
-    return *grads, *states, *(None,) * 6
+    return *grads, *states, *(None,) * 7
 
 
 torch.library.register_autograd("gma_hf::fused_attention", backward, setup_context=setup_context)

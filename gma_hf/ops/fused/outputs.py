@@ -14,7 +14,7 @@ from its start and to its end, A the decay over all of it:
 
 Bidirectional: o_i = gamma^Q_i S / (gamma^Q_i z + eps) with the one state that all keys wrote.
 
-Q [B, HQ, N, D], K [B, HK, N, D], V [B, HK, N, DV], O [B, HQ, N, DV]. For the backward pass: 1 / D_i and lse [B, HQ, N], and
+Q [B, HQ, N, D], K [B, HK, N, D], V [B, HK, N, DV], O [B, HQ, N, DV], if asked for D_i [B, HQ, N]. For the backward pass: 1 / D_i and lse [B, HQ, N], and
 per chunk z and S (float16 times a power of two, or float32 if EXACT).
 """
 
@@ -47,7 +47,7 @@ from .tiles import (
 
 @triton.jit(do_not_specialize=["N", "M", "segments", "chunks_per_segment", "chunks", "kv_groups"])
 def read_kernel(
-    Q, K, V, Output, RD, W, LA, Coefficients, Bias, States, Last, LSEQ, LSEK,
+    Q, K, V, Output, Normalizer, RD, W, LA, Coefficients, Bias, States, Last, LSEQ, LSEK,
     LargestV, LargestW, ChunkStates, ChunkNorms, ChunkScales,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     stride_ob, stride_oh, stride_on, stride_wb, stride_wh, stride_wn, stride_ab, stride_ah, stride_an,
@@ -55,7 +55,8 @@ def read_kernel(
     R: tl.constexpr, T: tl.constexpr, CP: tl.constexpr, DP: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
     NV: tl.constexpr, EVEN_D: tl.constexpr, EVEN_V: tl.constexpr,
     CAUSAL: tl.constexpr, ONE_PASS: tl.constexpr, HAS_STATE: tl.constexpr, STRICT: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr, HAS_DECAY: tl.constexpr, NORMALIZE: tl.constexpr, SAVE: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr, HAS_DECAY: tl.constexpr, NORMALIZE: tl.constexpr, OUTPUT_NORMALIZER: tl.constexpr,
+    SAVE: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     v = program % NV
@@ -198,6 +199,9 @@ def read_kernel(
                 read = product(operand(pairs * (1.0 / UNIT), EXACT), value, PRECISION, read)
             if NORMALIZE:
                 reciprocal = 1.0 / (denominator + eps)
+                if OUTPUT_NORMALIZER:
+                    if v == 0:
+                        store_row(Normalizer + token, denominator + eps, first, count, T)
                 if SAVE:
                     if v == 0:
                         store_row(RD + token, reciprocal, first, count, T)

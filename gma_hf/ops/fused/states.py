@@ -7,7 +7,7 @@ values, with A_s the decay over segment s and t_j the decay from token j to the 
     W_s = sum_{j in s} t_j w_j gamma^K_j v_j^T,    S_{s+1} = A_s S_s + W_s          (z likewise with v_j = 1)
 
 Backwards, over queries and output gradients, the same with e_i, the decay from the segment's start, in the other
-direction, and D_i, the denominator of the read:
+direction, and D_i, the denominator of the read (whose gradient may also come from outside, where it is an output):
 
     W_s = sum_{i in s} e_i gamma^Q_i do_i^T / D_i,    G_{s-1} = A_s G_s + W_s       (g with dD_i = -do_i . o_i / D_i)
 
@@ -39,14 +39,14 @@ from .tiles import (
 
 @triton.jit(do_not_specialize=["N", "M", "segments", "chunks_per_segment", "chunks", "x_groups", "y_groups"])
 def write_kernel(
-    X, Y, Output, RD, W, LA, Coefficients, Bias, States, SegmentDecays, LSE, LargestY, LargestW,
+    X, Y, Output, RD, GradNormalizer, W, LA, Coefficients, Bias, States, SegmentDecays, LSE, LargestY, LargestW,
     stride_xb, stride_xh, stride_xn, stride_yb, stride_yh, stride_yn, stride_ob, stride_oh, stride_on,
     stride_wb, stride_wh, stride_wn, stride_ab, stride_ah, stride_an,
     N, D, DV, M, segments, chunks_per_segment, chunks, x_groups, y_groups,
     R: tl.constexpr, T: tl.constexpr, CP: tl.constexpr, DP: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
     NV: tl.constexpr, EVEN_D: tl.constexpr, EVEN_V: tl.constexpr,
     REVERSE: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_DECAY: tl.constexpr, NORMALIZE: tl.constexpr,
-    EXACT: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_GRAD_NORMALIZER: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """What one segment writes. REVERSE: X, Y are queries and do, R heads of them a mixture; else keys and values."""
     program = tl.program_id(0)
@@ -120,6 +120,9 @@ def write_kernel(
                 )
                 rd = load_row(RD + token, first, 1, count, 0.0, T)
                 z_weight = -tl.sum(y * o.to(tl.float32), 1) * (rd * weight)
+                if HAS_GRAD_NORMALIZER:
+                    if v == 0:  # the blocks of the value dimensions add up
+                        z_weight += load_row(GradNormalizer + token, first, 1, count, 0.0, T) * weight
                 y *= rd[:, None]
             gamma = tl.trans(operand(gamma, EXACT))
             largest = find_largest(y, counts)

@@ -237,7 +237,7 @@ def tile_logits(
     logits = add_logits(logits, x, linear, quadratic, linear_rest, quadratic_rest, EXACT, PRECISION)
     for block in tl.static_range(1, DP // BD):
         x = compute_tile(load_tile(X, first, block * BD + columns, stride, count, D, T, EVEN_D), EXACT)
-        l1, q1, l2, q2 = load_coefficients(coefficients, block, CP, DP, BD, EXACT)
+        l1, q1, l2, q2 = load_coefficients(here(coefficients, first), block, CP, DP, BD, EXACT)
         logits = add_logits(logits, x, l1, q1, l2, q2, EXACT, PRECISION)
     return logits
 
