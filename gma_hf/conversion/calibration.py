@@ -267,8 +267,7 @@ def memory_share(call: SoftmaxCall) -> Tensor:
 
     def mark(mixture: nn.Module, arguments: tuple) -> tuple:
         query, key, value = arguments
-        # The window passes a column of ones beside the values, zero where there is no token
-        return query, key, value[..., -1:].expand_as(value)
+        return query, key, torch.ones_like(value)
 
     handle = call.layer.mixture_norm.register_forward_pre_hook(mark)
     try:

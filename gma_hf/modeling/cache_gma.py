@@ -55,16 +55,21 @@ class GMACacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
         self.cumulative_length = 0
 
     @property
+    def has_seen_tokens(self) -> bool:
+        """Whether there is something to go on from; after a reset a static cache holds zeros, which are nothing."""
+        return self.is_initialized and all(self.has_previous_state.values())
+
+    @property
     def state(self) -> tuple[torch.Tensor, torch.Tensor] | None:
         """(S, z), or `None` before the first token."""
-        if not self.is_initialized:
+        if not self.has_seen_tokens:
             return None
         return self.recurrent_states[STATE], self.recurrent_states[NORMALIZER]
 
     @property
     def window_history(self) -> GMAWindowHistory | None:
         """What a layer with a softmax window goes on from, or `None` before the first token."""
-        if not self.is_initialized:
+        if not self.has_seen_tokens:
             return None
         return GMAWindowHistory(*self.recurrent_states.values())
 

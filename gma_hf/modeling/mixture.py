@@ -51,10 +51,13 @@ class GMAMixture(nn.Module):
         else:
             init.zeros_(self.prior_logits)
 
-    def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **kwargs):
+    def forward(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, eps: float | None = None, **kwargs
+    ):
         """
-        Gaussian mixture attention, see [`gaussian_mixture_attention`] for shapes and further arguments. A forward
-        pre-hook on this module sees the queries and keys exactly as they are routed.
+        Gaussian mixture attention, see [`gaussian_mixture_attention`] for shapes and further arguments; `eps` is the
+        mixture's own if it is not given. A forward pre-hook on this module sees the queries and keys exactly as they are
+        routed.
         """
         return gaussian_mixture_attention(
             query,
@@ -63,7 +66,7 @@ class GMAMixture(nn.Module):
             self.means,
             self.raw_variances,
             self.prior_logits,
-            eps=self.eps,
+            eps=self.eps if eps is None else eps,
             variance_floor=self.variance_floor,
             **kwargs,
         )

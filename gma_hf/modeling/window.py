@@ -5,9 +5,12 @@ older through Gaussian Mixture Attention. Causal, with the state S, z of the ope
 
     s_ij = scaling * q_i . k_j                  i - W < j <= i, optionally soft-capped
     m_i  = a_h + u_h . q_i                      how much the memory weighs, learned per head
-    o_i  = (sum_j e^{s_ij} v_j + e^{m_i} gamma^Q_i S_{i-W}) / (sum_j e^{s_ij} + e^{m_i} gamma^Q_i z_{i-W})
+    D_i  = gamma^Q_i z_{i-W}                    how much the memory holds for a query
+    r_i  = gamma^Q_i S_{i-W} / D_i              what it holds, the normalised read
+    o_i  = (sum_j e^{s_ij} v_j + e^{m_i} D_i r_i) / (sum_j e^{s_ij} + e^{m_i} D_i)
 
-One normaliser for both, so that a query decides between near and far as softmax decides between tokens. Bidirectional,
+The memory is one more thing to attend to, of value r_i and logit m_i + log D_i. One normaliser for all, so that a query
+decides between near and far as softmax decides between tokens. Bidirectional,
 near are the tokens with |i - j| <= W, and the memory holds the whole sequence: it is a sum over all tokens, from which no
 query can leave out its neighbours; m_i balances the two. A window in front of a linear memory is known from LoLCATs
 (Zhang et al., arXiv:2410.10254); the one in front of a mixture is ours.
@@ -18,10 +21,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import initialization as init
 
 from ..ops.functional import run_starts
+from .window_blocks import EMPTY
 from .window_softmax import window_softmax
 
 
@@ -42,11 +45,14 @@ class GMAWindowHistory(NamedTuple):
 
 
 class WindowTokens(NamedTuple):
-    """The tokens that can be seen: those of the history, then those of the call. The fields of the history, and runs."""
+    """
+    The tokens that can be seen: those of the call, behind those of the history where it may have one. The fields of the
+    history, and runs.
+    """
 
     keys: Tensor
     values: Tensor
-    valid: Tensor
+    valid: Tensor | None  # None if all are
     routing_keys: Tensor | None
     write_weight: Tensor | None
     log_decay: Tensor | None
@@ -143,9 +149,15 @@ class GMAWindow(nn.Module):
         """
         self._check(query, causal, log_decay, history, output_history)
         routing_query = query if routing_query is None else routing_query
-        size = self._reach(query.shape[2], history, output_history)
+        length = query.shape[2]
+        size = self._reach(length, history, output_history)
         tokens = WindowTokens(key, value, padding_mask, routing_key, write_weight, log_decay, sequence_ids)
-        tokens = join_history(tokens, history, size if causal else 0)
+        # Nothing before the call and nothing to leave out: views will do. A length that is still open (torch.export) is no
+        # int; which queries have a memory must not be decided on then
+        is_whole = history is None and padding_mask is None
+        is_whole = is_whole and (not causal or (isinstance(length, int) and length > 0))
+        if not is_whole:
+            tokens = join_history(tokens, history, size if causal else 0)
         order = None
         if padding_mask is not None:
             order = torch.argsort(tokens.valid.to(torch.uint8), dim=1, stable=True)
@@ -155,7 +167,9 @@ class GMAWindow(nn.Module):
             tokens = tokens._replace(runs=run_starts(tokens.runs).cumsum(dim=1))
 
         with torch.autocast(device_type=query.device.type, enabled=False):
-            read, weight, state = self._read_memory(mixture, routing_query, tokens, causal, history, output_history)
+            read, log_weight, state = self._read_memory(
+                mixture, routing_query, tokens, causal, is_whole, history, output_history
+            )
             output = window_softmax(
                 query,
                 tokens.keys,
@@ -163,7 +177,7 @@ class GMAWindow(nn.Module):
                 tokens.valid,
                 tokens.runs,
                 read,
-                weight,
+                log_weight,
                 self.memory_bias,
                 self.memory_query,
                 sinks,
@@ -206,48 +220,68 @@ class GMAWindow(nn.Module):
         routing_query: Tensor,
         tokens: WindowTokens,
         causal: bool,
+        is_whole: bool,
         history: GMAWindowHistory | None,
         output_history: bool,
     ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
-        """gamma^Q S (batch, num_heads, length, value_dim), gamma^Q z (batch, num_heads, length), and the last S and z."""
-        length = routing_query.shape[2]
-        delay = tokens.keys.shape[2] - length
-        # A column of ones beside the values makes z a part of S: one call reads both. Rows of zeros write nothing.
-        values = F.pad(tokens.values, (0, 1), value=1.0).masked_fill(~tokens.valid[:, None, :, None], 0)
+        """
+        r `(batch, num_heads, asked, value_dim)` and log D `(batch, num_heads, asked)` of the queries that have a memory, the
+        last `asked` ones, and the last S and z.
+        """
+        batch_size, length = routing_query.shape[0], routing_query.shape[2]
+        asked = length
+        if causal and is_whole:
+            asked = length - self.window_size
+            if asked <= 0:
+                # Nobody has one. It is called all the same, with a token that does not exist: it gives the state, hooks see
+                # the call, and no parameter is without a gradient
+                asked, nothing = 1, torch.zeros(1, length, dtype=torch.bool, device=routing_query.device)
+                tokens = tokens._replace(valid=nothing)
         routing_keys = tokens.keys if tokens.routing_keys is None else tokens.routing_keys
-        written = tokens._replace(keys=routing_keys, values=values).map(lambda x: first_tokens(x, length))
-        log_decay = written.log_decay
-        if log_decay is not None:
-            log_decay = log_decay.masked_fill(~written.valid[:, None], 0.0)
-        routed = (routing_query, written.keys, written.values)
-        if tokens.values.dtype == torch.float16:
-            routed = (x.float() for x in routed)  # sums over many tokens leave the range of float16
-        recurrence = {"write_weight": written.write_weight, "sequence_ids": written.runs, "normalize": False}
+        written = tokens._replace(keys=routing_keys).map(lambda x: first_tokens(x, asked))
+        write_weight, log_decay = written.write_weight, written.log_decay
+        if written.valid is not None:
+            is_missing = ~written.valid[:, None]
+            if write_weight is None:
+                write_weight = written.valid[:, None].to(torch.float32).expand(batch_size, -1, -1)
+            else:
+                write_weight = write_weight.masked_fill(is_missing, 0.0)
+            if log_decay is not None:
+                log_decay = log_decay.masked_fill(is_missing, 0.0)
+        recurrence = {"write_weight": write_weight, "sequence_ids": written.runs}
         if causal:
-            initial_state = None
-            if history is not None:
-                initial_state = torch.cat([history.state, history.normalizer[..., None]], -1), history.normalizer
+            initial_state = None if history is None else (history.state, history.normalizer)
             recurrence.update(log_decay=log_decay, initial_state=initial_state, output_final_state=output_history)
-        output = mixture(*routed, causal=causal, **recurrence)
-        state = None
-        if output_history:
-            output, (last_state, _) = output
-            if tokens.runs is not None:
-                is_last = written.runs[:, -1] == tokens.runs[:, -1]
-                last_state = last_state * is_last[:, None, None, None]
-            state = last_state[..., :-1], last_state[..., -1]
-        read, weight = output[..., :-1], output[..., -1]
+        read, normalizer, *state = mixture(
+            routing_query.narrow(2, length - asked, asked),
+            written.keys,
+            written.values,
+            causal=causal,
+            eps=EMPTY,
+            output_normalizer=True,
+            **recurrence,
+        )
+        log_weight = normalizer.log()
         if causal and tokens.runs is not None:
             # The newest token that the memory knows is of another sequence: so is all of the memory
-            is_same = written.runs == tokens.runs[:, delay:]
-            weight = weight.masked_fill(~is_same[:, None], 0.0)
-        return read, weight, state
+            is_same = written.runs == last_tokens(tokens.runs, asked)
+            log_weight = log_weight.masked_fill(~is_same[:, None], float("-inf"))
+        if not output_history:
+            return read, log_weight, None
+        S, z = state[0]
+        if tokens.runs is not None:
+            is_last = (written.runs[:, -1] == tokens.runs[:, -1])[:, None, None]
+            S, z = S * is_last[..., None], z * is_last
+        return read, log_weight, (S, z)
 
     def _new_history(self, tokens: WindowTokens, state: tuple[Tensor, Tensor], batch_size: int) -> GMAWindowHistory:
         size, length = self.window_size, tokens.keys.shape[2]
+        if tokens.valid is None:
+            tokens = tokens.map(lambda x: last_tokens(x, min(size, length)))
+            tokens = join_history(tokens, None, max(0, size - length))
         if tokens.runs is not None:
             tokens = tokens._replace(valid=tokens.valid & (tokens.runs == tokens.runs[:, -1:]))
-        last = tokens.map(lambda x: x.narrow(token_dim(x), length - size, size))
+        last = tokens.map(lambda x: last_tokens(x, size))
         valid = last.valid.expand(batch_size, -1)
         return GMAWindowHistory(
             *state, last.keys, last.values, valid, last.routing_keys, last.write_weight, last.log_decay
@@ -284,6 +318,10 @@ def token_dim(x: Tensor) -> int:
 
 def first_tokens(x: Tensor, length: int) -> Tensor:
     return x.narrow(token_dim(x), 0, length)
+
+
+def last_tokens(x: Tensor, length: int) -> Tensor:
+    return x.narrow(token_dim(x), x.shape[token_dim(x)] - length, length)
 
 
 def take_tokens(x: Tensor, order: Tensor) -> Tensor:

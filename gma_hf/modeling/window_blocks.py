@@ -6,6 +6,7 @@ are T + W logits per query. B rows, Hq query heads, Hk key/value heads, R = Hq /
 [B, Hk, n, R * T, d] (queries that share a key are rows of one matrix), keys of a block [B, Hk, n, span, d].
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -15,6 +16,10 @@ from torch.nn import functional as F
 
 SHORTEST_BLOCK = 16  # queries: narrow windows would make the matrix products small
 PIECE = 2**24  # logits that exist at the same time
+# As in the operator, what is below 1e-19 is nothing, and its inverse is finite. It is added to the weight of a memory, so that
+# less than twice of it says that there is none
+EMPTY = torch.finfo(torch.float32).tiny ** 0.5
+LOG_NOTHING = math.log(2 * EMPTY)
 
 
 class Band(NamedTuple):
@@ -22,6 +27,7 @@ class Band(NamedTuple):
 
     size: int  # W
     causal: bool
+    lead: int  # keys before that of the first query: 0 or W
     block: int  # T
     num_blocks: int
 
@@ -30,11 +36,15 @@ class Band(NamedTuple):
         """How many keys a block of queries stands against."""
         return self.block + self.size * (1 if self.causal else 2)
 
+    @property
+    def padding(self) -> int:
+        """How many of the keys that the first query stands against do not exist."""
+        return self.size - self.lead
+
     def spread(self, x: Tensor, dim: int) -> Tensor:
         """Keys of all blocks, [..., length, ...] -> [..., n, ..., span] (overlapping views)."""
-        padding = self.size * (0 if self.causal else 1)
-        missing = self.size * (1 if self.causal else 2) + self.num_blocks * self.block - x.shape[dim] - padding
-        return F.pad(x, (*[0, 0] * (x.ndim - 1 - dim), padding, missing)).unfold(dim, self.span, self.block)
+        missing = self.span + (self.num_blocks - 1) * self.block - x.shape[dim] - self.padding
+        return F.pad(x, (*[0, 0] * (x.ndim - 1 - dim), self.padding, missing)).unfold(dim, self.span, self.block)
 
     def gather(self, x: Tensor, length: int) -> Tensor:
         """The transpose of `spread`: sums what blocks [B, Hk, n, span, d] have for a key, [B, Hk, length, d]."""
@@ -43,7 +53,7 @@ class Band(NamedTuple):
         for start, width in ((0, size), (size, block), (size + block, size))[: 2 if self.causal else 3]:
             part = total.narrow(2, start, self.num_blocks * block).unflatten(2, (self.num_blocks, block))
             part.narrow(3, 0, width).add_(x.narrow(3, start, width))
-        return total.narrow(2, 0 if self.causal else size, length).contiguous()
+        return total.narrow(2, self.padding, length).contiguous()
 
     def pieces(self, num_rows: int) -> list[slice]:
         """Blocks to do at once, `num_rows` being those of the logits of one block."""
@@ -73,16 +83,16 @@ class Band(NamedTuple):
         return visible
 
 
-def shortest_band(length: int, size: int, causal: bool) -> Band:
+def shortest_band(length: int, size: int, causal: bool, lead: int) -> Band:
     """The band of a forward pass: a single token is a block of its own."""
     block = max(1, min(length, max(size, SHORTEST_BLOCK)))
-    return Band(size, causal, block, max(1, -(-length // block)))
+    return Band(size, causal, lead, block, max(1, -(-length // block)))
 
 
-def whole_band(length: int, size: int, causal: bool) -> Band:
+def whole_band(length: int, size: int, causal: bool, lead: int) -> Band:
     """The band of a backward pass: `gather` needs blocks that are no shorter than the window."""
     block = max(size, SHORTEST_BLOCK)
-    return Band(size, causal, block, max(1, -(-length // block)))
+    return Band(size, causal, lead, block, max(1, -(-length // block)))
 
 
 def masked_logits(query: Tensor, key: Tensor, visible: Tensor, softcap: float | None) -> Tensor:
@@ -99,23 +109,28 @@ def accumulation_dtype(query: Tensor, value: Tensor) -> torch.dtype:
     return torch.promote_types(torch.promote_types(query.dtype, value.dtype), torch.float32)
 
 
-def memory_logits(query: Tensor, weight: Tensor, memory_bias: Tensor, memory_query: Tensor, dtype) -> Tensor:
-    """m, [B, Hq, N]; -inf where the memory is empty."""
+def memory_logits(query: Tensor, log_weight: Tensor, memory_bias: Tensor, memory_query: Tensor, dtype) -> Tensor:
+    """m + log D, [B, Hq, N]; -inf where the memory is empty, or was not asked."""
+    log_weight = F.pad(log_weight.to(dtype), (query.shape[2] - log_weight.shape[2], 0), value=float("-inf"))
     slopes = query.to(dtype) @ memory_query.to(dtype)[:, :, None]
-    logits = slopes.squeeze(-1) + memory_bias.to(dtype)[:, None]
-    # As in the operator, what is below 1e-19 (float32) counts as forgotten; its inverse stays finite
-    return logits.masked_fill_(weight < torch.finfo(dtype).tiny ** 0.5, float("-inf"))
+    logits = slopes.squeeze(-1) + memory_bias.to(dtype)[:, None] + log_weight
+    return logits.masked_fill_(log_weight < LOG_NOTHING, float("-inf"))
+
+
+def all_valid(valid: Tensor | None, key: Tensor) -> Tensor:
+    """`valid`, or that all keys are."""
+    return torch.ones(1, key.shape[2], dtype=torch.bool, device=key.device) if valid is None else valid
 
 
 def attend(
-    query, key, value, valid, runs, read, weight, memory_bias, memory_query, sinks, size, causal, scaling, softcap
+    query, key, value, valid, runs, read, log_weight, memory_bias, memory_query, sinks, size, causal, scaling, softcap
 ) -> tuple[Tensor, Tensor]:
     """o [B, Hq, N, dv] and l [B, Hq, N]."""
     dtype, length = accumulation_dtype(query, value), query.shape[2]
-    band = shortest_band(length, size, causal)
+    band = shortest_band(length, size, causal, key.shape[2] - length)
     queries = band.fold_queries(query.to(dtype) * scaling, key.shape[1])
     keys, values = band.spread(key.to(dtype), 2), band.spread(value.to(dtype), 2)
-    visible = band.visible(valid, runs)
+    visible = band.visible(all_valid(valid, key), runs)
     near = queries.new_empty(*queries.shape[:-1], value.shape[-1])
     log_sum = queries.new_empty(*queries.shape[:-1], 1)
     # The lowest number, not -inf, where a query sees nothing: the difference to -inf is no number
@@ -129,41 +144,41 @@ def attend(
         near[:, :, piece] = near_sum.div_(total.masked_fill_(total == 0, 1.0))
     near, log_sum = band.unfold_queries(near, length), band.unfold_queries(log_sum, length).squeeze(-1)
 
-    weight = weight.to(dtype)
-    logits = memory_logits(query, weight, memory_bias, memory_query, dtype)
-    maximum = torch.maximum(log_sum, logits + weight.clamp(min=torch.finfo(dtype).tiny).log())
+    logits = memory_logits(query, log_weight, memory_bias, memory_query, dtype)
+    maximum = torch.maximum(log_sum, logits)
     if sinks is not None:
         sinks = sinks.to(dtype)[:, None]
         maximum = torch.maximum(maximum, sinks)
     maximum.clamp_(min=lowest)
     near_factor, memory_factor = torch.exp(log_sum - maximum), torch.exp(logits - maximum)
-    total = near_factor + weight * memory_factor
+    total = near_factor + memory_factor
     if sinks is not None:
         total += torch.exp(sinks - maximum)
-    output = near.mul_(near_factor[..., None]).addcmul_(read.to(dtype), memory_factor[..., None])
+    output, asked = near.mul_(near_factor[..., None]), slice(length - read.shape[2], None)
+    output[:, :, asked].addcmul_(read.to(dtype), memory_factor[:, :, asked, None])
     # The largest term is about one, so the sum is zero only where nothing is seen
     output.div_(total.masked_fill(total == 0, 1.0)[..., None])
     return output.to(value.dtype), maximum.add_(total.log())
 
 
 def attend_backward(
-    query, key, value, valid, runs, read, weight, memory_bias, memory_query, output, log_sum, grad_output,
+    query, key, value, valid, runs, read, log_weight, memory_bias, memory_query, output, log_sum, grad_output,
     size, causal, scaling, softcap,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """dq, dk, dv, dr, dw, dm [B, Hq, N], du [Hq, d], and delta [B, Hq, N]."""
+    """dq, dk, dv, dr, dm [B, Hq, N], du [Hq, d], and delta [B, Hq, N]."""
     dtype, length, num_key_heads = log_sum.dtype, query.shape[2], key.shape[1]
-    grad_output, memory_weight = grad_output.to(dtype), weight.to(dtype)
+    grad_output, asked = grad_output.to(dtype), slice(length - read.shape[2], None)
     delta = (grad_output * output).sum(dim=-1)
     log_sum = log_sum.clamp(min=torch.finfo(dtype).min)
-    factor = torch.exp(memory_logits(query, memory_weight, memory_bias, memory_query, dtype) - log_sum)
-    grad_read, grad_weight = grad_output * factor[..., None], -factor * delta
-    grad_logit = (read * grad_read).sum(dim=-1) + memory_weight * grad_weight
+    factor = torch.exp(memory_logits(query, log_weight, memory_bias, memory_query, dtype) - log_sum)
+    grad_read, grad_logit = grad_output[:, :, asked] * factor[:, :, asked, None], -factor * delta
+    grad_logit[:, :, asked] += (read * grad_read).sum(dim=-1)
     grad_memory_query = (query.to(dtype) * grad_logit[..., None]).sum(dim=(0, 2))
 
-    band = whole_band(length, size, causal)
+    band = whole_band(length, size, causal, key.shape[2] - length)
     queries = band.fold_queries(query.to(dtype) * scaling, num_key_heads)
     keys, values = band.spread(key.to(dtype), 2), band.spread(value.to(dtype), 2)
-    visible = band.visible(valid, runs)
+    visible = band.visible(all_valid(valid, key), runs)
     reads = band.fold_queries(grad_output, num_key_heads)
     deltas, log_sum = (band.fold_queries(x[..., None], num_key_heads) for x in (delta, log_sum))
     grad_query = torch.empty_like(queries)
@@ -183,7 +198,6 @@ def attend_backward(
         grad_key[:, :, piece] = grad_logits.transpose(-1, -2) @ queries[:, :, piece]
     grad_query = band.unfold_queries(grad_query, length).mul_(scaling)
     grad_query.addcmul_(grad_logit[..., None], memory_query.to(dtype)[:, None])
-    grads = (grad_query, *(band.gather(x, key.shape[2]) for x in (grad_key, grad_value)), grad_read, grad_weight)
-    inputs = (query, key, value, read, weight)
-    grads = (grad.to(x.dtype) for grad, x in zip(grads, inputs, strict=True))
+    grads = (grad_query, *(band.gather(x, key.shape[2]) for x in (grad_key, grad_value)), grad_read)
+    grads = (grad.to(x.dtype) for grad, x in zip(grads, (query, key, value, read), strict=True))
     return tuple(x.contiguous() for x in (*grads, grad_logit, grad_memory_query, delta))

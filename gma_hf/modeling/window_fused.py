@@ -1,8 +1,8 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
 """The two passes of `window_softmax` by its kernels: block sizes, what is allocated, how they are launched.
 
-query [B, HQ, N, D], key [B, HK, NK, D], value [B, HK, NK, DV], valid [B or 1, NK], runs [B, NK], read [B, HQ, N, DV],
-weight [B, HQ, N], memory_bias and sinks [HQ], memory_query [HQ, D].
+query [B, HQ, N, D], key [B, HK, NK, D], value [B, HK, NK, DV], valid [B or 1, NK], runs [B, NK], read [B, HQ, NM, DV],
+log_weight [B, HQ, NM], memory_bias and sinks [HQ], memory_query [HQ, D].
 """
 
 import torch
@@ -29,7 +29,9 @@ def blocks_of(tables: tuple[dict, dict], query: Tensor, value: Tensor) -> tuple[
     return queries, keys, {"num_warps": warps, "num_stages": stages}
 
 
-def constants(query: Tensor, key: Tensor, value: Tensor, runs, causal: bool, softcap) -> dict[str, int | bool | str]:
+def constants(
+    query: Tensor, key: Tensor, value: Tensor, valid, runs, causal: bool, softcap
+) -> dict[str, int | bool | str]:
     """What the kernels are specialised for."""
     dim, value_dim = query.shape[-1], value.shape[-1]
     return {
@@ -39,6 +41,7 @@ def constants(query: Tensor, key: Tensor, value: Tensor, runs, causal: bool, sof
         "EVEN_D": dim == padded(dim),
         "EVEN_V": value_dim == padded(value_dim),
         "CAUSAL": causal,
+        "HAS_VALID": valid is not None,
         "HAS_RUNS": runs is not None,
         "SOFTCAP": softcap is not None,
         "PRECISION": "ieee" if INTERPRETED else "tf32x3",
@@ -51,72 +54,74 @@ def logit_scales(scaling: float, softcap: float | None) -> tuple[float, float]:
     return (scaling * log2e, 0.0) if softcap is None else (scaling / softcap, softcap * log2e)
 
 
-def mask_strides(valid: Tensor, runs: Tensor | None) -> tuple[int, int]:
-    """Strides of the rows of `valid`, one for all or one each, and of `runs`."""
-    return (0 if valid.shape[0] == 1 else valid.stride(0)), (0 if runs is None else runs.stride(0))
+def row_stride(mask: Tensor | None) -> int:
+    """Stride of the rows of `valid` or `runs`, one for all or one each."""
+    return 0 if mask is None or mask.shape[0] == 1 else mask.stride(0)
+
+
+def contiguous(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
 
 
 @on_its_device
 def forward(
-    query, key, value, valid, runs, read, weight, memory_bias, memory_query, sinks, size, causal, scaling, softcap
+    query, key, value, valid, runs, read, log_weight, memory_bias, memory_query, sinks, size, causal, scaling, softcap
 ) -> tuple[Tensor, Tensor]:
     """o [B, HQ, N, DV] in the dtype of value, and l [B, HQ, N] in float32."""
     batch, heads, length, dim = query.shape
     query, key, value, read = (row_contiguous(x) for x in (query, key, value, read))
-    valid, runs = valid.contiguous(), None if runs is None else runs.contiguous()
+    valid, runs = contiguous(valid), contiguous(runs)
     block, key_block, options = blocks_of((FORWARD, EXACT_FORWARD), query, value)
     block = FEW_QUERIES if length <= FEW_QUERIES else block
     blocks = cdiv(length, block)
     output = empty_output(query, value)
     log_sum = query.new_empty(batch, heads, length, dtype=torch.float32)
     attend_kernel[(batch * heads * blocks,)](
-        query, key, value, valid, valid if runs is None else runs, read, weight, memory_bias.contiguous(),
-        memory_query.contiguous(), memory_bias if sinks is None else sinks.contiguous(), output, log_sum,
-        *strides(query), *strides(key), *strides(value), *strides(read), *weight.stride(), *strides(output),
-        *mask_strides(valid, runs), length, key.shape[2], dim, value.shape[-1], heads, size, blocks,
-        *logit_scales(scaling, softcap),
+        query, key, value, valid, runs, read, log_weight, memory_bias.contiguous(), memory_query.contiguous(),
+        contiguous(sinks), output, log_sum,
+        *strides(query), *strides(key), *strides(value), *strides(read), *log_weight.stride(), *strides(output),
+        row_stride(valid), row_stride(runs), length, key.shape[2], length - read.shape[2], dim, value.shape[-1], heads,
+        size, blocks, *logit_scales(scaling, softcap),
         BM=block, BN=key_block, HAS_SINKS=sinks is not None,
-        **constants(query, key, value, runs, causal, softcap), **options,
+        **constants(query, key, value, valid, runs, causal, softcap), **options,
     )  # fmt: skip
     return output, log_sum
 
 
-def empty_grads(query, key, value, read, weight) -> tuple[Tensor, ...]:
+def empty_grads(*inputs: Tensor) -> tuple[Tensor, ...]:
     """Gradients of what has tokens, not filled yet: as dense as the inputs, in the same order."""
-    grads = (torch.empty_like(row_contiguous(x)) for x in (query, key, value, read))
-    return *grads, weight.new_empty(weight.shape)
+    return tuple(torch.empty_like(row_contiguous(x)) for x in inputs)
 
 
 @on_its_device
 def backward(
-    query, key, value, valid, runs, read, weight, memory_bias, memory_query, output, log_sum, grad_output,
+    query, key, value, valid, runs, read, log_weight, memory_bias, memory_query, output, log_sum, grad_output,
     size, causal, scaling, softcap,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """dq, dk, dv, dr, dw, and in float32 dm [B, HQ, N], du [HQ, D] and delta [B, HQ, N]."""
+    """dq, dk, dv, dr, and in float32 dm [B, HQ, N], du [HQ, D] and delta [B, HQ, N]."""
     batch, heads, length, dim = query.shape
     query, key, value, read, grad_output = (row_contiguous(x) for x in (query, key, value, read, grad_output))
-    valid, runs = valid.contiguous(), None if runs is None else runs.contiguous()
+    valid, runs = contiguous(valid), contiguous(runs)
     block, key_block, options = blocks_of((BACKWARD, EXACT_BACKWARD), query, value)
     blocks = cdiv(length, block)
-    grad_query, grad_key, grad_value, grad_read, grad_weight = empty_grads(query, key, value, read, weight)
+    grad_query, grad_key, grad_value, grad_read = empty_grads(query, key, value, read)
     grad_logit, delta = torch.empty_like(log_sum), torch.empty_like(log_sum)
     grad_slope = log_sum.new_empty(batch, heads, blocks, dim)
-    named = constants(query, key, value, runs, causal, softcap) | options
-    sizes = (length, key.shape[2], dim, value.shape[-1], heads, size)
+    named = constants(query, key, value, valid, runs, causal, softcap) | options
+    sizes = (dim, value.shape[-1], heads, size)
     scales = (scaling, *logit_scales(scaling, softcap))
-    numbers = valid if runs is None else runs
     grad_queries_kernel[(batch * heads * blocks,)](
-        query, key, value, valid, numbers, read, weight, memory_bias.contiguous(), memory_query.contiguous(),
-        output, log_sum, grad_output, grad_query, grad_read, grad_weight, grad_logit, grad_slope, delta,
-        *strides(query), *strides(key), *strides(value), *strides(read), *weight.stride(), *strides(output),
+        query, key, value, valid, runs, read, log_weight, memory_bias.contiguous(), memory_query.contiguous(),
+        output, log_sum, grad_output, grad_query, grad_read, grad_logit, grad_slope, delta,
+        *strides(query), *strides(key), *strides(value), *strides(read), *log_weight.stride(), *strides(output),
         *strides(grad_output), *strides(grad_query), *strides(grad_read),
-        *mask_strides(valid, runs), *sizes, blocks, *scales, BM=block, BN=key_block, **named,
+        row_stride(valid), row_stride(runs), length, key.shape[2], length - read.shape[2], *sizes, blocks, *scales, BM=block, BN=key_block, **named,
     )  # fmt: skip
     key_blocks = cdiv(key.shape[2], key_block)
     grad_keys_kernel[(batch * key.shape[1] * key_blocks,)](
-        query, key, value, valid, numbers, log_sum, grad_output, delta, grad_key, grad_value,
+        query, key, value, valid, runs, log_sum, grad_output, delta, grad_key, grad_value,
         *strides(query), *strides(key), *strides(value), *strides(grad_output), *strides(grad_key),
-        *strides(grad_value), *mask_strides(valid, runs), *sizes, key_blocks, *scales,
+        *strides(grad_value), row_stride(valid), row_stride(runs), length, key.shape[2], *sizes, key_blocks, *scales,
         BM=block, BN=key_block, **named,
     )  # fmt: skip
-    return grad_query, grad_key, grad_value, grad_read, grad_weight, grad_logit, grad_slope.sum(dim=(0, 2)), delta
+    return grad_query, grad_key, grad_value, grad_read, grad_logit, grad_slope.sum(dim=(0, 2)), delta

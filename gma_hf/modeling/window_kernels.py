@@ -2,29 +2,29 @@
 """The equations of `window_softmax` in fused GPU kernels: logits stay on the chip, the memory is one more thing to attend to.
 
     attend_kernel           o and l = log D                                            a block of queries of one head
-    grad_queries_kernel     dq, dr, dw, dm, and delta for the next kernel              the same
+    grad_queries_kernel     dq, dr, dm, and delta for the next kernel                  the same
     grad_keys_kernel        dk, dv                                                     a block of keys of one key head
 
-The running maximum and sums of the softmax start from the memory, e^m r and e^m w, and from the sink; then blocks of near
+The running maximum and sums of the softmax start from the memory, e^m r and e^m, and from the sink; then blocks of near
 keys follow, as in FlashAttention. Blocks of keys walk over the queries of all heads of their group: no atomics, so the same
 call gives the same bits. Matrix units multiply in the dtype of the inputs (float32 as three TF32 products); logits,
 exponentials and sums are float32.
 
-query [B, HQ, N, D], key [B, HK, NK, D], value [B, HK, NK, DV], valid [B or 1, NK], runs [B, NK], read [B, HQ, N, DV],
-weight [B, HQ, N], memory_bias and sinks [HQ], memory_query [HQ, D]; R = HQ / HK. Key j stands at j - P, with P = W causal,
-else 0.
+query [B, HQ, N, D], key [B, HK, NK, D], value [B, HK, NK, DV], valid [B or 1, NK], runs [B, NK], read [B, HQ, NM, DV],
+log_weight [B, HQ, NM], memory_bias and sinks [HQ], memory_query [HQ, D]; R = HQ / HK. Key j stands at j - P, P = NK - N, row i
+of what was read at i + skip, skip = N - NM.
 """
 
-import torch
 import triton
 import triton.language as tl
 
 from ..ops.fused.tiles import LN2, LOG2E, load_row, load_tile, product, rounded, store_row, store_tile
+from .window_blocks import LOG_NOTHING as NATURAL_LOG_NOTHING
 
 
 FAR = tl.constexpr(1 << 29)  # where keys stand that nobody sees
 LOWEST = tl.constexpr(-1e30)  # a maximum that is no infinity: differences to it are numbers
-EMPTY = tl.constexpr(torch.finfo(torch.float32).tiny ** 0.5)  # a memory that weighs less is forgotten
+LOG_NOTHING = tl.constexpr(NATURAL_LOG_NOTHING)  # a memory that weighs less is none
 
 
 @triton.jit
@@ -48,10 +48,12 @@ def near_keys(first, P, NK, W, T: tl.constexpr, CAUSAL: tl.constexpr):
 
 
 @triton.jit
-def key_places(Valid, first, count, P, T: tl.constexpr):
+def key_places(Valid, first, count, P, T: tl.constexpr, HAS_VALID: tl.constexpr):
     """Where keys first .. first + T stand, [T]."""
     keys = tl.arange(0, T)
-    is_seen = tl.load(Valid + first + keys, mask=keys < count, other=0) != 0
+    is_seen = keys < count
+    if HAS_VALID:
+        is_seen = tl.load(Valid + first + keys, mask=is_seen, other=0) != 0
     return tl.where(is_seen, first + keys - P, FAR)
 
 
@@ -103,22 +105,45 @@ def near_logits(logits, distance, scale, cap, W, CAUSAL: tl.constexpr, SOFTCAP: 
 
 
 @triton.jit
-def memory_logit(query, weight, Bias, Slope, head, columns, D):
-    """m in base 2 [T], -inf where the memory is empty, and u [DP]."""
+def memory_logit(query, LogWeight, asked, stride, Bias, Slope, head, columns, D, T: tl.constexpr):
+    """m in base 2 [T], -inf where the memory is empty or was not asked, and u [DP]."""
+    log_weight = tl.load(LogWeight + tl.arange(0, T) * stride, mask=asked, other=float("-inf")).to(tl.float32)
     slope = tl.load(Slope + head * D + columns, mask=columns < D, other=0.0).to(tl.float32)
     logit = tl.sum(query.to(tl.float32) * slope[None, :], 1) + tl.load(Bias + head).to(tl.float32)
-    return tl.where(weight < EMPTY, float("-inf"), logit * LOG2E), slope
+    return tl.where(log_weight < LOG_NOTHING, float("-inf"), (logit + log_weight) * LOG2E), slope
 
 
-@triton.jit(do_not_specialize=["N", "NK", "HQ", "W", "blocks"])
+@triton.jit
+def asked_queries(first, skip, N, T: tl.constexpr):
+    """Which of the queries first .. first + T the memory was asked by, [T]."""
+    queries = first + tl.arange(0, T)
+    return (queries >= skip) & (queries < N)
+
+
+@triton.jit
+def row_of(pointer, first, skip, stride):
+    """Where what query `first` read stands, among rows that begin with query `skip`."""
+    return pointer + (first - skip).to(tl.int64) * stride
+
+
+@triton.jit
+def read_tile(asked, columns, stride, num_columns, T: tl.constexpr, EVEN: tl.constexpr):
+    """Offsets and mask of what was read by queries, some of which were not asked."""
+    mask = asked[:, None]
+    if not EVEN:
+        mask = mask & (columns < num_columns)[None, :]
+    return tl.arange(0, T)[:, None] * stride + columns[None, :], mask
+
+
+@triton.jit(do_not_specialize=["N", "NK", "skip", "HQ", "W", "blocks"])
 def attend_kernel(
-    Q, K, V, Valid, Runs, Read, Weight, Bias, Slope, Sinks, Output, LogSum,
+    Q, K, V, Valid, Runs, Read, LogWeight, Bias, Slope, Sinks, Output, LogSum,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     stride_rb, stride_rh, stride_rn, stride_wb, stride_wh, stride_wn, stride_ob, stride_oh, stride_on,
-    stride_valid, stride_runs, N, NK, D, DV, HQ, W, blocks, scale, cap,
+    stride_valid, stride_runs, N, NK, skip, D, DV, HQ, W, blocks, scale, cap,
     R: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr,
-    EVEN_D: tl.constexpr, EVEN_V: tl.constexpr, CAUSAL: tl.constexpr, HAS_RUNS: tl.constexpr, HAS_SINKS: tl.constexpr,
-    SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+    EVEN_D: tl.constexpr, EVEN_V: tl.constexpr, CAUSAL: tl.constexpr, HAS_VALID: tl.constexpr, HAS_RUNS: tl.constexpr,
+    HAS_SINKS: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     block, head, batch = locate(tl.program_id(0), blocks, HQ, R)
     first = block * BM
@@ -129,23 +154,25 @@ def attend_kernel(
     places = first + tl.arange(0, BM)
     K += batch * stride_kb + kv_head * stride_kh
     V += batch * stride_vb + kv_head * stride_vh
-    Valid += batch * stride_valid
-    Runs += batch * stride_runs
+    if HAS_VALID:
+        Valid += batch * stride_valid
+    if HAS_RUNS:
+        Runs += batch * stride_runs
 
     query = load_tile(Q + batch * stride_qb + row_head * stride_qh, first, columns, stride_qn, count, D, BM, EVEN_D)
-    weight = load_row(Weight + batch * stride_wb + row_head * stride_wh, first, stride_wn, count, 0.0, BM)
-    read = load_tile(
-        Read + batch * stride_rb + row_head * stride_rh, first, value_columns, stride_rn, count, DV, BM, EVEN_V
-    )
-    logit = memory_logit(query, weight, Bias, Slope, head, columns, D)[0]
-    # Relative to the largest term, which for the memory is e^m w
-    largest = tl.maximum(logit + tl.log2(tl.maximum(weight, EMPTY)), LOWEST)
+    asked = asked_queries(first, skip, N, BM)
+    LogWeight = row_of(LogWeight + batch * stride_wb + row_head * stride_wh, first, skip, stride_wn)
+    logit = memory_logit(query, LogWeight, asked, stride_wn, Bias, Slope, head, columns, D, BM)[0]
+    Read = row_of(Read + batch * stride_rb + row_head * stride_rh, first, skip, stride_rn)
+    offsets, mask = read_tile(asked, value_columns, stride_rn, DV, BM, EVEN_V)
+    read = tl.load(Read + offsets, mask=mask, other=0.0).to(tl.float32)
+    # Relative to the largest term
+    largest = tl.maximum(logit, LOWEST)
     if HAS_SINKS:
         sink = tl.load(Sinks + head).to(tl.float32) * LOG2E
         largest = tl.maximum(largest, sink)
-    factor = tl.exp2(logit - largest)
-    total = factor * weight
-    numerator = tl.where((weight < EMPTY)[:, None], 0.0, read.to(tl.float32) * factor[:, None])
+    total = tl.exp2(logit - largest)
+    numerator = read * total[:, None]
     if HAS_SINKS:
         total += tl.exp2(sink - largest)
     runs = load_runs(Runs, first + P, count, BM, HAS_RUNS)
@@ -155,7 +182,7 @@ def attend_kernel(
         keys_left = stop - key_first
         key = load_tile(K, key_first, columns, stride_kn, keys_left, D, BN, EVEN_D)
         distance = distances(
-            places[:, None], key_places(Valid, key_first, keys_left, P, BN)[None, :],
+            places[:, None], key_places(Valid, key_first, keys_left, P, BN, HAS_VALID)[None, :],
             runs[:, None], load_runs(Runs, key_first, keys_left, BN, HAS_RUNS)[None, :], HAS_RUNS,
         )  # fmt: skip
         logits = near_logits(product(query, tl.trans(key), PRECISION), distance, scale, cap, W, CAUSAL, SOFTCAP)[0]
@@ -184,16 +211,16 @@ def finite_log_sum(LogSum, first, count, T: tl.constexpr):
     return tl.where(log_sum == float("-inf"), float("inf"), log_sum)
 
 
-@triton.jit(do_not_specialize=["N", "NK", "HQ", "W", "blocks"])
+@triton.jit(do_not_specialize=["N", "NK", "skip", "HQ", "W", "blocks"])
 def grad_queries_kernel(
-    Q, K, V, Valid, Runs, Read, Weight, Bias, Slope, Output, LogSum, GradOutput,
-    GradQ, GradRead, GradWeight, GradLogit, GradSlope, Delta,
+    Q, K, V, Valid, Runs, Read, LogWeight, Bias, Slope, Output, LogSum, GradOutput,
+    GradQ, GradRead, GradLogit, GradSlope, Delta,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     stride_rb, stride_rh, stride_rn, stride_wb, stride_wh, stride_wn, stride_ob, stride_oh, stride_on,
     stride_gb, stride_gh, stride_gn, stride_dqb, stride_dqh, stride_dqn, stride_drb, stride_drh, stride_drn,
-    stride_valid, stride_runs, N, NK, D, DV, HQ, W, blocks, scaling, scale, cap,
+    stride_valid, stride_runs, N, NK, skip, D, DV, HQ, W, blocks, scaling, scale, cap,
     R: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr,
-    EVEN_D: tl.constexpr, EVEN_V: tl.constexpr, CAUSAL: tl.constexpr, HAS_RUNS: tl.constexpr,
+    EVEN_D: tl.constexpr, EVEN_V: tl.constexpr, CAUSAL: tl.constexpr, HAS_VALID: tl.constexpr, HAS_RUNS: tl.constexpr,
     SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     block, head, batch = locate(tl.program_id(0), blocks, HQ, R)
@@ -205,8 +232,10 @@ def grad_queries_kernel(
     places = first + tl.arange(0, BM)
     K += batch * stride_kb + kv_head * stride_kh
     V += batch * stride_vb + kv_head * stride_vh
-    Valid += batch * stride_valid
-    Runs += batch * stride_runs
+    if HAS_VALID:
+        Valid += batch * stride_valid
+    if HAS_RUNS:
+        Runs += batch * stride_runs
     row = (batch * HQ + head) * N
 
     grad = load_tile(
@@ -221,19 +250,18 @@ def grad_queries_kernel(
     query = load_tile(Q + batch * stride_qb + row_head * stride_qh, first, columns, stride_qn, count, D, BM, EVEN_D)
 
     # What the memory read
-    weight = load_row(Weight + batch * stride_wb + row_head * stride_wh, first, stride_wn, count, 0.0, BM)
-    logit, slope = memory_logit(query, weight, Bias, Slope, head, columns, D)
+    asked = asked_queries(first, skip, N, BM)
+    LogWeight = row_of(LogWeight + batch * stride_wb + row_head * stride_wh, first, skip, stride_wn)
+    logit, slope = memory_logit(query, LogWeight, asked, stride_wn, Bias, Slope, head, columns, D, BM)
     factor = tl.exp2(logit - log_sum)
-    read = load_tile(
-        Read + batch * stride_rb + row_head * stride_rh, first, value_columns, stride_rn, count, DV, BM, EVEN_V
-    )
-    grad_logit = tl.sum(grad.to(tl.float32) * (read.to(tl.float32) * factor[:, None]), 1) - factor * weight * delta
-    grad_logit = tl.where(weight < EMPTY, 0.0, grad_logit)
-    store_tile(
-        GradRead + batch * stride_drb + row_head * stride_drh, grad.to(tl.float32) * factor[:, None],
-        first, value_columns, stride_drn, count, DV, BM, EVEN_V,
-    )  # fmt: skip
-    store_row(GradWeight + row, rounded(-factor * delta, GradWeight.dtype.element_ty), first, count, BM)
+    Read = row_of(Read + batch * stride_rb + row_head * stride_rh, first, skip, stride_rn)
+    offsets, mask = read_tile(asked, value_columns, stride_rn, DV, BM, EVEN_V)
+    read = tl.load(Read + offsets, mask=mask, other=0.0).to(tl.float32)
+    grad_logit = factor * (tl.sum(grad.to(tl.float32) * read, 1) - delta)
+    GradRead = row_of(GradRead + batch * stride_drb + row_head * stride_drh, first, skip, stride_drn)
+    offsets, mask = read_tile(asked, value_columns, stride_drn, DV, BM, EVEN_V)
+    grad_read = rounded(grad.to(tl.float32) * factor[:, None], GradRead.dtype.element_ty)
+    tl.store(GradRead + offsets, grad_read, mask=mask)
     store_row(GradLogit + row, grad_logit, first, count, BM)
     grad_slope = tl.sum(query.to(tl.float32) * grad_logit[:, None], 0)
     tl.store(GradSlope + ((batch * HQ + head) * blocks + block) * D + columns, grad_slope, mask=columns < D)
@@ -246,7 +274,7 @@ def grad_queries_kernel(
         keys_left = stop - key_first
         key = load_tile(K, key_first, columns, stride_kn, keys_left, D, BN, EVEN_D)
         distance = distances(
-            places[:, None], key_places(Valid, key_first, keys_left, P, BN)[None, :],
+            places[:, None], key_places(Valid, key_first, keys_left, P, BN, HAS_VALID)[None, :],
             runs[:, None], load_runs(Runs, key_first, keys_left, BN, HAS_RUNS)[None, :], HAS_RUNS,
         )  # fmt: skip
         logits, slope_of_cap = near_logits(
@@ -270,7 +298,7 @@ def grad_keys_kernel(
     stride_gb, stride_gh, stride_gn, stride_dkb, stride_dkh, stride_dkn, stride_dvb, stride_dvh, stride_dvn,
     stride_valid, stride_runs, N, NK, D, DV, HQ, W, blocks, scaling, scale, cap,
     R: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr,
-    EVEN_D: tl.constexpr, EVEN_V: tl.constexpr, CAUSAL: tl.constexpr, HAS_RUNS: tl.constexpr,
+    EVEN_D: tl.constexpr, EVEN_V: tl.constexpr, CAUSAL: tl.constexpr, HAS_VALID: tl.constexpr, HAS_RUNS: tl.constexpr,
     SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
@@ -280,8 +308,11 @@ def grad_keys_kernel(
     P = NK - N
     count = NK - first
     columns, value_columns = tl.arange(0, DP), tl.arange(0, DVP)
-    Runs += batch * stride_runs
-    places = key_places(Valid + batch * stride_valid, first, count, P, BN)
+    if HAS_VALID:
+        Valid += batch * stride_valid
+    if HAS_RUNS:
+        Runs += batch * stride_runs
+    places = key_places(Valid, first, count, P, BN, HAS_VALID)
     key = load_tile(K + batch * stride_kb + kv_head * stride_kh, first, columns, stride_kn, count, D, BN, EVEN_D)
     value = load_tile(
         V + batch * stride_vb + kv_head * stride_vh, first, value_columns, stride_vn, count, DV, BN, EVEN_V

@@ -1,12 +1,13 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
 """Softmax attention to the nearest tokens and to what a memory has read, in linear time and memory.
 
-    o_i = (sum_{j near i} e^{s_ij} v_j + e^{m_i} r_i) / D_i         s_ij = scaling q_i . k_j, or c tanh(s / c) of that
-    D_i = sum_{j near i} e^{s_ij} + e^{m_i} w_i + e^{sink}          m_i = a + u . q_i
+    o_i = (sum_{j near i} e^{s_ij} v_j + e^{m_i} r_i) / e^{l_i}     s_ij = scaling q_i . k_j, or c tanh(s / c) of that
+    l_i = log(sum_{j near i} e^{s_ij} + e^{m_i} + e^{sink})         m_i = a + u . q_i + log D_i
 
-Backwards, with l_i = log D_i, p_ij = e^{s_ij - l_i}, p_i = e^{m_i - l_i}, delta_i = do_i . o_i:
+A memory is one more thing to attend to: its value r_i is what was read, a mean of values, and D_i how much that is a mean of.
+Backwards, with p_ij = e^{s_ij - l_i}, p_i = e^{m_i - l_i}, delta_i = do_i . o_i:
 
-    ds_ij = p_ij (do_i . v_j - delta_i)        dr_i = p_i do_i        dw_i = -p_i delta_i        dm_i = r_i . dr_i + w_i dw_i
+    ds_ij = p_ij (do_i . v_j - delta_i)        dm_i = dlog D_i = p_i (do_i . r_i - delta_i)        dr_i = p_i do_i
     dq = scaling ds K + dm u        dk = scaling ds^T Q        dv = p^T do        dsink = -sum_i e^{sink - l_i} delta_i
 
 Only the inputs, o and l are kept; logits are computed again. On GPUs the kernels of `window_kernels` do this; elsewhere,
@@ -39,8 +40,8 @@ def uses_kernels(query: Tensor, key: Tensor, value: Tensor, read: Tensor) -> boo
 # As in `ops`, the two passes are opaque operators to torch.compile and torch.export, and lengths stay dynamic. Defined and
 # implemented in two steps: the decorator that does both adds 0.1 ms to every call.
 INPUTS = (
-    "Tensor query, Tensor key, Tensor value, Tensor valid, Tensor? runs, Tensor read, Tensor weight, Tensor memory_bias, "
-    "Tensor memory_query"
+    "Tensor query, Tensor key, Tensor value, Tensor? valid, Tensor? runs, Tensor read, Tensor log_weight, "
+    "Tensor memory_bias, Tensor memory_query"
 )
 OPTIONS = "int size, bool causal, float scaling, float? softcap"
 
@@ -51,7 +52,7 @@ torch.library.define(
 )
 torch.library.define(
     "gma_hf::window_softmax_backward",
-    f"({INPUTS}, Tensor output, Tensor log_sum, Tensor grad_output, {OPTIONS}) -> ({', '.join(['Tensor'] * 8)})",
+    f"({INPUTS}, Tensor output, Tensor log_sum, Tensor grad_output, {OPTIONS}) -> ({', '.join(['Tensor'] * 7)})",
     tags=torch.Tag.pt2_compliant_tag,
 )
 
@@ -87,14 +88,14 @@ def softmax_backward(query, key, value, valid, runs, read, *arguments):
 
 
 @torch.library.register_fake("gma_hf::window_softmax_backward")
-def _(query, key, value, valid, runs, read, weight, memory_bias, memory_query, output, log_sum, *arguments):
+def _(query, key, value, valid, runs, read, log_weight, memory_bias, memory_query, output, log_sum, *arguments):
     inputs = (query, key, value, read)
     if uses_kernels(*inputs):
         from .window_fused import empty_grads
 
-        grads = empty_grads(*inputs, weight)
+        grads = empty_grads(*inputs)
     else:
-        grads = (x.new_empty(x.shape) for x in (*inputs, weight))
+        grads = (x.new_empty(x.shape) for x in inputs)
     return *grads, torch.empty_like(log_sum), log_sum.new_empty(memory_query.shape), torch.empty_like(log_sum)
 
 
@@ -115,25 +116,28 @@ class WindowSoftmax(torch.autograd.Function):
         *grads, grad_logit, grad_memory_query, delta = torch.ops.gma_hf.window_softmax_backward(
             *tensors, output, log_sum, grad_output, *ctx.options
         )
-        memory_bias, memory_query = tensors[7:]
+        log_weight, memory_bias, memory_query = tensors[6:]
+        asked = slice(grad_logit.shape[2] - log_weight.shape[2], None)
+        grad_log_weight = grad_logit[:, :, asked].to(log_weight.dtype)
         grad_bias = grad_logit.sum(dim=(0, 2)).to(memory_bias.dtype)
         grad_sinks = None
         if sinks is not None:
             # Where a query sees nothing, delta is zero, and there is a sink at least
             share = torch.exp(sinks.to(log_sum.dtype)[:, None] - log_sum)
             grad_sinks = -(share * delta).sum(dim=(0, 2)).to(sinks.dtype)
-        grads = (*grads[:3], None, None, *grads[3:], grad_bias, grad_memory_query.to(memory_query.dtype), grad_sinks)
-        return *grads, None, None, None, None
+        grad_memory_query = grad_memory_query.to(memory_query.dtype)
+        grad_memory = (*grads[3:], grad_log_weight, grad_bias, grad_memory_query, grad_sinks)
+        return *grads[:3], None, None, *grad_memory, None, None, None, None
 
 
 def window_softmax(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    valid: Tensor,
+    valid: Tensor | None,
     runs: Tensor | None,
     read: Tensor,
-    weight: Tensor,
+    log_weight: Tensor,
     memory_bias: Tensor,
     memory_query: Tensor,
     sinks: Tensor | None = None,
@@ -149,13 +153,14 @@ def window_softmax(
 
     Args:
         query (`torch.Tensor` of shape `(batch, heads, length, head_dim)`): the last `length` tokens.
-        key (`torch.Tensor` of shape `(batch, key_value_heads, size + length, head_dim)`): `length` keys if not causal.
-        value (`torch.Tensor` of shape `(batch, key_value_heads, size + length, value_dim)`): likewise.
-        valid (`torch.BoolTensor` of shape `(batch or 1, size + length)`): which tokens may be seen.
-        runs (`torch.LongTensor` of shape `(batch, size + length)`, *optional*): tokens of different runs are apart.
-        read (`torch.Tensor` of shape `(batch, heads, length, value_dim)`): r, sums of values.
-        weight (`torch.Tensor` of shape `(batch, heads, length)`): w, how much was summed. What is below 1e-19 counts as
-            nothing.
+        key (`torch.Tensor` of shape `(batch, key_value_heads, num_keys, head_dim)`): of the same `length` tokens, if causal
+            optionally of the `size` tokens before them as well.
+        value (`torch.Tensor` of shape `(batch, key_value_heads, num_keys, value_dim)`): likewise.
+        valid (`torch.BoolTensor` of shape `(batch or 1, num_keys)`, *optional*): which tokens may be seen; by default all.
+        runs (`torch.LongTensor` of shape `(batch, num_keys)`, *optional*): tokens of different runs are apart.
+        read (`torch.Tensor` of shape `(batch, heads, asked, value_dim)`): r, of the last `asked` queries, at most `length`;
+            for the others there is no memory.
+        log_weight (`torch.Tensor` of shape `(batch, heads, asked)`): log D. What is below log 2e-19 counts as nothing.
         memory_bias (`torch.Tensor` of shape `(heads,)`), memory_query (`torch.Tensor` of shape `(heads, head_dim)`): a and
             u, which tell how much the memory weighs.
         sinks (`torch.Tensor` of shape `(heads,)`, *optional*): logits that join the normaliser alone.
@@ -168,5 +173,18 @@ def window_softmax(
         `torch.Tensor` of shape `(batch, heads, length, value_dim)` in the dtype of `value`; 0 where a query sees nothing.
     """
     return WindowSoftmax.apply(
-        query, key, value, valid, runs, read, weight, memory_bias, memory_query, sinks, size, causal, scaling, softcap
+        query,
+        key,
+        value,
+        valid,
+        runs,
+        read,
+        log_weight,
+        memory_bias,
+        memory_query,
+        sinks,
+        size,
+        causal,
+        scaling,
+        softcap,
     )

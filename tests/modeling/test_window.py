@@ -282,8 +282,56 @@ def test_bfloat16_is_as_exact_as_its_inputs():
     expected = attend(p, exact)
     p.mixture.float(), p.window.float()
     output = attend(p, low)
-    # Roundings of 2^-9 each, of the output and of the memory's two reads; everything else is float32
+    # Roundings of 2^-9 each, of the output and of what the memory read; everything else is float32
     assert (output.double() - expected).norm() <= 3 * 2**-9 * expected.norm()
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("length", [2, 4, 5, 19])
+def test_a_mask_without_padding_changes_nothing(length, packed):
+    """Output, history and every gradient: without a mask, tokens are looked at where they are; with one, behind W others."""
+    p = problem(window=4, length=length)
+    ids = (torch.arange(length) * 3 // 10).expand(BATCH, -1) if packed else None
+    results = []
+    for mask in (None, torch.ones(BATCH, length, dtype=torch.bool)):
+        leaves = {name: x.detach().clone().requires_grad_() for name, x in p.tokens.items()}
+        output, history = attend(p, leaves, padding_mask=mask, sequence_ids=ids, output_history=True)
+        total = output.sin().sum() + history.state.sin().sum() + history.normalizer.sin().sum()
+        parameters = (*p.mixture.parameters(), *p.window.parameters())
+        grads = torch.autograd.grad(total, [*leaves.values(), *parameters])
+        alone = attend(p, padding_mask=mask, sequence_ids=ids)
+        results.append((output, alone, *(x for x in history if x is not None), *grads))
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, **EXACT)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("causal", [True, False])
+def test_what_is_whole_reaches_the_memory_without_a_copy(causal):
+    p = problem(window=4, length=19, decay=causal)
+    seen = []
+
+    def spy(*states, **arguments):
+        seen.extend((*states, arguments["write_weight"]))
+        return p.mixture(*states, **arguments)
+
+    p.window(spy, scaling=0.7, causal=causal, **p.tokens)
+    given = (p.tokens[name] for name in ("query", "key", "value", "write_weight"))
+    for x, whole in zip(seen, given, strict=True):
+        assert x.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()
+        assert x.shape[2] == (15 if causal else 19)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("length", [1, 3, 4])
+def test_where_nothing_leaves_the_window_all_parameters_have_a_gradient(length):
+    """Which is zero, for the memory: distributed training waits for all of them."""
+    p = problem(window=4, length=length)
+    leaves = {name: x.detach().clone().requires_grad_() for name, x in p.tokens.items()}
+    attend(p, leaves).sin().sum().backward()
+    of_memory = (*p.mixture.parameters(), *p.window.parameters(), leaves["write_weight"], leaves["log_decay"])
+    assert all(not x.grad.any() for x in of_memory)
 
 
 @pytest.mark.quick

@@ -2,6 +2,7 @@
 """The fused kernels compute the window: on a GPU where there is one, else in Triton's interpreter."""
 
 import logging
+import math
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
@@ -43,42 +44,55 @@ class WindowProblem:
     packed: bool = False
     sinks: bool = False
     softcap: float | None = None
+    whole: bool = (
+        False  # no token before the first, none that does not exist, and a memory that only later queries have
+    )
+
+    @property
+    def lead(self) -> int:
+        """How many keys stand before that of the first query."""
+        return self.size if self.causal and not self.whole else 0
+
+    @property
+    def unasked(self) -> int:
+        """How many queries have no memory."""
+        return min(self.size, self.length - 1) if self.whole else 0
 
     def tensors(self) -> dict[str, Tensor]:
         generator = torch.Generator().manual_seed(0)
-        heads, keys = self.key_heads * self.repeats, self.length + self.size * self.causal
+        heads, keys, asked = self.key_heads * self.repeats, self.length + self.lead, self.length - self.unasked
 
         def draw(*shape):
             return torch.randn(*shape, dtype=torch.float64, generator=generator)
 
-        weight = 3 * draw(self.batch, heads, self.length).exp()
+        log_weight = math.log(3) + draw(self.batch, heads, asked)
         tensors = {
             "query": 2 * draw(self.batch, heads, self.length, self.dim),
             "key": draw(self.batch, self.key_heads, keys, self.dim),
             "value": draw(self.batch, self.key_heads, keys, self.value_dim),
-            "read": weight[..., None] * draw(self.batch, heads, self.length, self.value_dim),
-            "weight": weight,
+            "read": draw(self.batch, heads, asked, self.value_dim),
+            "log_weight": log_weight,
             "memory_bias": draw(heads),
             "memory_query": 0.3 * draw(heads, self.dim),
         }
-        # What nothing was written to
-        untold = min(self.size, self.length // 2)
-        tensors["weight"][:, :, :untold] = 0
-        tensors["read"][:, :, :untold] = 0
+        # What nothing was written to, and what was forgotten
+        untold = min(self.size, asked // 2)
+        tensors["log_weight"][:, :, :untold] = -torch.inf
+        tensors["log_weight"][:, :, 1:untold:2] = -44.0
         if self.sinks:
             tensors["sinks"] = draw(heads)
         return tensors
 
     def masks(self) -> dict[str, Tensor | None]:
         """Which tokens there are, and runs of them."""
-        keys = self.length + self.size * self.causal
-        place = torch.arange(keys)
-        valid = (place >= self.size * self.causal)[None]
+        place = torch.arange(self.length + self.lead)
+        valid = (place >= self.lead)[None]
         if self.padded:
             rows = torch.arange(self.batch)[:, None]
             valid = valid & (place % 5 != rows) & (place % 23 < 17)
         runs = (place // 9 + place // 40).expand(self.batch, -1) if self.packed else None
-        return {"valid": valid.to(DEVICE), "runs": None if runs is None else runs.to(DEVICE)}
+        masks = {"valid": None if self.whole else valid, "runs": runs}
+        return {name: None if x is None else x.to(DEVICE) for name, x in masks.items()}
 
     def run(self, tensors: dict[str, Tensor]) -> Tensor:
         return window_softmax(
@@ -107,10 +121,14 @@ CASES = {
     "window over everything": WindowProblem(33, 40, causal=False, key_heads=1),
     "window of one": WindowProblem(40, 1, key_heads=1),
     "one token": WindowProblem(1, 8, batch=2, padded=True),
+    "whole": WindowProblem(90, 40, batch=2, key_heads=1, whole=True, sinks=True, softcap=2.0),
+    "whole, packed": WindowProblem(75, 7, key_heads=1, whole=True, packed=True),
+    "whole, bidirectional": WindowProblem(40, 9, causal=False, key_heads=1, whole=True),
+    "whole, in the window": WindowProblem(20, 40, batch=2, key_heads=1, whole=True),
     "many heads of a key": WindowProblem(20, 4, key_heads=1, repeats=5),
     "large dimensions": WindowProblem(20, 4, key_heads=1, repeats=1, dim=130, value_dim=70),
 }
-QUICK = ("everything", "bidirectional", "one token")
+QUICK = ("everything", "bidirectional", "one token", "whole")
 
 
 @pytest.fixture
@@ -142,6 +160,7 @@ def test_float32_equals_the_definition(case, monkeypatch):
     ("case", "dtype"),
     [
         ("plain", torch.bfloat16),
+        ("whole", torch.bfloat16),
         ("everything", torch.bfloat16),
         ("bidirectional, everything", torch.float16),
     ],
@@ -159,15 +178,17 @@ def test_half_precision_is_as_exact_as_its_inputs(case, dtype, monkeypatch):
 
 
 SMALL = WindowProblem(20, 7, key_heads=1, padded=True, packed=True, sinks=True)
+WHOLE = WindowProblem(20, 7, key_heads=1, whole=True)
 
 
-def test_the_same_call_gives_the_same_bits_whatever_fresh_memory_holds(kernels):
+@pytest.mark.parametrize("problem", [SMALL, WHOLE], ids=["small", "whole"])
+def test_the_same_call_gives_the_same_bits_whatever_fresh_memory_holds(problem, kernels):
     """PyTorch fills fresh memory with NaN the second time, so that whatever is read before it is written shows."""
-    expected = SMALL.results(torch.bfloat16)
+    expected = problem.results(torch.bfloat16)
     torch.use_deterministic_algorithms(True)
     try:
         assert torch.utils.deterministic.fill_uninitialized_memory
-        actual = SMALL.results(torch.bfloat16)
+        actual = problem.results(torch.bfloat16)
     finally:
         torch.use_deterministic_algorithms(False)
     assert_same_bits(expected, actual)
@@ -199,7 +220,33 @@ def test_what_is_not_valid_is_never_seen(kernels):
     assert torch.equal(problem.run(tensors), expected)
 
 
-@pytest.mark.parametrize("problem", [SMALL, WindowProblem(20, 3, causal=False, key_heads=1)], ids=["causal", "both"])
+@pytest.mark.quick
+@pytest.mark.parametrize("causal", [True, False])
+def test_tokens_that_do_not_exist_need_not_be_there(causal, monkeypatch):
+    """A call over the tokens alone gives what one gives with invalid tokens before them and memories that hold nothing."""
+    problem = WindowProblem(50, 9, causal=causal, key_heads=1, whole=True)
+    tensors = {name: x.float().to(DEVICE) for name, x in problem.tensors().items()}
+    lead = problem.size if causal else 0
+    longer = dict(tensors)
+    for name in ("key", "value"):
+        longer[name] = torch.nn.functional.pad(tensors[name], (0, 0, lead, 0), value=7.0)
+    longer["read"] = torch.nn.functional.pad(tensors["read"], (0, 0, problem.unasked, 0), value=7.0)
+    longer["log_weight"] = torch.nn.functional.pad(tensors["log_weight"], (problem.unasked, 0), value=-torch.inf)
+    valid = torch.arange(50 + lead, device=DEVICE)[None] >= lead
+    options = {"runs": None, "size": problem.size, "causal": causal, "scaling": 0.4}
+    for backend in ("chunked", "triton"):
+        monkeypatch.setenv("GMA_HF_BACKEND", backend)
+        expected, actual = (
+            window_softmax(**longer, valid=valid, **options),
+            window_softmax(**tensors, valid=None, **options),
+        )
+        # Blocks of keys begin elsewhere, so that float32 sums have another order
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "problem", [SMALL, WindowProblem(20, 3, causal=False, key_heads=1), WHOLE], ids=["causal", "both", "whole"]
+)
 def test_pytorch_finds_the_operators_well_formed(problem, kernels):
     """Schema, and shapes and strides without data."""
     tensors = {name: x.float().to(DEVICE) for name, x in problem.tensors().items()}
