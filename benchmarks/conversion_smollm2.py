@@ -246,10 +246,10 @@ def main():
     parser.add_argument("--window", type=int, default=128, help="tokens that are seen exactly")
     parser.add_argument("--components", type=int, default=64)
     parser.add_argument("--calibration_tokens", type=int, default=131_072)
-    parser.add_argument("--transfer_rate", type=float, default=1e-2, help="learning rate of attention transfer")
+    parser.add_argument("--transfer_rate", type=float, default=5e-3, help="learning rate of attention transfer")
     parser.add_argument("--rate", type=float, default=2e-4, help="learning rate of the old weights in distillation")
     parser.add_argument(
-        "--gma_rate", type=float, default=2e-3, help="learning rate of the new weights in distillation"
+        "--gma_rate", type=float, default=1e-3, help="learning rate of the new weights in distillation"
     )
     parser.add_argument("--finetune_rate", type=float, default=5e-5)
     parser.add_argument("--test_windows", type=int, help="measure on so many windows only, to try things out")

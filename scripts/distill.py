@@ -57,7 +57,7 @@ class RecipeArguments:
     """How long and how fast each stage learns; 0 steps leave a stage out. `--learning_rate` is that of distillation."""
 
     transfer_steps: int = field(default=500, metadata={"help": "Steps of attention transfer."})
-    transfer_learning_rate: float = field(default=1e-2, metadata={"help": "Its learning rate."})
+    transfer_learning_rate: float = field(default=5e-3, metadata={"help": "Its learning rate."})
     distillation_steps: int = field(default=1500, metadata={"help": "Steps of distillation."})
     finetune_steps: int = field(default=0, metadata={"help": "Steps of fine-tuning on the text itself."})
     finetune_learning_rate: float = field(default=1e-4, metadata={"help": "Its learning rate."})
