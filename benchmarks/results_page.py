@@ -318,8 +318,8 @@ SECTIONS = (
         "Distilled on Wikipedia and books without any language-model loss, so that adapting to Wikipedia does not pass for "
         "recovery (rows that say *fine-tuned* have one). Perplexity on the whole test set of WikiText-103 in windows of 1,024 "
         "tokens. The paper does not convert models. [conversion.md](conversion.md) explains the recipe. **To know:** converted "
-        "models were trained on 1,024 tokens and fail far beyond: the memory takes up the first token, on which pretrained models "
-        "rest most of their attention, and the longer the text, the more others are mixed with it. The rows *not calibrated*, "
+        "models were trained on 1,024 tokens and fail far beyond: mixtures route keys with their rotary positions, and those that "
+        "calibration and training have not seen are points that they do not know. The rows *not calibrated*, "
         "*no softmax* and *fine-tuned* are of an earlier run with larger learning rates, as their commands say; the fine-tuned "
         "model is that run's model with window (28.4 before). The row without softmax and the fine-tuning of the original shared "
         "their GPU with another training, and saw fewer tokens in the same minutes.",
