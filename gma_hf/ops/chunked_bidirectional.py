@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .chunked_blocks import Block, contiguous_clone, single_chunk_blocks
+from .chunked_blocks import Block, contiguous_clone, empty_reads, single_chunk_blocks
 from .mixture import MixtureCoefficients, posterior, posterior_backward
 
 
@@ -112,12 +112,6 @@ def read_forward(query, coefficients, S, z, eps, dtype, output_normalizer):
                 block.put_queries(normalizer.unsqueeze(-1), total)
         block.put_queries(output, read)
     return output, normalizer
-
-
-def empty_reads(query: Tensor, S: Tensor, dtype: torch.dtype, output_normalizer: bool) -> tuple[Tensor, Tensor]:
-    """Output [B, Hq, N, dv] and, of size 0 unless asked for, D [B, Hq, N], not filled yet."""
-    shape = query.shape[:3]
-    return query.new_empty(*shape, S.shape[-1], dtype=dtype), S.new_empty(shape if output_normalizer else 0)
 
 
 @read_forward.register_fake

@@ -88,3 +88,9 @@ def add_product_(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
 def contiguous_clone(x: Tensor) -> Tensor:
     """A contiguous copy, also of what is contiguous already: outputs must not share memory with inputs."""
     return x.clone(memory_format=torch.contiguous_format)
+
+
+def empty_reads(query: Tensor, S: Tensor, dtype: torch.dtype, output_normalizer: bool) -> tuple[Tensor, Tensor]:
+    """Output [B, Hq, N, dv] and, of size 0 unless asked for, D [B, Hq, N], not filled yet."""
+    shape = query.shape[:3]
+    return query.new_empty(*shape, S.shape[-1], dtype=dtype), S.new_empty(shape if output_normalizer else 0)

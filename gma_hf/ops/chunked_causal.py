@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .chunked_blocks import Block, add_product_, causal_blocks, contiguous_clone, state_slots
+from .chunked_blocks import Block, add_product_, causal_blocks, contiguous_clone, empty_reads, state_slots
 from .chunked_decay import Decays, block_decays, forget_, log_decay_gradient
 from .mixture import MixtureCoefficients, posterior, posterior_backward
 
@@ -153,7 +153,7 @@ def causal_forward(query, key, value, coefficients, write_weight, log_decay, S, 
     """Output, D (of size 0 unless `output_normalizer`), and S and z before every block and, in what slots remain, after the
     last: [slots, M, B, ...]."""
     coefficients = MixtureCoefficients(*coefficients)
-    output, normalizer = empty_reads(query, value, S, output_normalizer)
+    output, normalizer = empty_reads(query, S, value.dtype, output_normalizer)
     cover = causal_blocks(query.shape[2])
     slots = state_slots(query.shape[2])
     block_S, block_z = S.new_empty(slots, *S.shape), z.new_empty(slots, *z.shape)
@@ -171,16 +171,10 @@ def causal_forward(query, key, value, coefficients, write_weight, log_decay, S, 
     return output, normalizer, block_S, block_z
 
 
-def empty_reads(query: Tensor, value: Tensor, S: Tensor, output_normalizer: bool) -> tuple[Tensor, Tensor]:
-    """Output [B, Hq, N, dv] and, of size 0 unless asked for, D [B, Hq, N], not filled yet."""
-    shape = query.shape[:3]
-    return value.new_empty(*shape, value.shape[-1]), S.new_empty(shape if output_normalizer else 0)
-
-
 @causal_forward.register_fake
 def _(query, key, value, coefficients, write_weight, log_decay, S, z, eps, strict, output_normalizer):
     slots = state_slots(query.shape[2])
-    reads = empty_reads(query, value, S, output_normalizer)
+    reads = empty_reads(query, S, value.dtype, output_normalizer)
     return *reads, S.new_empty(slots, *S.shape), z.new_empty(slots, *z.shape)
 
 
