@@ -43,13 +43,16 @@ BLOCKS = {
     "paper-rope": {"preset": "paper", "position_embedding_type": "rope", "num_key_value_heads": 2, "routing_dim": 12},
     "gated": {"preset": "gated"},
     "gated-gqa": {"preset": "gated", "num_key_value_heads": 2, "routing_dim": 6, "normalize_read": True},
-    "windowed": {"preset": "gated", "num_key_value_heads": 2, "window_size": 5},
+    "windowed": {"preset": "gated", "num_key_value_heads": 2, "window_size": 5, "num_sink_tokens": 2},
     "hybrid": {"preset": "gated", "layer_types": HYBRID_LAYERS},
 }
 
 
 def tiny_config(block: str = "gated", **overrides) -> gma_hf.GMAConfig:
-    return gma_hf.GMAConfig.from_preset(**{**TINY, **BLOCKS[block], **overrides})
+    values = {**TINY, **BLOCKS[block], **overrides}
+    if not values.get("is_causal", True):
+        values.pop("num_sink_tokens", None)  # which look back
+    return gma_hf.GMAConfig.from_preset(**values)
 
 
 def make_model(model_class, config, seed: int = 0):

@@ -86,6 +86,9 @@ class GMAConfig(PreTrainedConfig):
             Number of nearest tokens that GMA layers see exactly, by softmax, with the mixture holding what is older: a
             token itself and the `window_size - 1` before it, or `window_size` to each side if not `is_causal`. Softmax and
             mixture share one normaliser, whatever `normalize_read` says. 0 for no window.
+        num_sink_tokens (`int`, *optional*, defaults to 0):
+            How many of the first tokens of each sequence every later token sees exactly as well, when they have left its
+            window: the mixture does not hold them (attention sinks, arXiv:2309.17453). Causal, with a window, only.
         use_write_weight (`bool`, *optional*, defaults to `False`):
             A learned write weight `w_t = softplus(...)` per token and head, 1 otherwise.
         use_decay (`bool`, *optional*, defaults to `False`):
@@ -178,6 +181,7 @@ class GMAConfig(PreTrainedConfig):
     normalize_read: bool = True
     conv_kernel_size: int = 0
     window_size: int = 0
+    num_sink_tokens: int = 0
     use_write_weight: bool = False
     use_decay: bool = False
     use_output_gate: bool = False
@@ -316,6 +320,13 @@ class GMAConfig(PreTrainedConfig):
             )
         if self.window_size < 0:
             raise ValueError(f"`window_size` must be 0 (no window) or at least 1, got {self.window_size}.")
+        if self.num_sink_tokens < 0:
+            raise ValueError(f"`num_sink_tokens` must be 0 (none) or at least 1, got {self.num_sink_tokens}.")
+        if self.num_sink_tokens > 0 and (self.window_size == 0 or not self.is_causal):
+            raise ValueError(
+                "`num_sink_tokens` keeps first tokens visible to the softmax of a window that has moved on: it needs "
+                f"`window_size` above 0 and `is_causal=True`, got {self.window_size} and {self.is_causal}. Set it to 0."
+            )
         if self.variance_init <= self.variance_floor:
             raise ValueError(
                 f"`variance_init` ({self.variance_init}) must exceed `variance_floor` ({self.variance_floor})."

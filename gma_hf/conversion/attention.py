@@ -7,18 +7,27 @@ code calls [`gma_attention_forward`] with the queries, keys and values that soft
 keep the configuration of the model, and their softmax implementation with it.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import Cache
 from transformers.utils.output_capturing import _active_collector
 
-from .cache import converted_cache_layer
+from .cache import ConvertedCacheMixin, converted_cache_layer
 from .masks import gaussian_mixture_mask
+from .rotation import Rotation, find_position_embeddings
 
 
 IMPLEMENTATION = "gma"
+
+
+class AttentionCall(NamedTuple):
+    """What an attention module is told and its attention function is not."""
+
+    cache_layer: ConvertedCacheMixin | None = None  # the layer's part of the cache
+    output_attentions: bool = False
+    rotation: Rotation | None = None  # of the current tokens
 
 
 def gma_attention_forward(
@@ -30,6 +39,7 @@ def gma_attention_forward(
     scaling: float | None = None,
     dropout: float = 0.0,
     is_causal: bool | None = None,
+    rotation: Rotation | None = None,
     **kwargs,
 ) -> tuple[Tensor, Tensor | None]:
     """
@@ -42,6 +52,7 @@ def gma_attention_forward(
         scaling (`float`, *optional*): factor of the window's logits.
         dropout (`float`): not used: there are no attention weights to drop.
         is_causal (`bool`, *optional*): overrides the module's own.
+        rotation ([`Rotation`], *optional*): of the current tokens, if the module's own call is over.
         kwargs: `softcap` and `s_aux` (attention sinks) serve the window; `position_ids`, `seq_idx` and `cu_seq_lens_q`
             tell packed sequences apart.
 
@@ -61,7 +72,7 @@ def gma_attention_forward(
     # Flash attention takes packed sequences from the positions, not from its mask
     by_position = "flash" in (module.softmax_config._attn_implementation or "")
     position_ids = kwargs.get("position_ids") if by_position else None
-    cache_layer, output_attentions = module.gma_call
+    call = module.gma_call
     output, weights = module.gma(
         query,
         key,
@@ -74,28 +85,28 @@ def gma_attention_forward(
         cu_seq_lens=kwargs.get("cu_seq_lens_q"),
         softcap=kwargs.get("softcap"),
         sinks=kwargs.get("s_aux"),
-        cache_layer=cache_layer,
-        output_attentions=output_attentions,
+        rotation=call.rotation if rotation is None else rotation,
+        cache_layer=call.cache_layer,
+        output_attentions=call.output_attentions,
     )
     return output.transpose(1, 2).contiguous(), weights
 
 
 def begin_call(module: nn.Module, args: tuple, kwargs: dict) -> None:
-    """
-    Forward pre-hook of a converted module: keeps, in `module.gma_call`, what its attention function is not told, which is
-    the layer's part of the cache and whether attentions are wanted.
-    """
+    """Forward pre-hook of a converted module: keeps, in `module.gma_call`, what its attention function is not told."""
     cache = next((argument for argument in (*args, *kwargs.values()) if isinstance(argument, Cache)), None)
     cache_layer = None if cache is None else converted_cache_layer(cache, module.layer_idx)
     # Some models pass the wish on to their attention, the others leave it to what collects the outputs
     collected = _active_collector.get() or {}
     output_attentions = bool(kwargs.get("output_attentions")) or any("attentions" in name for name in collected)
-    module.gma_call = (cache_layer, output_attentions)
+    embeddings = find_position_embeddings(args, kwargs) if module.gma_rotary is not None else None
+    rotation = None if embeddings is None else Rotation(module.gma_rotary, *embeddings)
+    module.gma_call = AttentionCall(cache_layer, output_attentions, rotation)
 
 
 def end_call(module: nn.Module, args: tuple, output: Any) -> None:
     """Forward hook of a converted module: the cache is not kept alive by the model."""
-    module.gma_call = (None, False)
+    module.gma_call = AttentionCall()
 
 
 def register_attention() -> None:

@@ -7,7 +7,7 @@ Why widened: the mixture that explains queries and keys best tells them apart so
 component with a key. What reads and writes need is a kernel of the width of softmax's, exp(q . k scaled). So each head takes,
 of the fitted variances and of their average over the components, times several temperatures, what gives the smallest error of
 its output. Behind a window the weight of the memory is set such that on average as much attention goes to it as softmax pays
-to what lies outside of the window.
+to what lies outside of the window (and is no sink token, which stays visible).
 
 Mixtures under which queries share next to nothing with keys are passed over: their memory is as good as off, which may be
 the smallest error of all at first, but its weight is then huge, and the least change of a mixture turns it on.
@@ -51,7 +51,7 @@ class LayerCalibration:
         error_before, error_after (`float`): ||gma - softmax|| / ||softmax||, of the output of the attention on the teacher's
             own hidden states.
         temperature (`float`): by what the fitted variances were multiplied, the median.
-        far_mass (`float` or `None`): share of softmax's attention outside of the window.
+        far_mass (`float` or `None`): share of softmax's attention outside of the window, sink tokens not counted.
     """
 
     log_likelihood_before: float
@@ -277,9 +277,10 @@ def memory_share(call: SoftmaxCall) -> Tensor:
 
 
 def mean_far_mass(call: SoftmaxCall, real: Tensor | None) -> Tensor:
-    """Mean share of softmax's attention outside of the window, `(num_heads,)`."""
+    """Mean share of softmax's attention to what lies outside of the window and is no sink token either, `(num_heads,)`."""
     layer = call.layer
     size, length = layer.window_norm.window_size, call.query.shape[2]
+    num_sinks = layer.window_norm.num_sink_tokens
     index = torch.arange(length, device=call.query.device)
     distance = index[:, None] - index
     is_far = distance >= size if layer.is_causal else distance.abs() > size
@@ -297,7 +298,11 @@ def mean_far_mass(call: SoftmaxCall, real: Tensor | None) -> Tensor:
         logits = logits.masked_fill(~visible, torch.finfo(logits.dtype).min)
         if sinks is not None:
             logits = torch.cat([logits, sinks.float()[:, None, None].expand(-1, length, 1)], dim=-1)
-        mass = (logits.softmax(dim=-1)[..., :length] * is_far).sum(dim=-1)
+        in_memory = is_far
+        if num_sinks > 0:
+            rank = index if real is None else real[row].cumsum(dim=0) - 1
+            in_memory = is_far & (rank >= num_sinks)
+        mass = (logits.softmax(dim=-1)[..., :length] * in_memory).sum(dim=-1)
         total += mass.sum(dim=1) if real is None else mass[:, real[row]].sum(dim=1)
         count += length if real is None else int(real[row].sum())
     return total / count
@@ -336,11 +341,13 @@ def check_data(layers: dict[str, GMAConversion], num_tokens: int, longest: dict[
                 f"The calibration set has {num_tokens} tokens, too few to fit {num_components} components per head. Give "
                 "more text, or convert with fewer components."
             )
-        if layer.window_norm is not None and longest[layer] <= layer.window_norm.window_size:
+        window = layer.window_norm
+        if window is not None and longest[layer] <= window.window_size + window.num_sink_tokens:
+            sinks = f" but sink tokens ({window.num_sink_tokens})" if window.num_sink_tokens > 0 else ""
             raise ValueError(
                 f"The sequences of the calibration set have {longest[layer]} tokens at most, so nothing ever leaves the "
-                f"window of {layer.window_norm.window_size} tokens. Give longer sequences, several times the window, or "
-                "convert with a smaller `window_size`."
+                f"window of {window.window_size} tokens{sinks}. Give longer sequences, several times the window, or convert "
+                "with a smaller `window_size`."
             )
 
 

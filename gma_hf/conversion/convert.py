@@ -24,8 +24,10 @@ def convert_to_gma(
     keep_every: int | None = None,
     num_components: int = 64,
     window_size: int = 0,
+    num_sink_tokens: int = 0,
     use_routing_projections: bool = False,
     use_forgetting: bool = False,
+    undo_rotation: bool | None = None,
     variance_floor: float = 1e-4,
     read_eps: float = 1e-6,
     mean_init_std: float = 1.0,
@@ -45,8 +47,14 @@ def convert_to_gma(
         keep_every (`int`, *optional*): of the layers above, every n-th (the n-th, the 2n-th, ...) stays softmax.
         num_components (`int`): Gaussian components per head, the slots of the memory.
         window_size (`int`): how many of the nearest tokens are seen exactly, by softmax, in front of the memory; 0 for none.
+        num_sink_tokens (`int`): how many of the first tokens of each sequence stay exactly visible in causal layers when they
+            have left the window, instead of passing into the memory. Pretrained models pay much attention to the very first
+            token: 1 or 4 are good choices.
         use_routing_projections (`bool`): whether queries and keys pass a learned map per head before they are routed.
         use_forgetting (`bool`): whether the memory of causal layers forgets, as a learned gate says.
+        undo_rotation (`bool`, *optional*): whether queries and keys are routed as they were before rotary positions, so that
+            the memory is the same at positions that it was not fitted to. By default in every layer where the model gives
+            the means, but for bidirectional layers without a window, which would no longer see any order.
         variance_floor (`float`): smallest variance, in squared units of queries and keys.
         read_eps (`float`): constant added to the normaliser of the read.
         mean_init_std (`float`), variance_init (`float`): the mixtures before they are calibrated or trained.
@@ -70,7 +78,7 @@ def convert_to_gma(
     ```
     """
     check_model(model)
-    check_options(num_components, window_size, variance_floor, read_eps, variance_init)
+    check_options(num_components, window_size, num_sink_tokens, variance_floor, read_eps, variance_init)
     attention_layers = find_attention_layers(model, example_inputs)
     if not attention_layers:
         raise ValueError(
@@ -83,11 +91,26 @@ def convert_to_gma(
             "`use_forgetting=True` needs causal layers: a bidirectional layer has no order in which to forget. "
             "Leave it out for an encoder."
         )
+    if num_sink_tokens > 0 and not any(layer.is_causal for layer in chosen):
+        raise ValueError(
+            "`num_sink_tokens` needs causal layers: a bidirectional layer sums up the whole sequence. Leave it out for an "
+            "encoder."
+        )
+    if undo_rotation and not any(layer.rotary_dim > 0 for layer in chosen):
+        raise ValueError(
+            "`undo_rotation=True` needs layers with rotary positions, passed to them as `position_embeddings=(cos, sin)` and "
+            "applied by an `apply_rotary_pos_emb` to the first dimensions of queries and keys. None was found; leave it out."
+        )
+    for layer in chosen:
+        has_order = layer.is_causal or window_size > 0
+        if not (has_order if undo_rotation is None else undo_rotation):
+            layer.rotary_dim = 0
     description = {
         "layers": {layer.name: layer.shapes() for layer in chosen},
         "softmax_layers": [layer.name for layer in attention_layers if layer not in chosen],
         "num_components": num_components,
         "window_size": window_size,
+        "num_sink_tokens": num_sink_tokens,
         "use_routing_projections": use_routing_projections,
         "use_forgetting": use_forgetting,
         "variance_floor": variance_floor,
@@ -147,7 +170,12 @@ def check_model(model: Any) -> None:
 
 
 def check_options(
-    num_components: int, window_size: int, variance_floor: float, read_eps: float, variance_init: float
+    num_components: int,
+    window_size: int,
+    num_sink_tokens: int,
+    variance_floor: float,
+    read_eps: float,
+    variance_init: float,
 ) -> None:
     """
     Raises:
@@ -159,6 +187,13 @@ def check_options(
             raise ValueError(f"`{name}` must be positive, got {value}.")
     if window_size < 0:
         raise ValueError(f"`window_size` must not be negative, got {window_size}. 0 means no window.")
+    if num_sink_tokens < 0:
+        raise ValueError(f"`num_sink_tokens` must not be negative, got {num_sink_tokens}. 0 means none.")
+    if num_sink_tokens > 0 and window_size == 0:
+        raise ValueError(
+            "`num_sink_tokens` keeps first tokens visible to the softmax of a window that has moved on: it needs a "
+            "`window_size`, which is 0. Give one, or leave it out."
+        )
     if not variance_init > variance_floor:
         raise ValueError(f"`variance_init` ({variance_init}) must exceed `variance_floor` ({variance_floor}).")
 

@@ -69,10 +69,20 @@ class ConversionArguments:
     window_size: int = field(
         default=0, metadata={"help": "How many of the nearest tokens are seen exactly, by softmax; 0 for none."}
     )
+    num_sink_tokens: int = field(
+        default=0,
+        metadata={"help": "How many first tokens stay exactly visible behind the window; causal models only."},
+    )
     use_routing_projections: bool = field(
         default=False, metadata={"help": "Learned maps of queries and keys before they are routed."}
     )
     use_forgetting: bool = field(default=False, metadata={"help": "A learned forgetting gate; causal models only."})
+    undo_rotation: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Route queries and keys as before rotary positions. Default: where the model gives the means."
+        },
+    )
     calibration_tokens: int = field(
         default=200_000, metadata={"help": "Tokens that the mixtures are fitted to; 0 leaves them random."}
     )
@@ -88,8 +98,8 @@ class ConversionArguments:
 
     def options(self) -> dict[str, Any]:
         """Arguments of `convert_to_gma` that do not choose layers."""
-        names = ("num_components", "window_size", "use_routing_projections", "use_forgetting")
-        return {name: getattr(self, name) for name in names}
+        names = ("num_components", "window_size", "num_sink_tokens", "use_routing_projections", "use_forgetting")
+        return {name: getattr(self, name) for name in (*names, "undo_rotation")}
 
     def chosen_layers(self) -> Any:
         """`layers` as `convert_to_gma` takes it."""

@@ -7,9 +7,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from .attention import IMPLEMENTATION, begin_call, end_call
+from .attention import IMPLEMENTATION, AttentionCall, begin_call, end_call
 from .layer import GMAConversion
 from .positions import count_positions_of, rotary_models
+from .rotation import rotary_function
 
 
 def gma_layers(model: nn.Module) -> dict[str, GMAConversion]:
@@ -48,7 +49,9 @@ def install_layers(model: PreTrainedModel) -> None:
         conversion.to(device="meta" if conversion.mixture_norm.means.is_meta else device, dtype=dtype)
         conversion.train(module.training)
         module.gma = conversion
-        module.gma_call = (None, False)
+        module.gma_call = AttentionCall()
+        # Looked up here, because a compiler cannot look into `sys.modules`
+        module.gma_rotary = rotary_function(module) if conversion.rotary_dim > 0 else None
         module.softmax_config = module.config
         if id(module.config) not in views:
             views[id(module.config)] = converted_view(module.config)
@@ -69,7 +72,7 @@ def remove_layers(model: nn.Module) -> None:
             hook.remove()
         if hasattr(module, "gma"):
             module.config = module.softmax_config
-            del module.gma, module.gma_call, module.softmax_config
+            del module.gma, module.gma_call, module.gma_rotary, module.softmax_config
 
 
 def placement(module: nn.Module, model: PreTrainedModel) -> tuple[torch.device, torch.dtype]:

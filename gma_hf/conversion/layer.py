@@ -14,6 +14,7 @@ from ..modeling.packing import find_sequence_ids
 from ..modeling.window import GMAWindow
 from .cache import ConvertedCacheMixin
 from .masks import read_mask
+from .rotation import Rotation
 
 
 # Time scales of the forgetting gate at the beginning, in tokens, spread over the heads: next to nothing is forgotten
@@ -80,8 +81,12 @@ class GMAConversion(nn.Module):
         routing_dim (`int`): dimension of queries and keys.
         value_dim (`int`): dimension of values.
         is_causal (`bool`): whether tokens look back only.
+        rotary_dim (`int`): how many of the first dimensions of queries and keys are turned back before they are routed, from
+            the rotary positions that the softmax sees; 0 for none.
         num_components (`int`): components per mixture.
         window_size (`int`): how many of the nearest tokens are seen exactly, by softmax; 0 for none.
+        num_sink_tokens (`int`): how many of a sequence's first tokens stay exactly visible behind the window; causal modules
+            only.
         use_routing_projections (`bool`): whether queries and keys pass a learned map before they are routed.
         use_forgetting (`bool`): whether the memory forgets; causal modules only.
         variance_floor (`float`): smallest variance.
@@ -102,9 +107,11 @@ class GMAConversion(nn.Module):
         routing_dim: int,
         value_dim: int,
         is_causal: bool,
+        rotary_dim: int = 0,  # as in configurations from before it
         *,
         num_components: int,
         window_size: int,
+        num_sink_tokens: int = 0,  # as in configurations from before it
         use_routing_projections: bool,
         use_forgetting: bool,
         variance_floor: float,
@@ -118,6 +125,7 @@ class GMAConversion(nn.Module):
         self.routing_dim = routing_dim
         self.value_dim = value_dim
         self.is_causal = is_causal
+        self.rotary_dim = rotary_dim
         self.mean_init_std = mean_init_std
         self.variance_init = variance_init
 
@@ -129,7 +137,7 @@ class GMAConversion(nn.Module):
         if use_forgetting and is_causal:
             self.forgetting = GMAForgetting(num_heads, value_dim)
         if window_size > 0:
-            self.window_norm = GMAWindow(num_heads, routing_dim, window_size)
+            self.window_norm = GMAWindow(num_heads, routing_dim, window_size, num_sink_tokens if is_causal else 0)
 
     def reset_parameters(self):
         """Initialise everything; parameters that were loaded from a checkpoint are left alone."""
@@ -137,6 +145,32 @@ class GMAConversion(nn.Module):
         for module in (self.q_routing, self.k_routing, self.forgetting, self.window_norm):
             if module is not None:
                 module.reset_parameters()
+
+    def route(self, query: Tensor, key: Tensor, rotation: Rotation | None = None) -> tuple[Tensor, Tensor]:
+        """
+        The points that the mixtures route.
+
+        Args:
+            query (`torch.Tensor` of shape `(batch, num_heads, length, routing_dim)`): as softmax would get them.
+            key (`torch.Tensor` of shape `(batch, num_key_value_heads, length, routing_dim)`): likewise.
+            rotation ([`Rotation`], *optional*): by which they were rotated; needed if `rotary_dim` is not 0.
+
+        Returns:
+            `tuple[torch.Tensor, torch.Tensor]`: both, in the same shapes.
+
+        Raises:
+            ValueError: if the rotation is missing.
+        """
+        if self.rotary_dim > 0:
+            if rotation is None:
+                raise ValueError(
+                    f"The layer undoes the rotary positions of {self.rotary_dim} dimensions, but its attention module was "
+                    "called without `position_embeddings=(cos, sin)`. Pass them, or convert with `undo_rotation=False`."
+                )
+            query, key = rotation.undo(query, key, self.rotary_dim)
+        if self.q_routing is not None:
+            query, key = self.q_routing(query), self.k_routing(key)
+        return query, key
 
     def forward(
         self,
@@ -152,6 +186,7 @@ class GMAConversion(nn.Module):
         cu_seq_lens: Tensor | None = None,
         softcap: float | None = None,
         sinks: Tensor | None = None,
+        rotation: Rotation | None = None,
         cache_layer: ConvertedCacheMixin | None = None,
         output_attentions: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
@@ -165,6 +200,7 @@ class GMAConversion(nn.Module):
             is_causal (`bool`, *optional*): overrides the module's own.
             position_ids, seq_idx, cu_seq_lens (`torch.Tensor`, *optional*): packed sequences, where no mask tells them.
             softcap (`float`, *optional*), sinks (`torch.Tensor`, *optional*): of the window's softmax.
+            rotation ([`Rotation`], *optional*): of queries and keys; needed if `rotary_dim` is not 0.
             cache_layer (`ConvertedCacheMixin`, *optional*): the state to go on from; it is advanced.
             output_attentions (`bool`): also return the implied affinity.
 
@@ -190,8 +226,7 @@ class GMAConversion(nn.Module):
             recurrence["log_decay"] = self.forgetting(value)
             if padding_mask is not None:
                 recurrence["log_decay"] = recurrence["log_decay"].masked_fill(~padding_mask[:, None], 0.0)
-        routing_query = query if self.q_routing is None else self.q_routing(query)
-        routing_key = key if self.k_routing is None else self.k_routing(key)
+        routing_query, routing_key = self.route(query, key, rotation)
 
         if self.window_norm is None:
             if padding_mask is not None:
@@ -211,8 +246,9 @@ class GMAConversion(nn.Module):
                 softcap=softcap,
                 sinks=sinks,
             )
-            if self.q_routing is not None:
+            if routing_key is not key:
                 recurrence.update(routing_query=routing_query, routing_key=routing_key)
+                recurrence["weigh_by_routing"] = self.rotary_dim > 0
             past = {"history": cache_layer.window_history if cache_layer is not None else None}
             past["output_history"] = cache_layer is not None
 
@@ -232,4 +268,5 @@ class GMAConversion(nn.Module):
 
     def extra_repr(self) -> str:
         heads = f"num_heads={self.num_heads}, num_key_value_heads={self.num_key_value_heads}"
-        return f"{heads}, is_causal={self.is_causal}"
+        rotary_dim = f", rotary_dim={self.rotary_dim}" if self.rotary_dim > 0 else ""
+        return f"{heads}, is_causal={self.is_causal}{rotary_dim}"

@@ -1,8 +1,9 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
 """
 Positions of padded rows. Softmax over rotated queries and keys sees only how far apart two tokens are, so models with RoPE
-count padding like tokens, and it makes no difference. A mixture does not turn with the positions: it has to be told how many
-real tokens precede a token, as `generate` tells it. So where a call gives a padding mask and no positions, they are counted.
+count padding like tokens, and it makes no difference. A mixture that routes rotated vectors does not turn with them: it has to
+be told how many real tokens precede a token, as `generate` tells it. So where a call gives a padding mask and no positions,
+they are counted.
 """
 
 import inspect

@@ -18,6 +18,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.masking_utils import sdpa_mask
 
 from .masks import MASKED
+from .rotation import find_rotary_dim
 
 
 PROBE = "gma_probe"
@@ -37,6 +38,7 @@ class AttentionLayer:
         num_heads, num_key_value_heads, routing_dim, value_dim (`int`): shapes of queries, keys and values.
         is_causal (`bool`): whether its tokens look back only.
         is_self_attention (`bool`): whether it attends to the tokens that it comes from.
+        rotary_dim (`int`): how many of the first dimensions it rotates in a way that can be undone, see [`find_rotary_dim`].
         obstacles (`list[str]`): why it cannot be converted; empty if it can.
     """
 
@@ -49,11 +51,12 @@ class AttentionLayer:
     value_dim: int
     is_causal: bool
     is_self_attention: bool
+    rotary_dim: int = 0
     obstacles: list[str] = field(default_factory=list)
 
     def shapes(self) -> dict[str, Any]:
         """The arguments of [`GMAConversion`] that the model decides."""
-        names = ("num_heads", "num_key_value_heads", "routing_dim", "value_dim", "is_causal")
+        names = ("num_heads", "num_key_value_heads", "routing_dim", "value_dim", "is_causal", "rotary_dim")
         return {name: getattr(self, name) for name in names}
 
 
@@ -79,9 +82,11 @@ def find_attention_layers(
     full_names = {module: name for name, module in model.named_modules()}
     found: dict[nn.Module, AttentionLayer] = {}
     calls: Counter[nn.Module] = Counter()
+    states: dict[nn.Module, tuple[Tensor, Tensor]] = {}
 
     def watch(module, query, key, value, attention_mask=None, scaling=None, dropout=0.0, **kwargs):
         calls[module] += 1
+        states[module] = query, key
         if module in names and module not in found:
             module_names = names[module], full_names[module]
             found[module] = describe(*module_names, module, query, key, value, attention_mask, kwargs)
@@ -92,7 +97,7 @@ def find_attention_layers(
 
     # Some base models (decoders of encoder-decoder models that stand alone) do not name their inputs
     runner = base_model if input_names(base_model) else model
-    with probing(model, watch, full_mask):
+    with probing(model, watch, full_mask), recorded_arguments(base_model) as arguments:
         try:
             if example_inputs is None:
                 run_with_dummies(runner)
@@ -105,8 +110,11 @@ def find_attention_layers(
                 f"{type(error).__name__}: {error}. Give arguments that it takes as `example_inputs`, for example "
                 "`example_inputs=dict(tokenizer('A sentence.', return_tensors='pt'))`."
             ) from error
-    for layer in found.values():
-        layer.obstacles.extend(cache_obstacles(model, layer, calls[layer.module]))
+        for layer in found.values():
+            layer.obstacles.extend(cache_obstacles(model, layer, calls[layer.module]))
+            if layer.is_self_attention and layer.module in arguments:
+                module = layer.module
+                layer.rotary_dim = find_rotary_dim(module, *arguments[module], states[module], states)
     return [found[module] for module in names if module in found]
 
 
@@ -193,6 +201,22 @@ def probing(model: PreTrainedModel, attention_function, mask_function) -> Iterat
             module.training = was_training
         del AttentionInterface._global_mapping[PROBE]
         del AttentionMaskInterface._global_mapping[PROBE]
+
+
+@contextmanager
+def recorded_arguments(model: nn.Module) -> Iterator[dict[nn.Module, tuple[tuple, dict]]]:
+    """What each module was last called with, filled in as they are called."""
+    arguments: dict[nn.Module, tuple[tuple, dict]] = {}
+
+    def record(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        arguments[module] = args, kwargs
+
+    handles = [module.register_forward_pre_hook(record, with_kwargs=True) for module in model.modules()]
+    try:
+        yield arguments
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def model_configs(model: PreTrainedModel) -> Iterator[PreTrainedConfig]:

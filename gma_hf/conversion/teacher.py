@@ -19,6 +19,7 @@ from .attention import IMPLEMENTATION, gma_attention_forward
 from .install import gma_layers, restore_softmax_implementations, use_linear_masks
 from .layer import GMAConversion
 from .masks import read_mask
+from .rotation import Rotation
 
 
 TEACHER_IMPLEMENTATION = "gma_teacher"
@@ -36,18 +37,17 @@ class SoftmaxCall(NamedTuple):
     scaling: float | None
     arguments: dict[str, Any]  # further arguments of the attention function
     output: Tensor  # [batch, num_heads, length, value_dim]
+    rotation: Rotation | None  # of its tokens
 
     def routed(self) -> tuple[Tensor, Tensor]:
         """Queries and keys as the mixtures would route them."""
-        layer = self.layer
-        query = self.query if layer.q_routing is None else layer.q_routing(self.query)
-        key = self.key if layer.k_routing is None else layer.k_routing(self.key)
-        return query, key
+        return self.layer.route(self.query, self.key, self.rotation)
 
     def student(self) -> Tensor:
         """What GMA makes of the same queries, keys and values: shape of `output`."""
         states = (self.query, self.key, self.value, self.attention_mask)
-        output, _ = gma_attention_forward(self.module, *states, scaling=self.scaling, **self.arguments)
+        options = {"scaling": self.scaling, "rotation": self.rotation, **self.arguments}
+        output, _ = gma_attention_forward(self.module, *states, **options)
         return output.transpose(1, 2)
 
     def real(self) -> Tensor | None:
@@ -140,7 +140,8 @@ def teacher_attention_forward(
         # Attention functions return [batch, length, heads, value_dim]
         heads_first = output.transpose(1, 2)
         states = (query, key, value, attention_mask)
-        role.observe(SoftmaxCall(module, role.layer, *states, scaling, kwargs, heads_first))
+        rotation = module.gma_call.rotation
+        role.observe(SoftmaxCall(module, role.layer, *states, scaling, kwargs, heads_first, rotation))
     return output, weights
 
 

@@ -10,7 +10,8 @@ from .heads_gma import (
 from .mixture import GMAMixture
 from .modeling_gma import GMAModel, GMAPreTrainedModel
 from .short_convolution import GMAShortConvolution
-from .window import GMAWindow, GMAWindowHistory
+from .window import GMAWindow
+from .window_tokens import GMAWindowHistory
 
 
 __all__ = [

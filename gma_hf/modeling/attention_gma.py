@@ -116,7 +116,7 @@ class GMAAttention(nn.Module):
         )
         self.window_norm = None
         if config.window_size > 0:
-            self.window_norm = GMAWindow(num_heads, self.routing_dim, config.window_size)
+            self.window_norm = GMAWindow(num_heads, self.routing_dim, config.window_size, config.num_sink_tokens)
 
         self.conv = None
         if config.conv_kernel_size > 0:

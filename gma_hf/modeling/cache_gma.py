@@ -22,7 +22,7 @@ from transformers.cache_utils import (
 )
 from transformers.utils import is_torchdynamo_compiling
 
-from .window import GMAWindowHistory
+from .window_tokens import GMAWindowHistory
 
 
 # The recurrent states of a cache layer are the fields of a `GMAWindowHistory`; without a window, its first two alone
@@ -35,8 +35,8 @@ class GMACacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
 
     Attributes:
         recurrent_states (`dict[int, torch.Tensor]`): S `(batch, heads, components, head_dim)` and z
-            `(batch, heads, components)`, in float32; with a softmax window also the tokens that are still in it, the
-            further fields of [`GMAWindowHistory`].
+            `(batch, heads, components)`, in float32; with a softmax window also the tokens that are still in it and the
+            sink tokens, the further fields of [`GMAWindowHistory`].
         conv_states (`dict[int, torch.Tensor]`): at index 0, the last inputs of the short convolution
             `(batch, kernel_size - 1, channels)`, if the layer has one.
         cumulative_length (`int`): number of tokens seen.
@@ -323,11 +323,11 @@ def load_cache(path: str | os.PathLike, config: PreTrainedConfig, device: str | 
                     f"{path} does not fit the model: the state of layer {layer_idx} has shape "
                     f"{tuple(named['state'].shape[1:])} per row, the model needs {shape}."
                 )
-            window_size = named["keys"].shape[2] if "keys" in named else 0
-            if window_size != config.window_size:
+            window_size, num_sinks = (named[x].shape[2] if x in named else 0 for x in ("keys", "sink_keys"))
+            if (window_size, num_sinks) != (config.window_size, config.num_sink_tokens):
                 raise ValueError(
-                    f"{path} does not fit the model: the window of layer {layer_idx} holds {window_size} tokens, the "
-                    f"model needs {config.window_size}."
+                    f"{path} does not fit the model: layer {layer_idx} keeps a window of {window_size} tokens and "
+                    f"{num_sinks} sink tokens, the model needs {config.window_size} and {config.num_sink_tokens}."
                 )
             conv_history = named.pop("conv", None)
             states = [named.get(name) for name in GMAWindowHistory._fields]

@@ -14,52 +14,37 @@ decides between near and far as softmax decides between tokens. Bidirectional,
 near are the tokens with |i - j| <= W, and the memory holds the whole sequence: it is a sum over all tokens, from which no
 query can leave out its neighbours; m_i balances the two. A window in front of a linear memory is known from LoLCATs
 (Zhang et al., arXiv:2410.10254); the one in front of a mixture is ours.
+
+Pretrained softmax pays much attention to the first tokens of a sequence, whatever they are (attention sinks, Xiao et al.,
+arXiv:2309.17453); in a memory they would thin out as the text grows. The first s tokens can stay visible, causal only:
+
+    near: i - W < j <= i        sinks: j < s and j <= i - W        memory: s <= j <= i - W
+
+    o_i = (sum_{near, sinks} e^{s_ij} v_j + e^{m_i} D_i r_i) / (sum_{near, sinks} e^{s_ij} + e^{m_i} D_i)
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 
 from ..ops.functional import run_starts
-from .window_blocks import EMPTY
+from .window_blocks import EMPTY, LOG_NOTHING
 from .window_softmax import window_softmax
-
-
-class GMAWindowHistory(NamedTuple):
-    """What a window of W tokens remembers between calls; its size does not depend on how many tokens were seen.
-
-    The last W tokens are not in S and z yet. Rows with fewer tokens are filled from the left with invalid ones.
-    """
-
-    state: Tensor  # S [batch, heads, components, value_dim], in float32
-    normalizer: Tensor  # z [batch, heads, components], in float32
-    keys: Tensor  # [batch, key_value_heads, W, head_dim]
-    values: Tensor  # [batch, key_value_heads, W, value_dim]
-    valid: Tensor  # [batch, W], True at the tokens that exist
-    routing_keys: Tensor | None = None  # [batch, key_value_heads, W, routing_dim], where they are not the keys
-    write_weight: Tensor | None = None  # [batch, h, W], of the tokens still to be written
-    log_decay: Tensor | None = None  # [batch, h, W]
-
-
-class WindowTokens(NamedTuple):
-    """
-    The tokens that can be seen: those of the call, behind those of the history where it may have one. The fields of the
-    history, and runs.
-    """
-
-    keys: Tensor
-    values: Tensor
-    valid: Tensor | None  # None if all are
-    routing_keys: Tensor | None
-    write_weight: Tensor | None
-    log_decay: Tensor | None
-    runs: Tensor | None  # [batch, length], number of the packed sequence
-
-    def map(self, function: Callable[[Tensor], Tensor]) -> "WindowTokens":
-        return WindowTokens(*(None if x is None else function(x) for x in self))
+from .window_tokens import (
+    GMAWindowHistory,
+    WindowTokens,
+    join_history,
+    kept_sinks,
+    last_tokens,
+    sequence_starts,
+    take_queries,
+    take_tokens,
+    token_dim,
+    visible_sinks,
+    without_sinks,
+)
 
 
 class GMAWindow(nn.Module):
@@ -73,22 +58,27 @@ class GMAWindow(nn.Module):
         head_dim (`int`): dimension of queries and keys.
         window_size (`int`): W, how many tokens a query sees exactly: itself and the W - 1 before it. Bidirectional, W to
             each side.
+        num_sink_tokens (`int`): s, how many of the first tokens of a sequence every later query sees exactly too, instead
+            of through the memory; causal calls only.
 
     Attributes:
         memory_bias (`torch.Tensor` of shape `(num_heads,)`): a.
         memory_query (`torch.Tensor` of shape `(num_heads, head_dim)`): u.
 
     Raises:
-        ValueError: for a window without tokens.
+        ValueError: for a window without tokens, or a negative number of sink tokens.
     """
 
-    def __init__(self, num_heads: int, head_dim: int, window_size: int):
+    def __init__(self, num_heads: int, head_dim: int, window_size: int, num_sink_tokens: int = 0):
         super().__init__()
         if window_size < 1:
             raise ValueError(
                 f"`window_size` must be at least 1, got {window_size}. Without a window use the mixture alone."
             )
+        if num_sink_tokens < 0:
+            raise ValueError(f"`num_sink_tokens` must not be negative, got {num_sink_tokens}. 0 means none.")
         self.window_size = window_size
+        self.num_sink_tokens = num_sink_tokens
         self.memory_bias = nn.Parameter(torch.zeros(num_heads))
         self.memory_query = nn.Parameter(torch.zeros(num_heads, head_dim))
 
@@ -108,6 +98,7 @@ class GMAWindow(nn.Module):
         causal: bool = True,
         routing_query: Tensor | None = None,
         routing_key: Tensor | None = None,
+        weigh_by_routing: bool = False,
         write_weight: Tensor | None = None,
         log_decay: Tensor | None = None,
         sequence_ids: Tensor | None = None,
@@ -129,6 +120,8 @@ class GMAWindow(nn.Module):
             causal (`bool`): look back only, or to both sides.
             routing_query, routing_key (`torch.Tensor`, *optional*): what the mixture routes, of its own dimension; by
                 default `query` and `key`.
+            weigh_by_routing (`bool`): m_i = a + u . q_i with the routing query, of the same dimension, for q_i: where the
+                softmax's queries are rotated by their positions, on which the memory shall not depend.
             write_weight, log_decay (`torch.Tensor` of shape `(batch, h, length)`, *optional*): of the memory, see
                 [`gaussian_mixture_attention`]. Softmax knows neither.
             sequence_ids (`torch.Tensor` of shape `(batch, length)`, *optional*): packed sequences, as runs of equal
@@ -136,7 +129,8 @@ class GMAWindow(nn.Module):
             padding_mask (`torch.BoolTensor` of shape `(batch, length)`, *optional*): `True` at real tokens. Padding may
                 stand anywhere; nearness is counted in real tokens.
             softcap (`float`, *optional*): c, where softmax logits become c tanh(s / c).
-            sinks (`torch.Tensor` of shape `(num_heads,)`, *optional*): a logit per head that joins the normaliser alone.
+            sinks (`torch.Tensor` of shape `(num_heads,)`, *optional*): a logit per head that joins the normaliser alone;
+                no token, and nothing to do with `num_sink_tokens`.
             history (`GMAWindowHistory`, *optional*): as returned by an earlier call; causal only.
             output_history (`bool`): also return the history after the last token; causal only.
 
@@ -151,13 +145,14 @@ class GMAWindow(nn.Module):
         routing_query = query if routing_query is None else routing_query
         length = query.shape[2]
         size = self._reach(length, history, output_history)
+        num_sinks = self.num_sink_tokens if causal else 0
         tokens = WindowTokens(key, value, padding_mask, routing_key, write_weight, log_decay, sequence_ids)
         # Nothing before the call and nothing to leave out: views will do. A length that is still open (torch.export) is no
         # int; which queries have a memory must not be decided on then
         is_whole = history is None and padding_mask is None
         is_whole = is_whole and (not causal or (isinstance(length, int) and length > 0))
         if not is_whole:
-            tokens = join_history(tokens, history, size if causal else 0)
+            tokens = join_history(tokens, history, size + num_sinks if causal else 0)
         order = None
         if padding_mask is not None:
             order = torch.argsort(tokens.valid.to(torch.uint8), dim=1, stable=True)
@@ -165,22 +160,39 @@ class GMAWindow(nn.Module):
             tokens = tokens.map(lambda x: take_tokens(x, order))
         if sequence_ids is not None:
             tokens = tokens._replace(runs=run_starts(tokens.runs).cumsum(dim=1))
+        near, written, starts, sink_tokens = tokens, tokens, None, None
+        if num_sinks > 0:
+            starts = sequence_starts(tokens)
+            if not is_whole:
+                sink_tokens = visible_sinks(tokens, starts, num_sinks, size, length)
+                near, written = (
+                    x.map(lambda y: last_tokens(y, size + length))
+                    for x in (tokens, without_sinks(tokens, starts, num_sinks))
+                )
+            elif length > size:
+                sink_tokens = visible_sinks(tokens, starts, min(num_sinks, length - size), size, length - size)
+                written = tokens if sequence_ids is None else without_sinks(tokens, starts, num_sinks)
 
         with torch.autocast(device_type=query.device.type, enabled=False):
             read, log_weight, state = self._read_memory(
-                mixture, routing_query, tokens, causal, is_whole, history, output_history
+                mixture, routing_query, written, causal, is_whole, history, output_history
             )
+            memory_query = self.memory_query
+            if weigh_by_routing:
+                log_weight = self._weigh(routing_query, log_weight)
+                memory_query = torch.zeros_like(memory_query)
             output = window_softmax(
                 query,
-                tokens.keys,
-                tokens.values,
-                tokens.valid,
-                tokens.runs,
+                near.keys,
+                near.values,
+                near.valid,
+                near.runs,
                 read,
                 log_weight,
                 self.memory_bias,
-                self.memory_query,
+                memory_query,
                 sinks,
+                sink_tokens,
                 size=size,
                 causal=causal,
                 scaling=scaling,
@@ -192,7 +204,7 @@ class GMAWindow(nn.Module):
             output = take_tokens(output, back.clamp(min=0)).masked_fill(~padding_mask[:, None, :, None], 0)
         if not output_history:
             return output
-        return output, self._new_history(tokens, state, query.shape[0])
+        return output, self._new_history(tokens, starts, state, query.shape[0])
 
     def affinity(
         self, mixture: nn.Module, query: Tensor, key: Tensor, routing_key: Tensor | None = None, **kwargs
@@ -229,16 +241,18 @@ class GMAWindow(nn.Module):
         last `asked` ones, and the last S and z.
         """
         batch_size, length = routing_query.shape[0], routing_query.shape[2]
-        asked = length
+        asked, skipped = length, 0
         if causal and is_whole:
-            asked = length - self.window_size
+            # Views leave out the sinks of a single sequence; those of several are invalid
+            skipped = self.num_sink_tokens if tokens.runs is None else 0
+            asked = length - self.window_size - skipped
             if asked <= 0:
                 # Nobody has one. It is called all the same, with a token that does not exist: it gives the state, hooks see
                 # the call, and no parameter is without a gradient
-                asked, nothing = 1, torch.zeros(1, length, dtype=torch.bool, device=routing_query.device)
+                asked, skipped, nothing = 1, 0, torch.zeros(1, length, dtype=torch.bool, device=routing_query.device)
                 tokens = tokens._replace(valid=nothing)
         routing_keys = tokens.keys if tokens.routing_keys is None else tokens.routing_keys
-        written = tokens._replace(keys=routing_keys).map(lambda x: first_tokens(x, asked))
+        written = tokens._replace(keys=routing_keys).map(lambda x: x.narrow(token_dim(x), skipped, asked))
         write_weight, log_decay = written.write_weight, written.log_decay
         if written.valid is not None:
             is_missing = ~written.valid[:, None]
@@ -274,8 +288,18 @@ class GMAWindow(nn.Module):
             S, z = S * is_last[..., None], z * is_last
         return read, log_weight, (S, z)
 
-    def _new_history(self, tokens: WindowTokens, state: tuple[Tensor, Tensor], batch_size: int) -> GMAWindowHistory:
+    def _weigh(self, routing_query: Tensor, log_weight: Tensor) -> Tensor:
+        """log D + u . q of the routing queries, the last as many as there are; an empty memory stays empty."""
+        asked = log_weight.shape[2]
+        asking = routing_query.narrow(2, routing_query.shape[2] - asked, asked).to(log_weight.dtype)
+        slopes = (asking @ self.memory_query.to(log_weight.dtype)[:, :, None]).squeeze(-1)
+        return torch.where(log_weight > LOG_NOTHING, log_weight + slopes, log_weight)
+
+    def _new_history(
+        self, tokens: WindowTokens, starts: Tensor | None, state: tuple[Tensor, Tensor], batch_size: int
+    ) -> GMAWindowHistory:
         size, length = self.window_size, tokens.keys.shape[2]
+        sinks = () if starts is None else kept_sinks(tokens, starts, self.num_sink_tokens, size)
         if tokens.valid is None:
             tokens = tokens.map(lambda x: last_tokens(x, min(size, length)))
             tokens = join_history(tokens, None, max(0, size - length))
@@ -284,7 +308,7 @@ class GMAWindow(nn.Module):
         last = tokens.map(lambda x: last_tokens(x, size))
         valid = last.valid.expand(batch_size, -1)
         return GMAWindowHistory(
-            *state, last.keys, last.values, valid, last.routing_keys, last.write_weight, last.log_decay
+            *state, last.keys, last.values, valid, last.routing_keys, last.write_weight, last.log_decay, *sinks
         )
 
     def _check(self, query, causal, log_decay, history, output_history):
@@ -299,77 +323,21 @@ class GMAWindow(nn.Module):
                 "log_decay, history or output_history is given with causal=False, but forgetting and going on have a "
                 "direction; use causal=True."
             )
-        held = 0 if history is None or history.keys is None else history.keys.shape[2]
-        if history is not None and held != self.window_size:
+        if history is None:
+            return
+        window, sinks = (0 if x is None else x.shape[2] for x in (history.keys, history.sink_keys))
+        if window != self.window_size:
             raise ValueError(
-                f"The history holds a window of {held} tokens, but `window_size` is {self.window_size}. Was it "
+                f"The history holds a window of {window} tokens, but `window_size` is {self.window_size}. Was it "
+                "written by another model?"
+            )
+        if sinks != self.num_sink_tokens:
+            raise ValueError(
+                f"The history has room for {sinks} sink tokens, but `num_sink_tokens` is {self.num_sink_tokens}. Was it "
                 "written by another model?"
             )
 
     def extra_repr(self) -> str:
         num_heads, head_dim = self.memory_query.shape
-        return f"num_heads={num_heads}, head_dim={head_dim}, window_size={self.window_size}"
-
-
-def token_dim(x: Tensor) -> int:
-    """The dimension along which the tokens of keys, weights or flags stand."""
-    return 1 if x.ndim == 2 else 2
-
-
-def first_tokens(x: Tensor, length: int) -> Tensor:
-    return x.narrow(token_dim(x), 0, length)
-
-
-def last_tokens(x: Tensor, length: int) -> Tensor:
-    return x.narrow(token_dim(x), x.shape[token_dim(x)] - length, length)
-
-
-def take_tokens(x: Tensor, order: Tensor) -> Tensor:
-    """The tokens of `x` in the order `(batch, length)`."""
-    dim = token_dim(x)
-    index = order[(slice(None), *[None] * (dim - 1), slice(None), *[None] * (x.ndim - 1 - dim))]
-    return x.gather(dim, index.expand(*x.shape[:dim], -1, *x.shape[dim + 1 :]))
-
-
-def take_queries(x: Tensor, order: Tensor) -> Tensor:
-    """Queries, the last ones of all tokens, in an order of all tokens. What reads for the history is dropped later."""
-    length = x.shape[2]
-    past = order.shape[1] - length
-    return take_tokens(x, (order[:, past:] - past).clamp(min=0))
-
-
-def join_history(tokens: WindowTokens, history: GMAWindowHistory | None, size: int) -> WindowTokens:
-    """The tokens behind those of the history, or behind `size` invalid ones; `valid` and `runs` may still be `None`."""
-    valid, runs = tokens.valid, tokens.runs
-    batch_size, length = tokens.keys.shape[0], tokens.keys.shape[2]
-    if valid is None:
-        rows = 1 if history is None else batch_size
-        valid = torch.ones(rows, length, dtype=torch.bool, device=tokens.keys.device)
-    if runs is not None:
-        # The history and padding count to the first sequence
-        first = runs.gather(1, valid.expand(batch_size, -1).to(torch.uint8).argmax(dim=1, keepdim=True))
-        runs = torch.cat([first.expand(-1, size), torch.where(valid, runs, first)], dim=1)
-    if size == 0:
-        return tokens._replace(valid=valid, runs=runs)
-
-    past = history if history is not None else GMAWindowHistory(*[None] * 5)
-
-    def join(before: Tensor | None, now: Tensor | None, fill: float = 0.0) -> Tensor | None:
-        if now is None and before is None:
-            return None
-        if now is None:
-            now = before.new_full((*before.shape[:2], length), fill)
-        if before is None:
-            before_shape = [size if dim == token_dim(now) else n for dim, n in enumerate(now.shape)]
-            before = now.new_full(before_shape, fill)
-        return torch.cat([before.to(now.dtype), now], dim=token_dim(now))
-
-    return WindowTokens(
-        join(past.keys, tokens.keys),
-        join(past.values, tokens.values),
-        join(past.valid, valid, fill=False),
-        join(past.routing_keys, tokens.routing_keys),
-        join(past.write_weight, tokens.write_weight, fill=1.0),
-        join(past.log_decay, tokens.log_decay),
-        runs,
-    )
+        sinks = f", num_sink_tokens={self.num_sink_tokens}" if self.num_sink_tokens > 0 else ""
+        return f"num_heads={num_heads}, head_dim={head_dim}, window_size={self.window_size}{sinks}"

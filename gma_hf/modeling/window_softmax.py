@@ -11,7 +11,7 @@ Backwards, with p_ij = e^{s_ij - l_i}, p_i = e^{m_i - l_i}, delta_i = do_i . o_i
     dq = scaling ds K + dm u        dk = scaling ds^T Q        dv = p^T do        dsink = -sum_i e^{sink - l_i} delta_i
 
 Only the inputs, o and l are kept; logits are computed again. On GPUs the kernels of `window_kernels` do this; elsewhere,
-and where they cannot, the plain PyTorch of `window_blocks`.
+and where they cannot, the plain PyTorch of `window_blocks`. Sink tokens, if there are, join by `sink_tokens`.
 """
 
 import torch
@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from ..ops.triton import DTYPES, MAX_DIM, missing
 from .kernel_choice import prefers_kernels
+from .sink_tokens import SinkTokens, attend_sinks, attend_sinks_backward
 from .window_blocks import accumulation_dtype, attend, attend_backward
 
 
@@ -104,15 +105,22 @@ class WindowSoftmax(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *arguments):
-        output, log_sum = torch.ops.gma_hf.window_softmax(*arguments)
-        ctx.save_for_backward(*arguments[:10], output, log_sum)
-        ctx.options = arguments[10:]
+        inputs, sink_tokens, options = arguments[:10], arguments[10:14], arguments[14:]
+        output, log_sum = torch.ops.gma_hf.window_softmax(*inputs, *options)
+        if sink_tokens[0] is not None:
+            scaling, softcap = options[2:]
+            output, log_sum = attend_sinks(output, log_sum, inputs[0], SinkTokens(*sink_tokens), scaling, softcap)
+        ctx.save_for_backward(*inputs, *sink_tokens, output, log_sum)
+        ctx.options = options
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_output):
-        *tensors, sinks, output, log_sum = ctx.saved_tensors
+        # At once: what is checkpointed is there for one look
+        *inputs, output, log_sum = ctx.saved_tensors
+        *tensors, sinks = inputs[:10]
+        sink_tokens = inputs[10:]
         *grads, grad_logit, grad_memory_query, delta = torch.ops.gma_hf.window_softmax_backward(
             *tensors, output, log_sum, grad_output, *ctx.options
         )
@@ -125,9 +133,17 @@ class WindowSoftmax(torch.autograd.Function):
             # Where a query sees nothing, delta is zero, and there is a sink at least
             share = torch.exp(sinks.to(log_sum.dtype)[:, None] - log_sum)
             grad_sinks = -(share * delta).sum(dim=(0, 2)).to(sinks.dtype)
+        grad_sink_keys = grad_sink_values = None
+        if sink_tokens[0] is not None:
+            scaling, softcap = ctx.options[2:]
+            with torch.autocast(device_type=grad_output.device.type, enabled=False):
+                grad_sink_keys, grad_sink_values = attend_sinks_backward(
+                    grads[0], tensors[0], SinkTokens(*sink_tokens), log_sum, delta, grad_output, scaling, softcap
+                )
         grad_memory_query = grad_memory_query.to(memory_query.dtype)
         grad_memory = (*grads[3:], grad_log_weight, grad_bias, grad_memory_query, grad_sinks)
-        return *grads[:3], None, None, *grad_memory, None, None, None, None
+        grad_sink_tokens = (grad_sink_keys, grad_sink_values, None, None)
+        return *grads[:3], None, None, *grad_memory, *grad_sink_tokens, None, None, None, None
 
 
 def window_softmax(
@@ -141,6 +157,7 @@ def window_softmax(
     memory_bias: Tensor,
     memory_query: Tensor,
     sinks: Tensor | None = None,
+    sink_tokens: SinkTokens | None = None,
     *,
     size: int,
     causal: bool,
@@ -164,6 +181,7 @@ def window_softmax(
         memory_bias (`torch.Tensor` of shape `(heads,)`), memory_query (`torch.Tensor` of shape `(heads, head_dim)`): a and
             u, which tell how much the memory weighs.
         sinks (`torch.Tensor` of shape `(heads,)`, *optional*): logits that join the normaliser alone.
+        sink_tokens (`SinkTokens`, *optional*): further tokens that are seen, from before the window.
         size (`int`): W.
         causal (`bool`): look back only.
         scaling (`float`): factor of the logits.
@@ -183,6 +201,7 @@ def window_softmax(
         memory_bias,
         memory_query,
         sinks,
+        *([None] * 4 if sink_tokens is None else sink_tokens),
         size,
         causal,
         scaling,

@@ -168,16 +168,21 @@ def test_calibration_brings_the_model_nearer_to_its_teacher(options):
     json.dumps(report.to_dict())
 
 
-def test_the_memory_weighs_what_softmax_pays_outside_of_the_window():
-    model = convert_to_gma(make_softmax_model("llama"), num_components=8, window_size=6)
+@pytest.mark.parametrize("num_sinks", [0, 3])
+def test_the_memory_weighs_what_softmax_pays_outside_of_the_window(num_sinks):
+    model = convert_to_gma(make_softmax_model("llama"), num_components=8, window_size=6, num_sink_tokens=num_sinks)
     data = tokens(4, 32)
     report = calibrate(model, [data], progress=False)
     shares = {}
 
     def measure(call):
-        affinity = call.layer.window_norm.affinity(call.layer.mixture_norm, call.query, call.key, scaling=call.scaling)
+        routed = dict(zip(("routing_query", "routing_key"), call.routed(), strict=True))
+        window, mixture = call.layer.window_norm, call.layer.mixture_norm
+        affinity = window.affinity(
+            mixture, call.query, call.key, scaling=call.scaling, weigh_by_routing=True, **routed
+        )
         index = torch.arange(32)
-        is_far = index[:, None] - index >= 6
+        is_far = (index[:, None] - index >= 6) & (index >= num_sinks)
         shares[call.module] = (affinity * is_far).sum(dim=-1).mean()
 
     with torch.no_grad(), as_teacher(model, measure):
@@ -207,6 +212,33 @@ def test_no_memory_is_left_out_of_reach_of_the_queries(monkeypatch):
         model(tokens(), use_cache=False)
     assert len(reached) == len(gma_layers(model))
     assert (torch.stack(reached) >= SMALLEST_OVERLAP).all()
+
+
+@quick
+def test_what_the_sink_tokens_get_is_not_the_memorys():
+    """Their softmax share, counted in real tokens, is missing from the far mass."""
+    model = convert_to_gma(make_softmax_model("llama"), num_components=4, window_size=5, num_sink_tokens=2)
+    data = torch.nn.functional.pad(tokens(2, 20), (7, 0))
+    mask = torch.nn.functional.pad(torch.ones(2, 20, dtype=torch.long), (7, 0))
+    compared = []
+
+    def measure(call):
+        real = call.real()
+        masses = []
+        for num_sinks in (0, 2):
+            call.layer.window_norm.num_sink_tokens = num_sinks
+            masses.append(calibration.mean_far_mass(call, real))
+        query, key = call.query[:, :, 7:], call.key[:, :, 7:].repeat_interleave(2, dim=1)
+        logits = call.scaling * query @ key.mT
+        weights = logits.masked_fill(torch.ones(20, 20).triu(1).bool(), -torch.inf).softmax(dim=-1)
+        distance = torch.arange(20)[:, None] - torch.arange(20)
+        sinks = (weights * (distance >= 5))[..., :2].sum(dim=-1).mean(dim=(0, 2))
+        torch.testing.assert_close(masses[0] - masses[1], sinks, rtol=1e-4, atol=1e-6)
+        compared.append(call.module)
+
+    with torch.no_grad(), as_teacher(model, measure):
+        model(data, attention_mask=mask, use_cache=False)
+    assert len(compared) == 2
 
 
 @pytest.mark.parametrize("window_size", [0, 4])
@@ -269,6 +301,7 @@ def test_calibration_leaves_everything_but_the_mixtures_as_it_is():
         ([], {}, "calibration set is empty"),
         ([tokens(1, 3)], {"num_components": 16}, "3 tokens, too few to fit 16 components"),
         ([tokens(4, 8)], {"window_size": 8}, "8 tokens at most, so nothing ever leaves the window of 8"),
+        ([tokens(4, 8)], {"window_size": 6, "num_sink_tokens": 2}, "window of 6 tokens but sink tokens \\(2\\)"),
         ([{"text": "words"}], {}, "has no 'input_ids'"),
     ],
 )

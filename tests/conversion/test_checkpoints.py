@@ -25,12 +25,29 @@ from tests.conversion.tiny_models import (
 from tests.test_remote_code import run_program
 
 
-HYBRID = {"layers": [1], "window_size": 3, "use_forgetting": True, "use_routing_projections": True}
+HYBRID = {
+    "layers": [1],
+    "window_size": 3,
+    "num_sink_tokens": 2,
+    "use_forgetting": True,
+    "use_routing_projections": True,
+}
 
 
 @pytest.fixture
 def tokens():
     return make_inputs("llama")["input_ids"]
+
+
+@pytest.mark.quick
+def test_a_checkpoint_from_before_sink_tokens_has_none(tokens, tmp_path):
+    model = make_converted_model("llama", window_size=3)
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text("utf-8"))
+    assert config["gma"].pop("num_sink_tokens") == 0
+    (tmp_path / "config.json").write_text(json.dumps(config), "utf-8")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(output_of(loaded, input_ids=tokens), output_of(model, input_ids=tokens))
 
 
 @pytest.mark.quick

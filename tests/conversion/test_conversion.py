@@ -70,6 +70,8 @@ def test_encoder_and_decoder_are_chosen_by_name():
         ({"layers": ["encoder"]}, "Their names are: layers.0.self_attn, layers.1.self_attn"),
         ({"num_components": 0}, "`num_components` must be positive"),
         ({"window_size": -1}, "`window_size` must not be negative"),
+        ({"window_size": 4, "num_sink_tokens": -1}, "`num_sink_tokens` must not be negative"),
+        ({"num_sink_tokens": 1}, "needs a `window_size`, which is 0"),
         ({"variance_init": 1e-5}, "must exceed `variance_floor`"),
     ],
 )
@@ -103,6 +105,8 @@ def test_models_that_cannot_be_converted_are_refused_with_the_reason():
         revert_to_softmax(make_softmax_model("llama"))
     with pytest.raises(ValueError, match="no order in which to forget"):
         convert_to_gma(make_softmax_model("bert"), use_forgetting=True)
+    with pytest.raises(ValueError, match="`num_sink_tokens` needs causal layers"):
+        convert_to_gma(make_softmax_model("bert"), window_size=4, num_sink_tokens=1)
 
 
 def test_biases_are_seen_where_the_table_says_nothing(monkeypatch):
@@ -224,13 +228,18 @@ def test_a_hook_on_the_mixtures_sees_what_is_routed(tokens):
     In every configuration, by keyword or not: what calibration is built on. Behind a window the first tokens find nothing in
     the memory, and the last ones are not in it yet.
     """
-    for options in ({}, {"window_size": 3}, {"use_routing_projections": True}):
+    for options in (
+        {},
+        {"window_size": 3},
+        {"window_size": 3, "num_sink_tokens": 2},
+        {"use_routing_projections": True},
+    ):
         model = make_converted_model("llama", **options)
         seen = []
         for layer in gma_layers(model).values():
             layer.mixture_norm.register_forward_pre_hook(lambda module, args, seen=seen: seen.append(args[:2]))
         output_of(model, input_ids=tokens)
-        routed = 13 - options.get("window_size", 0)
+        routed = 13 - options.get("window_size", 0) - options.get("num_sink_tokens", 0)
         assert [tuple(query.shape) for query, _ in seen] == [(2, 4, routed, 8)] * 2
         assert [tuple(key.shape) for _, key in seen] == [(2, 2, routed, 8)] * 2
 
@@ -255,14 +264,29 @@ def test_wide_conversions_equal_narrow_ones_where_they_add_nothing(tokens):
 
 
 @pytest.mark.quick
+@pytest.mark.parametrize("options", [{"window_size": 64}, {"window_size": 9, "num_sink_tokens": 4}])
 @pytest.mark.parametrize("model_type", ["gemma2", "gpt_oss"])
-def test_a_window_over_everything_is_the_original_attention(model_type):
-    """Soft-capping and attention sinks are part of the window."""
+def test_a_window_over_everything_is_the_original_attention(model_type, options):
+    """Soft-capping and attention sinks are part of the window; and the last tokens and the first are all of them."""
     softmax = make_softmax_model(model_type, sliding_window=64)
     softmax.set_attn_implementation("eager")
-    windowed = convert_to_gma(copy.deepcopy(softmax), num_components=6, window_size=64)
+    windowed = convert_to_gma(copy.deepcopy(softmax), num_components=6, **options)
     inputs = make_inputs(model_type)
     torch.testing.assert_close(output_of(windowed, **inputs), output_of(softmax, **inputs), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.quick
+def test_sink_tokens_belong_to_causal_layers():
+    """An encoder beside them has none, as it has no forgetting."""
+    model = make_converted_model("bart", window_size=3, num_sink_tokens=2)
+    for name, layer in gma_layers(model).items():
+        assert layer.window_norm.num_sink_tokens == (2 if "decoder" in name else 0)
+    plain = make_converted_model("bart", window_size=3)
+    plain.load_state_dict(model.state_dict())
+    source = make_inputs("bart")
+    encoded = [one.get_encoder()(source["input_ids"])[0] for one in (model, plain)]
+    assert torch.equal(*encoded)
+    assert not torch.equal(output_of(model, **source), output_of(plain, **source))
 
 
 @pytest.mark.quick

@@ -44,6 +44,7 @@ def conversion(corpus, tmp_path):  # noqa: F811
         "output_dir": str(tmp_path / "out"),
         "num_components": 8,
         "window_size": 4,
+        "num_sink_tokens": 1,
         "calibration_tokens": 500,
         "calibration_batch_size": 4,
         "block_size": 32,

@@ -18,7 +18,7 @@ CLOSE = {"rtol": 1e-4, "atol": 5e-5}
 LENGTH = {"max_new_tokens": 8, "eos_token_id": None, "pad_token_id": 0}
 VARIANTS = {
     "plain": {},
-    "all": {"window_size": 4, "use_forgetting": True, "use_routing_projections": True},
+    "all": {"window_size": 4, "num_sink_tokens": 2, "use_forgetting": True, "use_routing_projections": True},
     "hybrid": {"layers": [1], "use_forgetting": True},
     "hybrid-windowed": {"layers": [0], "window_size": 4},
 }

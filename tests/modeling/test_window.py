@@ -2,7 +2,6 @@
 """The window: exact softmax for what is near, the mixture for what is older, one normaliser for both."""
 
 import itertools
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,90 +12,13 @@ from torch._dynamo.testing import CompileCounter
 from transformers import DynamicCache, StaticCache, Trainer
 
 import gma_hf
-from gma_hf.modeling import GMAMixture, GMAWindow
+from gma_hf.modeling import GMAWindow
 from tests.conftest import TINY, make_model, tiny_config
+from tests.windows import BATCH, EXACT, HEAD_DIM, attend, goes_on, part, problem, reference, rows
 
 
-# Sums of a few hundred float64 terms of order one, in two orders
-EXACT = {"rtol": 1e-9, "atol": 1e-11}
 # Float32 sums in another order, through three layers
 TOLERANCE = {"rtol": 1e-4, "atol": 2e-5}
-BATCH, KEY_HEADS, HEAD_DIM, VALUE_DIM, COMPONENTS = 2, 2, 4, 3, 5
-
-
-def problem(window: int, length: int, repeats: int = 2, decay: bool = True, weight: bool = True, seed: int = 0):
-    """A mixture and a window with random parameters, and random inputs, in float64."""
-    generator = torch.Generator().manual_seed(seed)
-    heads = KEY_HEADS * repeats
-
-    def draw(*shape):
-        return torch.randn(*shape, dtype=torch.float64, generator=generator)
-
-    mixture = GMAMixture(heads, COMPONENTS, HEAD_DIM, variance_floor=1e-4, eps=1e-6).double()
-    window = GMAWindow(heads, HEAD_DIM, window).double()
-    with torch.no_grad():
-        for parameter in (*mixture.parameters(), *window.parameters()):
-            parameter.copy_(draw(*parameter.shape))
-    tokens = {
-        "query": draw(BATCH, heads, length, HEAD_DIM),
-        "key": draw(BATCH, KEY_HEADS, length, HEAD_DIM),
-        "value": draw(BATCH, KEY_HEADS, length, VALUE_DIM),
-        "write_weight": draw(BATCH, heads, length).exp() if weight else None,
-        "log_decay": -0.3 * draw(BATCH, heads, length).exp() if decay else None,
-    }
-    return SimpleNamespace(mixture=mixture, window=window, tokens=tokens)
-
-
-def attend(p, tokens: dict | None = None, **arguments):
-    tokens = p.tokens if tokens is None else tokens
-    return p.window(p.mixture, scaling=HEAD_DIM**-0.5, **tokens, **arguments)
-
-
-def reference(
-    p, causal: bool = True, softcap: float | None = None, sinks=None, routing_query=None, routing_key=None
-) -> torch.Tensor:
-    """The equations of `window.py`, with all pairs of tokens written out."""
-    query, key, value = p.tokens["query"], p.tokens["key"], p.tokens["value"]
-    heads, length, size = query.shape[1], query.shape[2], p.window.window_size
-    key, value = (x.repeat_interleave(heads // KEY_HEADS, dim=1) for x in (key, value))
-    routing_key = key if routing_key is None else routing_key.repeat_interleave(heads // KEY_HEADS, dim=1)
-    routing_query = query if routing_query is None else routing_query
-    logits = HEAD_DIM**-0.5 * query @ key.transpose(-1, -2)
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
-    distance = torch.arange(length)[:, None] - torch.arange(length)
-    near = (distance >= 0) & (distance < size) if causal else distance.abs() <= size
-
-    far = p.mixture.responsibilities(routing_query) @ p.mixture.responsibilities(routing_key).transpose(-1, -2)
-    if p.tokens["write_weight"] is not None:
-        far = far * p.tokens["write_weight"][:, :, None]
-    if causal:
-        far = far * (distance >= size)
-    if p.tokens["log_decay"] is not None and causal:
-        # What j wrote is forgotten by the tokens l with j < l <= i - W
-        for i, j in itertools.product(range(length), repeat=2):
-            if i - j >= size:
-                far[:, :, i, j] *= p.tokens["log_decay"][:, :, j + 1 : i - size + 1].sum(-1).exp()
-    memory = (p.window.memory_bias[:, None] + torch.einsum("bhnd,hd->bhn", query, p.window.memory_query)).exp()
-    weights = logits.exp() * near + memory[..., None] * far
-    total = weights.sum(dim=-1, keepdim=True)
-    if sinks is not None:
-        total = total + sinks.exp()[:, None, None]
-    return weights @ value / total
-
-
-def rows(tokens: dict, row: int, keep: torch.Tensor) -> dict:
-    """The tokens `keep` of one row."""
-    dims = {"write_weight": 2, "log_decay": 2}
-    index = keep.nonzero()[:, 0]
-    return {
-        name: None if x is None else x[row : row + 1].index_select(dims.get(name, 2), index)
-        for name, x in tokens.items()
-    }
-
-
-def part(tokens: dict, start: int, stop: int) -> dict:
-    return {name: None if x is None else x[:, :, start:stop] for name, x in tokens.items()}
 
 
 @pytest.mark.quick
@@ -108,17 +30,18 @@ def part(tokens: dict, start: int, stop: int) -> dict:
     causal=st.booleans(),
     decay=st.booleans(),
     weight=st.booleans(),
+    num_sinks=st.integers(0, 5),
 )
-def test_the_window_is_what_its_equations_say(window, length, repeats, causal, decay, weight):
-    p = problem(window, length, repeats, decay and causal, weight)
+def test_the_window_is_what_its_equations_say(window, length, repeats, causal, decay, weight, num_sinks):
+    p = problem(window, length, repeats, decay and causal, weight, num_sinks=num_sinks)
     with torch.no_grad():
         torch.testing.assert_close(attend(p, causal=causal), reference(p, causal), **EXACT)
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize("causal", [True, False])
-def test_routing_vectors_soft_cap_and_sinks(causal):
-    p = problem(window=5, length=39, decay=causal)
+@pytest.mark.parametrize(("causal", "num_sinks"), [(True, 0), (True, 3), (False, 0)])
+def test_routing_vectors_soft_cap_and_sinks(causal, num_sinks):
+    p = problem(window=5, length=39, decay=causal, num_sinks=num_sinks)
     generator = torch.Generator().manual_seed(1)
     arguments = {
         "routing_query": torch.randn(p.tokens["query"].shape, dtype=torch.float64, generator=generator),
@@ -153,10 +76,10 @@ def test_only_tokens_older_than_the_window_pass_through_the_memory():
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(("causal", "num_sinks"), [(True, 0), (True, 2), (False, 0)])
 @pytest.mark.parametrize(("window", "length"), [(3, 7), (9, 5), (2, 36)])
-def test_gradients(window, length, causal):
-    p = problem(window, length, decay=causal)
+def test_gradients(window, length, causal, num_sinks):
+    p = problem(window, length, decay=causal, num_sinks=num_sinks)
     inputs = {name: x.requires_grad_() for name, x in p.tokens.items() if x is not None}
     inputs["sinks"] = torch.zeros(4, dtype=torch.float64, requires_grad=True)
     mask = torch.ones(BATCH, length, dtype=torch.bool)
@@ -168,14 +91,14 @@ def test_gradients(window, length, causal):
         return p.window(p.mixture, scaling=0.7, causal=causal, softcap=2.0, **tokens, **arguments)
 
     tensors = (*inputs.values(), *p.mixture.parameters(), *p.window.parameters())
-    for arguments in ({}, {"padding_mask": mask, "sequence_ids": ids}):
+    for arguments in ({}, {"padding_mask": mask}, {"padding_mask": mask, "sequence_ids": ids}):
         assert torch.autograd.gradcheck(lambda *x, a=arguments: function(*x, **a), tensors, fast_mode=True)
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize("causal", [True, False])
-def test_the_affinity_is_what_the_window_computes(causal):
-    p = problem(window=5, length=27, decay=causal)
+@pytest.mark.parametrize(("causal", "num_sinks"), [(True, 0), (True, 2), (False, 0)])
+def test_the_affinity_is_what_the_window_computes(causal, num_sinks):
+    p = problem(window=5, length=27, decay=causal, num_sinks=num_sinks)
     tokens = {name: x for name, x in p.tokens.items() if name != "value"}
     with torch.no_grad():
         affinity = p.window.affinity(p.mixture, scaling=HEAD_DIM**-0.5, causal=causal, **tokens)
@@ -187,12 +110,6 @@ def test_the_affinity_is_what_the_window_computes(causal):
         assert not affinity.triu(1).any()
 
 
-def goes_on(ids: torch.Tensor, mask: torch.Tensor, bound: int) -> bool:
-    """Whether the real tokens on both sides of a bound are of one sequence."""
-    before, after = ids[:bound][mask[:bound]], ids[bound:][mask[bound:]]
-    return before.numel() == 0 or after.numel() == 0 or bool(before[-1] == after[0])
-
-
 @pytest.mark.quick
 @hypothesis_settings(max_examples=100)
 @given(
@@ -201,12 +118,13 @@ def goes_on(ids: torch.Tensor, mask: torch.Tensor, bound: int) -> bool:
     padding=st.sampled_from(["anywhere", "left", "right", "none", "all"]),
     packed=st.booleans(),
     causal=st.booleans(),
+    num_sinks=st.integers(0, 4),
     seed=st.integers(0, 99),
 )
-def test_padding_packing_and_portions_change_nothing(window, splits, padding, packed, causal, seed):
+def test_padding_packing_and_portions_change_nothing(window, splits, padding, packed, causal, num_sinks, seed):
     """Every sequence of every row equals the sequence alone, however the tokens arrive."""
     length = sum(splits)
-    p = problem(window, length, decay=causal, seed=seed)
+    p = problem(window, length, decay=causal, seed=seed, num_sinks=num_sinks)
     generator = torch.Generator().manual_seed(seed)
     mask = torch.rand(BATCH, length, generator=generator) < 0.6
     if padding in ("left", "right"):
@@ -243,8 +161,9 @@ def test_padding_packing_and_portions_change_nothing(window, splits, padding, pa
 
 
 @pytest.mark.quick
-def test_what_stands_at_padding_is_never_seen():
-    p = problem(window=4, length=19)
+@pytest.mark.parametrize("num_sinks", [0, 2])
+def test_what_stands_at_padding_is_never_seen(num_sinks):
+    p = problem(window=4, length=19, num_sinks=num_sinks)
     mask = torch.rand(BATCH, 19, generator=torch.Generator().manual_seed(0)) < 0.5
     expected = attend(p, padding_mask=mask)
     poisoned = {
@@ -255,10 +174,11 @@ def test_what_stands_at_padding_is_never_seen():
 
 
 @pytest.mark.quick
+@pytest.mark.parametrize("num_sinks", [0, 2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_extreme_logits_and_memories_stay_finite(dtype):
+def test_extreme_logits_and_memories_stay_finite(dtype, num_sinks):
     """Logits beyond the range of exp, a memory that is nearly all or nearly nothing, and many equal tokens."""
-    p = problem(window=4, length=300, decay=False)
+    p = problem(window=4, length=300, decay=False, num_sinks=num_sinks)
     p.mixture.to(dtype), p.window.to(dtype)
     tokens = {name: x.to(torch.float32 if x.ndim == 3 else dtype) for name, x in p.tokens.items() if x is not None}
     tokens["write_weight"] = tokens["write_weight"] * 1e3
@@ -275,23 +195,26 @@ def test_extreme_logits_and_memories_stay_finite(dtype):
 
 
 @pytest.mark.quick
-def test_bfloat16_is_as_exact_as_its_inputs():
-    p = problem(window=8, length=120, decay=False, weight=False)
+@pytest.mark.parametrize("num_sinks", [0, 2])
+def test_bfloat16_is_as_exact_as_its_inputs(num_sinks):
+    p = problem(window=8, length=120, decay=False, weight=False, num_sinks=num_sinks)
     low = {name: None if x is None else x.bfloat16() for name, x in p.tokens.items()}
     exact = {name: None if x is None else x.double() for name, x in low.items()}
     expected = attend(p, exact)
     p.mixture.float(), p.window.float()
     output = attend(p, low)
-    # Roundings of 2^-9 each, of the output and of what the memory read; everything else is float32
+    # Roundings of 2^-9 each: of what the memory read, of the output and, before sinks join it, of what it was without them
     assert (output.double() - expected).norm() <= 3 * 2**-9 * expected.norm()
 
 
 @pytest.mark.quick
 @pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("length", [2, 4, 5, 19])
-def test_a_mask_without_padding_changes_nothing(length, packed):
+@pytest.mark.parametrize(
+    ("length", "num_sinks"), [(2, 0), (4, 0), (5, 0), (19, 0), (2, 3), (4, 3), (5, 3), (7, 3), (19, 3)]
+)
+def test_a_mask_without_padding_changes_nothing(length, num_sinks, packed):
     """Output, history and every gradient: without a mask, tokens are looked at where they are; with one, behind W others."""
-    p = problem(window=4, length=length)
+    p = problem(window=4, length=length, num_sinks=num_sinks)
     ids = (torch.arange(length) * 3 // 10).expand(BATCH, -1) if packed else None
     results = []
     for mask in (None, torch.ones(BATCH, length, dtype=torch.bool)):
@@ -324,10 +247,10 @@ def test_what_is_whole_reaches_the_memory_without_a_copy(causal):
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize("length", [1, 3, 4])
-def test_where_nothing_leaves_the_window_all_parameters_have_a_gradient(length):
+@pytest.mark.parametrize(("length", "num_sinks"), [(1, 0), (3, 0), (4, 0), (6, 2)])
+def test_where_nothing_reaches_the_memory_all_parameters_have_a_gradient(length, num_sinks):
     """Which is zero, for the memory: distributed training waits for all of them."""
-    p = problem(window=4, length=length)
+    p = problem(window=4, length=length, num_sinks=num_sinks)
     leaves = {name: x.detach().clone().requires_grad_() for name, x in p.tokens.items()}
     attend(p, leaves).sin().sum().backward()
     of_memory = (*p.mixture.parameters(), *p.window.parameters(), leaves["write_weight"], leaves["log_decay"])

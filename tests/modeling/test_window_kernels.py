@@ -13,6 +13,7 @@ from torch import Tensor
 import gma_hf
 from gma_hf.modeling import kernel_choice
 from gma_hf.modeling import window_softmax as module
+from gma_hf.modeling.sink_tokens import SinkTokens
 from gma_hf.modeling.window_softmax import window_softmax
 from tests.conftest import make_model, tiny_config
 from tests.ops.kernels import DEVICE, what_a_model_learns
@@ -43,6 +44,7 @@ class WindowProblem:
     padded: bool = False
     packed: bool = False
     sinks: bool = False
+    num_sink_tokens: int = 0
     softcap: float | None = None
     whole: bool = (
         False  # no token before the first, none that does not exist, and a memory that only later queries have
@@ -81,7 +83,19 @@ class WindowProblem:
         tensors["log_weight"][:, :, 1:untold:2] = -44.0
         if self.sinks:
             tensors["sinks"] = draw(heads)
+        if self.num_sink_tokens > 0:
+            num_sinks = 3 * self.num_sink_tokens if self.packed else self.num_sink_tokens
+            tensors["sink_key"] = draw(self.batch, self.key_heads, num_sinks, self.dim)
+            tensors["sink_value"] = draw(self.batch, self.key_heads, num_sinks, self.value_dim)
         return tensors
+
+    def sink_tokens(self, key: Tensor, value: Tensor) -> SinkTokens:
+        """What the queries behind the first five see; packed, of three sequences."""
+        place, rank = torch.arange(5, self.length), torch.arange(self.num_sink_tokens)
+        index = (place * 3 // self.length)[:, None] * self.num_sink_tokens + rank
+        index = index.expand(self.batch, -1, -1).to(DEVICE) if self.packed else None
+        visible = (rank < place[:, None] - 5)[None].to(DEVICE)
+        return SinkTokens(key, value, visible, index)
 
     def masks(self) -> dict[str, Tensor | None]:
         """Which tokens there are, and runs of them."""
@@ -95,6 +109,9 @@ class WindowProblem:
         return {name: None if x is None else x.to(DEVICE) for name, x in masks.items()}
 
     def run(self, tensors: dict[str, Tensor]) -> Tensor:
+        tensors = dict(tensors)
+        if self.num_sink_tokens > 0:
+            tensors["sink_tokens"] = self.sink_tokens(tensors.pop("sink_key"), tensors.pop("sink_value"))
         return window_softmax(
             **tensors, **self.masks(), size=self.size, causal=self.causal, scaling=0.4, softcap=self.softcap
         )
@@ -125,10 +142,14 @@ CASES = {
     "whole, packed": WindowProblem(75, 7, key_heads=1, whole=True, packed=True),
     "whole, bidirectional": WindowProblem(40, 9, causal=False, key_heads=1, whole=True),
     "whole, in the window": WindowProblem(20, 40, batch=2, key_heads=1, whole=True),
+    "sink tokens": WindowProblem(40, 9, batch=2, whole=True, num_sink_tokens=3, sinks=True),
+    "sink tokens, packed": WindowProblem(
+        40, 9, batch=2, key_heads=1, padded=True, packed=True, num_sink_tokens=2, softcap=2.0
+    ),
     "many heads of a key": WindowProblem(20, 4, key_heads=1, repeats=5),
     "large dimensions": WindowProblem(20, 4, key_heads=1, repeats=1, dim=130, value_dim=70),
 }
-QUICK = ("everything", "bidirectional", "one token", "whole")
+QUICK = ("everything", "bidirectional", "one token", "whole", "sink tokens")
 
 
 @pytest.fixture
@@ -162,6 +183,7 @@ def test_float32_equals_the_definition(case, monkeypatch):
         ("plain", torch.bfloat16),
         ("whole", torch.bfloat16),
         ("everything", torch.bfloat16),
+        ("sink tokens, packed", torch.bfloat16),
         ("bidirectional, everything", torch.float16),
     ],
 )

@@ -1,0 +1,107 @@
+# Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
+"""
+Queries and keys as they were before rotary positions (Su et al., arXiv:2104.09864).
+
+Softmax over rotated queries and keys sees only how far apart two tokens are. A mixture routes each vector by itself, and to it
+a key at a position that it was not fitted to is a point that it does not know. So a converted layer undoes the rotation of
+what it routes. No convention of rotating is known here: the model's own `apply_rotary_pos_emb`, given the inverse of the
+rotation that the attention module was called with, turns back whatever it has turned; and that it does is tried on the model.
+"""
+
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+
+
+# Rounding errors of a rotation and its inverse, in units of the last place of the largest entry
+ROUNDINGS = 4
+
+
+class Rotation(NamedTuple):
+    """The rotation of the current tokens, from one call of an attention module."""
+
+    rotate: Callable[..., tuple[Tensor, Tensor]]  # (query, key, cos, sin) to both, rotated
+    cos: Tensor  # [batch or 1, length, rotary_dim or half of it]
+    sin: Tensor  # likewise
+
+    def undo(self, query: Tensor, key: Tensor, rotary_dim: int) -> tuple[Tensor, Tensor]:
+        """
+        Queries and keys `(batch, heads, length, dim)` with their first `rotary_dim` dimensions turned back.
+
+        The inverse of [[c, -s], [s, c]] is [[c, s], [-s, c]] / (c^2 + s^2): also where scaled frequencies (YaRN) come with a
+        factor, and where cosines and sines were rounded.
+        """
+        dtype = torch.promote_types(query.dtype, torch.float32)
+        cos, sin = (x.to(query.device, dtype) for x in (self.cos, self.sin))
+        norm = cos.square() + sin.square()
+        turned = [x[..., :rotary_dim].to(dtype) for x in (query, key)]
+        turned = self.rotate(*turned, cos / norm, -sin / norm)
+        return tuple(
+            torch.cat([x.to(whole.dtype), whole[..., rotary_dim:]], dim=-1)
+            for x, whole in zip(turned, (query, key), strict=True)
+        )
+
+
+def rotary_function(module: nn.Module) -> Callable[..., tuple[Tensor, Tensor]] | None:
+    """`apply_rotary_pos_emb` of a module's modeling file; `None` if there is none."""
+    return getattr(sys.modules.get(type(module).__module__), "apply_rotary_pos_emb", None)
+
+
+def find_position_embeddings(args: tuple, kwargs: dict) -> tuple[Tensor, Tensor] | None:
+    """Cosines and sines among the arguments of an attention module."""
+    for argument in (kwargs.get("position_embeddings"), *args):
+        if isinstance(argument, tuple | list) and len(argument) == 2 and all(isinstance(x, Tensor) for x in argument):
+            return tuple(argument)
+    return None
+
+
+def find_rotary_dim(
+    module: nn.Module, args: tuple, kwargs: dict, states: tuple[Tensor, Tensor], watched: dict[nn.Module, tuple]
+) -> int:
+    """
+    How many of the first dimensions of its queries and keys an attention module rotates such that [`Rotation.undo`] turns them
+    back. The module is called once more, with the rotation by nothing: that is what has to come out.
+
+    Args:
+        module (`nn.Module`): the attention module.
+        args (`tuple`), kwargs (`dict`): what it was called with.
+        states (`tuple[Tensor, Tensor]`): the query and key that its attention function got then.
+        watched (`dict`): from a module to the query and key of its latest call, filled in while it runs.
+
+    Returns:
+        `int`: 0 if it rotates nothing, or in another way.
+    """
+    embeddings, rotate = find_position_embeddings(args, kwargs), rotary_function(module)
+    if embeddings is None or rotate is None:
+        return 0
+    nothing = (torch.ones_like(embeddings[0]), torch.zeros_like(embeddings[1]))
+
+    def replace(argument: Any) -> Any:
+        if isinstance(argument, Cache):
+            return None
+        return argument if find_position_embeddings((argument,), {}) is None else nothing
+
+    # What a model does with arguments such as these is its own affair, and so are its errors
+    with suppress(Exception):
+        module(*map(replace, args), **{name: replace(argument) for name, argument in kwargs.items()})
+    plain = watched[module]
+    if all(torch.equal(x, y) for x, y in zip(plain, states, strict=True)):
+        return 0
+    # Some functions take cosines for every dimension, some for every pair of dimensions
+    for rotary_dim in (embeddings[0].shape[-1], 2 * embeddings[0].shape[-1]):
+        with suppress(Exception):
+            undone = Rotation(rotate, *embeddings).undo(*states, rotary_dim)
+            if rotary_dim <= states[0].shape[-1] and all(map(is_close, undone, plain)):
+                return rotary_dim
+    return 0
+
+
+def is_close(x: Tensor, y: Tensor) -> bool:
+    """Equal up to rounding errors."""
+    tolerance = ROUNDINGS * torch.finfo(y.dtype).eps * y.abs().max()
+    return x.shape == y.shape and bool((x - y).abs().max() <= tolerance)
