@@ -6,10 +6,11 @@ SmolLM2-135M-Instruct converted to GMA and distilled on Wikipedia and books, wit
     python benchmarks/conversion_smollm2.py --model smollm2 --data DATA --prepare smollm2.pt
     python benchmarks/conversion_smollm2.py --model smollm2 --prepared smollm2.pt --minutes 6 --rows window
 
-`--prepare` tokenizes: Wikipedia and books to train on, the test set of WikiText-103 to measure. DATA holds `wikipedia-long`,
-`books` and `wikitext-103`. Perplexity is that of the whole test set in windows of 1,024 tokens that do not overlap, KL that to
-the original's distributions at every position. Rows that the output file holds already are not repeated; `finetune` goes on
-from the model of the row `window`, which `--work` keeps.
+`--prepare` tokenizes: Wikipedia and books to train on, in blocks of 4,096 tokens, the test set of WikiText-103 to measure. DATA
+holds `wikipedia-long`, `books` and `wikitext-103`. Perplexity is that of the whole test set in windows of 1,024 tokens that do
+not overlap, KL that to the original's distributions at every position; perplexity by position is that in windows of 8,192,
+twice as long as the blocks of the training. Rows that the output file holds already are not repeated; `finetune` goes on from
+the model of the row `window`, which `--work` keeps.
 """
 
 import argparse
@@ -34,21 +35,22 @@ from gma_hf.conversion.sensitivity import choose_layers, rank_layers
 from gma_hf.training import GMATrainer
 
 
-LENGTH = 1024
-LONG = 4096  # of the curve of perplexity by position
-BUCKET = 512
+LENGTH = 1024  # of the windows of the test
+TRAIN_LENGTH = 4096
+LONG = 8192  # of the windows of the curve of perplexity by position
+BUCKET = 1024
 TRAIN_TOKENS = 16_000_000
 PROMPTS = (
     "The history of the city begins",
     "Scientists have discovered that",
     "Once upon a time, in a village by the sea,",
 )
-# Options of `convert_to_gma` (None: as `--window` says), how many layers stay softmax, and whether mixtures are calibrated
+# Whether layers have a window, how many of them stay softmax, and whether mixtures are calibrated
 CONVERSIONS = {
-    "window": ({"window_size": None}, 0, True),
-    "keep": ({"window_size": None}, 7, True),
-    "no_window": ({"use_forgetting": True}, 0, True),
-    "window_random": ({"window_size": None}, 0, False),
+    "window": (True, 0, True),
+    "keep": (True, 7, True),
+    "no_window": (False, 0, True),
+    "window_random": (True, 0, False),
 }
 TITLES = {
     "original": "original, softmax",
@@ -78,7 +80,9 @@ def prepare(arguments: argparse.Namespace) -> None:
             found += [separator, *tokens_of(text[:400_000])]
             if len(found) >= half:
                 break
-        parts.append(torch.tensor(found[: half // LENGTH * LENGTH], dtype=torch.int32).view(-1, LENGTH))
+        parts.append(
+            torch.tensor(found[: half // TRAIN_LENGTH * TRAIN_LENGTH], dtype=torch.int32).view(-1, TRAIN_LENGTH)
+        )
     blocks = torch.cat(parts)
     blocks = blocks[torch.randperm(len(blocks), generator=torch.Generator().manual_seed(0))]
     with lzma.open(arguments.data / "wikitext-103" / "test.txt.xz", "rt", encoding="utf-8") as file:
@@ -126,12 +130,12 @@ def measure(model, teacher, test: torch.Tensor, arguments: argparse.Namespace) -
 
 @torch.no_grad()
 def perplexity_by_position(model, test: torch.Tensor, arguments: argparse.Namespace) -> dict[str, float]:
-    """Perplexity over windows of 4,096 tokens, for every 512 positions."""
+    """Perplexity over windows of 8,192 tokens, for every 1,024 positions."""
     model.eval()
     windows = test[: len(test) // LONG * LONG].view(-1, LONG)
-    windows = windows if arguments.test_windows is None else windows[: max(1, arguments.test_windows // 4)]
+    windows = windows if arguments.test_windows is None else windows[: max(1, arguments.test_windows // 8)]
     total = torch.zeros(LONG - 1, dtype=torch.float64)
-    for batch in windows.split(max(1, arguments.eval_batch_size // 4)):
+    for batch in windows.split(max(1, arguments.eval_batch_size // 8)):
         tokens = batch.long().to(device())
         with autocast():
             logits = model(tokens, use_cache=False).logits
@@ -165,14 +169,18 @@ def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
 
 
 def converted(name: str, arguments: argparse.Namespace, prepared: dict) -> dict:
-    options, keep, is_calibrated = CONVERSIONS[name]
-    if "window_size" in options:
-        options = {**options, "window_size": arguments.window}
+    has_window, keep, is_calibrated = CONVERSIONS[name]
+    near = {"window_size": arguments.window, "num_sink_tokens": arguments.sinks}
+    options = near if has_window else {"use_forgetting": True}
     options = {**options, "num_components": arguments.components, "use_routing_projections": True}
     torch.manual_seed(0)
     reference, model = load_original(arguments), load_original(arguments)
     row: dict = {"title": TITLES[name], "options": options, "stages": [], "scores": {}}
-    calibration = {"max_tokens": arguments.calibration_tokens, "progress": False}
+    calibration = {
+        "max_tokens": arguments.calibration_tokens,
+        "evaluation_tokens": 2 * TRAIN_LENGTH,
+        "progress": False,
+    }
 
     def score(state: str, scores: dict) -> None:
         row["scores"][state] = scores
@@ -180,11 +188,11 @@ def converted(name: str, arguments: argparse.Namespace, prepared: dict) -> dict:
 
     layers = None
     if keep:
-        count = max(1, arguments.calibration_tokens // LENGTH // 8)
+        count = max(1, arguments.calibration_tokens // TRAIN_LENGTH // 2)
         ranking = rank_layers(
             model,
-            list(itertools.islice(training_batches(prepared, 8), count)),
-            max_tokens=8 * LENGTH,
+            list(itertools.islice(training_batches(prepared, 2), count)),
+            max_tokens=2 * TRAIN_LENGTH,
             calibration_options=calibration,
             progress=False,
             **options,
@@ -195,7 +203,7 @@ def converted(name: str, arguments: argparse.Namespace, prepared: dict) -> dict:
     row["converted_layers"] = len(gma_layers(model))
     score("converted, random mixtures", measure(model, reference, prepared["test"], arguments))
     if is_calibrated:
-        report = calibrate(model, training_batches(prepared, 8), **calibration)
+        report = calibrate(model, training_batches(prepared, 2), **calibration)
         row["calibration"] = report.to_dict()
         score("calibrated", measure(model, reference, prepared["test"], arguments))
 
@@ -210,7 +218,7 @@ def converted(name: str, arguments: argparse.Namespace, prepared: dict) -> dict:
     score("after attention transfer", measure(model, reference, prepared["test"], arguments))
     data["arguments"] = {"gma_learning_rate": arguments.gma_rate}
     row["stages"].append(train(model, "distillation", minutes - transfer_minutes, size, arguments.rate, **data))
-    row["tokens"] = sum(stage["steps"] for stage in row["stages"]) * size * LENGTH
+    row["tokens"] = sum(stage["steps"] for stage in row["stages"]) * size * TRAIN_LENGTH
     score("after distillation", describe(model, reference, prepared, arguments))
     if name == "window" and arguments.work is not None:
         model.save_pretrained(arguments.work / "window")
@@ -241,9 +249,10 @@ def main():
     parser.add_argument("--rows", nargs="+", choices=list(TITLES), default=list(TITLES))
     parser.add_argument("--minutes", type=float, default=4.0, help="of training per conversion")
     parser.add_argument("--finetune_minutes", type=float, default=1.5, help="of each fine-tuning")
-    parser.add_argument("--batch_size", type=int, default=16, help="blocks of 1,024 tokens")
+    parser.add_argument("--batch_size", type=int, default=4, help="blocks of 4,096 tokens")
     parser.add_argument("--eval_batch_size", type=int, default=16)
     parser.add_argument("--window", type=int, default=128, help="tokens that are seen exactly")
+    parser.add_argument("--sinks", type=int, default=1, help="tokens of the beginning that are seen exactly")
     parser.add_argument("--components", type=int, default=64)
     parser.add_argument("--calibration_tokens", type=int, default=131_072)
     parser.add_argument("--transfer_rate", type=float, default=5e-3, help="learning rate of attention transfer")
@@ -262,9 +271,8 @@ def main():
     if "finetune" in arguments.rows and arguments.work is None:
         parser.error("the row 'finetune' needs --work, where the row 'window' keeps its model")
     prepared = {name: x.to(torch.int32) for name, x in torch.load(arguments.prepared).items()}
-    results = Results(
-        arguments.output, "conversion_smollm2", {"length": LENGTH, "test_windows": arguments.test_windows}
-    )
+    setting = {"length": LENGTH, "train_length": TRAIN_LENGTH, "test_windows": arguments.test_windows}
+    results = Results(arguments.output, "conversion_smollm2", setting)
 
     def measured(name: str) -> dict:
         if name == "original":

@@ -21,6 +21,17 @@ from .rotation import Rotation
 FORGETTING_HORIZONS = (1e3, 1e5)
 
 
+def autocast_as_softmax(states: Tensor) -> Tensor:
+    """
+    Queries, keys or values in the dtype of autocast, where it is on: what it does for `scaled_dot_product_attention`. The
+    linear maps return 16 bits, but rotary positions make float32 of them where hidden states are float32.
+    """
+    device_type = states.device.type
+    if states.dtype == torch.float64 or not torch.is_autocast_enabled(device_type):
+        return states
+    return states.to(torch.get_autocast_dtype(device_type))
+
+
 class GMARouting(nn.Module):
     """
     A linear map per head, from a query or key to the point that the mixture routes: x + x W. With W = 0, where it starts
@@ -227,6 +238,9 @@ class GMAConversion(nn.Module):
             if padding_mask is not None:
                 recurrence["log_decay"] = recurrence["log_decay"].masked_fill(~padding_mask[:, None], 0.0)
         routing_query, routing_key = self.route(query, key, rotation)
+        is_routed_as_is = routing_key is key
+        routing_query, routing_key = map(autocast_as_softmax, (routing_query, routing_key))
+        query, key, value = map(autocast_as_softmax, (query, key, value))
 
         if self.window_norm is None:
             if padding_mask is not None:
@@ -246,7 +260,7 @@ class GMAConversion(nn.Module):
                 softcap=softcap,
                 sinks=sinks,
             )
-            if routing_key is not key:
+            if not is_routed_as_is:
                 recurrence.update(routing_query=routing_query, routing_key=routing_key)
                 recurrence["weigh_by_routing"] = self.rotary_dim > 0
             past = {"history": cache_layer.window_history if cache_layer is not None else None}

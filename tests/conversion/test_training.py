@@ -80,6 +80,20 @@ def test_bfloat16_stays_close_to_float32(tokens):
     assert (output.float() - expected).norm() < 16 * 2**-8 * expected.norm()
 
 
+@pytest.mark.parametrize("window_size", [0, 4])
+def test_autocast_gives_gma_the_16_bits_that_it_gives_softmax(window_size, tokens):
+    """Rotary positions make float32 of queries and keys again; kernels for float32 would be several times as slow."""
+    model = make_converted_model("llama", window_size=window_size)
+    layers = gma_hf.gma_layers(model).values()
+    seen = []
+    for layer in layers:
+        layer.mixture_norm.register_forward_pre_hook(lambda module, states: seen.extend(states))
+    with torch.autocast("cpu", torch.bfloat16):
+        model(tokens, labels=tokens).loss.backward()
+    assert len(seen) == 3 * len(layers) and {x.dtype for x in seen} == {torch.bfloat16}
+    assert all(parameter.grad.dtype == torch.float32 for layer in layers for parameter in layer.parameters())
+
+
 def test_adapters_train_beside_the_mixtures(tokens, tmp_path):
     peft = pytest.importorskip("peft")
     base = make_converted_model("llama", **OPTIONS)
