@@ -11,11 +11,15 @@ rotation that the attention module was called with, turns back whatever it has t
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
+
+from ..modeling.kernel_choice import prefers_kernels
+from ..ops.triton import DTYPES, missing
 
 
 # Rounding errors of a rotation and its inverse, in units of the last place of the largest entry
@@ -36,6 +40,11 @@ class Rotation(NamedTuple):
         The inverse of [[c, -s], [s, c]] is [[c, s], [-s, c]] / (c^2 + s^2): also where scaled frequencies (YaRN) come with a
         factor, and where cosines and sines were rounded.
         """
+        if self._uses_kernels(query, key, rotary_dim):
+            from .rotation_kernels import turn_back
+
+            cos, sin = (x.to(query.device) for x in (self.cos, self.sin))
+            return turn_back(query, cos, sin, rotary_dim), turn_back(key, cos, sin, rotary_dim)
         dtype = torch.promote_types(query.dtype, torch.float32)
         cos, sin = (x.to(query.device, dtype) for x in (self.cos, self.sin))
         norm = cos.square() + sin.square()
@@ -45,6 +54,34 @@ class Rotation(NamedTuple):
             torch.cat([x.to(whole.dtype), whole[..., rotary_dim:]], dim=-1)
             for x, whole in zip(turned, (query, key), strict=True)
         )
+
+    def _uses_kernels(self, query: Tensor, key: Tensor, rotary_dim: int) -> bool:
+        """Whether the rotation is one that the fused kernel knows, where it can run. A compiler fuses the general form."""
+        if torch.compiler.is_compiling() or not turns_halves(self.rotate, self.cos.shape[-1], rotary_dim):
+            return False
+        reason = None
+        if not all(x.dtype in DTYPES for x in (query, key, self.cos, self.sin)):
+            reason = "queries, keys or angles are float64."
+        return prefers_kernels("rotation", query.is_cuda, reason or missing(query.device.type, query.device.index))
+
+
+@lru_cache
+def turns_halves(rotate: Callable[..., tuple[Tensor, Tensor]], width: int, rotary_dim: int) -> bool:
+    """
+    Whether a function turns the first half of the dimensions against the second, by angles of which `width` are given per
+    token and the first half count: tried on a few numbers.
+    """
+    half = rotary_dim // 2
+    with torch.no_grad(), torch.device("cpu"):
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(1, 1, 2, rotary_dim, generator=generator)
+        angles = torch.rand(1, 2, half, generator=generator).repeat(1, 1, width // half)
+        cos, sin = angles.cos(), angles.sin()
+        turned, _ = rotate(x, x, cos, sin)
+        cos, sin = cos[..., :half], sin[..., :half]
+        first, second = x.split(half, dim=-1)
+        expected = torch.cat([cos * first - sin * second, cos * second + sin * first], dim=-1)
+    return turned.shape == expected.shape and is_close(turned, expected)
 
 
 def rotary_function(module: nn.Module) -> Callable[..., tuple[Tensor, Tensor]] | None:

@@ -1,6 +1,7 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
 """The mixtures of a converted model route queries and keys as they were before rotary positions."""
 
+import importlib
 import json
 
 import pytest
@@ -9,7 +10,7 @@ import transformers
 from transformers import AutoModelForCausalLM
 
 from gma_hf import convert_to_gma, gma_layers
-from gma_hf.conversion.rotation import Rotation
+from gma_hf.conversion.rotation import Rotation, turns_halves
 from gma_hf.conversion.teacher import as_teacher
 from tests.conversion.tiny_models import (
     FAMILIES,
@@ -21,6 +22,7 @@ from tests.conversion.tiny_models import (
     output_of,
     perturb,
 )
+from tests.ops.kernels import DEVICE
 
 
 pytestmark = pytest.mark.quick
@@ -132,6 +134,47 @@ def test_the_inverse_takes_factors_and_rounding_with_it():
     assert {x.dtype for x in narrow} == {torch.bfloat16}
     # Two roundings to 8 bits of numbers up to 4
     torch.testing.assert_close([x.float() for x in narrow], [query, key], rtol=2**-7, atol=2**-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("function", "width"), [("llama", 12), ("gpt_oss", 6)])
+def test_the_kernel_undoes_rotations_of_halves(function, width, dtype, monkeypatch):
+    """Of the first dimensions, at positions of each row or of all; queries as projections leave them. With its gradient."""
+    pytest.importorskip("triton", reason="Triton has no wheel for this platform")
+    rotate = importlib.import_module(f"transformers.models.{function}.modeling_{function}").apply_rotary_pos_emb
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape):
+        return torch.randn(*shape, generator=generator).to(DEVICE)
+
+    for batch in (1, 2):
+        angles = random(batch, 35, 6).repeat(1, 1, width // 6)
+        rotation = Rotation(rotate, 1.3 * angles.cos(), 1.3 * angles.sin())
+        states = [random(2, 35, heads, 20).transpose(1, 2).to(dtype).requires_grad_() for heads in (3, 1)]
+        grads = [random(*x.shape).to(dtype) for x in states]
+        results = {}
+        for backend in ("chunked", "triton"):
+            monkeypatch.setenv("GMA_HF_BACKEND", backend)
+            outputs = rotation.undo(*states, 12)
+            results[backend] = (*outputs, *torch.autograd.grad(outputs, states, grads))
+        rounded = ROUNDED if dtype == torch.float32 else {"rtol": 2**-7, "atol": 2**-7}
+        torch.testing.assert_close(results["triton"], results["chunked"], **rounded)
+
+
+@pytest.mark.parametrize(("function", "is_known"), [("llama", True), ("cohere", False), ("glm", False)])
+def test_the_kernel_leaves_other_conventions_to_pytorch(function, is_known, monkeypatch):
+    pytest.importorskip("triton", reason="Triton has no wheel for this platform")
+    monkeypatch.setenv("GMA_HF_BACKEND", "triton")
+    rotate = importlib.import_module(f"transformers.models.{function}.modeling_{function}").apply_rotary_pos_emb
+    assert turns_halves(rotate, 8, 8) == is_known
+    generator = torch.Generator().manual_seed(0)
+    angles = torch.rand(1, 5, 4, generator=generator).to(DEVICE)
+    # Cohere's angles stand where the dimensions do that they turn
+    angles = angles.repeat_interleave(2, dim=-1) if function == "cohere" else angles.repeat(1, 1, 2)
+    query = torch.randn(1, 2, 5, 8, generator=generator).to(DEVICE)
+    rotation = Rotation(rotate, angles.cos(), angles.sin())
+    undone = rotation.undo(*rotate(query, query, rotation.cos, rotation.sin), 8)
+    torch.testing.assert_close(undone, (query, query), **ROUNDED)
 
 
 @pytest.mark.parametrize("model_type", ["gpt2", "opt", "bert", "vit", "bart"])
