@@ -66,18 +66,20 @@ def reference(
     near = (distance >= 0) & (distance < size) if causal else distance.abs() <= size
     is_first = torch.arange(length) < (p.window.num_sink_tokens if causal else 0)
     near = near | (is_first & (distance >= size))
+    in_memory = (distance >= size) & ~is_first if causal else torch.ones_like(near)
 
     far = p.mixture.responsibilities(routing_query) @ p.mixture.responsibilities(routing_key).transpose(-1, -2)
     if p.tokens["write_weight"] is not None:
         far = far * p.tokens["write_weight"][:, :, None]
-    if causal:
-        far = far * ((distance >= size) & ~is_first)
+    far = far * in_memory
     if p.tokens["log_decay"] is not None and causal:
         # What j wrote is forgotten by the tokens l with j < l <= i - W
         for i, j in itertools.product(range(length), repeat=2):
             if i - j >= size:
                 far[:, :, i, j] *= p.tokens["log_decay"][:, :, j + 1 : i - size + 1].sum(-1).exp()
-    memory = (p.window.memory_bias[:, None] + torch.einsum("bhnd,hd->bhn", query, p.window.memory_query)).exp()
+    growth = 1 + in_memory.sum(dim=-1).double() / size
+    bias = p.window.memory_bias[:, None] + torch.einsum("bhnd,hd->bhn", query, p.window.memory_query)
+    memory = bias.exp() * growth ** -p.window.memory_dilution[:, None]
     weights = logits.exp() * near + memory[..., None] * far
     total = weights.sum(dim=-1, keepdim=True)
     if sinks is not None:

@@ -18,6 +18,7 @@ from huggingface_hub.dataclasses import strict
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from ..modeling.window import LACKING_BEFORE
 from ..remote_code import write_remote_code
 from .attention import IMPLEMENTATION
 from .install import install_layers, restore_softmax_implementations, use_linear_masks
@@ -107,6 +108,7 @@ class ConvertedModelMixin:
     def post_init(self):
         install_layers(self)
         super().post_init()
+        self._keys_to_ignore_on_load_missing = {*(self._keys_to_ignore_on_load_missing or ()), LACKING_BEFORE}
         use_linear_masks(self)
 
     def initialize_weights(self):

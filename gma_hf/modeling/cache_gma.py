@@ -35,8 +35,8 @@ class GMACacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
 
     Attributes:
         recurrent_states (`dict[int, torch.Tensor]`): S `(batch, heads, components, head_dim)` and z
-            `(batch, heads, components)`, in float32; with a softmax window also the tokens that are still in it and the
-            sink tokens, the further fields of [`GMAWindowHistory`].
+            `(batch, heads, components)`, in float32; with a softmax window also the tokens that are still in it, the
+            sink tokens and how many tokens were summed, the further fields of [`GMAWindowHistory`].
         conv_states (`dict[int, torch.Tensor]`): at index 0, the last inputs of the short convolution
             `(batch, kernel_size - 1, channels)`, if the layer has one.
         cumulative_length (`int`): number of tokens seen.

@@ -23,7 +23,7 @@ from .cache_gma import adopt_cache
 from .mixture import GMAMixture
 from .packing import count_positions, find_sequence_ids, same_sequence_mask_function, select_padding_mask
 from .short_convolution import GMAShortConvolution
-from .window import GMAWindow
+from .window import LACKING_BEFORE, GMAWindow
 
 
 class GMAMLP(nn.Module):
@@ -75,6 +75,7 @@ class GMAPreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = True
     # A running sum cannot be rolled back, as assisted decoding would need
     _is_stateful = True
+    _keys_to_ignore_on_load_missing = [LACKING_BEFORE]
     _can_record_outputs = {
         "hidden_states": GMADecoderLayer,
         "attentions": [GMAAttention, GMASoftmaxAttention],

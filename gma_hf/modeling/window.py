@@ -4,7 +4,8 @@ An exact softmax window in front of the mixture's memory: every token sees the W
 older through Gaussian Mixture Attention. Causal, with the state S, z of the operator delayed by W tokens:
 
     s_ij = scaling * q_i . k_j                  i - W < j <= i, optionally soft-capped
-    m_i  = a_h + u_h . q_i                      how much the memory weighs, learned per head
+    n_i                                         how many tokens the memory holds
+    m_i  = a_h + u_h . q_i - b_h log(1 + n_i/W) how much the memory weighs, learned per head
     D_i  = gamma^Q_i z_{i-W}                    how much the memory holds for a query
     r_i  = gamma^Q_i S_{i-W} / D_i              what it holds, the normalised read
     o_i  = (sum_j e^{s_ij} v_j + e^{m_i} D_i r_i) / (sum_j e^{s_ij} + e^{m_i} D_i)
@@ -14,6 +15,12 @@ decides between near and far as softmax decides between tokens. Bidirectional,
 near are the tokens with |i - j| <= W, and the memory holds the whole sequence: it is a sum over all tokens, from which no
 query can leave out its neighbours; m_i balances the two. A window in front of a linear memory is known from LoLCATs
 (Zhang et al., arXiv:2410.10254); the one in front of a mixture is ours.
+
+D_i grows in proportion to n_i, as long as nothing is forgotten. So does the share of attention that softmax pays to far tokens
+while few have left the window; later it grows more slowly, for most are of no interest, however many they are. So b_h says how
+much of the growth is taken back when the memory holds more than a window: with 0 it stays a sum over its tokens, with 1 it
+becomes a mean, which weighs the same however long the text is. n_i is a plain count of real tokens of the query's own sequence,
+whatever they weigh and however much of them is forgotten.
 
 Pretrained softmax pays much attention to the first tokens of a sequence, whatever they are (attention sinks, Xiao et al.,
 arXiv:2309.17453); in a memory they would thin out as the text grows. The first s tokens can stay visible, causal only:
@@ -38,6 +45,7 @@ from .window_tokens import (
     join_history,
     kept_sinks,
     last_tokens,
+    num_written,
     sequence_starts,
     take_queries,
     take_tokens,
@@ -45,6 +53,10 @@ from .window_tokens import (
     visible_sinks,
     without_sinks,
 )
+
+
+# Of checkpoints from before there was a `memory_dilution`, which lack it: it starts at the 0 that they mean
+LACKING_BEFORE = r"\.window_norm\.memory_dilution$"
 
 
 class GMAWindow(nn.Module):
@@ -64,6 +76,8 @@ class GMAWindow(nn.Module):
     Attributes:
         memory_bias (`torch.Tensor` of shape `(num_heads,)`): a.
         memory_query (`torch.Tensor` of shape `(num_heads, head_dim)`): u.
+        memory_dilution (`torch.Tensor` of shape `(num_heads,)`): b; 0 for a sum over the tokens of the memory, however many
+            they are, 1 for one that becomes a mean. Bidirectional, these are all of the sequence.
 
     Raises:
         ValueError: for a window without tokens, or a negative number of sink tokens.
@@ -81,11 +95,13 @@ class GMAWindow(nn.Module):
         self.num_sink_tokens = num_sink_tokens
         self.memory_bias = nn.Parameter(torch.zeros(num_heads))
         self.memory_query = nn.Parameter(torch.zeros(num_heads, head_dim))
+        self.memory_dilution = nn.Parameter(torch.zeros(num_heads))
 
     def reset_parameters(self):
         """The memory weighs as much as tokens whose logits are zero."""
         init.zeros_(self.memory_bias)
         init.zeros_(self.memory_query)
+        init.zeros_(self.memory_dilution)
 
     def forward(
         self,
@@ -120,8 +136,8 @@ class GMAWindow(nn.Module):
             causal (`bool`): look back only, or to both sides.
             routing_query, routing_key (`torch.Tensor`, *optional*): what the mixture routes, of its own dimension; by
                 default `query` and `key`.
-            weigh_by_routing (`bool`): m_i = a + u . q_i with the routing query, of the same dimension, for q_i: where the
-                softmax's queries are rotated by their positions, on which the memory shall not depend.
+            weigh_by_routing (`bool`): u . q_i with the routing query, of the same dimension, for q_i: where the softmax's
+                queries are rotated by their positions, on which the memory shall not depend.
             write_weight, log_decay (`torch.Tensor` of shape `(batch, h, length)`, *optional*): of the memory, see
                 [`gaussian_mixture_attention`]. Softmax knows neither.
             sequence_ids (`torch.Tensor` of shape `(batch, length)`, *optional*): packed sequences, as runs of equal
@@ -174,13 +190,13 @@ class GMAWindow(nn.Module):
                 written = tokens if sequence_ids is None else without_sinks(tokens, starts, num_sinks)
 
         with torch.autocast(device_type=query.device.type, enabled=False):
-            read, log_weight, state = self._read_memory(
+            read, log_weight, count, state = self._read_memory(
                 mixture, routing_query, written, causal, is_whole, history, output_history
             )
             memory_query = self.memory_query
             if weigh_by_routing:
-                log_weight = self._weigh(routing_query, log_weight)
                 memory_query = torch.zeros_like(memory_query)
+            log_weight = self._weigh(log_weight, count, routing_query if weigh_by_routing else None)
             output = window_softmax(
                 query,
                 near.keys,
@@ -235,10 +251,10 @@ class GMAWindow(nn.Module):
         is_whole: bool,
         history: GMAWindowHistory | None,
         output_history: bool,
-    ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
+    ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor, Tensor] | None]:
         """
-        r `(batch, num_heads, asked, value_dim)` and log D `(batch, num_heads, asked)` of the queries that have a memory, the
-        last `asked` ones, and the last S and z.
+        r `(batch, num_heads, asked, value_dim)`, log D `(batch, num_heads, asked)` and n `(batch or 1, asked or 1)` of the
+        queries that have a memory, the last `asked` ones, and the last S, z and n.
         """
         batch_size, length = routing_query.shape[0], routing_query.shape[2]
         asked, skipped = length, 0
@@ -276,27 +292,31 @@ class GMAWindow(nn.Module):
             **recurrence,
         )
         log_weight = normalizer.log()
+        count = num_written(written, causal, None if history is None else history.count)
         if causal and tokens.runs is not None:
             # The newest token that the memory knows is of another sequence: so is all of the memory
             is_same = written.runs == last_tokens(tokens.runs, asked)
             log_weight = log_weight.masked_fill(~is_same[:, None], float("-inf"))
         if not output_history:
-            return read, log_weight, None
-        S, z = state[0]
+            return read, log_weight, count, None
+        (S, z), num_tokens = state[0], count[:, -1]
         if tokens.runs is not None:
-            is_last = (written.runs[:, -1] == tokens.runs[:, -1])[:, None, None]
-            S, z = S * is_last[..., None], z * is_last
-        return read, log_weight, (S, z)
+            is_last = written.runs[:, -1] == tokens.runs[:, -1]
+            S, z, num_tokens = S * is_last[:, None, None, None], z * is_last[:, None, None], num_tokens * is_last
+        return read, log_weight, count, (S, z, num_tokens)
 
-    def _weigh(self, routing_query: Tensor, log_weight: Tensor) -> Tensor:
-        """log D + u . q of the routing queries, the last as many as there are; an empty memory stays empty."""
-        asked = log_weight.shape[2]
-        asking = routing_query.narrow(2, routing_query.shape[2] - asked, asked).to(log_weight.dtype)
-        slopes = (asking @ self.memory_query.to(log_weight.dtype)[:, :, None]).squeeze(-1)
-        return torch.where(log_weight > LOG_NOTHING, log_weight + slopes, log_weight)
+    def _weigh(self, log_weight: Tensor, count: Tensor, routing_query: Tensor | None) -> Tensor:
+        """log D - b log(1 + n / W), with routing queries, of which the last ask, also + u . q; an empty memory stays empty."""
+        asked, dtype = log_weight.shape[2], log_weight.dtype
+        growth = (count.to(dtype) / self.window_size).log1p()
+        weighed = log_weight - self.memory_dilution.to(dtype)[:, None] * growth[:, None]
+        if routing_query is not None:
+            asking = routing_query.narrow(2, routing_query.shape[2] - asked, asked).to(dtype)
+            weighed = weighed + (asking @ self.memory_query.to(dtype)[:, :, None]).squeeze(-1)
+        return torch.where(log_weight > LOG_NOTHING, weighed, log_weight)
 
     def _new_history(
-        self, tokens: WindowTokens, starts: Tensor | None, state: tuple[Tensor, Tensor], batch_size: int
+        self, tokens: WindowTokens, starts: Tensor | None, state: tuple[Tensor, Tensor, Tensor], batch_size: int
     ) -> GMAWindowHistory:
         size, length = self.window_size, tokens.keys.shape[2]
         sinks = () if starts is None else kept_sinks(tokens, starts, self.num_sink_tokens, size)
@@ -306,10 +326,10 @@ class GMAWindow(nn.Module):
         if tokens.runs is not None:
             tokens = tokens._replace(valid=tokens.valid & (tokens.runs == tokens.runs[:, -1:]))
         last = tokens.map(lambda x: last_tokens(x, size))
-        valid = last.valid.expand(batch_size, -1)
-        return GMAWindowHistory(
-            *state, last.keys, last.values, valid, last.routing_keys, last.write_weight, last.log_decay, *sinks
-        )
+        S, z, count = state
+        valid, count = last.valid.expand(batch_size, -1), count.expand(batch_size)
+        others = (last.routing_keys, last.write_weight, last.log_decay, *sinks)
+        return GMAWindowHistory(S, z, last.keys, last.values, valid, *others, count=count)
 
     def _check(self, query, causal, log_decay, history, output_history):
         num_heads, head_dim = self.memory_query.shape

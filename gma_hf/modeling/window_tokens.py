@@ -37,6 +37,7 @@ class GMAWindowHistory(NamedTuple):
     sink_keys: Tensor | None = None  # [batch, key_value_heads, s, head_dim]
     sink_values: Tensor | None = None  # [batch, key_value_heads, s, value_dim]
     sink_valid: Tensor | None = None  # [batch, s]
+    count: Tensor | None = None  # [batch], how many tokens are in S and z; if it was not kept, b must be 0
 
 
 class WindowTokens(NamedTuple):
@@ -162,6 +163,29 @@ def without_sinks(tokens: WindowTokens, starts: Tensor, num_sinks: int) -> Windo
     """The same, with only those valid that may get into the memory: neither sinks nor padding."""
     rank = torch.arange(tokens.keys.shape[2], device=starts.device) - starts
     return tokens._replace(valid=rank >= num_sinks)
+
+
+def num_written(tokens: WindowTokens, causal: bool, before: Tensor | None) -> Tensor:
+    """
+    How many tokens of a sequence the memory holds when it has been given a token of it, [batch or 1, T]: with those that a
+    history has [batch], causal, or all, bidirectional.
+    """
+    if tokens.valid is None:
+        is_real = torch.ones(1, tokens.keys.shape[2], dtype=torch.long, device=tokens.keys.device)
+    else:
+        is_real = tokens.valid.long()
+    runs = tokens.runs
+    if not causal:
+        if runs is None:
+            return is_real.sum(dim=1, keepdim=True)
+        return torch.zeros_like(runs).scatter_add(1, runs, is_real.expand_as(runs)).gather(1, runs)
+    count = is_real.cumsum(dim=1)
+    past = 0 if before is None else before[:, None]
+    if runs is None:
+        return count + past
+    # Less what stands before its run; a history is of the first
+    count = count - torch.where(run_starts(runs), count - is_real, 0).cummax(dim=1).values
+    return count + past * (runs == runs[:, :1])
 
 
 def visible_sinks(tokens: WindowTokens, starts: Tensor, num_sinks: int, size: int, num_queries: int) -> SinkTokens:

@@ -51,6 +51,22 @@ def test_a_checkpoint_from_before_sink_tokens_has_none(tokens, tmp_path):
 
 
 @pytest.mark.quick
+def test_a_checkpoint_from_before_memories_were_diluted_loads_without_a_word(tokens, tmp_path):
+    model = make_converted_model("llama", window_size=3)
+    with torch.no_grad():
+        for layer in gma_layers(model).values():
+            layer.window_norm.memory_dilution.zero_()
+    model.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    kept = {name: tensor for name, tensor in weights.items() if "memory_dilution" not in name}
+    assert kept.keys() != weights.keys()
+    save_file(kept, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert torch.equal(output_of(loaded, input_ids=tokens), output_of(model, input_ids=tokens))
+
+
+@pytest.mark.quick
 @pytest.mark.parametrize("trust", [False, True], ids=["imported", "trusted"])
 def test_a_fresh_process_gets_the_same_logits(trust, tokens, tmp_path):
     """After `import gma_hf`, or without it by `trust_remote_code=True`."""
@@ -245,7 +261,9 @@ def test_what_a_checkpoint_lacks_is_reported_and_initialised(tmp_path):
     kept = {name: tensor for name, tensor in weights.items() if "gma" not in name or "means" in name}
     save_file(kept, tmp_path / "model.safetensors", metadata={"format": "pt"})
     loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
-    assert set(info["missing_keys"]) == weights.keys() - kept.keys()
+    # But for what a checkpoint from before it lacks by rights
+    dilution = {name for name in weights if "memory_dilution" in name}
+    assert len(dilution) == 1 and set(info["missing_keys"]) == weights.keys() - kept.keys() - dilution
     assert all(parameter.isfinite().all() for parameter in loaded.parameters())
     for name, tensor in kept.items():
         assert torch.equal(loaded.state_dict()[name], tensor), name

@@ -104,6 +104,7 @@ def test_after_a_packed_row_the_history_belongs_to_the_last_sequence():
         ids = (torch.arange(20) >= bound).long().expand(BATCH, -1)
         _, history = attend(p, part(p.tokens, 0, 20), sequence_ids=ids, output_history=True)
         assert history.sink_valid.sum(dim=1).tolist() == [min(2, max(0, 20 - bound - 3))] * BATCH
+        assert history.count.tolist() == [max(0, 20 - bound - 3 - 2)] * BATCH
         output = attend(p, part(p.tokens, 20, 24), history=history)
         alone = attend(p, part(p.tokens, bound, 24))[:, :, -4:]
         torch.testing.assert_close(output, alone, **EXACT)

@@ -2,6 +2,7 @@
 """The window: exact softmax for what is near, the mixture for what is older, one normaliser for both."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -73,6 +74,38 @@ def test_only_tokens_older_than_the_window_pass_through_the_memory():
             with torch.enable_grad():
                 attend(p, {**p.tokens, "value": value})[:, :, 12].sum().backward()
             assert value.grad.abs().sum(dim=(0, 1, 3)).nonzero()[:, 0].tolist() == list(seen)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("num_sinks", [0, 2])
+def test_the_memory_does_not_outgrow_the_window(num_sinks):
+    """Of equal tokens, a memory that becomes a mean (b = 1) gets no more than a bounded share, a sum (b = 0) ever more."""
+    p = problem(window=4, length=900, decay=False, weight=False, num_sinks=num_sinks)
+    tokens = {name: p.tokens[name][:, :, :1].expand(-1, -1, 900, -1) for name in ("query", "key")}
+    dilution = torch.tensor([0.0, 0.4, 1.0, 1.0], dtype=torch.float64)
+    with torch.no_grad():
+        p.window.memory_dilution.copy_(dilution)
+        affinity = p.window.affinity(p.mixture, scaling=HEAD_DIM**-0.5, **tokens)
+    counts = [46 - num_sinks, 896 - num_sinks]  # of the 50th and of the last query
+    share = torch.stack([affinity[:, :, n + num_sinks + 3, num_sinks : num_sinks + n].sum(dim=-1) for n in counts])
+    growth = torch.logit(share).diff(dim=0)[0]
+    expected = math.log(counts[1] / counts[0]) - dilution * math.log((4 + counts[1]) / (4 + counts[0]))
+    torch.testing.assert_close(growth, expected.expand_as(growth), **EXACT)
+    # What is left to grow from n on is the part 1 / (1 + n / W)
+    assert (growth[:, 2:] < 4 / counts[0]).all()
+
+
+@pytest.mark.quick
+def test_a_history_from_before_tokens_were_counted_goes_on():
+    """Its window's b is 0, for which the number of tokens does not matter."""
+    p = problem(window=4, length=20)
+    with torch.no_grad():
+        p.window.memory_dilution.zero_()
+        _, history = attend(p, part(p.tokens, 0, 12), output_history=True)
+        assert history.count.tolist() == [8] * BATCH
+        output, history = attend(p, part(p.tokens, 12, 17), history=history._replace(count=None), output_history=True)
+        output = torch.cat([output, attend(p, part(p.tokens, 17, 20), history=history)], dim=2)
+        torch.testing.assert_close(output, attend(p)[:, :, 12:], **EXACT)
 
 
 @pytest.mark.quick
@@ -350,7 +383,7 @@ def test_weights_and_prompts_survive_disk(model, tokens, tmp_path):
 def test_the_window_starts_neutral_and_takes_no_weight_decay():
     model = gma_hf.GMAForCausalLM(tiny_config(window_size=4))
     window = model.model.layers[0].self_attn.window_norm
-    assert not window.memory_bias.any() and not window.memory_query.any()
+    assert not any(parameter.any() for parameter in window.parameters())
     decayed = Trainer.get_decay_parameter_names(None, model)
     assert any("q_proj" in name for name in decayed) and not any("window_norm" in name for name in decayed)
 
