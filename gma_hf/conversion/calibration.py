@@ -6,8 +6,8 @@ layer are sampled on the way, a mixture per head is fitted to both together, and
 Why widened: the mixture that explains queries and keys best tells them apart so sharply that hardly a query shares a
 component with a key. What reads and writes need is a kernel of the width of softmax's, exp(q . k scaled). So each head takes,
 of the fitted variances and of their average over the components, times several temperatures, what gives the smallest error of
-its output. Behind a window the weight of the memory is set such that on average as much attention goes to it as softmax pays
-to what lies outside of the window (and is no sink token, which stays visible).
+its output. Behind a window the weight of the memory is set such that as much attention goes to it as softmax pays to what lies
+outside of the window (and is no sink token, which stays visible), on average and in its growth with the text.
 
 Mixtures under which queries share next to nothing with keys are passed over: their memory is as good as off, which may be
 the smallest error of all at first, but its weight is then huge, and the least change of a mixture turns it on.
@@ -20,21 +20,20 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from .calibration_data import Reservoir, as_it_is, join_batches, model_batches, no_cache
 from .layer import GMAConversion
+from .memory_weight import balance_memory, far_mass
 from .mixture_fitting import FittedMixtures, expectation, fit_mixtures, inverse_softplus
 from .teacher import SoftmaxCall, as_teacher, expect_gma_layers
 
 
 # (average the variances over the components?, temperature)
 WIDTHS = ((False, 1.0), (False, 4.0), *((True, 2.0**power) for power in range(7)))
-LARGEST_SHIFT = 30.0  # of the log-odds of memory against window, at once
-EXTREME_SHARE = 1e-6  # shares nearer to 0 or 1 have lost their digits
 SMALLEST_OVERLAP = (
     1e-6  # sum_c gamma^Q_c gamma^K_c of a query with the average key; useful mixtures have 1e-5 and more
 )
@@ -186,7 +185,8 @@ def choose_width(call: SoftmaxCall, fitted: FittedMixtures) -> dict[str, Any]:
     layer = call.layer
     real = call.real()
     before = output_errors(call, real)
-    far = None if layer.window_norm is None else mean_far_mass(call, real)
+    window = layer.window_norm
+    far = None if window is None else far_mass(call, real)
 
     # The mixture as it was is a candidate too: nothing gets worse
     tied = (
@@ -195,24 +195,27 @@ def choose_width(call: SoftmaxCall, fitted: FittedMixtures) -> dict[str, Any]:
     widened = [(tied if is_tied else fitted.variances) * temperature for is_tied, temperature in WIDTHS]
     candidates = [current_mixture(layer), *((fitted.means, variances, fitted.prior_logits) for variances in widened)]
     temperatures = torch.tensor([1.0, *(temperature for _, temperature in WIDTHS)])
-    errors, biases = [], []
+    errors, weights = [], []
     for candidate in candidates:
         set_mixture(layer, *candidate)
         if far is not None:
             balance_memory(call, real, far)
-            biases.append(layer.window_norm.memory_bias.clone())
+            weights.append((window.memory_bias.clone(), window.memory_dilution.clone()))
         # In nats, beside errors of about one: what shares less than anything useful loses against all that share more
         errors.append(output_errors(call, real) + (SMALLEST_OVERLAP / overlap(call, real)).log().clamp(min=0.0))
     best = torch.stack(errors).argmin(dim=0)  # [heads]
     heads = torch.arange(layer.num_heads, device=best.device)
     set_mixture(layer, *(torch.stack(parts)[best, heads] for parts in zip(*candidates, strict=True)))
     if far is not None:
-        layer.window_norm.memory_bias.copy_(torch.stack(biases)[best, heads])
+        biases, dilutions = (torch.stack(values)[best, heads] for values in zip(*weights, strict=True))
+        window.memory_bias.copy_(biases)
+        window.memory_dilution.copy_(dilutions)
+    num_real = call.query.shape[0] * call.query.shape[2] if real is None else real.sum()
     return {
         "error_before": before.mean().item(),
         "error_after": output_errors(call, real).mean().item(),
         "temperature": temperatures[best.cpu()].median().item(),
-        "far_mass": None if far is None else far.mean().item(),
+        "far_mass": None if far is None else (far.mean(dim=1).sum() / num_real).item(),
     }
 
 
@@ -239,73 +242,6 @@ def output_errors(call: SoftmaxCall, real: Tensor | None) -> Tensor:
         difference, target = (x * real[:, None, :, None] for x in (difference, target))
     norms = [x.square().sum(dim=(0, 2, 3)).sqrt() for x in (difference, target)]
     return norms[0] / norms[1].clamp(min=torch.finfo(torch.float32).tiny)
-
-
-def balance_memory(call: SoftmaxCall, real: Tensor | None, far: Tensor) -> None:
-    """Set the memory's bias of each head such that its mean share of the attention is `far` `(num_heads,)`."""
-    bias = call.layer.window_norm.memory_bias
-    bias.zero_()
-    # The bias is added to the log-odds of memory against window, so that one measurement tells the share for every bias. Only
-    # shares that are 0 or 1 to all digits have to be measured again, when they are no longer
-    for _ in range(3):
-        share = memory_share(call).float()
-        counted = torch.ones_like(share) if real is None else real[:, None].to(share).expand_as(share)
-        log_odds = torch.logit(share, eps=EXTREME_SHARE)
-        low, high = torch.full_like(far, -LARGEST_SHIFT), torch.full_like(far, LARGEST_SHIFT)
-        for _ in range(30):
-            middle = (low + high) / 2
-            mean = (torch.sigmoid(log_odds + middle[:, None]) * counted).sum(dim=(0, 2)) / counted.sum(dim=(0, 2))
-            low, high = torch.where(mean < far, middle, low), torch.where(mean < far, high, middle)
-        bias.add_((low + high) / 2)
-        is_extreme = ((share < EXTREME_SHARE) & (share > 0)) | (share > 1 - EXTREME_SHARE)
-        if not (is_extreme & (counted > 0)).any():
-            return
-
-
-def memory_share(call: SoftmaxCall) -> Tensor:
-    """The share of the attention that goes to the memory `(batch, num_heads, length)`: values are 1 there, 0 in the window."""
-
-    def mark(mixture: nn.Module, arguments: tuple) -> tuple:
-        query, key, value = arguments
-        return query, key, torch.ones_like(value)
-
-    handle = call.layer.mixture_norm.register_forward_pre_hook(mark)
-    try:
-        return call._replace(value=torch.zeros_like(call.value)).student()[..., 0]
-    finally:
-        handle.remove()
-
-
-def mean_far_mass(call: SoftmaxCall, real: Tensor | None) -> Tensor:
-    """Mean share of softmax's attention to what lies outside of the window and is no sink token either, `(num_heads,)`."""
-    layer = call.layer
-    size, length = layer.window_norm.window_size, call.query.shape[2]
-    num_sinks = layer.window_norm.num_sink_tokens
-    index = torch.arange(length, device=call.query.device)
-    distance = index[:, None] - index
-    is_far = distance >= size if layer.is_causal else distance.abs() > size
-    is_visible = distance >= 0 if layer.is_causal else torch.ones_like(is_far)
-    scaling = layer.routing_dim**-0.5 if call.scaling is None else call.scaling
-    softcap, sinks = call.arguments.get("softcap"), call.arguments.get("s_aux")
-    total, count = 0.0, 0
-    for row in range(call.query.shape[0]):
-        key = call.key[row].repeat_interleave(layer.num_heads // call.key.shape[1], dim=0)
-        with torch.autocast(key.device.type, enabled=False):
-            logits = (call.query[row].float() @ key.float().transpose(1, 2)) * scaling
-        if softcap is not None:
-            logits = softcap * torch.tanh(logits / softcap)
-        visible = is_visible if real is None else is_visible & real[row]
-        logits = logits.masked_fill(~visible, torch.finfo(logits.dtype).min)
-        if sinks is not None:
-            logits = torch.cat([logits, sinks.float()[:, None, None].expand(-1, length, 1)], dim=-1)
-        in_memory = is_far
-        if num_sinks > 0:
-            rank = index if real is None else real[row].cumsum(dim=0) - 1
-            in_memory = is_far & (rank >= num_sinks)
-        mass = (logits.softmax(dim=-1)[..., :length] * in_memory).sum(dim=-1)
-        total += mass.sum(dim=1) if real is None else mass[:, real[row]].sum(dim=1)
-        count += length if real is None else int(real[row].sum())
-    return total / count
 
 
 def current_mixture(layer: GMAConversion) -> tuple[Tensor, Tensor, Tensor]:

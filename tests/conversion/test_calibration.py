@@ -11,6 +11,7 @@ from gma_hf import convert_to_gma, gma_layers
 from gma_hf.conversion import calibration
 from gma_hf.conversion.calibration import SMALLEST_OVERLAP, calibrate, current_mixture, overlap
 from gma_hf.conversion.calibration_data import Reservoir
+from gma_hf.conversion.memory_weight import balance_memory, far_mass, memory_share
 from gma_hf.conversion.mixture_fitting import fit_mixtures
 from gma_hf.conversion.sensitivity import choose_layers, rank_layers
 from gma_hf.conversion.teacher import as_teacher
@@ -193,6 +194,41 @@ def test_the_memory_weighs_what_softmax_pays_outside_of_the_window(num_sinks):
 
 
 @quick
+@pytest.mark.parametrize("padding", [0, 5])
+def test_the_growth_of_the_memorys_share_is_recovered(padding):
+    """Its share under known biases and dilutions tells them, within the bounds of a sum over tokens and a mean."""
+    model = convert_to_gma(make_softmax_model("llama"), num_components=8, window_size=4, num_sink_tokens=1)
+    data = torch.nn.functional.pad(tokens(3, 100), (padding, 0))
+    mask = torch.nn.functional.pad(torch.ones(3, 100, dtype=torch.long), (padding, 0))
+    bias, dilution = torch.tensor([0.5, -2.0, 1.0, 0.0]), torch.tensor([0.3, 0.8, -0.2, 1.3])
+    recovered = []
+
+    def measure(call):
+        window = call.layer.window_norm
+        window.memory_bias.copy_(bias)
+        window.memory_dilution.copy_(dilution)
+        balance_memory(call, call.real(), memory_share(call))
+        recovered.append((window.memory_bias.clone(), window.memory_dilution.clone()))
+
+    with torch.no_grad(), as_teacher(model, measure):
+        model(data, attention_mask=mask if padding else None, use_cache=False)
+    assert len(recovered) == 2
+    for biases, dilutions in recovered:
+        # Bisection to 2^-10, which moves the bias by as much times log(1 + 95 / 4)
+        torch.testing.assert_close(dilutions, dilution.clamp(0.0, 1.0), rtol=0, atol=2**-10)
+        torch.testing.assert_close(biases[:2], bias[:2], rtol=0, atol=4 * 2**-10)
+
+
+@quick
+@pytest.mark.parametrize(("model_type", "length"), [("llama", 23), ("bert", 60)])
+def test_no_growth_is_read_from_less_than_three_windows_nor_where_all_see_all(model_type, length):
+    model = convert_to_gma(make_softmax_model(model_type), num_components=4, window_size=8)
+    calibrate(model, [tokens(2, length)], progress=False)
+    for layer in gma_layers(model).values():
+        assert layer.window_norm.memory_bias.any() and not layer.window_norm.memory_dilution.any()
+
+
+@quick
 def test_no_memory_is_left_out_of_reach_of_the_queries(monkeypatch):
     """A mixture so narrow that queries share nothing with keys may have the smallest error of all: its memory is off. But a
     memory of weight e^40 times 1e-17 is no place to start a training from."""
@@ -227,7 +263,7 @@ def test_what_the_sink_tokens_get_is_not_the_memorys():
         masses = []
         for num_sinks in (0, 2):
             call.layer.window_norm.num_sink_tokens = num_sinks
-            masses.append(calibration.mean_far_mass(call, real))
+            masses.append(far_mass(call, real)[:, :, 7:].mean(dim=(0, 2)))
         query, key = call.query[:, :, 7:], call.key[:, :, 7:].repeat_interleave(2, dim=1)
         logits = call.scaling * query @ key.mT
         weights = logits.masked_fill(torch.ones(20, 20).triu(1).bool(), -torch.inf).softmax(dim=-1)
