@@ -5,8 +5,8 @@
     python benchmarks/conversion_speed.py --shapes 1b
 
 Llama-shaped models in bfloat16 with random weights (speed does not depend on the numbers): `135m` is SmolLM2-135M, `1b` is of
-Llama 3.2 1B's kind; or `--model FOLDER`. Three of each: the original, converted (64 components), and converted with a
-softmax window of 128 tokens.
+Llama 3.2 1B's kind; or `--model FOLDER`. Four of each: the original, converted (64 components), converted with a
+softmax window of 128 tokens, and with a window and one sink token.
 
 - Prefill: one forward pass without a cache, logits of the last token alone; one sequence, and as many as make 65,536 tokens.
   Peak memory is that of everything, the model included. `compiled`: every decoder layer by `torch.compile`, which leaves
@@ -45,7 +45,12 @@ SHAPES = {
 }  # fmt: skip
 # Options of `convert_to_gma`; None leaves the model as it is
 ORIGINAL = "original, SDPA"
-MODELS = {ORIGINAL: None, "GMA + window 128": {"window_size": 128}, "GMA": {}}
+MODELS = {
+    ORIGINAL: None,
+    "GMA + window 128": {"window_size": 128},
+    "GMA + window 128 + sink": {"window_size": 128, "num_sink_tokens": 1},
+    "GMA": {},
+}
 MODES = ("eager", "compiled")
 TOKENS = 65536
 LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768, 65536)
