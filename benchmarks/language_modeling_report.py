@@ -67,6 +67,22 @@ def table(report: dict) -> str:
     return "\n".join(lines + extrapolation_tables(trained, rows))
 
 
+def summary(report: dict) -> str:
+    """Markdown: quality and speed of every mixer, of the shortest context and the fewest components, the best first."""
+    rows = [row for row in report["rows"].values() if "refused" not in row]
+    context = min(row["context"] for row in rows)
+    fewest = min(row["components"] for row in rows)
+    lines = {}
+    for group in groups({str(i): row for i, row in enumerate(rows)}):
+        if (group[0]["context"], group[0]["components"]) == (context, fewest):
+            scores = " | ".join(mean_and_spread(group, name) for name in ("wikipedia_valid_perplexity", DETOKENIZED))
+            speed = statistics.median(row["tokens_per_second"] for row in group)
+            line = f"| {MIXERS[group[0]['mixer']].title} | {len(group)} | {scores} | {speed:,.0f} |"
+            lines[statistics.mean(row["wikipedia_valid_perplexity"] for row in group)] = line
+    head = "| mixer | seeds | perplexity, Wikipedia | perplexity per word, WikiText-103 test | tokens/s in training |"
+    return "\n".join([head, "|---|---:|---:|---:|---:|", *(lines[score] for score in sorted(lines))])
+
+
 def extrapolation_tables(trained: list[list[dict]], rows: dict[str, dict]) -> list[str]:
     """One table per context: perplexity by position in windows four times as long, in eighths of the window."""
     lines = []

@@ -35,14 +35,14 @@ def test_python_blocks_run_as_they_stand(index, demo_model):
 def test_tables_are_the_committed_results(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     from bench_cpu_attention import markdown_table
+    from language_modeling_report import summary
     from results_page import gpu_attention
-    from wikitext2 import table
 
     results = {
         name: json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
-        for name in ("wikitext2", "cpu_attention", "gpu_attention_h100")
+        for name in ("language_modeling", "cpu_attention", "gpu_attention_h100")
     }
-    assert table(results["wikitext2"]["runs"]) in README
+    assert summary(results["language_modeling"]) in README
     assert markdown_table(results["cpu_attention"]["rows"]) in README
     assert gpu_attention(results["gpu_attention_h100"]).split("\n\n")[0] in README
 

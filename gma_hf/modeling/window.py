@@ -37,8 +37,9 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from ..ops.functional import run_starts
-from .window_blocks import EMPTY, LOG_NOTHING
+from .window_blocks import EMPTY, LOG_NOTHING, accumulation_dtype, memory_logits
 from .window_softmax import window_softmax
+from .window_step import is_step, step
 from .window_tokens import (
     GMAWindowHistory,
     WindowTokens,
@@ -163,6 +164,11 @@ class GMAWindow(nn.Module):
         size = self._reach(length, history, output_history)
         num_sinks = self.num_sink_tokens if causal else 0
         tokens = WindowTokens(key, value, padding_mask, routing_key, write_weight, log_decay, sequence_ids)
+        if is_step(tokens, history):
+            output, history = self._step(
+                mixture, query, routing_query, weigh_by_routing, tokens, history, scaling, softcap, sinks
+            )
+            return (output, history) if output_history else output
         # Nothing before the call and nothing to leave out: views will do. A length that is still open (torch.export) is no
         # int; which queries have a memory must not be decided on then
         is_whole = history is None and padding_mask is None
@@ -241,6 +247,33 @@ class GMAWindow(nn.Module):
         if history is None and not output_history and isinstance(length, int) and length < self.window_size:
             return max(length, 1)
         return self.window_size
+
+    def _step(
+        self,
+        mixture: Callable[..., Tensor],
+        query: Tensor,
+        routing_query: Tensor,
+        weigh_by_routing: bool,
+        tokens: WindowTokens,
+        history: GMAWindowHistory,
+        scaling: float,
+        softcap: float | None,
+        sinks: Tensor | None,
+    ) -> tuple[Tensor, GMAWindowHistory]:
+        """The attention of one further token, and the history with it."""
+
+        def read_memory(key: Tensor, value: Tensor, **recurrence) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+            options = {"causal": True, "eps": EMPTY, "output_normalizer": True, "output_final_state": True}
+            return mixture(routing_query, key, value, **options, **recurrence)
+
+        def weigh(log_weight: Tensor, count: Tensor) -> Tensor:
+            log_weight = self._weigh(log_weight, count, routing_query if weigh_by_routing else None)
+            memory_query = torch.zeros_like(self.memory_query) if weigh_by_routing else self.memory_query
+            dtype = accumulation_dtype(query, tokens.values)
+            return memory_logits(query, log_weight, self.memory_bias, memory_query, dtype)
+
+        with torch.autocast(device_type=query.device.type, enabled=False):
+            return step(read_memory, weigh, query, tokens, history, scaling, softcap, sinks)
 
     def _read_memory(
         self,

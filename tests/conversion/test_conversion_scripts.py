@@ -133,7 +133,14 @@ def test_a_model_is_distilled_evaluated_and_described(run_script, distillation, 
 
 def test_an_encoder_is_distilled_by_its_embeddings(run_script, distillation, tmp_path):  # noqa: F811
     source = save_source(tmp_path / "source", "bert")
-    options = {"task": "feature-extraction", "logits_weight": 0.0, "hidden_weight": 1.0, "embedding_weight": 1.0}
+    # An encoder has no sink tokens
+    options = {
+        "task": "feature-extraction",
+        "num_sink_tokens": 0,
+        "logits_weight": 0.0,
+        "hidden_weight": 1.0,
+        "embedding_weight": 1.0,
+    }
     run_script("distill", source, *command_line({**distillation, **options}, text_documents="line"))
     scores = results(tmp_path / "out")["evaluations"]
     assert scores["original, softmax"]["eval_embedding_cosine"] == pytest.approx(1.0)

@@ -55,6 +55,26 @@ def test_routing_vectors_soft_cap_and_sinks(causal, num_sinks):
 
 
 @pytest.mark.quick
+@pytest.mark.parametrize("num_sinks", [0, 2])
+@pytest.mark.parametrize("weigh_by_routing", [False, True])
+def test_token_by_token_every_option_counts(weigh_by_routing, num_sinks):
+    p = problem(4, 13, num_sinks=num_sinks)
+    generator = torch.Generator().manual_seed(1)
+    shapes = {name: p.tokens[name].shape for name in ("query", "key")}
+    tokens = dict(p.tokens)
+    for name, shape in shapes.items():
+        tokens[f"routing_{name}"] = torch.randn(shape, dtype=torch.float64, generator=generator)
+    sinks = torch.randn(4, dtype=torch.float64, generator=generator)
+    options = {"softcap": 0.7, "sinks": sinks, "weigh_by_routing": weigh_by_routing}
+    expected = attend(p, tokens, **options)
+    outputs, history = [], None
+    for start in range(13):
+        token = part(tokens, start, start + 1)
+        output, history = attend(p, token, history=history, output_history=True, **options)
+        outputs.append(output)
+    torch.testing.assert_close(torch.cat(outputs, dim=2), expected, **EXACT)
+
+
 def test_a_window_over_everything_is_softmax_attention():
     p = problem(window=23, length=23)
     expected = torch.nn.functional.scaled_dot_product_attention(
