@@ -2,8 +2,8 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
 """Publish a trained model on the Hugging Face Hub: weights, tokenizer, remote code, model card, recipe, results.
 
-    python scripts/publish_to_hub.py outputs/wikitext103 --repo_id user/gma-wikitext103 --card model_cards/gma-wikitext103
-    python scripts/publish_to_hub.py outputs/wikitext103 --repo_id user/gma-wikitext103 --upload
+    python scripts/publish_to_hub.py outputs/wikipedia --repo_id user/gma-wikipedia --card model_cards/gma-gated-wikipedia-36m
+    python scripts/publish_to_hub.py outputs/wikipedia --repo_id user/gma-wikipedia --upload
 
 MODEL is a folder that a training script or save_pretrained wrote; it is only read. Without --upload nothing leaves this
 machine: the folder is assembled and checked, and the script says what would happen. `--help` lists the options.

@@ -5,7 +5,7 @@
     python scripts/write_model_card.py model_cards/gma-wikitext103 --model outputs/wikitext103 \
         --evaluate "WikiText-103 test=test.txt" "WikiText-103 validation=valid.txt"
 
-    python scripts/write_model_card.py model_cards/gma-wikitext103 --model outputs/gma_gated-1024-64-0 \
+    python scripts/write_model_card.py model_cards/gma-gated-wikipedia-36m --model outputs/gma_gated-1024-64-0 \
         --benchmark benchmarks/results/language_modeling.json --row gma_gated:1024:64:0
 
 CARD is a folder with `card.yaml` (what the model is for, its data, its limits) and `recipe.yaml` (arguments of the

@@ -233,6 +233,7 @@ def results_of_row(report: dict[str, Any], name: str) -> dict[str, Any]:
             text, score = found.groups()
             evaluations.setdefault(text, {}).update({score: row[key], f"{score}_interval": row[f"{key}_interval"]})
     told = {"command", "date", "device", "parameters", "train_seconds", "total_seconds"}
+    told |= {"redraw_interval", "extrapolation_bucket"}  # of other rows, or of how the model was measured
     details = {
         key: value
         for key, value in {**report["setting"], **row}.items()
