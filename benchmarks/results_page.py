@@ -354,7 +354,10 @@ SECTIONS = (
     Section(
         "Speed of converted models on a GPU",
         "conversion_speed_*",
-        "Prefill of one prompt and decoding, of the original with `scaled_dot_product_attention` and of the converted model.",
+        "Prefill of one prompt and decoding, of the original with `scaled_dot_product_attention` and of the converted model. "
+        "**To know:** three trainings shared the machine's processor, which decides wherever a call is short: times of single "
+        "prompts below 32,768 tokens and of eager decoding say more about Python than about the GPU. Decoding with windows was "
+        "measured before one further token took a path of its own, which needs a third less of the processor.",
         own_printed_tables("conversion_speed"),
         "python benchmarks/conversion_speed.py",
     ),
