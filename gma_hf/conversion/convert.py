@@ -28,6 +28,7 @@ def convert_to_gma(
     use_routing_projections: bool = False,
     use_forgetting: bool = False,
     undo_rotation: bool | None = None,
+    undo_rotation_beyond: float = 1024,
     variance_floor: float = 1e-4,
     read_eps: float = 1e-6,
     mean_init_std: float = 1.0,
@@ -52,9 +53,11 @@ def convert_to_gma(
             token: 1 or 4 are good choices.
         use_routing_projections (`bool`): whether queries and keys pass a learned map per head before they are routed.
         use_forgetting (`bool`): whether the memory of causal layers forgets, as a learned gate says.
-        undo_rotation (`bool`, *optional*): whether queries and keys are routed as they were before rotary positions, so that
-            the memory is the same at positions that it was not fitted to. By default in every layer where the model gives
-            the means, but for bidirectional layers without a window, which would no longer see any order.
+        undo_rotation (`bool`, *optional*): whether queries and keys are routed without the slow ones of their rotary
+            positions, so that the memory is as good at positions that it was not fitted to. By default in every layer where
+            the model gives the means, but for bidirectional layers without a window, which would see little of the order.
+        undo_rotation_beyond (`float`): which rotations are slow: those that take more than so many tokens for a turn. Not
+            more than the length of the texts that the model is calibrated and trained on; 0 for all rotations.
         variance_floor (`float`): smallest variance, in squared units of queries and keys.
         read_eps (`float`): constant added to the normaliser of the read.
         mean_init_std (`float`), variance_init (`float`): the mixtures before they are calibrated or trained.
@@ -78,7 +81,9 @@ def convert_to_gma(
     ```
     """
     check_model(model)
-    check_options(num_components, window_size, num_sink_tokens, variance_floor, read_eps, variance_init)
+    check_options(
+        num_components, window_size, num_sink_tokens, undo_rotation_beyond, variance_floor, read_eps, variance_init
+    )
     attention_layers = find_attention_layers(model, example_inputs)
     if not attention_layers:
         raise ValueError(
@@ -105,6 +110,12 @@ def convert_to_gma(
         has_order = layer.is_causal or window_size > 0
         if not (has_order if undo_rotation is None else undo_rotation):
             layer.rotary_dim = 0
+        layer.choose_rotations(undo_rotation_beyond)
+    if undo_rotation and not any(layer.rotary_dim > 0 for layer in chosen):
+        raise ValueError(
+            f"`undo_rotation=True`, but no rotation of the model takes more than `undo_rotation_beyond={undo_rotation_beyond}` "
+            "tokens for a turn. Give a smaller number, or leave `undo_rotation` out."
+        )
     description = {
         "layers": {layer.name: layer.shapes() for layer in chosen},
         "softmax_layers": [layer.name for layer in attention_layers if layer not in chosen],
@@ -173,6 +184,7 @@ def check_options(
     num_components: int,
     window_size: int,
     num_sink_tokens: int,
+    undo_rotation_beyond: float,
     variance_floor: float,
     read_eps: float,
     variance_init: float,
@@ -189,6 +201,10 @@ def check_options(
         raise ValueError(f"`window_size` must not be negative, got {window_size}. 0 means no window.")
     if num_sink_tokens < 0:
         raise ValueError(f"`num_sink_tokens` must not be negative, got {num_sink_tokens}. 0 means none.")
+    if not undo_rotation_beyond >= 0:
+        raise ValueError(
+            f"`undo_rotation_beyond` must not be negative, got {undo_rotation_beyond}. 0 undoes all rotations."
+        )
     if num_sink_tokens > 0 and window_size == 0:
         raise ValueError(
             "`num_sink_tokens` keeps first tokens visible to the softmax of a window that has moved on: it needs a "

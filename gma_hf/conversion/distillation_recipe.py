@@ -80,8 +80,12 @@ class ConversionArguments:
     undo_rotation: bool | None = field(
         default=None,
         metadata={
-            "help": "Route queries and keys as before rotary positions. Default: where the model gives the means."
+            "help": "Route queries and keys without slow rotary positions. Default: where the model gives the means."
         },
+    )
+    undo_rotation_beyond: float = field(
+        default=1024,
+        metadata={"help": "Rotations are slow that take more than so many tokens for a turn; 0 for all of them."},
     )
     calibration_tokens: int = field(
         default=200_000, metadata={"help": "Tokens that the mixtures are fitted to; 0 leaves them random."}
@@ -99,7 +103,7 @@ class ConversionArguments:
     def options(self) -> dict[str, Any]:
         """Arguments of `convert_to_gma` that do not choose layers."""
         names = ("num_components", "window_size", "num_sink_tokens", "use_routing_projections", "use_forgetting")
-        return {name: getattr(self, name) for name in (*names, "undo_rotation")}
+        return {name: getattr(self, name) for name in (*names, "undo_rotation", "undo_rotation_beyond")}
 
     def chosen_layers(self) -> Any:
         """`layers` as `convert_to_gma` takes it."""

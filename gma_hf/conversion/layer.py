@@ -14,7 +14,7 @@ from ..modeling.packing import find_sequence_ids
 from ..modeling.window import GMAWindow
 from .cache import ConvertedCacheMixin
 from .masks import read_mask
-from .rotation import Rotation
+from .rotation import Columns, Rotation
 
 
 # Time scales of the forgetting gate at the beginning, in tokens, spread over the heads: next to nothing is forgotten
@@ -92,8 +92,10 @@ class GMAConversion(nn.Module):
         routing_dim (`int`): dimension of queries and keys.
         value_dim (`int`): dimension of values.
         is_causal (`bool`): whether tokens look back only.
-        rotary_dim (`int`): how many of the first dimensions of queries and keys are turned back before they are routed, from
-            the rotary positions that the softmax sees; 0 for none.
+        rotary_dim (`int`): how many of the first dimensions of queries and keys are rotated by positions that are undone, all
+            or in part, before they are routed; 0 if none are.
+        undone_columns (`list[tuple[int, int]]`, *optional*): ranges of the columns of cosines and sines, first and last + 1,
+            whose rotations are undone; by default all.
         num_components (`int`): components per mixture.
         window_size (`int`): how many of the nearest tokens are seen exactly, by softmax; 0 for none.
         num_sink_tokens (`int`): how many of a sequence's first tokens stay exactly visible behind the window; causal modules
@@ -119,6 +121,7 @@ class GMAConversion(nn.Module):
         value_dim: int,
         is_causal: bool,
         rotary_dim: int = 0,  # as in configurations from before it
+        undone_columns: Columns | None = None,  # likewise
         *,
         num_components: int,
         window_size: int,
@@ -137,6 +140,7 @@ class GMAConversion(nn.Module):
         self.value_dim = value_dim
         self.is_causal = is_causal
         self.rotary_dim = rotary_dim
+        self.undone_columns = undone_columns
         self.mean_init_std = mean_init_std
         self.variance_init = variance_init
 
@@ -178,7 +182,7 @@ class GMAConversion(nn.Module):
                     f"The layer undoes the rotary positions of {self.rotary_dim} dimensions, but its attention module was "
                     "called without `position_embeddings=(cos, sin)`. Pass them, or convert with `undo_rotation=False`."
                 )
-            query, key = rotation.undo(query, key, self.rotary_dim)
+            query, key = rotation.undo(query, key, self.rotary_dim, self.undone_columns)
         if self.q_routing is not None:
             query, key = self.q_routing(query), self.k_routing(key)
         return query, key

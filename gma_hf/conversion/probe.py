@@ -18,7 +18,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.masking_utils import sdpa_mask
 
 from .masks import MASKED
-from .rotation import find_rotary_dim
+from .rotation import find_position_embeddings, find_rotary_dim, slow_columns
 
 
 PROBE = "gma_probe"
@@ -39,6 +39,8 @@ class AttentionLayer:
         is_causal (`bool`): whether its tokens look back only.
         is_self_attention (`bool`): whether it attends to the tokens that it comes from.
         rotary_dim (`int`): how many of the first dimensions it rotates in a way that can be undone, see [`find_rotary_dim`].
+        rotation (`tuple[torch.Tensor, torch.Tensor]` or `None`): the cosines and sines by which it did.
+        undone_columns (`list[tuple[int, int]]`): the ranges of their columns that are to be undone.
         obstacles (`list[str]`): why it cannot be converted; empty if it can.
     """
 
@@ -52,12 +54,21 @@ class AttentionLayer:
     is_causal: bool
     is_self_attention: bool
     rotary_dim: int = 0
+    rotation: tuple[Tensor, Tensor] | None = None
+    undone_columns: list[tuple[int, int]] = field(default_factory=list)
     obstacles: list[str] = field(default_factory=list)
 
     def shapes(self) -> dict[str, Any]:
         """The arguments of [`GMAConversion`] that the model decides."""
         names = ("num_heads", "num_key_value_heads", "routing_dim", "value_dim", "is_causal", "rotary_dim")
+        names = (*names, "undone_columns") if self.rotary_dim > 0 else names
         return {name: getattr(self, name) for name in names}
+
+    def choose_rotations(self, wavelength: float) -> None:
+        """Undo only the rotations that take more than so many tokens for a turn; none if there are none such."""
+        if self.rotary_dim > 0:
+            self.undone_columns = slow_columns(*self.rotation, wavelength)
+            self.rotary_dim = self.rotary_dim if self.undone_columns else 0
 
 
 def find_attention_layers(
@@ -114,6 +125,7 @@ def find_attention_layers(
             layer.obstacles.extend(cache_obstacles(model, layer, calls[layer.module]))
             if layer.is_self_attention and layer.module in arguments:
                 module = layer.module
+                layer.rotation = find_position_embeddings(*arguments[module])
                 layer.rotary_dim = find_rotary_dim(module, *arguments[module], states[module], states)
     return [found[module] for module in names if module in found]
 

@@ -3,13 +3,16 @@
 Queries and keys as they were before rotary positions (Su et al., arXiv:2104.09864).
 
 Softmax over rotated queries and keys sees only how far apart two tokens are. A mixture routes each vector by itself, and to it
-a key at a position that it was not fitted to is a point that it does not know. So a converted layer undoes the rotation of
-what it routes. No convention of rotating is known here: the model's own `apply_rotary_pos_emb`, given the inverse of the
-rotation that the attention module was called with, turns back whatever it has turned; and that it does is tried on the model.
+a key at an angle that it was not fitted to is a point that it does not know. Fast rotations come to every angle within a few
+tokens, and tell which tokens are near; slow ones come to new angles as long as the text goes on. So a converted layer undoes
+the slow rotations of what it routes. No convention of rotating is known here: the model's own `apply_rotary_pos_emb`, given
+the inverse of the rotation that the attention module was called with, turns back whatever it has turned; and that it does is
+tried on the model. A rotation is a column of the cosines and sines that the module is given.
 """
 
+import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -26,6 +29,9 @@ from ..ops.triton import DTYPES, missing
 ROUNDINGS = 4
 
 
+Columns = Sequence[tuple[int, int]]
+
+
 class Rotation(NamedTuple):
     """The rotation of the current tokens, from one call of an attention module."""
 
@@ -33,31 +39,43 @@ class Rotation(NamedTuple):
     cos: Tensor  # [batch or 1, length, rotary_dim or half of it]
     sin: Tensor  # likewise
 
-    def undo(self, query: Tensor, key: Tensor, rotary_dim: int) -> tuple[Tensor, Tensor]:
+    def undo(
+        self, query: Tensor, key: Tensor, rotary_dim: int, columns: Columns | None = None
+    ) -> tuple[Tensor, Tensor]:
         """
-        Queries and keys `(batch, heads, length, dim)` with their first `rotary_dim` dimensions turned back.
+        Queries and keys `(batch, heads, length, dim)` with their first `rotary_dim` dimensions turned back, by the angles of
+        some columns (`first, last + 1` of each range) or of all.
 
         The inverse of [[c, -s], [s, c]] is [[c, s], [-s, c]] / (c^2 + s^2): also where scaled frequencies (YaRN) come with a
         factor, and where cosines and sines were rounded.
         """
-        if self._uses_kernels(query, key, rotary_dim):
+        if columns is None:
+            columns = ((0, self.cos.shape[-1]),)
+        if self._uses_kernels(query, key, rotary_dim, columns):
             from .rotation_kernels import turn_back
 
             cos, sin = (x.to(query.device) for x in (self.cos, self.sin))
-            return turn_back(query, cos, sin, rotary_dim), turn_back(key, cos, sin, rotary_dim)
+            return tuple(turn_back(x, cos, sin, rotary_dim, columns[0][0]) for x in (query, key))
         dtype = torch.promote_types(query.dtype, torch.float32)
         cos, sin = (x.to(query.device, dtype) for x in (self.cos, self.sin))
         norm = cos.square() + sin.square()
+        is_undone = torch.zeros(cos.shape[-1], dtype=torch.bool, device=cos.device)
+        for first, stop in columns:
+            is_undone[first:stop] = True
         turned = [x[..., :rotary_dim].to(dtype) for x in (query, key)]
-        turned = self.rotate(*turned, cos / norm, -sin / norm)
+        cos, sin = torch.where(is_undone, cos / norm, 1.0), torch.where(is_undone, -sin / norm, 0.0)
+        turned = self.rotate(*turned, cos, sin)
         return tuple(
             torch.cat([x.to(whole.dtype), whole[..., rotary_dim:]], dim=-1)
             for x, whole in zip(turned, (query, key), strict=True)
         )
 
-    def _uses_kernels(self, query: Tensor, key: Tensor, rotary_dim: int) -> bool:
+    def _uses_kernels(self, query: Tensor, key: Tensor, rotary_dim: int, columns: Columns) -> bool:
         """Whether the rotation is one that the fused kernel knows, where it can run. A compiler fuses the general form."""
         if torch.compiler.is_compiling() or not turns_halves(self.rotate, self.cos.shape[-1], rotary_dim):
+            return False
+        # Of the first half, which is all that counts, the kernel undoes the last ones
+        if columns[0][0] >= rotary_dim // 2 or columns[0][1] < rotary_dim // 2:
             return False
         reason = None
         if not all(x.dtype in DTYPES for x in (query, key, self.cos, self.sin)):
@@ -136,6 +154,29 @@ def find_rotary_dim(
             if rotary_dim <= states[0].shape[-1] and all(map(is_close, undone, plain)):
                 return rotary_dim
     return 0
+
+
+def slow_columns(cos: Tensor, sin: Tensor, wavelength: float) -> list[tuple[int, int]]:
+    """
+    Which rotations take more than so many tokens for a turn.
+
+    Args:
+        cos, sin (`torch.Tensor` of shape `(batch or 1, length, columns)`): of successive tokens, the first of a sequence first.
+        wavelength (`float`): in tokens.
+
+    Returns:
+        `list[tuple[int, int]]`: ranges of columns, first and last + 1.
+    """
+    cos, sin = (x[0, :2].double().cpu() for x in (cos, sin))
+    # By how much the second token is turned further than the first
+    angle = torch.atan2(sin[1] * cos[0] - cos[1] * sin[0], cos[1] * cos[0] + sin[1] * sin[0]).abs()
+    is_slow = (angle * wavelength < 2 * math.pi).tolist()
+    edges = [
+        i
+        for i in range(len(is_slow) + 1)
+        if (is_slow[i - 1] if i > 0 else False) != (is_slow[i] if i < len(is_slow) else False)
+    ]
+    return list(zip(edges[::2], edges[1::2], strict=True))
 
 
 def is_close(x: Tensor, y: Tensor) -> bool:

@@ -10,7 +10,7 @@ import transformers
 from transformers import AutoModelForCausalLM
 
 from gma_hf import convert_to_gma, gma_layers
-from gma_hf.conversion.rotation import Rotation, turns_halves
+from gma_hf.conversion.rotation import Rotation, slow_columns, turns_halves
 from gma_hf.conversion.teacher import as_teacher
 from tests.conversion.tiny_models import (
     FAMILIES,
@@ -87,7 +87,7 @@ def watch_projected(model):
 @pytest.mark.parametrize("name", MODELS)
 def test_what_is_routed_is_what_the_projections_gave(name):
     class_name, arguments, rotary_dim = MODELS[name]
-    model = convert_to_gma(make_model(class_name, arguments), num_components=6)
+    model = convert_to_gma(make_model(class_name, arguments), num_components=6, undo_rotation_beyond=0)
     assert [layer.rotary_dim for layer in gma_layers(model).values()] == [rotary_dim] * 2
     routed, projected = watch_routed(model), watch_projected(model)
     output_of(model, **make_inputs("llama"))
@@ -96,11 +96,65 @@ def test_what_is_routed_is_what_the_projections_gave(name):
         torch.testing.assert_close(tuple(pair), tuple(expected), **ROUNDED)
 
 
+@pytest.mark.parametrize(
+    ("name", "slow_dims"),
+    [
+        ("llama", [2, 3, 6, 7]),
+        ("llama-yarn", [2, 3, 6, 7]),
+        ("gpt_oss", [2, 3, 6, 7]),
+        ("cohere", [4, 5, 6, 7]),
+        ("glm", [2, 3]),
+    ],
+)
+def test_slow_rotations_are_undone_and_fast_ones_stay(name, slow_dims):
+    """A turn takes 6, 63, 628 and 6,283 tokens here (up to 8 times as many with YaRN)."""
+    class_name, arguments, rotary_dim = MODELS[name]
+    routed = {}
+    for beyond in (0, 600, None):
+        options = {"undo_rotation": False} if beyond is None else {"undo_rotation_beyond": beyond}
+        model = convert_to_gma(make_model(class_name, arguments), num_components=6, **options)
+        seen = watch_routed(model)
+        output_of(model, **make_inputs("llama"))
+        routed[beyond] = seen[0]
+    fast_dims = [dim for dim in range(rotary_dim) if dim not in slow_dims]
+    for undone, partly, rotated in zip(*routed.values(), strict=True):
+        assert (undone[..., fast_dims] - rotated[..., fast_dims]).abs().max() > 0.1
+        torch.testing.assert_close(partly[..., slow_dims], undone[..., slow_dims], **ROUNDED)
+        torch.testing.assert_close(partly[..., fast_dims], rotated[..., fast_dims], **ROUNDED)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_slow_rotations_are_found_in_every_layout(dtype):
+    """Up to the rounding of cosines and sines; those that do not turn at all are slow."""
+    speeds = torch.tensor([1.0, 0.1, 0.01, 0.001, 0.0])
+    for columns, expected in (
+        (speeds, [(2, 5)]),
+        (speeds.repeat(2), [(2, 5), (7, 10)]),
+        (speeds.repeat_interleave(2), [(4, 10)]),
+        (speeds[:2], []),
+    ):
+        angles = torch.arange(5.0)[:, None] * columns
+        cos, sin = ((1.3 * x).to(dtype)[None] for x in (angles.cos(), angles.sin()))
+        assert slow_columns(cos, sin, 500) == expected
+    assert slow_columns(cos, sin, 0) == [(0, 2)]
+
+
+def test_fast_rotations_alone_leave_nothing_to_undo():
+    fast = {**GQA, "rope_parameters": {"rope_type": "default", "rope_theta": 10.0}}
+    model = convert_to_gma(make_model("LlamaForCausalLM", fast), num_components=6)
+    assert [layer.rotary_dim for layer in gma_layers(model).values()] == [0, 0]
+    with pytest.raises(ValueError, match="no rotation of the model takes more than"):
+        convert_to_gma(make_model("LlamaForCausalLM", fast), num_components=6, undo_rotation=True)
+    with pytest.raises(ValueError, match="must not be negative"):
+        convert_to_gma(make_model("LlamaForCausalLM", GQA), undo_rotation_beyond=-1)
+
+
 @pytest.mark.parametrize("window_size", [0, 4])
 @pytest.mark.parametrize("undo_rotation", [True, False])
 def test_the_memory_is_the_same_at_all_positions(window_size, undo_rotation):
-    """If the rotation is undone; the window's softmax is so anyway, and so is then the balance of the two."""
-    model = make_converted_model("llama", window_size=window_size, undo_rotation=undo_rotation)
+    """If all rotations are undone; the window's softmax is so anyway, and so is then the balance of the two."""
+    options = {"undo_rotation": undo_rotation, "undo_rotation_beyond": 0}
+    model = make_converted_model("llama", window_size=window_size, **options)
     tokens = make_inputs("llama")["input_ids"]
     seen = []
     layer = next(iter(gma_layers(model).values()))
@@ -138,8 +192,13 @@ def test_the_inverse_takes_factors_and_rounding_with_it():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("function", "width"), [("llama", 12), ("gpt_oss", 6)])
-def test_the_kernel_undoes_rotations_of_halves(function, width, dtype, monkeypatch):
-    """Of the first dimensions, at positions of each row or of all; queries as projections leave them. With its gradient."""
+@pytest.mark.parametrize("undone", [0, 2])
+def test_the_kernel_undoes_rotations_of_halves(undone, function, width, dtype, monkeypatch):
+    """
+    Of the first dimensions, all or but the first rotations, at positions of each row or of all; queries as projections leave
+    them. With its gradient.
+    """
+    columns = [(first + undone, first + 6) for first in range(0, width, 6)]
     pytest.importorskip("triton", reason="Triton has no wheel for this platform")
     rotate = importlib.import_module(f"transformers.models.{function}.modeling_{function}").apply_rotary_pos_emb
     generator = torch.Generator().manual_seed(0)
@@ -155,8 +214,10 @@ def test_the_kernel_undoes_rotations_of_halves(function, width, dtype, monkeypat
         results = {}
         for backend in ("chunked", "triton"):
             monkeypatch.setenv("GMA_HF_BACKEND", backend)
-            outputs = rotation.undo(*states, 12)
+            outputs = rotation.undo(*states, 12, columns)
             results[backend] = (*outputs, *torch.autograd.grad(outputs, states, grads))
+        if undone > 0:
+            assert all(torch.equal(x[..., :undone], y[..., :undone]) for x, y in zip(outputs, states, strict=True))
         rounded = ROUNDED if dtype == torch.float32 else {"rtol": 2**-7, "atol": 2**-7}
         torch.testing.assert_close(results["triton"], results["chunked"], **rounded)
 
@@ -240,7 +301,7 @@ def test_bidirectional_layers_need_a_window_to_do_without_positions():
         layers = gma_layers(make_converted_model("modernbert", **options)).values()
         assert [layer.rotary_dim for layer in layers] == [rotary_dim] * 2
     tokens = make_inputs("modernbert")["input_ids"]
-    orderless = make_converted_model("modernbert", undo_rotation=True)
+    orderless = make_converted_model("modernbert", undo_rotation=True, undo_rotation_beyond=0)
     turned = output_of(orderless, input_ids=tokens.flip(1))
     torch.testing.assert_close(turned.flip(1), output_of(orderless, input_ids=tokens), **CLOSE)
 
@@ -257,7 +318,7 @@ def test_a_checkpoint_keeps_what_it_routes(options, tmp_path):
 
 @pytest.mark.parametrize("window_size", [0, 3])
 def test_a_checkpoint_from_before_routes_rotated_vectors(window_size, tmp_path):
-    model = make_converted_model("llama", window_size=window_size)
+    model = make_converted_model("llama", window_size=window_size, undo_rotation_beyond=0)
     rotated = make_converted_model("llama", window_size=window_size, undo_rotation=False)
     inputs = make_inputs("llama")
     expected = output_of(rotated, **inputs)
@@ -268,6 +329,16 @@ def test_a_checkpoint_from_before_routes_rotated_vectors(window_size, tmp_path):
         assert shapes.pop("rotary_dim") == 0
     (tmp_path / "config.json").write_text(json.dumps(config), "utf-8")
     assert torch.equal(output_of(AutoModelForCausalLM.from_pretrained(tmp_path), **inputs), expected)
+
+
+def test_a_checkpoint_from_before_there_was_a_choice_undoes_all_rotations(tmp_path):
+    model, inputs = make_converted_model("llama", undo_rotation_beyond=0), make_inputs("llama")
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text("utf-8"))
+    for shapes in config["gma"]["layers"].values():
+        assert shapes.pop("undone_columns") == [[0, 8]]
+    (tmp_path / "config.json").write_text(json.dumps(config), "utf-8")
+    assert torch.equal(output_of(AutoModelForCausalLM.from_pretrained(tmp_path), **inputs), output_of(model, **inputs))
 
 
 @pytest.mark.parametrize("options", [{}, {"use_routing_projections": True}])
