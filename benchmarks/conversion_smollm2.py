@@ -6,9 +6,9 @@ SmolLM2-135M-Instruct converted to GMA and distilled on Wikipedia and books, wit
     python benchmarks/conversion_smollm2.py --model smollm2 --data DATA --prepare smollm2.pt
     python benchmarks/conversion_smollm2.py --model smollm2 --prepared smollm2.pt --minutes 6 --rows window
 
-`--prepare` tokenizes: Wikipedia and books to train on, in blocks of 4,096 tokens, the test set of WikiText-103 to measure. DATA
-holds `wikipedia-long`, `books` and `wikitext-103`. Perplexity is that of the whole test set in windows of 1,024 tokens that do
-not overlap, KL that to the original's distributions at every position; perplexity by position is that in windows of 8,192,
+`--prepare` tokenizes: Wikipedia and books to train on, in blocks of 4,096 tokens, the test set of WikiText-103 to measure and
+its validation set to choose rates and weights by. DATA holds `wikipedia-long`, `books` and `wikitext-103`. Perplexity is that
+of the whole test set in windows of 1,024 tokens that do not overlap, KL that to the original's distributions at every position; perplexity by position is that in windows of 8,192,
 twice as long as the blocks of the training. Rows that the output file holds already are not repeated; `finetune` goes on from
 the model of the row `window`, which `--work` keeps.
 """
@@ -85,10 +85,12 @@ def prepare(arguments: argparse.Namespace) -> None:
         )
     blocks = torch.cat(parts)
     blocks = blocks[torch.randperm(len(blocks), generator=torch.Generator().manual_seed(0))]
-    with lzma.open(arguments.data / "wikitext-103" / "test.txt.xz", "rt", encoding="utf-8") as file:
-        test = torch.tensor(tokens_of(file.read()), dtype=torch.int32)
+    splits = {"train": blocks}
+    for name in ("valid", "test"):
+        with lzma.open(arguments.data / "wikitext-103" / f"{name}.txt.xz", "rt", encoding="utf-8") as file:
+            splits[name] = torch.tensor(tokens_of(file.read()), dtype=torch.int32)
     # Every number below 2^16: half the size of int32
-    prepared = {name: x.to(torch.uint16) for name, x in {"train": blocks, "test": test}.items()}
+    prepared = {name: x.to(torch.uint16) for name, x in splits.items()}
     torch.save(prepared, arguments.prepare)
     print({name: tuple(x.shape) for name, x in prepared.items()})
 
@@ -150,6 +152,7 @@ def describe(model, teacher, prepared: dict, arguments: argparse.Namespace) -> d
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     return {
         **measure(model, teacher, prepared["test"], arguments),
+        "validation": measure(model, teacher, prepared["valid"], arguments),
         "by_position": perplexity_by_position(model, prepared["test"], arguments),
         "samples": sample_texts(model, tokenizer, list(PROMPTS), 60),
     }
@@ -216,7 +219,7 @@ def converted(name: str, arguments: argparse.Namespace, prepared: dict) -> dict:
     transfer_minutes = TRANSFER_SHARE * minutes
     row["stages"].append(train(model, "attention_transfer", transfer_minutes, size, arguments.transfer_rate, **data))
     score("after attention transfer", measure(model, reference, prepared["test"], arguments))
-    data["arguments"] = {"gma_learning_rate": arguments.gma_rate}
+    data["arguments"] = {"gma_learning_rate": arguments.gma_rate, "hidden_weight": arguments.hidden_weight}
     row["stages"].append(train(model, "distillation", minutes - transfer_minutes, size, arguments.rate, **data))
     row["tokens"] = sum(stage["steps"] for stage in row["stages"]) * size * TRAIN_LENGTH
     score("after distillation", describe(model, reference, prepared, arguments))
@@ -260,6 +263,7 @@ def main():
     parser.add_argument(
         "--gma_rate", type=float, default=1e-3, help="learning rate of the new weights in distillation"
     )
+    parser.add_argument("--hidden_weight", type=float, default=0.0, help="of the hidden states' distance, beside the KL")
     parser.add_argument("--finetune_rate", type=float, default=5e-5)
     parser.add_argument("--test_windows", type=int, help="measure on so many windows only, to try things out")
     parser.add_argument("--work", type=Path, help="folder that keeps the model of the row 'window' for 'finetune'")
