@@ -17,6 +17,9 @@ from .registration import register_converted_type
 from .selection import select_layers
 
 
+SLOWEST_KEPT = 1024  # tokens that the slowest rotation takes for a turn that is not undone, behind a window
+
+
 def convert_to_gma(
     model: PreTrainedModel,
     layers: Sequence[int | str] | float | str | None = None,
@@ -28,7 +31,7 @@ def convert_to_gma(
     use_routing_projections: bool = False,
     use_forgetting: bool = False,
     undo_rotation: bool | None = None,
-    undo_rotation_beyond: float = 1024,
+    undo_rotation_beyond: float | None = None,
     variance_floor: float = 1e-4,
     read_eps: float = 1e-6,
     mean_init_std: float = 1.0,
@@ -56,8 +59,9 @@ def convert_to_gma(
         undo_rotation (`bool`, *optional*): whether queries and keys are routed without the slow ones of their rotary
             positions, so that the memory is as good at positions that it was not fitted to. By default in every layer where
             the model gives the means, but for bidirectional layers without a window, which would see little of the order.
-        undo_rotation_beyond (`float`): which rotations are slow: those that take more than so many tokens for a turn. Not
-            more than the length of the texts that the model is calibrated and trained on; 0 for all rotations.
+        undo_rotation_beyond (`float`, *optional*): which rotations are slow: those that take more than so many tokens for a
+            turn. Not more than the length of the texts that the model is calibrated and trained on; 0 for all rotations. By
+            default 1,024 behind a window, and 0 where there is none.
         variance_floor (`float`): smallest variance, in squared units of queries and keys.
         read_eps (`float`): constant added to the normaliser of the read.
         mean_init_std (`float`), variance_init (`float`): the mixtures before they are calibrated or trained.
@@ -81,6 +85,8 @@ def convert_to_gma(
     ```
     """
     check_model(model)
+    if undo_rotation_beyond is None:
+        undo_rotation_beyond = SLOWEST_KEPT if window_size > 0 else 0
     check_options(
         num_components, window_size, num_sink_tokens, undo_rotation_beyond, variance_floor, read_eps, variance_init
     )

@@ -83,9 +83,12 @@ class ConversionArguments:
             "help": "Route queries and keys without slow rotary positions. Default: where the model gives the means."
         },
     )
-    undo_rotation_beyond: float = field(
-        default=1024,
-        metadata={"help": "Rotations are slow that take more than so many tokens for a turn; 0 for all of them."},
+    undo_rotation_beyond: float | None = field(
+        default=None,
+        metadata={
+            "help": "Rotations are slow that take more than so many tokens for a turn; 0 for all of them. Default: 1024 with "
+            "--window_size, 0 without."
+        },
     )
     calibration_tokens: int = field(
         default=200_000, metadata={"help": "Tokens that the mixtures are fitted to; 0 leaves them random."}

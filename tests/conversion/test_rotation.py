@@ -141,12 +141,19 @@ def test_slow_rotations_are_found_in_every_layout(dtype):
 
 def test_fast_rotations_alone_leave_nothing_to_undo():
     fast = {**GQA, "rope_parameters": {"rope_type": "default", "rope_theta": 10.0}}
-    model = convert_to_gma(make_model("LlamaForCausalLM", fast), num_components=6)
+    options = {"num_components": 6, "window_size": 3}
+    model = convert_to_gma(make_model("LlamaForCausalLM", fast), **options)
     assert [layer.rotary_dim for layer in gma_layers(model).values()] == [0, 0]
     with pytest.raises(ValueError, match="no rotation of the model takes more than"):
-        convert_to_gma(make_model("LlamaForCausalLM", fast), num_components=6, undo_rotation=True)
+        convert_to_gma(make_model("LlamaForCausalLM", fast), **options, undo_rotation=True)
     with pytest.raises(ValueError, match="must not be negative"):
         convert_to_gma(make_model("LlamaForCausalLM", GQA), undo_rotation_beyond=-1)
+
+
+def test_layers_without_a_window_undo_all_rotations_by_default():
+    for window_size, columns in ((0, [(0, 8)]), (3, [(3, 4), (7, 8)])):
+        layers = gma_layers(make_converted_model("llama", window_size=window_size)).values()
+        assert [layer.undone_columns for layer in layers] == [columns] * 2
 
 
 @pytest.mark.parametrize("window_size", [0, 4])
