@@ -263,7 +263,9 @@ def main():
     parser.add_argument(
         "--gma_rate", type=float, default=1e-3, help="learning rate of the new weights in distillation"
     )
-    parser.add_argument("--hidden_weight", type=float, default=0.0, help="of the hidden states' distance, beside the KL")
+    parser.add_argument(
+        "--hidden_weight", type=float, default=0.0, help="of the hidden states' distance, beside the KL"
+    )
     parser.add_argument("--finetune_rate", type=float, default=5e-5)
     parser.add_argument("--test_windows", type=int, help="measure on so many windows only, to try things out")
     parser.add_argument("--work", type=Path, help="folder that keeps the model of the row 'window' for 'finetune'")

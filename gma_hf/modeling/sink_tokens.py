@@ -28,6 +28,12 @@ class SinkTokens(NamedTuple):
     index: Tensor | None = None  # [B, n, s], which of the S are those of a query's sequence; by default all, S = s
 
 
+def left_window(num_sinks: int, num_queries: int, num_keys: int, size: int, device: torch.device) -> Tensor:
+    """Which of the first keys the queries, those of the last keys, see behind a window of `size` tokens, [1, n, s]."""
+    places = torch.arange(num_keys - num_queries, num_keys, device=device)[:, None]
+    return (places - torch.arange(num_sinks, device=device) >= size)[None]
+
+
 def take(x: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:
     """Rows `index` [B, n] of x [B, Hk, S, d], [B, Hk, 1, n, d]."""
     index = index[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3])
@@ -102,14 +108,18 @@ def attend_sinks_backward(
     scaling: float,
     softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
-    """dk and dv of the sinks [B, Hk, S, d or dv], from l', delta [B, Hq, N] and do; dq is added to `grad_query`."""
-    dtype, num_sinks = log_sum.dtype, sinks.keys.shape[2]
-    queries, reads = grouped(query, sinks).to(dtype) * scaling, grouped(grad_output, sinks).to(dtype)
-    logits, slope = sink_logits(queries, sinks, softcap)
-    weights = torch.exp(logits - grouped(log_sum, sinks).clamp(min=torch.finfo(dtype).min)[..., None])
-    grad_logits = products(reads, sinks.values, sinks.index) - grouped(delta, sinks)[..., None]
-    grad_logits = grad_logits * weights * slope
-    grouped(grad_query, sinks).add_(mixture_of(grad_logits, sinks.keys, sinks.index), alpha=scaling)
-    grad_keys = collected(grad_logits, queries, sinks.index, num_sinks)
-    grad_values = collected(weights, reads, sinks.index, num_sinks)
-    return grad_keys.to(sinks.keys.dtype), grad_values.to(sinks.values.dtype)
+    """
+    dk and dv of the sinks [B, Hk, S, d or dv] in the dtype of l', from l', delta [B, Hq, N] and do; dq is added to
+    `grad_query`.
+    """
+    with torch.autocast(device_type=query.device.type, enabled=False):
+        dtype, num_sinks = log_sum.dtype, sinks.keys.shape[2]
+        queries, reads = grouped(query, sinks).to(dtype) * scaling, grouped(grad_output, sinks).to(dtype)
+        logits, slope = sink_logits(queries, sinks, softcap)
+        weights = torch.exp(logits - grouped(log_sum, sinks).clamp(min=torch.finfo(dtype).min)[..., None])
+        grad_logits = products(reads, sinks.values, sinks.index) - grouped(delta, sinks)[..., None]
+        grad_logits = grad_logits * weights * slope
+        grouped(grad_query, sinks).add_(mixture_of(grad_logits, sinks.keys, sinks.index), alpha=scaling)
+        grad_keys = collected(grad_logits, queries, sinks.index, num_sinks)
+        grad_values = collected(weights, reads, sinks.index, num_sinks)
+        return grad_keys, grad_values

@@ -182,7 +182,7 @@ class GMAWindow(nn.Module):
             tokens = tokens.map(lambda x: take_tokens(x, order))
         if sequence_ids is not None:
             tokens = tokens._replace(runs=run_starts(tokens.runs).cumsum(dim=1))
-        near, written, starts, sink_tokens = tokens, tokens, None, None
+        near, written, starts, sink_tokens, num_leading = tokens, tokens, None, None, 0
         if num_sinks > 0:
             starts = sequence_starts(tokens)
             if not is_whole:
@@ -191,18 +191,16 @@ class GMAWindow(nn.Module):
                     x.map(lambda y: last_tokens(y, size + length))
                     for x in (tokens, without_sinks(tokens, starts, num_sinks))
                 )
+            elif length > size and sequence_ids is None:
+                num_leading = min(num_sinks, length - size)
             elif length > size:
                 sink_tokens = visible_sinks(tokens, starts, min(num_sinks, length - size), size, length - size)
-                written = tokens if sequence_ids is None else without_sinks(tokens, starts, num_sinks)
+                written = without_sinks(tokens, starts, num_sinks)
 
         with torch.autocast(device_type=query.device.type, enabled=False):
             read, log_weight, count, state = self._read_memory(
                 mixture, routing_query, written, causal, is_whole, history, output_history
             )
-            memory_query = self.memory_query
-            if weigh_by_routing:
-                memory_query = torch.zeros_like(memory_query)
-            log_weight = self._weigh(log_weight, count, routing_query if weigh_by_routing else None)
             output = window_softmax(
                 query,
                 near.keys,
@@ -210,11 +208,13 @@ class GMAWindow(nn.Module):
                 near.valid,
                 near.runs,
                 read,
-                log_weight,
+                self._diluted(log_weight, count),
                 self.memory_bias,
-                memory_query,
+                self.memory_query,
+                routing_query if weigh_by_routing else None,
                 sinks,
                 sink_tokens,
+                num_sinks=num_leading,
                 size=size,
                 causal=causal,
                 scaling=scaling,
@@ -267,10 +267,9 @@ class GMAWindow(nn.Module):
             return mixture(routing_query, key, value, **options, **recurrence)
 
         def weigh(log_weight: Tensor, count: Tensor) -> Tensor:
-            log_weight = self._weigh(log_weight, count, routing_query if weigh_by_routing else None)
-            memory_query = torch.zeros_like(self.memory_query) if weigh_by_routing else self.memory_query
+            weighing_query, log_weight = routing_query if weigh_by_routing else query, self._diluted(log_weight, count)
             dtype = accumulation_dtype(query, tokens.values)
-            return memory_logits(query, log_weight, self.memory_bias, memory_query, dtype)
+            return memory_logits(weighing_query, log_weight, self.memory_bias, self.memory_query, dtype)
 
         with torch.autocast(device_type=query.device.type, enabled=False):
             return step(read_memory, weigh, query, tokens, history, scaling, softcap, sinks)
@@ -338,15 +337,12 @@ class GMAWindow(nn.Module):
             S, z, num_tokens = S * is_last[:, None, None, None], z * is_last[:, None, None], num_tokens * is_last
         return read, log_weight, count, (S, z, num_tokens)
 
-    def _weigh(self, log_weight: Tensor, count: Tensor, routing_query: Tensor | None) -> Tensor:
-        """log D - b log(1 + n / W), with routing queries, of which the last ask, also + u . q; an empty memory stays empty."""
-        asked, dtype = log_weight.shape[2], log_weight.dtype
+    def _diluted(self, log_weight: Tensor, count: Tensor) -> Tensor:
+        """log D - b log(1 + n / W); an empty memory stays empty."""
+        dtype = log_weight.dtype
         growth = (count.to(dtype) / self.window_size).log1p()
-        weighed = log_weight - self.memory_dilution.to(dtype)[:, None] * growth[:, None]
-        if routing_query is not None:
-            asking = routing_query.narrow(2, routing_query.shape[2] - asked, asked).to(dtype)
-            weighed = weighed + (asking @ self.memory_query.to(dtype)[:, :, None]).squeeze(-1)
-        return torch.where(log_weight > LOG_NOTHING, weighed, log_weight)
+        diluted = log_weight - self.memory_dilution.to(dtype)[:, None] * growth[:, None]
+        return torch.where(log_weight > LOG_NOTHING, diluted, log_weight)
 
     def _new_history(
         self, tokens: WindowTokens, starts: Tensor | None, state: tuple[Tensor, Tensor, Tensor], batch_size: int

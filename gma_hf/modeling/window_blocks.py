@@ -53,7 +53,7 @@ class Band(NamedTuple):
         for start, width in ((0, size), (size, block), (size + block, size))[: 2 if self.causal else 3]:
             part = total.narrow(2, start, self.num_blocks * block).unflatten(2, (self.num_blocks, block))
             part.narrow(3, 0, width).add_(x.narrow(3, start, width))
-        return total.narrow(2, self.padding, length).contiguous()
+        return total.narrow(2, self.padding, length).clone(memory_format=torch.contiguous_format)
 
     def pieces(self, num_rows: int) -> list[slice]:
         """Blocks to do at once, `num_rows` being those of the logits of one block."""
@@ -110,7 +110,7 @@ def accumulation_dtype(query: Tensor, value: Tensor) -> torch.dtype:
 
 
 def memory_logits(query: Tensor, log_weight: Tensor, memory_bias: Tensor, memory_query: Tensor, dtype) -> Tensor:
-    """m + log D, [B, Hq, N]; -inf where the memory is empty, or was not asked."""
+    """m + log D, [B, Hq, N], from the queries that weigh the memory; -inf where it is empty, or was not asked."""
     log_weight = F.pad(log_weight.to(dtype), (query.shape[2] - log_weight.shape[2], 0), value=float("-inf"))
     slopes = query.to(dtype) @ memory_query.to(dtype)[:, :, None]
     logits = slopes.squeeze(-1) + memory_bias.to(dtype)[:, None] + log_weight
@@ -123,8 +123,9 @@ def all_valid(valid: Tensor | None, key: Tensor) -> Tensor:
 
 
 def attend(
-    query, key, value, valid, runs, read, log_weight, memory_bias, memory_query, sinks, size, causal, scaling, softcap
-) -> tuple[Tensor, Tensor]:
+    query, key, value, valid, runs, read, log_weight, memory_bias, memory_query, weighing_query, sinks,
+    size, causal, scaling, softcap,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """o [B, Hq, N, dv] and l [B, Hq, N]."""
     dtype, length = accumulation_dtype(query, value), query.shape[2]
     band = shortest_band(length, size, causal, key.shape[2] - length)
@@ -144,7 +145,8 @@ def attend(
         near[:, :, piece] = near_sum.div_(total.masked_fill_(total == 0, 1.0))
     near, log_sum = band.unfold_queries(near, length), band.unfold_queries(log_sum, length).squeeze(-1)
 
-    logits = memory_logits(query, log_weight, memory_bias, memory_query, dtype)
+    weighing_query = query if weighing_query is None else weighing_query
+    logits = memory_logits(weighing_query, log_weight, memory_bias, memory_query, dtype)
     maximum = torch.maximum(log_sum, logits)
     if sinks is not None:
         sinks = sinks.to(dtype)[:, None]
@@ -162,18 +164,19 @@ def attend(
 
 
 def attend_backward(
-    query, key, value, valid, runs, read, log_weight, memory_bias, memory_query, output, log_sum, grad_output,
-    size, causal, scaling, softcap,
+    query, key, value, valid, runs, read, log_weight, memory_bias, memory_query, weighing_query,
+    output, log_sum, grad_output, size, causal, scaling, softcap,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """dq, dk, dv, dr, dm [B, Hq, N], du [Hq, d], and delta [B, Hq, N]."""
+    """dq, dk, dv, dr, dm [B, Hq, N], du [Hq, d], delta [B, Hq, N] and the gradient of `weighing_query`, of size 0 if None."""
     dtype, length, num_key_heads = log_sum.dtype, query.shape[2], key.shape[1]
     grad_output, asked = grad_output.to(dtype), slice(length - read.shape[2], None)
     delta = (grad_output * output).sum(dim=-1)
     log_sum = log_sum.clamp(min=torch.finfo(dtype).min)
-    factor = torch.exp(memory_logits(query, log_weight, memory_bias, memory_query, dtype) - log_sum)
+    weighing = query if weighing_query is None else weighing_query
+    factor = torch.exp(memory_logits(weighing, log_weight, memory_bias, memory_query, dtype) - log_sum)
     grad_read, grad_logit = grad_output[:, :, asked] * factor[:, :, asked, None], -factor * delta
     grad_logit[:, :, asked] += (read * grad_read).sum(dim=-1)
-    grad_memory_query = (query.to(dtype) * grad_logit[..., None]).sum(dim=(0, 2))
+    grad_memory_query = (weighing.to(dtype) * grad_logit[..., None]).sum(dim=(0, 2))
 
     band = whole_band(length, size, causal, key.shape[2] - length)
     queries = band.fold_queries(query.to(dtype) * scaling, num_key_heads)
@@ -197,7 +200,12 @@ def attend_backward(
         grad_query[:, :, piece] = grad_logits @ keys[:, :, piece].transpose(-1, -2)
         grad_key[:, :, piece] = grad_logits.transpose(-1, -2) @ queries[:, :, piece]
     grad_query = band.unfold_queries(grad_query, length).mul_(scaling)
-    grad_query.addcmul_(grad_logit[..., None], memory_query.to(dtype)[:, None])
+    grad_weighing = grad_logit[..., None] * memory_query.to(dtype)[:, None]
+    if weighing_query is None:
+        grad_query.add_(grad_weighing)
+        grad_weighing = log_sum.new_empty(0)
+    else:
+        grad_weighing = grad_weighing.to(weighing_query.dtype)
     grads = (grad_query, *(band.gather(x, key.shape[2]) for x in (grad_key, grad_value)), grad_read)
     grads = (grad.to(x.dtype) for grad, x in zip(grads, (query, key, value, read), strict=True))
-    return tuple(x.contiguous() for x in (*grads, grad_logit, grad_memory_query, delta))
+    return tuple(x.contiguous() for x in (*grads, grad_logit, grad_memory_query, delta, grad_weighing))

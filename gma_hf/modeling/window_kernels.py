@@ -2,148 +2,59 @@
 """The equations of `window_softmax` in fused GPU kernels: logits stay on the chip, the memory is one more thing to attend to.
 
     attend_kernel           o and l = log D                                            a block of queries of one head
-    grad_queries_kernel     dq, dr, dm, and delta for the next kernel                  the same
+    grad_queries_kernel     dq, dr, dm, delta for the next kernel; of the sink         the same
+                            tokens what the block has for their dk, dv
     grad_keys_kernel        dk, dv                                                     a block of keys of one key head
 
-The running maximum and sums of the softmax start from the memory, e^m r and e^m, and from the sink; then blocks of near
-keys follow, as in FlashAttention. Blocks of keys walk over the queries of all heads of their group: no atomics, so the same
-call gives the same bits. Matrix units multiply in the dtype of the inputs (float32 as three TF32 products); logits,
-exponentials and sums are float32.
+The running maximum and sums of the softmax start from the memory, e^m r and e^m, and from the sink; then sink tokens and
+blocks of near keys follow, as in FlashAttention. Blocks of keys walk over the queries of all heads of their group, and what
+blocks of queries have for sink tokens is added up afterwards: no atomics, so the same call gives the same bits. Matrix units
+multiply in the dtype of the inputs (float32 as three TF32 products); logits, exponentials and sums are float32.
 
 query [B, HQ, N, D], key [B, HK, NK, D], value [B, HK, NK, DV], valid [B or 1, NK], runs [B, NK], read [B, HQ, NM, DV],
-log_weight [B, HQ, NM], memory_bias and sinks [HQ], memory_query [HQ, D]; R = HQ / HK. Key j stands at j - P, P = NK - N, row i
-of what was read at i + skip, skip = N - NM.
+log_weight [B, HQ, NM], weighing_query [B, HQ, N, D], memory_bias and sinks [HQ], memory_query [HQ, D], sink_key [B, HK, S, D],
+sink_value [B, HK, S, DV], visible [B or 1, NS, S]; R = HQ / HK. Key j stands at j - P, P = NK - N, row i of what was read at
+i + skip, skip = N - NM, row i of who sees sinks at i + blind, blind = N - NS.
 """
 
 import triton
 import triton.language as tl
 
 from ..ops.fused.tiles import LN2, LOG2E, load_row, load_tile, product, rounded, store_row, store_tile
-from .window_blocks import LOG_NOTHING as NATURAL_LOG_NOTHING
+from .window_tiles import (
+    LOWEST,
+    SINKS,
+    asked_queries,
+    attend_more,
+    distances,
+    finite_log_sum,
+    key_places,
+    load_runs,
+    locate,
+    memory_logit,
+    near_keys,
+    near_logits,
+    read_tile,
+    row_of,
+    sink_logits,
+)
 
 
-FAR = tl.constexpr(1 << 29)  # where keys stand that nobody sees
-LOWEST = tl.constexpr(-1e30)  # a maximum that is no infinity: differences to it are numbers
-LOG_NOTHING = tl.constexpr(NATURAL_LOG_NOTHING)  # a memory that weighs less is none
+# Arguments that a kernel is not compiled anew for: what depends on lengths, or says nothing about alignment
+OF_LENGTH = ["stride_valid", "stride_runs", "N", "NK", "HQ", "W", "blocks"]
 
 
-@triton.jit
-def locate(program, blocks, HQ, R: tl.constexpr):
-    """Block of queries, head and batch. Heads that share keys run side by side, and find them in the cache."""
-    block = program // R % blocks
-    head = program // (R * blocks) % (HQ // R) * R + program % R
-    return block, head, (program // (HQ * blocks)).to(tl.int64)
-
-
-@triton.jit
-def near_keys(first, P, NK, W, T: tl.constexpr, CAUSAL: tl.constexpr):
-    """The keys start .. stop that queries first .. first + T see."""
-    if CAUSAL:
-        start = first + P - W + 1
-        stop = first + P + T
-    else:
-        start = first - W
-        stop = first + T + W
-    return tl.maximum(start, 0), tl.minimum(stop, NK)
-
-
-@triton.jit
-def key_places(Valid, first, count, P, T: tl.constexpr, HAS_VALID: tl.constexpr):
-    """Where keys first .. first + T stand, [T]."""
-    keys = tl.arange(0, T)
-    is_seen = keys < count
-    if HAS_VALID:
-        is_seen = tl.load(Valid + first + keys, mask=is_seen, other=0) != 0
-    return tl.where(is_seen, first + keys - P, FAR)
-
-
-@triton.jit
-def load_runs(Runs, first, count, T: tl.constexpr, HAS_RUNS: tl.constexpr):
-    """Which runs tokens first .. first + T belong to, [T]."""
-    tokens = tl.arange(0, T)
-    if HAS_RUNS:
-        runs = tl.load(Runs + first + tokens, mask=tokens < count, other=-1).to(tl.int32)
-    else:
-        runs = tokens
-    return runs
-
-
-@triton.jit
-def distances(places, key_places, runs, key_runs, HAS_RUNS: tl.constexpr):
-    """How far before a query a key stands; the arguments can be broadcast."""
-    distance = places - key_places
-    if HAS_RUNS:
-        distance = tl.where(runs == key_runs, distance, -FAR)
-    return distance
-
-
-@triton.jit
-def hyperbolic_tangent(x):
-    """tanh x to 6e-7 of itself."""
-    small = x * (1.0 - x * x * (0.33333333 - x * x * 0.13333333))
-    power = tl.exp2(tl.abs(x) * (-2.0 * LOG2E))
-    large = (1.0 - power) / (1.0 + power)
-    return tl.where(tl.abs(x) < 0.1, small, tl.where(x < 0, -large, large))
-
-
-@triton.jit
-def near_logits(logits, distance, scale, cap, W, CAUSAL: tl.constexpr, SOFTCAP: tl.constexpr):
-    """From q . k: s in base 2, -inf where the key is not near, and ds over what it would be without a cap."""
-    if SOFTCAP:
-        tangent = hyperbolic_tangent(logits * scale)
-        logits = cap * tangent
-        slope = 1.0 - tangent * tangent
-    else:
-        logits *= scale
-        slope = 1.0
-    # One comparison each: negative numbers are large without a sign
-    if CAUSAL:
-        near = distance.to(tl.uint32, bitcast=True) < W
-    else:
-        near = (distance + W).to(tl.uint32, bitcast=True) < 2 * W + 1
-    return tl.where(near, logits, float("-inf")), slope
-
-
-@triton.jit
-def memory_logit(query, LogWeight, asked, stride, Bias, Slope, head, columns, D, T: tl.constexpr):
-    """m in base 2 [T], -inf where the memory is empty or was not asked, and u [DP]."""
-    log_weight = tl.load(LogWeight + tl.arange(0, T) * stride, mask=asked, other=float("-inf")).to(tl.float32)
-    slope = tl.load(Slope + head * D + columns, mask=columns < D, other=0.0).to(tl.float32)
-    logit = tl.sum(query.to(tl.float32) * slope[None, :], 1) + tl.load(Bias + head).to(tl.float32)
-    return tl.where(log_weight < LOG_NOTHING, float("-inf"), (logit + log_weight) * LOG2E), slope
-
-
-@triton.jit
-def asked_queries(first, skip, N, T: tl.constexpr):
-    """Which of the queries first .. first + T the memory was asked by, [T]."""
-    queries = first + tl.arange(0, T)
-    return (queries >= skip) & (queries < N)
-
-
-@triton.jit
-def row_of(pointer, first, skip, stride):
-    """Where what query `first` read stands, among rows that begin with query `skip`."""
-    return pointer + (first - skip).to(tl.int64) * stride
-
-
-@triton.jit
-def read_tile(asked, columns, stride, num_columns, T: tl.constexpr, EVEN: tl.constexpr):
-    """Offsets and mask of what was read by queries, some of which were not asked."""
-    mask = asked[:, None]
-    if not EVEN:
-        mask = mask & (columns < num_columns)[None, :]
-    return tl.arange(0, T)[:, None] * stride + columns[None, :], mask
-
-
-@triton.jit(do_not_specialize=["N", "NK", "skip", "HQ", "W", "blocks"])
+@triton.jit(do_not_specialize=[*OF_LENGTH, "stride_wb", "stride_wh", "stride_visible", "skip", "blind", "num_sinks"])
 def attend_kernel(
-    Q, K, V, Valid, Runs, Read, LogWeight, Bias, Slope, Sinks, Output, LogSum,
+    Q, K, V, Valid, Runs, Read, LogWeight, WeighingQ, Bias, Slope, Sinks, SinkK, SinkV, Visible, Output, LogSum,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     stride_rb, stride_rh, stride_rn, stride_wb, stride_wh, stride_wn, stride_ob, stride_oh, stride_on,
-    stride_valid, stride_runs, N, NK, skip, D, DV, HQ, W, blocks, scale, cap,
+    stride_ub, stride_uh, stride_un, stride_skb, stride_skh, stride_skn, stride_svb, stride_svh, stride_svn,
+    stride_valid, stride_runs, stride_visible, N, NK, skip, blind, num_sinks, D, DV, HQ, W, blocks, scale, cap,
     R: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr,
     EVEN_D: tl.constexpr, EVEN_V: tl.constexpr, CAUSAL: tl.constexpr, HAS_VALID: tl.constexpr, HAS_RUNS: tl.constexpr,
-    HAS_SINKS: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_WEIGHING: tl.constexpr, HAS_SINKS: tl.constexpr, HAS_SINK_TOKENS: tl.constexpr, HAS_VISIBLE: tl.constexpr,
+    SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     block, head, batch = locate(tl.program_id(0), blocks, HQ, R)
     first = block * BM
@@ -162,7 +73,11 @@ def attend_kernel(
     query = load_tile(Q + batch * stride_qb + row_head * stride_qh, first, columns, stride_qn, count, D, BM, EVEN_D)
     asked = asked_queries(first, skip, N, BM)
     LogWeight = row_of(LogWeight + batch * stride_wb + row_head * stride_wh, first, skip, stride_wn)
-    logit = memory_logit(query, LogWeight, asked, stride_wn, Bias, Slope, head, columns, D, BM)[0]
+    weighing = query
+    if HAS_WEIGHING:
+        WeighingQ += batch * stride_ub + row_head * stride_uh
+        weighing = load_tile(WeighingQ, first, columns, stride_un, count, D, BM, EVEN_D)
+    logit = memory_logit(weighing, LogWeight, asked, stride_wn, Bias, Slope, head, columns, D, BM)[0]
     Read = row_of(Read + batch * stride_rb + row_head * stride_rh, first, skip, stride_rn)
     offsets, mask = read_tile(asked, value_columns, stride_rn, DV, BM, EVEN_V)
     read = tl.load(Read + offsets, mask=mask, other=0.0).to(tl.float32)
@@ -175,6 +90,19 @@ def attend_kernel(
     numerator = read * total[:, None]
     if HAS_SINKS:
         total += tl.exp2(sink - largest)
+    if HAS_SINK_TOKENS:
+        SinkK += batch * stride_skb + kv_head * stride_skh
+        SinkV += batch * stride_svb + kv_head * stride_svh
+        if HAS_VISIBLE:
+            Visible += batch * stride_visible
+        for tile in tl.range(0, tl.cdiv(num_sinks, SINKS), num_stages=1):
+            sink = tile * SINKS
+            logits = sink_logits(
+                query, SinkK, Visible, sink, num_sinks, first, blind, P, N, W, columns, stride_skn, D, scale, cap,
+                BM, EVEN_D, HAS_VISIBLE, SOFTCAP, PRECISION,
+            )[1]  # fmt: skip
+            value = load_tile(SinkV, sink, value_columns, stride_svn, num_sinks - sink, DV, SINKS, EVEN_V)
+            largest, total, numerator = attend_more(largest, total, numerator, tl.trans(logits), value, PRECISION)
     runs = load_runs(Runs, first + P, count, BM, HAS_RUNS)
     start, stop = near_keys(first, P, NK, W, BM, CAUSAL)
     for i in tl.range(tl.cdiv(stop - start, BN)):
@@ -186,13 +114,8 @@ def attend_kernel(
             runs[:, None], load_runs(Runs, key_first, keys_left, BN, HAS_RUNS)[None, :], HAS_RUNS,
         )  # fmt: skip
         logits = near_logits(product(query, tl.trans(key), PRECISION), distance, scale, cap, W, CAUSAL, SOFTCAP)[0]
-        new_largest = tl.maximum(largest, tl.max(logits, 1))
-        weights = tl.exp2(logits - new_largest[:, None])
-        shrink = tl.exp2(largest - new_largest)
-        total = total * shrink + tl.sum(weights, 1)
         value = load_tile(V, key_first, value_columns, stride_vn, keys_left, DV, BN, EVEN_V)
-        numerator = product(rounded(weights, value.dtype), value, PRECISION, numerator * shrink[:, None])
-        largest = new_largest
+        largest, total, numerator = attend_more(largest, total, numerator, logits, value, PRECISION)
 
     is_empty = total == 0
     numerator *= (1.0 / tl.where(is_empty, 1.0, total))[:, None]
@@ -204,24 +127,19 @@ def attend_kernel(
     store_row(LogSum + (batch * HQ + head) * N, log_sum * LN2, first, count, BM)
 
 
-@triton.jit
-def finite_log_sum(LogSum, first, count, T: tl.constexpr):
-    """l in base 2; inf where nothing is seen, and for rows that do not exist: e^(s - l) is 0 there."""
-    log_sum = load_row(LogSum, first, 1, count, float("inf"), T) * LOG2E
-    return tl.where(log_sum == float("-inf"), float("inf"), log_sum)
-
-
-@triton.jit(do_not_specialize=["N", "NK", "skip", "HQ", "W", "blocks"])
+@triton.jit(do_not_specialize=[*OF_LENGTH, "stride_wb", "stride_wh", "stride_visible", "skip", "blind", "num_sinks"])
 def grad_queries_kernel(
-    Q, K, V, Valid, Runs, Read, LogWeight, Bias, Slope, Output, LogSum, GradOutput,
-    GradQ, GradRead, GradLogit, GradSlope, Delta,
+    Q, K, V, Valid, Runs, Read, LogWeight, WeighingQ, Bias, Slope, SinkK, SinkV, Visible, Output, LogSum, GradOutput,
+    GradQ, GradRead, GradLogit, GradWeighingQ, GradSlope, GradSinks, Delta,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     stride_rb, stride_rh, stride_rn, stride_wb, stride_wh, stride_wn, stride_ob, stride_oh, stride_on,
+    stride_ub, stride_uh, stride_un, stride_skb, stride_skh, stride_skn, stride_svb, stride_svh, stride_svn,
     stride_gb, stride_gh, stride_gn, stride_dqb, stride_dqh, stride_dqn, stride_drb, stride_drh, stride_drn,
-    stride_valid, stride_runs, N, NK, skip, D, DV, HQ, W, blocks, scaling, scale, cap,
+    stride_dub, stride_duh, stride_dun,
+    stride_valid, stride_runs, stride_visible, N, NK, skip, blind, num_sinks, D, DV, HQ, W, blocks, scaling, scale, cap,
     R: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr,
     EVEN_D: tl.constexpr, EVEN_V: tl.constexpr, CAUSAL: tl.constexpr, HAS_VALID: tl.constexpr, HAS_RUNS: tl.constexpr,
-    SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_WEIGHING: tl.constexpr, HAS_SINK_TOKENS: tl.constexpr, HAS_VISIBLE: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     block, head, batch = locate(tl.program_id(0), blocks, HQ, R)
     first = block * BM
@@ -252,7 +170,11 @@ def grad_queries_kernel(
     # What the memory read
     asked = asked_queries(first, skip, N, BM)
     LogWeight = row_of(LogWeight + batch * stride_wb + row_head * stride_wh, first, skip, stride_wn)
-    logit, slope = memory_logit(query, LogWeight, asked, stride_wn, Bias, Slope, head, columns, D, BM)
+    weighing = query
+    if HAS_WEIGHING:
+        WeighingQ += batch * stride_ub + row_head * stride_uh
+        weighing = load_tile(WeighingQ, first, columns, stride_un, count, D, BM, EVEN_D)
+    logit, slope = memory_logit(weighing, LogWeight, asked, stride_wn, Bias, Slope, head, columns, D, BM)
     factor = tl.exp2(logit - log_sum)
     Read = row_of(Read + batch * stride_rb + row_head * stride_rh, first, skip, stride_rn)
     offsets, mask = read_tile(asked, value_columns, stride_rn, DV, BM, EVEN_V)
@@ -263,12 +185,40 @@ def grad_queries_kernel(
     grad_read = rounded(grad.to(tl.float32) * factor[:, None], GradRead.dtype.element_ty)
     tl.store(GradRead + offsets, grad_read, mask=mask)
     store_row(GradLogit + row, grad_logit, first, count, BM)
-    grad_slope = tl.sum(query.to(tl.float32) * grad_logit[:, None], 0)
+    grad_slope = tl.sum(weighing.to(tl.float32) * grad_logit[:, None], 0)
     tl.store(GradSlope + ((batch * HQ + head) * blocks + block) * D + columns, grad_slope, mask=columns < D)
+
+    grad_weighing = grad_logit[:, None] * slope[None, :]
+    if HAS_WEIGHING:
+        GradWeighingQ += batch * stride_dub + row_head * stride_duh
+        store_tile(GradWeighingQ, grad_weighing, first, columns, stride_dun, count, D, BM, EVEN_D)
+
+    grad_query = tl.zeros([BM, DP], tl.float32)
+    if HAS_SINK_TOKENS:
+        SinkK += batch * stride_skb + kv_head * stride_skh
+        SinkV += batch * stride_svb + kv_head * stride_svh
+        if HAS_VISIBLE:
+            Visible += batch * stride_visible
+        GradSinks += ((batch * HQ + head) * blocks + block) * num_sinks * (D + DV)
+        for tile in tl.range(0, tl.cdiv(num_sinks, SINKS), num_stages=1):
+            sink = tile * SINKS
+            sinks_left = num_sinks - sink
+            key, logits, slope_of_cap = sink_logits(
+                query, SinkK, Visible, sink, num_sinks, first, blind, P, N, W, columns, stride_skn, D, scale, cap,
+                BM, EVEN_D, HAS_VISIBLE, SOFTCAP, PRECISION,
+            )  # fmt: skip
+            weights = tl.exp2(logits - log_sum[None, :])
+            grad_value = product(rounded(weights, grad.dtype), grad, PRECISION)
+            store_tile(GradSinks + D, grad_value, sink, value_columns, D + DV, sinks_left, DV, SINKS, EVEN_V)
+            value = load_tile(SinkV, sink, value_columns, stride_svn, sinks_left, DV, SINKS, EVEN_V)
+            grad_logits = weights * slope_of_cap * (product(value, tl.trans(grad), PRECISION) - delta[None, :])
+            grad_logits = rounded(grad_logits, key.dtype)
+            grad_key = product(grad_logits, query, PRECISION) * scaling
+            store_tile(GradSinks, grad_key, sink, columns, D + DV, sinks_left, D, SINKS, EVEN_D)
+            grad_query = product(tl.trans(grad_logits), key, PRECISION, grad_query)
 
     runs = load_runs(Runs, first + P, count, BM, HAS_RUNS)
     start, stop = near_keys(first, P, NK, W, BM, CAUSAL)
-    grad_query = tl.zeros([BM, DP], tl.float32)
     for i in tl.range(tl.cdiv(stop - start, BN)):
         key_first = start + i * BN
         keys_left = stop - key_first
@@ -284,14 +234,16 @@ def grad_queries_kernel(
         value = load_tile(V, key_first, value_columns, stride_vn, keys_left, DV, BN, EVEN_V)
         grad_logits = weights * slope_of_cap * (product(grad, tl.trans(value), PRECISION) - delta[:, None])
         grad_query = product(rounded(grad_logits, key.dtype), key, PRECISION, grad_query)
-    grad_query = grad_query * scaling + grad_logit[:, None] * slope[None, :]
+    grad_query *= scaling
+    if not HAS_WEIGHING:
+        grad_query += grad_weighing
     store_tile(
         GradQ + batch * stride_dqb + row_head * stride_dqh, grad_query,
         first, columns, stride_dqn, count, D, BM, EVEN_D,
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["N", "NK", "HQ", "W", "blocks"])
+@triton.jit(do_not_specialize=OF_LENGTH)
 def grad_keys_kernel(
     Q, K, V, Valid, Runs, LogSum, GradOutput, Delta, GradK, GradV,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,

@@ -2,8 +2,7 @@
 """The fused kernels compute the window: on a GPU where there is one, else in Triton's interpreter."""
 
 import logging
-import math
-from dataclasses import dataclass, replace
+from dataclasses import asdict, replace
 from types import SimpleNamespace
 
 import pytest
@@ -13,9 +12,10 @@ from torch import Tensor
 import gma_hf
 from gma_hf.modeling import kernel_choice
 from gma_hf.modeling import window_softmax as module
-from gma_hf.modeling.sink_tokens import SinkTokens
 from gma_hf.modeling.window_softmax import window_softmax
 from tests.conftest import make_model, tiny_config
+from tests.modeling import window_problems
+from tests.modeling.window_problems import KeysApart, WindowProblem
 from tests.ops.kernels import DEVICE, what_a_model_learns
 from tests.ops.problems import assert_close
 
@@ -27,104 +27,6 @@ from gma_hf.modeling import window_fused
 
 # float32 rounds at 6e-8; sums over some tens of tokens and dimensions amplify it by some tens
 SINGLE = 2e-5
-
-
-@dataclass
-class WindowProblem:
-    """Random inputs of `window_softmax`, and what it makes of them."""
-
-    length: int
-    size: int
-    causal: bool = True
-    batch: int = 1
-    key_heads: int = 2
-    repeats: int = 2
-    dim: int = 12
-    value_dim: int = 20
-    padded: bool = False
-    packed: bool = False
-    sinks: bool = False
-    num_sink_tokens: int = 0
-    softcap: float | None = None
-    whole: bool = (
-        False  # no token before the first, none that does not exist, and a memory that only later queries have
-    )
-
-    @property
-    def lead(self) -> int:
-        """How many keys stand before that of the first query."""
-        return self.size if self.causal and not self.whole else 0
-
-    @property
-    def unasked(self) -> int:
-        """How many queries have no memory."""
-        return min(self.size, self.length - 1) if self.whole else 0
-
-    def tensors(self) -> dict[str, Tensor]:
-        generator = torch.Generator().manual_seed(0)
-        heads, keys, asked = self.key_heads * self.repeats, self.length + self.lead, self.length - self.unasked
-
-        def draw(*shape):
-            return torch.randn(*shape, dtype=torch.float64, generator=generator)
-
-        log_weight = math.log(3) + draw(self.batch, heads, asked)
-        tensors = {
-            "query": 2 * draw(self.batch, heads, self.length, self.dim),
-            "key": draw(self.batch, self.key_heads, keys, self.dim),
-            "value": draw(self.batch, self.key_heads, keys, self.value_dim),
-            "read": draw(self.batch, heads, asked, self.value_dim),
-            "log_weight": log_weight,
-            "memory_bias": draw(heads),
-            "memory_query": 0.3 * draw(heads, self.dim),
-        }
-        # What nothing was written to, and what was forgotten
-        untold = min(self.size, asked // 2)
-        tensors["log_weight"][:, :, :untold] = -torch.inf
-        tensors["log_weight"][:, :, 1:untold:2] = -44.0
-        if self.sinks:
-            tensors["sinks"] = draw(heads)
-        if self.num_sink_tokens > 0:
-            num_sinks = 3 * self.num_sink_tokens if self.packed else self.num_sink_tokens
-            tensors["sink_key"] = draw(self.batch, self.key_heads, num_sinks, self.dim)
-            tensors["sink_value"] = draw(self.batch, self.key_heads, num_sinks, self.value_dim)
-        return tensors
-
-    def sink_tokens(self, key: Tensor, value: Tensor) -> SinkTokens:
-        """What the queries behind the first five see; packed, of three sequences."""
-        place, rank = torch.arange(5, self.length), torch.arange(self.num_sink_tokens)
-        index = (place * 3 // self.length)[:, None] * self.num_sink_tokens + rank
-        index = index.expand(self.batch, -1, -1).to(DEVICE) if self.packed else None
-        visible = (rank < place[:, None] - 5)[None].to(DEVICE)
-        return SinkTokens(key, value, visible, index)
-
-    def masks(self) -> dict[str, Tensor | None]:
-        """Which tokens there are, and runs of them."""
-        place = torch.arange(self.length + self.lead)
-        valid = (place >= self.lead)[None]
-        if self.padded:
-            rows = torch.arange(self.batch)[:, None]
-            valid = valid & (place % 5 != rows) & (place % 23 < 17)
-        runs = (place // 9 + place // 40).expand(self.batch, -1) if self.packed else None
-        masks = {"valid": None if self.whole else valid, "runs": runs}
-        return {name: None if x is None else x.to(DEVICE) for name, x in masks.items()}
-
-    def run(self, tensors: dict[str, Tensor]) -> Tensor:
-        tensors = dict(tensors)
-        if self.num_sink_tokens > 0:
-            tensors["sink_tokens"] = self.sink_tokens(tensors.pop("sink_key"), tensors.pop("sink_value"))
-        return window_softmax(
-            **tensors, **self.masks(), size=self.size, causal=self.causal, scaling=0.4, softcap=self.softcap
-        )
-
-    def results(self, dtype: torch.dtype, change=lambda x: x) -> dict[str, Tensor]:
-        """The output, and the gradient of everything."""
-        leaves = {name: change(x.to(dtype).to(DEVICE)).detach().requires_grad_() for name, x in self.tensors().items()}
-        output = self.run(leaves)
-        # In an order of its own, as what follows an attention may ask for
-        weights = torch.randn(output.mT.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-        (output * weights.mT.to(output)).sum().backward()
-        results = {"output": output.detach(), **{f"grad {name}": x.grad for name, x in leaves.items()}}
-        return {name: x.cpu().to(torch.promote_types(dtype, torch.float32)) for name, x in results.items()}
 
 
 CASES = {
@@ -146,10 +48,35 @@ CASES = {
     "sink tokens, packed": WindowProblem(
         40, 9, batch=2, key_heads=1, padded=True, packed=True, num_sink_tokens=2, softcap=2.0
     ),
+    "a first key": WindowProblem(80, 20, batch=2, whole=True, num_sink_tokens=1, leading=True, weighing=True),
+    "first keys": WindowProblem(
+        40, 9, key_heads=1, repeats=3, whole=True, num_sink_tokens=4, leading=True, sinks=True, softcap=2.0
+    ),
+    "first keys, one that is no sink": WindowProblem(24, 7, whole=True, num_sink_tokens=17, leading=True),
+    "first keys, behind others": WindowProblem(30, 7, batch=2, num_sink_tokens=2, leading=True, weighing=True),
+    "many sink tokens": WindowProblem(
+        40, 9, batch=2, key_heads=1, padded=True, num_sink_tokens=17, sinks=True, softcap=2.0, weighing=True
+    ),
+    "weighed by other queries": WindowProblem(
+        40, 9, batch=2, key_heads=1, padded=True, packed=True, num_sink_tokens=2, weighing=True
+    ),
+    "weighed by other queries, bidirectional": WindowProblem(20, 3, causal=False, key_heads=1, weighing=True),
+    "sink tokens, large dimensions": WindowProblem(
+        20,
+        4,
+        key_heads=1,
+        repeats=1,
+        dim=130,
+        value_dim=70,
+        whole=True,
+        num_sink_tokens=2,
+        leading=True,
+        weighing=True,
+    ),
     "many heads of a key": WindowProblem(20, 4, key_heads=1, repeats=5),
     "large dimensions": WindowProblem(20, 4, key_heads=1, repeats=1, dim=130, value_dim=70),
 }
-QUICK = ("everything", "bidirectional", "one token", "whole", "sink tokens")
+QUICK = ("everything", "bidirectional", "one token", "whole", "sink tokens", "first keys", "weighed by other queries")
 
 
 @pytest.fixture
@@ -184,6 +111,9 @@ def test_float32_equals_the_definition(case, monkeypatch):
         ("whole", torch.bfloat16),
         ("everything", torch.bfloat16),
         ("sink tokens, packed", torch.bfloat16),
+        ("a first key", torch.bfloat16),
+        ("many sink tokens", torch.bfloat16),
+        ("first keys", torch.float16),
         ("bidirectional, everything", torch.float16),
     ],
 )
@@ -201,9 +131,14 @@ def test_half_precision_is_as_exact_as_its_inputs(case, dtype, monkeypatch):
 
 SMALL = WindowProblem(20, 7, key_heads=1, padded=True, packed=True, sinks=True)
 WHOLE = WindowProblem(20, 7, key_heads=1, whole=True)
+WITH_SINK_TOKENS = WindowProblem(20, 7, key_heads=1, padded=True, num_sink_tokens=2, sinks=True, weighing=True)
+FIRST_KEYS = WindowProblem(20, 7, key_heads=1, whole=True, num_sink_tokens=2, leading=True, weighing=True)
+KEYS_APART = KeysApart(**asdict(FIRST_KEYS))
 
 
-@pytest.mark.parametrize("problem", [SMALL, WHOLE], ids=["small", "whole"])
+@pytest.mark.parametrize(
+    "problem", [SMALL, WHOLE, WITH_SINK_TOKENS, FIRST_KEYS], ids=["small", "whole", "sink tokens", "first keys"]
+)
 def test_the_same_call_gives_the_same_bits_whatever_fresh_memory_holds(problem, kernels):
     """PyTorch fills fresh memory with NaN the second time, so that whatever is read before it is written shows."""
     expected = problem.results(torch.bfloat16)
@@ -226,9 +161,18 @@ def test_strides_do_not_matter(kernels):
     def transposed(x):
         return x.mT.contiguous().mT if x.ndim > 1 else x
 
-    expected = SMALL.results(torch.float32)
-    for change in (heads_side_by_side, transposed):
-        assert_same_bits(expected, SMALL.results(torch.float32, change))
+    for problem in (SMALL, WITH_SINK_TOKENS):
+        expected = problem.results(torch.float32)
+        for change in (heads_side_by_side, transposed):
+            assert_same_bits(expected, problem.results(torch.float32, change))
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("backend", ["chunked", "triton"])
+def test_first_keys_that_stay_visible_are_sink_tokens_of_the_same_keys(backend, monkeypatch):
+    """Output and gradients: those of a key that is both are the sum of what it gets as either."""
+    monkeypatch.setenv("GMA_HF_BACKEND", backend)
+    assert_close(FIRST_KEYS.results(torch.float32), KEYS_APART.results(torch.float32), SINGLE)
 
 
 @pytest.mark.quick
@@ -267,28 +211,49 @@ def test_tokens_that_do_not_exist_need_not_be_there(causal, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "problem", [SMALL, WindowProblem(20, 3, causal=False, key_heads=1), WHOLE], ids=["causal", "both", "whole"]
+    "problem",
+    [SMALL, WindowProblem(20, 3, causal=False, key_heads=1), WHOLE, WITH_SINK_TOKENS, FIRST_KEYS],
+    ids=["causal", "both", "whole", "sink tokens", "first keys"],
 )
-def test_pytorch_finds_the_operators_well_formed(problem, kernels):
+@pytest.mark.parametrize("backend", ["chunked", "triton"])
+def test_pytorch_finds_the_operators_well_formed(problem, backend, monkeypatch):
     """Schema, and shapes and strides without data."""
+    monkeypatch.setenv("GMA_HF_BACKEND", backend)
     tensors = {name: x.float().to(DEVICE) for name, x in problem.tensors().items()}
-    masks, sinks = problem.masks(), tensors.pop("sinks", None)
-    query, key, value, *rest = tensors.values()
-    inputs = (query, key, value, masks["valid"], masks["runs"], *rest)
-    options = (problem.size, problem.causal, 0.4, problem.softcap)
+    names = (
+        "query",
+        "key",
+        "value",
+        "valid",
+        "runs",
+        "read",
+        "log_weight",
+        "memory_bias",
+        "memory_query",
+        "weighing_query",
+    )
+    inputs = [(tensors | problem.masks()).get(name) for name in names]
+    seen = (tensors.get("sink_key"), tensors.get("sink_value"), None)
+    if problem.leading:
+        seen = (*(tensors[name][:, :, : problem.num_sink_tokens] for name in ("key", "value")), None)
+    elif problem.num_sink_tokens > 0:
+        seen = problem.sink_tokens(*seen[:2])[:3]
+    sinks, options = tensors.get("sinks"), (problem.size, problem.causal, 0.4, problem.softcap)
     tests = ("test_schema", "test_faketensor")
-    torch.library.opcheck(torch.ops.gma_hf.window_softmax.default, (*inputs, sinks, *options), test_utils=tests)
-    output, log_sum = torch.ops.gma_hf.window_softmax(*inputs, sinks, *options)
-    arguments = (*inputs, output, log_sum, torch.randn_like(output), *options)
+    arguments = (*inputs, *seen, sinks, *options)
+    torch.library.opcheck(torch.ops.gma_hf.window_softmax.default, arguments, test_utils=tests)
+    output, log_sum = torch.ops.gma_hf.window_softmax(*arguments)
+    arguments = (*inputs, *seen, output, log_sum, torch.randn_like(output), *options)
     torch.library.opcheck(torch.ops.gma_hf.window_softmax_backward.default, arguments, test_utils=tests)
 
 
-def test_compiles_into_one_graph_forward_and_backward(kernels, monkeypatch):
+@pytest.mark.parametrize("problem", [SMALL, WITH_SINK_TOKENS, FIRST_KEYS], ids=["small", "sink tokens", "first keys"])
+def test_compiles_into_one_graph_forward_and_backward(problem, kernels, monkeypatch):
     torch._dynamo.reset()
-    expected = SMALL.results(torch.float32)
+    expected = problem.results(torch.float32)
     compiled = torch.compile(window_softmax, fullgraph=True, backend="aot_eager")
-    monkeypatch.setitem(globals(), "window_softmax", compiled)
-    assert_same_bits(expected, SMALL.results(torch.float32))
+    monkeypatch.setattr(window_problems, "window_softmax", compiled)
+    assert_same_bits(expected, problem.results(torch.float32))
 
 
 @pytest.mark.quick
@@ -356,3 +321,11 @@ def test_auto_never_chooses_the_interpreter(monkeypatch):
     masks = {name: x.cpu() for name, x in SMALL.masks().items()}
     tensors = {name: x.float() for name, x in SMALL.tensors().items()}
     window_softmax(**tensors, **masks, size=SMALL.size, causal=True, scaling=0.4)
+
+
+@pytest.mark.quick
+def test_queries_that_weigh_the_memory_fit_what_they_are_multiplied_with():
+    tensors = {name: x.to(DEVICE) for name, x in WITH_SINK_TOKENS.tensors().items()}
+    tensors["weighing_query"] = tensors["weighing_query"][..., :3]
+    with pytest.raises(ValueError, match=r"2 heads of dimension 3, but `memory_query` has shape \[2, 12\]"):
+        WITH_SINK_TOKENS.run(tensors)
