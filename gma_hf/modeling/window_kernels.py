@@ -96,12 +96,12 @@ def attend_kernel(
         if HAS_VISIBLE:
             Visible += batch * stride_visible
         for tile in tl.range(0, tl.cdiv(num_sinks, SINKS), num_stages=1):
-            sink = tile * SINKS
+            first_sink = tile * SINKS
             logits = sink_logits(
-                query, SinkK, Visible, sink, num_sinks, first, blind, P, N, W, columns, stride_skn, D, scale, cap,
+                query, SinkK, Visible, first_sink, num_sinks, first, blind, P, N, W, columns, stride_skn, D, scale, cap,
                 BM, EVEN_D, HAS_VISIBLE, SOFTCAP, PRECISION,
             )[1]  # fmt: skip
-            value = load_tile(SinkV, sink, value_columns, stride_svn, num_sinks - sink, DV, SINKS, EVEN_V)
+            value = load_tile(SinkV, first_sink, value_columns, stride_svn, num_sinks - first_sink, DV, SINKS, EVEN_V)
             largest, total, numerator = attend_more(largest, total, numerator, tl.trans(logits), value, PRECISION)
     runs = load_runs(Runs, first + P, count, BM, HAS_RUNS)
     start, stop = near_keys(first, P, NK, W, BM, CAUSAL)
@@ -201,20 +201,20 @@ def grad_queries_kernel(
             Visible += batch * stride_visible
         GradSinks += ((batch * HQ + head) * blocks + block) * num_sinks * (D + DV)
         for tile in tl.range(0, tl.cdiv(num_sinks, SINKS), num_stages=1):
-            sink = tile * SINKS
-            sinks_left = num_sinks - sink
+            first_sink = tile * SINKS
+            sinks_left = num_sinks - first_sink
             key, logits, slope_of_cap = sink_logits(
-                query, SinkK, Visible, sink, num_sinks, first, blind, P, N, W, columns, stride_skn, D, scale, cap,
+                query, SinkK, Visible, first_sink, num_sinks, first, blind, P, N, W, columns, stride_skn, D, scale, cap,
                 BM, EVEN_D, HAS_VISIBLE, SOFTCAP, PRECISION,
             )  # fmt: skip
             weights = tl.exp2(logits - log_sum[None, :])
             grad_value = product(rounded(weights, grad.dtype), grad, PRECISION)
-            store_tile(GradSinks + D, grad_value, sink, value_columns, D + DV, sinks_left, DV, SINKS, EVEN_V)
-            value = load_tile(SinkV, sink, value_columns, stride_svn, sinks_left, DV, SINKS, EVEN_V)
+            store_tile(GradSinks + D, grad_value, first_sink, value_columns, D + DV, sinks_left, DV, SINKS, EVEN_V)
+            value = load_tile(SinkV, first_sink, value_columns, stride_svn, sinks_left, DV, SINKS, EVEN_V)
             grad_logits = weights * slope_of_cap * (product(value, tl.trans(grad), PRECISION) - delta[None, :])
             grad_logits = rounded(grad_logits, key.dtype)
             grad_key = product(grad_logits, query, PRECISION) * scaling
-            store_tile(GradSinks, grad_key, sink, columns, D + DV, sinks_left, D, SINKS, EVEN_D)
+            store_tile(GradSinks, grad_key, first_sink, columns, D + DV, sinks_left, D, SINKS, EVEN_D)
             grad_query = product(tl.trans(grad_logits), key, PRECISION, grad_query)
 
     runs = load_runs(Runs, first + P, count, BM, HAS_RUNS)

@@ -2,6 +2,9 @@
 """The fused kernels compute the window: on a GPU where there is one, else in Triton's interpreter."""
 
 import logging
+import os
+import subprocess
+import sys
 from dataclasses import asdict, replace
 from types import SimpleNamespace
 
@@ -127,6 +130,24 @@ def test_half_precision_is_as_exact_as_its_inputs(case, dtype, monkeypatch):
     errors = {name: ((actual[name] - x).norm() / x.norm()).item() / eps for name, x in expected.items()}
     parameters = ("grad memory_bias", "grad memory_query", "grad sinks")
     assert {name: x for name, x in errors.items() if not x <= (4 if name in parameters else 1)} == {}
+
+
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [
+        ("sink tokens", "bfloat16"),
+        ("many sink tokens", "float16"),
+        ("first keys", "float32"),
+        ("everything", "bfloat16"),
+    ],
+)
+def test_kernels_compile_for_a_gpu_that_is_not_there(case, dtype, tmp_path):
+    """The interpreter takes programs that the compiler refuses: a variable that changes its type in a loop, say."""
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-m", "tests.modeling.compile_for_hopper", case, dtype]
+    run = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.split() == ["attend_kernel", "grad_queries_kernel", "grad_keys_kernel"]
 
 
 SMALL = WindowProblem(20, 7, key_heads=1, padded=True, packed=True, sinks=True)
