@@ -176,6 +176,7 @@ def converted(name: str, arguments: argparse.Namespace, prepared: dict) -> dict:
     near = {"window_size": arguments.window, "num_sink_tokens": arguments.sinks}
     options = near if has_window else {"use_forgetting": True}
     options = {**options, "num_components": arguments.components, "use_routing_projections": True}
+    options["undo_rotation_beyond"] = arguments.undo_rotation_beyond
     torch.manual_seed(0)
     reference, model = load_original(arguments), load_original(arguments)
     row: dict = {"title": TITLES[name], "options": options, "stages": [], "scores": {}}
@@ -257,6 +258,7 @@ def main():
     parser.add_argument("--window", type=int, default=128, help="tokens that are seen exactly")
     parser.add_argument("--sinks", type=int, default=1, help="tokens of the beginning that are seen exactly")
     parser.add_argument("--components", type=int, default=64)
+    parser.add_argument("--undo_rotation_beyond", type=float, help="as `convert_to_gma` takes it")
     parser.add_argument("--calibration_tokens", type=int, default=131_072)
     parser.add_argument("--transfer_rate", type=float, default=5e-3, help="learning rate of attention transfer")
     parser.add_argument("--rate", type=float, default=2e-4, help="learning rate of the old weights in distillation")
