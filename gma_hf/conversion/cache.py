@@ -10,8 +10,10 @@ from typing import Any
 
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer, EncoderDecoderCache, StaticCache
+from transformers.utils import is_tracing
 
 from ..modeling.cache_gma import GMACacheLayer, StaticGMACacheLayer
+from ..modeling.window_tokens import GMAWindowHistory
 
 
 class ConvertedCacheMixin:
@@ -21,8 +23,11 @@ class ConvertedCacheMixin:
         """Nothing is stored: the keys and values of the current tokens are what the attention needs."""
         return key_states, value_states
 
-    def advance(self, state: Any, num_tokens: int) -> None:
-        """Replace the state, `(S, z)` or the history of a window, by the one after `num_tokens` further tokens."""
+    def advance(self, state: Any, num_tokens: int, is_plain: bool = False) -> None:
+        """
+        Replace the state, `(S, z)` or the history of a window, by the one after `num_tokens` further tokens, which are plain
+        if none is padding and none begins a sequence of its own.
+        """
         super().update(state, None, num_tokens)
 
     def offload(self) -> None:
@@ -47,7 +52,35 @@ class ConvertedCacheMixin:
 
 
 class ConvertedCacheLayer(ConvertedCacheMixin, GMACacheLayer):
-    """The state of one converted layer in a cache that grows."""
+    """
+    The state of one converted layer in a cache that grows.
+
+    Attributes:
+        num_plain (`int`): how many tokens came last of which it is known, without a look at their values, that all rows
+            had them and that no sequence began.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.num_plain = 0
+
+    def advance(self, state: Any, num_tokens: int, is_plain: bool = False) -> None:
+        super().advance(state, num_tokens)
+        self.num_plain = self.num_plain + num_tokens if is_plain else 0
+
+    @property
+    def window_history(self) -> GMAWindowHistory | None:
+        """What a layer with a window goes on from; it says so if the window and the sinks are full."""
+        history = super().window_history
+        if history is None:
+            return None
+        num_places = sum(x.shape[2] for x in (history.keys, history.sink_keys) if x is not None)
+        return history._replace(valid=None, sink_valid=None) if self.num_plain >= num_places else history
+
+    def _store(self, states: dict[int, Tensor], index: int, new_state: Tensor):
+        # The last tokens of a long prompt would keep all of it in memory; what is no such part needs no copy
+        is_part = is_tracing(new_state) or new_state.untyped_storage().nbytes() > 2 * new_state.nbytes
+        states[index] = new_state.clone() if is_part else new_state
 
 
 class StaticConvertedCacheLayer(ConvertedCacheMixin, StaticGMACacheLayer):

@@ -281,7 +281,7 @@ class GMAConversion(nn.Module):
         output = attend(*states, value, **recurrence, **past)
         if cache_layer is not None:
             output, state = output
-            cache_layer.advance(state, length)
+            cache_layer.advance(state, length, is_plain=padding_mask is None and sequence_ids is None)
         return output, weights
 
     def extra_repr(self) -> str:

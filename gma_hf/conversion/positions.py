@@ -1,9 +1,9 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
 """
-Positions of padded rows. Softmax over rotated queries and keys sees only how far apart two tokens are, so models with RoPE
-count padding like tokens, and it makes no difference. A mixture that routes rotated vectors does not turn with them: it has to
-be told how many real tokens precede a token, as `generate` tells it. So where a call gives a padding mask and no positions,
-they are counted.
+Positions of padded rows and packed sequences. Softmax over rotated queries and keys sees only how far apart two tokens are, so
+models with RoPE count padding and other sequences like tokens, and it makes no difference. A mixture that routes rotated
+vectors does not turn with them: it has to be told how many real tokens of its sequence precede a token, as `generate` tells it.
+So where a call gives a padding mask, or says what is packed, and no positions, they are counted.
 """
 
 import inspect
@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from ..modeling.packing import count_positions
+from ..modeling.packing import count_positions, find_sequence_ids, select_padding_mask
 
 
 def rotary_models(model: PreTrainedModel, converted: list[nn.Module]) -> list[PreTrainedModel]:
@@ -36,7 +36,7 @@ def arguments(model: PreTrainedModel) -> list[str]:
 
 
 def count_positions_of(model: PreTrainedModel) -> RemovableHandle:
-    """Register a pre-hook that fills `position_ids` where they are missing and a 2D attention mask is given."""
+    """Register a pre-hook that fills `position_ids` where they are missing and padding or packing is told."""
     model._gma_arguments = arguments(model)
     return model.register_forward_pre_hook(fill_positions, with_kwargs=True)
 
@@ -44,15 +44,22 @@ def count_positions_of(model: PreTrainedModel) -> RemovableHandle:
 def fill_positions(model: PreTrainedModel, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
     """The pre-hook."""
     given = {**dict(zip(model._gma_arguments, args, strict=False)), **kwargs}
-    attention_mask = given.get("attention_mask")
-    if given.get("position_ids") is not None or getattr(attention_mask, "ndim", None) != 2:
+    attention_mask, seq_idx, cu_seq_lens = (given.get(name) for name in ("attention_mask", "seq_idx", "cu_seq_lens_q"))
+    is_packed = seq_idx is not None or cu_seq_lens is not None
+    if getattr(attention_mask, "ndim", None) != 2:
+        attention_mask = None
+    if given.get("position_ids") is not None or (attention_mask is None and not is_packed):
         return None
     tokens = given.get("input_ids") if given.get("inputs_embeds") is None else given["inputs_embeds"]
     if tokens is None:
         return None
+    (batch_size, length), device = tokens.shape[:2], tokens.device
+    attention_mask = None if attention_mask is None else attention_mask.to(device)
+    sequence_ids = None
+    if is_packed:
+        padding_mask = select_padding_mask(attention_mask, length)
+        sequence_ids = find_sequence_ids(batch_size, length, padding_mask, None, seq_idx, cu_seq_lens)
     cache = given.get("past_key_values")
     seen_tokens = cache.get_seq_length() if isinstance(cache, Cache) else 0
-    given["position_ids"] = count_positions(
-        tokens.shape[0], tokens.shape[1], tokens.device, attention_mask.to(tokens.device), None, seen_tokens
-    )
+    given["position_ids"] = count_positions(batch_size, length, device, attention_mask, sequence_ids, seen_tokens)
     return (), given

@@ -83,14 +83,17 @@ def test_a_mask_of_pairs_that_says_packing(model, tokens, form):
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize("options", [{}, {"window_size": 3}], ids=["plain", "windowed"])
+@pytest.mark.parametrize(
+    "options", [{}, {"window_size": 3}, {"undo_rotation": False}], ids=["plain", "windowed", "rotated"]
+)
 def test_packing_may_be_told_as_to_flash_attention(options, tokens):
     model = make_converted_model("llama", **options)
     expected = output_of(model, input_ids=tokens, position_ids=POSITIONS, use_cache=False)
     lengths = torch.tensor([0, 4, 10, 13], dtype=torch.int32)
     for announced in ({"cu_seq_lens_q": lengths, "cu_seq_lens_k": lengths}, {"seq_idx": SEQUENCES}):
-        output = output_of(model, input_ids=tokens, position_ids=POSITIONS, **announced)
-        torch.testing.assert_close(output, expected, **CLOSE)
+        for positions in ({"position_ids": POSITIONS}, {}):
+            output = output_of(model, input_ids=tokens, **positions, **announced)
+            torch.testing.assert_close(output, expected, **CLOSE)
 
 
 @pytest.mark.quick
