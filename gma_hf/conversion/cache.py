@@ -8,11 +8,11 @@ new keys and values back unchanged, and its state advances when the attention fu
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer, EncoderDecoderCache, StaticCache
-from transformers.utils import is_tracing
 
-from ..modeling.cache_gma import GMACacheLayer, StaticGMACacheLayer
+from ..modeling.cache_gma import STATE, GMACacheLayer, StaticGMACacheLayer
 from ..modeling.window_tokens import GMAWindowHistory
 
 
@@ -77,9 +77,16 @@ class ConvertedCacheLayer(ConvertedCacheMixin, GMACacheLayer):
         num_places = sum(x.shape[2] for x in (history.keys, history.sink_keys) if x is not None)
         return history._replace(valid=None, sink_valid=None) if self.num_plain >= num_places else history
 
+    def lazy_initialization(self, state: Any, conv_history: None = None) -> None:
+        # What is stored takes the place of what was there: no zeros to be copied into
+        if not self.is_initialized:
+            self.device, self.dtype = state[STATE].device, state[STATE].dtype
+            self.is_recurrent_states_initialized.update((i, x is not None) for i, x in enumerate(state))
+            self.is_initialized = True
+
     def _store(self, states: dict[int, Tensor], index: int, new_state: Tensor):
         # The last tokens of a long prompt would keep all of it in memory; what is no such part needs no copy
-        is_part = is_tracing(new_state) or new_state.untyped_storage().nbytes() > 2 * new_state.nbytes
+        is_part = torch.compiler.is_compiling() or new_state.untyped_storage().nbytes() > 2 * new_state.nbytes
         states[index] = new_state.clone() if is_part else new_state
 
 

@@ -21,15 +21,16 @@ from .rotation import Columns, Rotation
 FORGETTING_HORIZONS = (1e3, 1e5)
 
 
-def autocast_as_softmax(states: Tensor) -> Tensor:
+def autocast_as_softmax(*states: Tensor) -> tuple[Tensor, ...]:
     """
     Queries, keys or values in the dtype of autocast, where it is on: what it does for `scaled_dot_product_attention`. The
     linear maps return 16 bits, but rotary positions make float32 of them where hidden states are float32.
     """
-    device_type = states.device.type
-    if states.dtype == torch.float64 or not torch.is_autocast_enabled(device_type):
+    device_type = states[0].device.type
+    if not torch.is_autocast_enabled(device_type):
         return states
-    return states.to(torch.get_autocast_dtype(device_type))
+    dtype = torch.get_autocast_dtype(device_type)
+    return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in states)
 
 
 class GMARouting(nn.Module):
@@ -47,7 +48,10 @@ class GMARouting(nn.Module):
 
     def forward(self, states: Tensor) -> Tensor:
         """`(batch, num_heads, length, routing_dim)` to the same shape."""
-        return states + states @ self.weight.to(states.dtype)
+        weight = self.weight.to(states.dtype)
+        if states.shape[0] == 1:  # both in one call, which for more rows would need as many copies of the weight
+            return torch.baddbmm(states[0], states[0], weight)[None]
+        return states + states @ weight
 
     def extra_repr(self) -> str:
         return f"num_heads={self.weight.shape[0]}, routing_dim={self.weight.shape[1]}"
@@ -243,8 +247,9 @@ class GMAConversion(nn.Module):
                 recurrence["log_decay"] = recurrence["log_decay"].masked_fill(~padding_mask[:, None], 0.0)
         routing_query, routing_key = self.route(query, key, rotation)
         is_routed_as_is = routing_key is key
-        routing_query, routing_key = map(autocast_as_softmax, (routing_query, routing_key))
-        query, key, value = map(autocast_as_softmax, (query, key, value))
+        query, key, value, routing_query, routing_key = autocast_as_softmax(
+            query, key, value, routing_query, routing_key
+        )
 
         if self.window_norm is None:
             if padding_mask is not None:

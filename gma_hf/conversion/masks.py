@@ -109,19 +109,24 @@ def read_mask(attention_mask: Any, query: Tensor, cache_layer: Any = None) -> tu
     if isinstance(getattr(cache_layer, "cumulative_length", None), Tensor):
         # A static cache is longer than what was seen; a sliding one may be shorter
         columns = cache_layer.cumulative_length.clamp(max=columns)
-    index = torch.arange(length, device=query.device).expand(batch_size, -1)
+    if not isinstance(attention_mask, BlockMask) and attention_mask.ndim == 2:
+        current = attention_mask.to(query.device)
+        if isinstance(columns, Tensor):
+            index = torch.arange(length, device=query.device) + columns
+            current = current.gather(1, index.expand(attention_mask.shape[0], -1))
+        else:
+            current = current.narrow(1, columns, length)
+        if current.dtype == torch.bool:
+            return _unless_trivial(current, trivial=True), None
+        padding_mask = _unless_trivial(current != 0, trivial=True)
+        return padding_mask, _unless_trivial(torch.where(current == 0, 1, current).long() - 1, trivial=0)
 
+    index = torch.arange(length, device=query.device).expand(batch_size, -1)
     if isinstance(attention_mask, BlockMask):
 
         def is_allowed(queries: Tensor, keys: Tensor) -> Tensor:
             return _evaluate(attention_mask.mask_mod, queries, keys + columns, use_vmap=True)
 
-    elif attention_mask.ndim == 2:
-        current = attention_mask.to(query.device).gather(1, (index + columns).expand(attention_mask.shape[0], -1))
-        padding_mask = _unless_trivial(current != 0, trivial=True)
-        if current.dtype == torch.bool:
-            return padding_mask, None
-        return padding_mask, _unless_trivial(torch.where(current == 0, 1, current).long() - 1, trivial=0)
     else:
         allowed = _boolean(attention_mask.to(query.device))
         _expect_padding_and_packing(attention_mask, allowed)
@@ -178,7 +183,10 @@ def _boolean(mask: Tensor) -> Tensor:
 
 def _unless_trivial(tensor: Tensor, trivial: bool | int) -> Tensor | None:
     """`None` where every entry is the trivial one. The check reads values, so it is left out of compiled graphs."""
-    return None if not is_tracing(tensor) and bool((tensor == trivial).all()) else tensor
+    if is_tracing(tensor):
+        return tensor
+    is_trivial = tensor if trivial is True else tensor == trivial
+    return None if bool(is_trivial.all()) else tensor
 
 
 # The mask that was checked last: all layers of a forward pass are given the same one

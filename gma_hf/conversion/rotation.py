@@ -55,6 +55,10 @@ class Rotation(NamedTuple):
             from .rotation_kernels import turn_back
 
             cos, sin = (x.to(query.device) for x in (self.cos, self.sin))
+            if query.shape[2] == 1 and query.dtype == key.dtype:
+                # Of one token a copy costs less than another launch
+                turned = turn_back(torch.cat([query, key], dim=1), cos, sin, rotary_dim, columns[0][0])
+                return turned.split((query.shape[1], key.shape[1]), dim=1)
             return tuple(turn_back(x, cos, sin, rotary_dim, columns[0][0]) for x in (query, key))
         dtype = torch.promote_types(query.dtype, torch.float32)
         cos, sin = (x.to(query.device, dtype) for x in (self.cos, self.sin))

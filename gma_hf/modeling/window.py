@@ -36,8 +36,8 @@ import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from ..ops.functional import run_starts
-from .window_blocks import EMPTY, LOG_NOTHING, accumulation_dtype, memory_logits
+from ..ops.functional import run_starts, without_autocast
+from .window_blocks import EMPTY, LOG_NOTHING
 from .window_softmax import window_softmax
 from .window_step import is_step, step
 from .window_tokens import (
@@ -197,7 +197,7 @@ class GMAWindow(nn.Module):
                 sink_tokens = visible_sinks(tokens, starts, min(num_sinks, length - size), size, length - size)
                 written = without_sinks(tokens, starts, num_sinks)
 
-        with torch.autocast(device_type=query.device.type, enabled=False):
+        with without_autocast(query.device.type):
             read, log_weight, count, state = self._read_memory(
                 mixture, routing_query, written, causal, is_whole, history, output_history
             )
@@ -266,12 +266,14 @@ class GMAWindow(nn.Module):
             options = {"causal": True, "eps": EMPTY, "output_normalizer": True, "output_final_state": True}
             return mixture(routing_query, key, value, **options, **recurrence)
 
-        def weigh(log_weight: Tensor, count: Tensor) -> Tensor:
-            weighing_query, log_weight = routing_query if weigh_by_routing else query, self._diluted(log_weight, count)
-            dtype = accumulation_dtype(query, tokens.values)
-            return memory_logits(weighing_query, log_weight, self.memory_bias, self.memory_query, dtype)
+        def weigh(normalizer: Tensor, count: Tensor) -> Tensor:
+            # Of an empty memory log 0 = -inf, whatever is added
+            log_weight = torch.threshold(normalizer, 2 * EMPTY, 0.0).log()
+            weighing_query = routing_query if weigh_by_routing else query
+            slope = (weighing_query.to(log_weight.dtype) * self.memory_query[:, None]).sum(dim=-1)
+            return slope + self.memory_bias[:, None] + self._without_growth(log_weight, count)
 
-        with torch.autocast(device_type=query.device.type, enabled=False):
+        with without_autocast(query.device.type):
             return step(read_memory, weigh, query, tokens, history, scaling, softcap, sinks)
 
     def _read_memory(
@@ -337,12 +339,14 @@ class GMAWindow(nn.Module):
             S, z, num_tokens = S * is_last[:, None, None, None], z * is_last[:, None, None], num_tokens * is_last
         return read, log_weight, count, (S, z, num_tokens)
 
+    def _without_growth(self, log_weight: Tensor, count: Tensor) -> Tensor:
+        """log D - b log(1 + n / W)"""
+        growth = (count.to(log_weight.dtype) / self.window_size).log1p()
+        return torch.addcmul(log_weight, self.memory_dilution[:, None], growth[:, None], value=-1)
+
     def _diluted(self, log_weight: Tensor, count: Tensor) -> Tensor:
-        """log D - b log(1 + n / W); an empty memory stays empty."""
-        dtype = log_weight.dtype
-        growth = (count.to(dtype) / self.window_size).log1p()
-        diluted = log_weight - self.memory_dilution.to(dtype)[:, None] * growth[:, None]
-        return torch.where(log_weight > LOG_NOTHING, diluted, log_weight)
+        """The same, but an empty memory stays empty."""
+        return torch.where(log_weight > LOG_NOTHING, self._without_growth(log_weight, count), log_weight)
 
     def _new_history(
         self, tokens: WindowTokens, starts: Tensor | None, state: tuple[Tensor, Tensor, Tensor], batch_size: int

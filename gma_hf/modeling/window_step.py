@@ -30,17 +30,26 @@ def is_step(tokens: WindowTokens, history: GMAWindowHistory | None) -> bool:
     return all((x is None) == (y is None) for x, y in zip(kept, given, strict=True))
 
 
-def shifted(window: Tensor, new: Tensor) -> Tensor:
-    """A window without its first token and with a new one behind its last."""
+def shifted(window: Tensor, new: Tensor, in_front: Tensor | None = None) -> Tensor:
+    """A window without its first token and with a new one behind its last, optionally with others in front of it."""
     dim = token_dim(window)
-    return torch.cat([last_tokens(window, window.shape[dim] - 1).to(new.dtype), new], dim=dim)
+    kept = last_tokens(window, window.shape[dim] - 1)
+    parts = [kept, new] if in_front is None else [in_front, kept, new]
+    if window.dtype != new.dtype:
+        parts = [x.to(new.dtype) for x in parts]
+    return torch.cat(parts, dim=dim)
 
 
-def leave_window(history: GMAWindowHistory) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Whether the oldest token is to be written, [B, 1], and keys, values and validity of the sinks after it has left."""
+def leave_window(history: GMAWindowHistory) -> tuple[Tensor | None, tuple[Tensor | None, ...]]:
+    """
+    Whether the oldest token is to be written, [B, 1], or `None` if it is in every row, and keys, values and validity of the
+    sinks after it has left.
+    """
+    if history.valid is None:
+        return None, (history.sink_keys, history.sink_values, None)
     is_real = first_tokens(history.valid, 1)
     if history.sink_keys is None:
-        return is_real, ()
+        return is_real, (None, None, None)
     # Sinks stand to the right: there is room as long as the first place is empty
     is_full = first_tokens(history.sink_valid, 1)
     is_sink = is_real & ~is_full
@@ -71,7 +80,7 @@ def step(
     Args:
         read_memory (`Callable`): the mixture, from a key, a value, a write weight, a log-decay and a state to r
             `(batch, heads, 1, value_dim)`, D `(batch, heads, 1)` and the new S and z.
-        weigh (`Callable`): from log D and n `(batch, 1)` to the memory's logit `(batch, heads, 1)`, -inf if it is empty.
+        weigh (`Callable`): from D and n `(batch, 1)` to the memory's logit `(batch, heads, 1)`, -inf if it is empty.
         query (`torch.Tensor` of shape `(batch, heads, 1, head_dim)`): of the softmax.
         tokens (`WindowTokens`): the token.
         history (`GMAWindowHistory`): of the tokens before it.
@@ -81,37 +90,49 @@ def step(
         The output `(batch, heads, 1, value_dim)`, and the history with the token.
     """
     is_written, sink_tokens = leave_window(history)
-    write_weight, log_decay = is_written[:, None].to(history.normalizer.dtype), None
-    if history.write_weight is not None:
-        write_weight = write_weight * first_tokens(history.write_weight, 1)
-    if history.log_decay is not None:
-        log_decay = first_tokens(history.log_decay, 1).masked_fill(~is_written[:, None], 0.0)
+    write_weight, log_decay = (
+        None if x is None else first_tokens(x, 1) for x in (history.write_weight, history.log_decay)
+    )
+    written = 1
+    if is_written is not None:
+        is_there = is_written[:, None].to(history.normalizer.dtype)
+        write_weight = is_there if write_weight is None else is_there * write_weight
+        if log_decay is not None:
+            log_decay = log_decay.masked_fill(~is_written[:, None], 0.0)
+        written = is_written[:, 0].long()
     routing_keys = history.keys if history.routing_keys is None else history.routing_keys
-    oldest = (first_tokens(x, 1) for x in (routing_keys.to(query.dtype), history.values))
+    oldest = (first_tokens(routing_keys, 1).to(query.dtype), first_tokens(history.values, 1))
     read, normalizer, (state, z) = read_memory(
         *oldest, write_weight=write_weight, log_decay=log_decay, initial_state=(history.state, history.normalizer)
     )
-    count = is_written[:, 0].long() if history.count is None else history.count + is_written[:, 0]
-    memory_logit = weigh(normalizer.log(), count[:, None])
+    count = written if history.count is None else history.count + written
+    memory_logit = weigh(normalizer, count[:, None])
 
-    tokens = tokens._replace(valid=torch.ones_like(is_written))
-    window = [
-        None if new is None else shifted(getattr(history, name), new)
-        for name, new in tokens._asdict().items()
-        if name != "runs"
+    sink_keys, sink_values, sink_valid = sink_tokens
+    keys, values = shifted(history.keys, tokens.keys, sink_keys), shifted(history.values, tokens.values, sink_values)
+    valid = None
+    if history.valid is not None:
+        valid = shifted(history.valid, torch.ones_like(is_written), sink_valid)
+    output = attend_step(query, keys, values, valid, read, memory_logit, scaling, softcap, sinks)
+    # The window behind its sinks is seen at once; they are kept apart
+    size = history.keys.shape[2]
+    window = [None if x is None else last_tokens(x, size) for x in (keys, values, valid)]
+    others = [
+        None if new is None else shifted(old, new)
+        for old, new in (
+            (history.routing_keys, tokens.routing_keys),
+            (history.write_weight, tokens.write_weight),
+            (history.log_decay, tokens.log_decay),
+        )
     ]
-    seen = window[:3]
-    if sink_tokens:
-        seen = [torch.cat([x.to(y.dtype), y], dim=token_dim(y)) for x, y in zip(sink_tokens, seen, strict=True)]
-    output = attend_step(query, *seen, read, memory_logit, scaling, softcap, sinks)
-    return output, GMAWindowHistory(state, z, *window, *sink_tokens, count=count)
+    return output, GMAWindowHistory(state, z, *window, *others, *sink_tokens, count=count)
 
 
 def attend_step(
     query: Tensor,
     keys: Tensor,
     values: Tensor,
-    valid: Tensor,
+    valid: Tensor | None,
     read: Tensor,
     memory_logit: Tensor,
     scaling: float,
@@ -120,16 +141,19 @@ def attend_step(
 ) -> Tensor:
     """o [B, Hq, 1, dv] of one query per row, from the keys [B, Hk, T, d] that it may see, r and m + log D."""
     dtype = accumulation_dtype(query, values)
-    batch_size, num_heads, num_keys = *query.shape[:2], keys.shape[2]
-    queries = query.reshape(batch_size, keys.shape[1], -1, query.shape[3]).to(dtype) * scaling
-    logits = queries @ keys.to(dtype).transpose(2, 3)
+    batch_size, num_heads, (num_key_heads, num_keys) = *query.shape[:2], keys.shape[1:3]
+    # Queries that share a key are rows of one matrix
+    rows = (batch_size * num_key_heads, num_heads // num_key_heads)
+    queries = (query.to(dtype) * scaling).reshape(*rows, -1)
+    logits = torch.bmm(queries, keys.to(dtype).flatten(0, 1).transpose(1, 2)).view(batch_size, num_heads, num_keys)
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
-    logits = logits.masked_fill(~valid[:, None, None], float("-inf")).flatten(1, 2)  # [B, Hq, T]
+    if valid is not None:
+        logits = logits.masked_fill(~valid[:, None], float("-inf"))
     logits = [logits, memory_logit]
     if sinks is not None:
         logits.append(sinks.to(dtype)[:, None].expand(batch_size, -1, 1))
     weights = torch.cat(logits, dim=-1).softmax(dim=-1)
-    near = weights[..., :num_keys].unflatten(1, (keys.shape[1], -1)) @ values.to(dtype)
-    output = near.reshape(batch_size, num_heads, 1, -1) + weights[..., num_keys, None, None] * read.to(dtype)
-    return output.to(values.dtype)
+    near = torch.bmm(weights[..., :num_keys].reshape(*rows, num_keys), values.to(dtype).flatten(0, 1))
+    near = near.view(batch_size, num_heads, 1, -1)
+    return torch.addcmul(near, weights[..., num_keys, None, None], read).to(values.dtype)

@@ -30,13 +30,13 @@ class GMAWindowHistory(NamedTuple):
     normalizer: Tensor  # z [batch, heads, components], in float32
     keys: Tensor  # [batch, key_value_heads, W, head_dim]
     values: Tensor  # [batch, key_value_heads, W, value_dim]
-    valid: Tensor  # [batch, W], True at the tokens that exist
+    valid: Tensor | None  # [batch, W], True at the tokens that exist; None if all W and all s are known to exist
     routing_keys: Tensor | None = None  # [batch, key_value_heads, W, routing_dim], where they are not the keys
     write_weight: Tensor | None = None  # [batch, h, W], of the tokens still to be written
     log_decay: Tensor | None = None  # [batch, h, W]
     sink_keys: Tensor | None = None  # [batch, key_value_heads, s, head_dim]
     sink_values: Tensor | None = None  # [batch, key_value_heads, s, value_dim]
-    sink_valid: Tensor | None = None  # [batch, s]
+    sink_valid: Tensor | None = None  # [batch, s]; None where `valid` is
     count: Tensor | None = None  # [batch], how many tokens are in S and z; if it was not kept, b must be 0
 
 
@@ -117,7 +117,7 @@ def join_history(tokens: WindowTokens, history: GMAWindowHistory | None, size: i
     return WindowTokens(
         join(past.keys, tokens.keys),
         join(past.values, tokens.values),
-        join(past.valid, valid, fill=False),
+        join(past.valid, valid, fill=history is not None),
         join(past.routing_keys, tokens.routing_keys),
         join(past.write_weight, tokens.write_weight, fill=1.0),
         join(past.log_decay, tokens.log_decay),
@@ -130,6 +130,7 @@ def with_sinks_in_front(history: GMAWindowHistory) -> GMAWindowHistory:
     if history.sink_keys is None:
         return history
     num_sinks = history.sink_keys.shape[2]
+    valid = None if history.valid is None else torch.cat([history.sink_valid, history.valid], dim=1)
 
     def widen(x: Tensor | None) -> Tensor | None:
         return None if x is None else F.pad(x, (*[0, 0] * (x.ndim - 1 - token_dim(x)), num_sinks, 0))
@@ -137,7 +138,7 @@ def with_sinks_in_front(history: GMAWindowHistory) -> GMAWindowHistory:
     return history._replace(
         keys=torch.cat([history.sink_keys, history.keys], dim=2),
         values=torch.cat([history.sink_values, history.values], dim=2),
-        valid=torch.cat([history.sink_valid, history.valid], dim=1),
+        valid=valid,
         routing_keys=widen(history.routing_keys),
         write_weight=widen(history.write_weight),
         log_decay=widen(history.log_decay),
@@ -170,11 +171,13 @@ def num_written(tokens: WindowTokens, causal: bool, before: Tensor | None) -> Te
     How many tokens of a sequence the memory holds when it has been given a token of it, [batch or 1, T]: with those that a
     history has [batch], causal, or all, bidirectional.
     """
+    runs, length, device = tokens.runs, tokens.keys.shape[2], tokens.keys.device
+    if causal and tokens.valid is None and runs is None and before is None:
+        return torch.arange(1, length + 1, device=device)[None]
     if tokens.valid is None:
-        is_real = torch.ones(1, tokens.keys.shape[2], dtype=torch.long, device=tokens.keys.device)
+        is_real = torch.ones(1, length, dtype=torch.long, device=device)
     else:
         is_real = tokens.valid.long()
-    runs = tokens.runs
     if not causal:
         if runs is None:
             return is_real.sum(dim=1, keepdim=True)
@@ -206,9 +209,14 @@ def visible_sinks(tokens: WindowTokens, starts: Tensor, num_sinks: int, size: in
 
 def kept_sinks(tokens: WindowTokens, starts: Tensor, num_sinks: int, size: int) -> tuple[Tensor, Tensor, Tensor]:
     """Keys, values and validity of the last sequence's sinks that have left the window, for its history."""
+    length = tokens.keys.shape[2]
+    # A length that is still open (torch.export) is no int, and must not be decided on
+    if tokens.valid is None and tokens.runs is None and isinstance(length, int) and length >= size + num_sinks:
+        is_sink = torch.ones(tokens.keys.shape[0], num_sinks, dtype=torch.bool, device=starts.device)
+        return first_tokens(tokens.keys, num_sinks), first_tokens(tokens.values, num_sinks), is_sink
     start = last_tokens(starts, 1)
     # While there are fewer than s of them they are what stands before the window; what is before their sequence is none
-    places = start.clamp(max=tokens.keys.shape[2] - size - num_sinks) + torch.arange(num_sinks, device=starts.device)
+    places = start.clamp(max=length - size - num_sinks) + torch.arange(num_sinks, device=starts.device)
     is_sink, places = places >= start, places.clamp(min=0)
     keys, values = (
         take_tokens(x, places).masked_fill(~is_sink[:, None, :, None], 0) for x in (tokens.keys, tokens.values)

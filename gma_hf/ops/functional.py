@@ -1,6 +1,8 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
 """The public functions: validation, one canonical form of the call, dispatch to a backend."""
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -97,8 +99,7 @@ def gaussian_mixture_attention(
     )
     validate_call(call, sequence_ids)
     call = with_mixture_heads(call)
-    # Autocast would run the matrix products on half the digits; the backends choose their precision themselves.
-    with torch.autocast(device_type=query.device.type, enabled=False):
+    with without_autocast(query.device.type):
         if sequence_ids is not None and not causal:
             result = packed_bidirectional(call, sequence_ids, backend)
         else:
@@ -161,7 +162,7 @@ def gaussian_mixture_affinity(
         output_final_state=False,
     )
     validate_call(call, sequence_ids)
-    with torch.autocast(device_type=query.device.type, enabled=False):
+    with without_autocast(query.device.type):
         pairs = pair_weights(with_mixture_heads(call))
         if sequence_ids is not None:
             run = run_starts(sequence_ids).cumsum(dim=-1)
@@ -193,10 +194,20 @@ def gaussian_mixture_responsibilities(
     heads, mixtures = x.shape[1], means.shape[0]
     if heads % mixtures != 0 and mixtures % heads != 0:
         raise ValueError(f"x has {heads} heads and means {mixtures} mixtures; expected one to divide the other.")
-    with torch.autocast(device_type=x.device.type, enabled=False):
+    with without_autocast(x.device.type):
         dtype = torch.promote_types(x.dtype, torch.float32)
         coefficients = mixture_coefficients(means, raw_variances, prior_logits, variance_floor, dtype)
         return responsibilities(repeat_heads(x, max(heads, mixtures)), coefficients)
+
+
+def without_autocast(device_type: str) -> AbstractContextManager:
+    """
+    Autocast would run the matrix products on half the digits; the backends choose their precision themselves. Where it is off
+    there is nothing to do; a compiled or exported program says so all the same, for it may be run with autocast.
+    """
+    if torch.compiler.is_compiling() or torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type=device_type, enabled=False)
+    return nullcontext()
 
 
 def run_starts(sequence_ids: Tensor) -> Tensor:
@@ -207,6 +218,8 @@ def run_starts(sequence_ids: Tensor) -> Tensor:
 
 def with_mixture_heads(call: AttentionCall) -> AttentionCall:
     """The call with write_weight and log_decay [batch, 1 or mixtures, length]."""
+    if call.write_weight is None and call.log_decay is None:
+        return call
     mixtures = call.means.shape[0]
 
     def widen(x: Tensor | None) -> Tensor | None:

@@ -101,11 +101,13 @@ def select_backend(name: str, call: AttentionCall) -> Backend:
     """The backend that `name` stands for, or ValueError saying why it cannot run this call and which can."""
     name = os.environ.get(ENVIRONMENT_VARIABLE) or name
     if name == "auto":
-        best = None
+        best, highest = None, 0
         for backend in _BACKENDS.values():  # spelled out: torch.compile does not trace max() with a key
-            if backend.supports(call) is None and (best is None or backend.priority(call) > best.priority(call)):
-                best = backend
-        if call.query.is_cuda and not torch.compiler.is_compiling():
+            if backend.supports(call) is None:
+                priority = backend.priority(call)
+                if best is None or priority > highest:
+                    best, highest = backend, priority
+        if best.name != "triton" and call.query.is_cuda and not torch.compiler.is_compiling():
             explain_fallback(call)
         return best
     if name not in _BACKENDS:

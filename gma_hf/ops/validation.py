@@ -12,7 +12,7 @@ from .registry import AttentionCall
 
 def expect_shape(name: str, x: Tensor, layout: str, *sizes: int) -> None:
     """`x` has the sizes, which `layout` names."""
-    if x.ndim != len(sizes) or any(actual != size for actual, size in zip(x.shape, sizes, strict=True)):
+    if x.shape != sizes:
         raise ValueError(f"{name} has shape {list(x.shape)}, expected {layout} = {list(sizes)}.")
 
 

@@ -139,6 +139,59 @@ def test_gradients_flow_from_one_segment_to_the_next(model, tokens):
         assert (model.get_parameter(name).grad - gradient).abs().max() <= 1e-4 * scale + 1e-6, name
 
 
+@pytest.mark.quick
+def test_gradients_flow_through_single_tokens(model, tokens):
+    gradients = []
+    for portions in ([19], [1] * 19):
+        cache = DynamicCache(config=model.config)
+        logits = [model(part, past_key_values=cache).logits for part in tokens.split(portions, dim=1)]
+        torch.cat(logits, dim=1).square().mean().backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+        model.zero_grad()
+    for name, expected in gradients[0].items():
+        # 19 sums of float32 in another order, where single terms cancel
+        assert (gradients[1][name] - expected).abs().max() <= 1e-4 * expected.abs().max() + 1e-7, name
+
+
+@pytest.mark.quick
+def test_a_full_window_is_known_without_a_look_and_changes_nothing(tokens):
+    """Padding is forgotten once the window and the sinks have been filled behind it, however the rows are reordered."""
+    model = make_converted_model("llama", **VARIANTS["all"])
+    mask = torch.ones_like(tokens)
+    mask[0, :5] = 0
+    num_places = VARIANTS["all"]["window_size"] + VARIANTS["all"]["num_sink_tokens"]
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(tokens, attention_mask=mask, past_key_values=cache)
+        for step in range(num_places + 3):
+            cache.reorder_cache(torch.tensor([1, 0]))
+            mask = torch.nn.functional.pad(mask, (0, 1), value=1).flip(0)
+            looking = copy.deepcopy(cache)
+            for layer in looking.layers:
+                layer.num_plain = 0
+            histories = [layer.window_history for layer in (cache.layers[0], looking.layers[0])]
+            assert (histories[0].valid is None) == (step >= num_places)
+            assert histories[1].valid is not None
+            outputs = [model(tokens[:, :1], attention_mask=mask, past_key_values=x).logits for x in (cache, looking)]
+            assert torch.equal(*outputs)
+            for known, seen in zip(cache.layers, looking.layers, strict=True):
+                pairs = zip(known.recurrent_states.values(), seen.recurrent_states.values(), strict=True)
+                assert all(x is y is None or torch.equal(x, y) for x, y in pairs)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("length", [5, 30])
+def test_a_cache_does_not_hold_on_to_the_prompt(length):
+    model = make_converted_model("llama", **VARIANTS["all"])
+    prompt = torch.randint(3, VOCAB, (2, length), generator=torch.Generator().manual_seed(1))
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        for part in (prompt, prompt[:, :1], prompt):
+            model(part, past_key_values=cache)
+            for x in cache.layers[0].window_history:
+                assert x is None or x.untyped_storage().nbytes() <= 2 * x.nbytes
+
+
 @pytest.fixture
 def fresh_compiler():
     torch._dynamo.reset()

@@ -11,6 +11,8 @@ query [B, HQ, N, D], key [B, HK, N, D], value [B, HK, N, DV], mixtures M -> outp
 denominators D [B, HQ, N] in float32, S [B, M, C, DV] and z [B, M, C] float32.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -125,9 +127,7 @@ def fused_decoding(
     batch, query_heads, length, dim = query.shape
     (mixtures, components, _), value_dim = means.shape, value.shape[-1]
     query, key, value = row_contiguous(query), row_contiguous(key), row_contiguous(value)
-    CP, DP = padded(components), padded(dim)
-    block = min(padded(value_dim), VALUE_BLOCK)
-    blocks = cdiv(value_dim, block)
+    CP, DP, block, blocks = sizes(components, dim, value_dim)
     output, (new_S, new_z) = empty_output(query, value), empty_state(query, means, value)
     normalizer = empty_normalizer(query, output_normalizer)
     state = (None, None) if S is None else (S.contiguous(), z.contiguous())
@@ -142,6 +142,13 @@ def fused_decoding(
         OUTPUT_NORMALIZER=output_normalizer, num_warps=8 if CP * DP > 4096 else 4,
     )  # fmt: skip
     return output, normalizer, new_S, new_z
+
+
+@functools.cache
+def sizes(components: int, dim: int, value_dim: int) -> tuple[int, int, int, int]:
+    """CP, DP, BV and NV."""
+    block = min(padded(value_dim), VALUE_BLOCK)
+    return padded(components), padded(dim), block, cdiv(value_dim, block)
 
 
 def empty_state(query: Tensor, means: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
