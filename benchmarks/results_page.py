@@ -361,7 +361,8 @@ SECTIONS = (
         "conversion_speed_*",
         "Prefill of one prompt and decoding, of the original with `scaled_dot_product_attention` and of the converted model. "
         "**To know:** a training shared the machine's processor, which decides wherever a call is short: times of single prompts "
-        "below 32,768 tokens and of eager decoding say more about Python than about the GPU.",
+        "below 32,768 tokens and of eager decoding say more about Python than about the GPU. Decoding was measured before steps "
+        "behind a full window had a third less to do there.",
         own_printed_tables("conversion_speed"),
         "python benchmarks/conversion_speed.py",
     ),
