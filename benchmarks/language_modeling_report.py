@@ -10,7 +10,7 @@ from mixers import MIXERS
 
 TEST = "wikitext_test_word_perplexity"
 DETOKENIZED = "wikitext_test_detokenized_word_perplexity"
-FIGURE_COLOURS = {**COLOURS, "performer_redrawn": "#e8a27c", "hybrid": "#6a4fb3"}
+FIGURE_COLOURS = {**COLOURS, "gma_paper_wide": "#b5d3f0", "performer_redrawn": "#e8a27c", "hybrid": "#6a4fb3"}
 
 
 def groups(rows: dict[str, dict]) -> list[list[dict]]:

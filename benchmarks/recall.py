@@ -197,15 +197,17 @@ def run(
 def run_recall(contender: Contender, recipe: dict, seed: int, test_rows: int) -> dict:
     """Multi-query associative recall: the accuracy in every test segment."""
     generator = torch.Generator().manual_seed(987654321)  # the same tests for all
-    tests = {segment: multi_query_recall(test_rows, *segment, generator) for segment in TEST_SEGMENTS}
+    vocab_size = recipe["vocab_size"]
+    tests = {segment: multi_query_recall(test_rows, *segment, generator, vocab_size) for segment in TEST_SEGMENTS}
     hardest = [part[: max(1, test_rows // 8)] for part in tests[TRAIN_SEGMENTS[-1]]]
-    draw = partial(draw_recall, segments=TRAIN_SEGMENTS, tokens_per_batch=recipe["tokens_per_step"])
+    tokens_per_batch = recipe["tokens_per_step"]
+    draw = partial(draw_recall, segments=TRAIN_SEGMENTS, tokens_per_batch=tokens_per_batch, vocab_size=vocab_size)
     longest = max(length for length, _ in TEST_SEGMENTS)
     model, row = run(
         contender,
         recipe,
         seed,
-        RECALL_VOCAB_SIZE,
+        vocab_size,
         longest,
         Stream(draw, seed),
         lambda model: recalled(model, *hardest),
@@ -252,6 +254,7 @@ def main():
     parser.add_argument("--widths", type=int, nargs="+", default=[128], help="hidden sizes")
     parser.add_argument("--learning_rates", type=float, nargs="+", default=[1e-3])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--vocab_size", type=int, default=RECALL_VOCAB_SIZE, help="of recall; more than 512")
     parser.add_argument("--tokens_per_step", type=int, default=32768)
     parser.add_argument("--lengths", type=int, nargs="+", default=[256, 512, 1024, 2048, 4096, 8192], help="of needle")
     parser.add_argument("--train_length", type=int, default=1024, help="the longest of them to train on")
@@ -275,7 +278,9 @@ def main():
                 "weight_decay": 0.1,
             }
             test_rows = arguments.test_rows
-            if experiment == "needle":
+            if experiment == "recall":
+                shared["vocab_size"] = arguments.vocab_size
+            else:
                 shared |= {name: getattr(arguments, name) for name in ("lengths", "train_length", "facts", "depths")}
                 test_rows = max(1, test_rows // 8)
             for seed in arguments.seeds:

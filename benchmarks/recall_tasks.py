@@ -136,10 +136,12 @@ class Stream(IterableDataset):
             yield {"input_ids": tokens, "labels": labels}
 
 
-def draw_recall(generator: torch.Generator, segments: list[tuple[int, int]], tokens_per_batch: int):
+def draw_recall(
+    generator: torch.Generator, segments: list[tuple[int, int]], tokens_per_batch: int, vocab_size=RECALL_VOCAB_SIZE
+):
     """A batch of one of the segments (length, pairs), as large as all others in tokens."""
     length, pairs = segments[torch.randint(len(segments), (), generator=generator)]
-    return multi_query_recall(max(1, tokens_per_batch // length), length, pairs, generator)
+    return multi_query_recall(max(1, tokens_per_batch // length), length, pairs, generator, vocab_size)
 
 
 def draw_needle(generator: torch.Generator, lengths: list[int], tokens_per_batch: int, facts: int):
