@@ -165,13 +165,15 @@ def slow_columns(cos: Tensor, sin: Tensor, wavelength: float) -> list[tuple[int,
     Which rotations take more than so many tokens for a turn.
 
     Args:
-        cos, sin (`torch.Tensor` of shape `(batch or 1, length, columns)`): of successive tokens, the first of a sequence first.
+        cos, sin (`torch.Tensor` of shape `(..., length, columns)`): of successive tokens, the first of a sequence first.
         wavelength (`float`): in tokens.
 
     Returns:
-        `list[tuple[int, int]]`: ranges of columns, first and last + 1.
+        `list[tuple[int, int]]`: ranges of columns, first and last + 1. All of them if there are no two tokens to compare.
     """
-    cos, sin = (x[0, :2].double().cpu() for x in (cos, sin))
+    if cos.shape[-2] < 2:
+        return [(0, cos.shape[-1])]
+    cos, sin = (x.reshape(-1, *x.shape[-2:])[0, :2].double().cpu() for x in (cos, sin))
     # By how much the second token is turned further than the first
     angle = torch.atan2(sin[1] * cos[0] - cos[1] * sin[0], cos[1] * cos[0] + sin[1] * sin[0]).abs()
     is_slow = (angle * wavelength < 2 * math.pi).tolist()

@@ -136,7 +136,8 @@ def test_slow_rotations_are_found_in_every_layout(dtype):
         angles = torch.arange(5.0)[:, None] * columns
         cos, sin = ((1.3 * x).to(dtype)[None] for x in (angles.cos(), angles.sin()))
         assert slow_columns(cos, sin, 500) == expected
-    assert slow_columns(cos, sin, 0) == [(0, 2)]
+        assert slow_columns(cos[0], sin[0], 500) == expected
+    assert slow_columns(cos, sin, 0) == slow_columns(cos[:, :1], sin[:, :1], 500) == [(0, 2)]
 
 
 def test_fast_rotations_alone_leave_nothing_to_undo():
