@@ -8,9 +8,9 @@ SmolLM2-135M-Instruct converted to GMA and distilled on Wikipedia and books, wit
 
 `--prepare` tokenizes: Wikipedia and books to train on, in blocks of 4,096 tokens, the test set of WikiText-103 to measure and
 its validation set to choose rates and weights by. DATA holds `wikipedia-long`, `books` and `wikitext-103`. Perplexity is that
-of the whole test set in windows of 1,024 tokens that do not overlap, KL that to the original's distributions at every position; perplexity by position is that in windows of 8,192,
-twice as long as the blocks of the training. Rows that the output file holds already are not repeated; `finetune` goes on from
-the model of the row `window`, which `--work` keeps.
+of the whole test set in windows of 1,024 tokens that do not overlap, KL that to the original's distributions at every
+position; perplexity by position is that in windows of 8,192, twice as long as the blocks of the training. Rows that the output
+file holds already are not repeated; `finetune` goes on from the model of the row `window`, which `--work` keeps.
 """
 
 import argparse

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import lru_cache
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
@@ -27,8 +28,7 @@ from ..ops.triton import DTYPES, missing
 
 # Rounding errors of a rotation and its inverse, in units of the last place of the largest entry
 ROUNDINGS = 4
-
-
+# Ranges of the columns of cosines and sines, first and last + 1
 Columns = Sequence[tuple[int, int]]
 
 
@@ -177,12 +177,13 @@ def slow_columns(cos: Tensor, sin: Tensor, wavelength: float) -> list[tuple[int,
     # By how much the second token is turned further than the first
     angle = torch.atan2(sin[1] * cos[0] - cos[1] * sin[0], cos[1] * cos[0] + sin[1] * sin[0]).abs()
     is_slow = (angle * wavelength < 2 * math.pi).tolist()
-    edges = [
-        i
-        for i in range(len(is_slow) + 1)
-        if (is_slow[i - 1] if i > 0 else False) != (is_slow[i] if i < len(is_slow) else False)
-    ]
-    return list(zip(edges[::2], edges[1::2], strict=True))
+    ranges, first = [], 0
+    for slow, run in groupby(is_slow):
+        stop = first + len(list(run))
+        if slow:
+            ranges.append((first, stop))
+        first = stop
+    return ranges
 
 
 def is_close(x: Tensor, y: Tensor) -> bool:
