@@ -55,7 +55,7 @@ def plot_usage(report: RoutingReport, role: str = "keys") -> Figure:
     )
     norm = LogNorm(DEAD_SHARE, max(most, 2), clip=True)
     image = left.imshow(shares.numpy(), aspect="auto", cmap="viridis", norm=norm, interpolation="nearest")
-    label = f"share, in equal shares 1 / C ({DEAD_SHARE:g} or less: dead)"
+    label = f"share, in equal shares 1 / C\n({DEAD_SHARE:g} or less: dead)"
     figure.colorbar(image, ax=left, label=label, location="bottom", format="%g")
     left.set_xlabel("components of a head, the most used first")
     left.set_ylabel("layer · head")

@@ -330,13 +330,22 @@ def _eval_results(description: CardDescription, evaluations: dict[str, dict[str,
                         task_type=description.pipeline_tag,
                         dataset_type=data.get("type", "local"),
                         dataset_name=data.get("name", name),
-                        dataset_config=data.get("config"),
+                        dataset_config=data.get("config", None if data else name),
                         dataset_split=data.get("split", "test"),
                         metric_type=hub_name,
                         metric_name=label,
                         metric_value=scores[key],
                     )
                 )
+    # The Hub keeps one name for results that agree in all else, so that one data set's numbers would pass for the other's
+    names: dict[tuple, str] = {}
+    for result in found:
+        first = names.setdefault(result.unique_identifier, result.dataset_name)
+        if first != result.dataset_name:
+            raise TrainingInputError(
+                f"{first!r} and {result.dataset_name!r} have the same type, config and split: give them different ones in "
+                "`evaluation_data`."
+            )
     return found
 
 

@@ -133,6 +133,19 @@ def test_a_card_without_measurements_is_not_written(card_folder):
     assert not (card_folder / "README.md").exists()
 
 
+def test_results_that_the_hub_would_merge_are_refused(card_folder):
+    scores = RESULTS["evaluations"]["held-out"]
+    results = {**RESULTS, "evaluations": {"held-out": scores, "tokenised": scores}}
+    (card_folder / "results.json").write_text(json.dumps(results))
+    write_published_card(card_folder)  # one that is not described is a configuration of its own
+
+    same = DESCRIPTION["evaluation_data"]["held-out"] | {"name": "WikiText-103, tokenised"}
+    description = {**DESCRIPTION, "evaluation_data": {**DESCRIPTION["evaluation_data"], "tokenised": same}}
+    (card_folder / "card.yaml").write_text(yaml.safe_dump(description))
+    with pytest.raises(TrainingInputError, match=r"tokenised.*the same type, config and split"):
+        write_published_card(card_folder)
+
+
 def test_wrong_descriptions_are_refused_by_name(card_folder):
     for change, match in (
         ({"colour": "red"}, "colour"),
