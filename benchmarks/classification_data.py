@@ -30,7 +30,7 @@ class Task:
 
 TASKS = {
     "listops": Task("ListOps, 500 to 2,000 symbols", 10, listops.VOCAB_SIZE, listops.PAD, 2048, 5000, 0.0),
-    "imdb": Task("IMDB, bytes up to 4,096", 2, 257, 0, 4096, 3000, 0.1),
+    "imdb": Task("IMDB, bytes up to 4,096", 2, 257, 0, 4096, 2000, 0.1),
     "newsgroups": Task("20 Newsgroups, tokens up to 2,048", 20, 8192, 1, 2048, 2000, 0.2),
 }
 LENGTH_STEP = 256  # lengths of batches are multiples of it

@@ -8,7 +8,8 @@ Recall: where a state of constant size loses against softmax attention, and how 
 
 - `recall`: multi-query associative recall (Zoology, Arora et al., 2024). Trained on a mix of 4 to 64 pairs in 64 to 256 tokens,
   tested on up to 256 pairs in 1,024 tokens: more and longer than in training.
-- `needle`: one fact of several, hidden at some depth in random tokens. Trained up to `--train_length`, tested beyond.
+- `needle`: one fact of several, hidden at some depth in random tokens. Trained on `--train_lengths` with a fact in
+  every eight tokens, so that there is much to learn from; tested with `--facts`, also beyond these lengths.
 
 The tasks are in recall_tasks.py. A contender is written mixer:layers:softmax layers:components, all but the mixer optional:
 `gma_gated:4:1,3` is a model of four gated GMA layers of which the second and the last are softmax attention instead, `gma_gated:2::256`
@@ -46,21 +47,26 @@ from gma_hf.training.trainer import GMATrainer
 
 
 REFERENCE = "mamba2"  # the one whose size cannot be chosen
-DEFAULT_CONTENDERS = [
-    "softmax:2",
-    "elu:2",
-    "mamba2:2",
-    "gma_paper:2",
-    "gma_gated:2",
-    "gma_gated:2::256",
-    "gma_gated:4",
-    "gma_gated:4:2",
-    "gma_gated:4:1,3",
-]
+DEFAULT_CONTENDERS = {
+    "recall": [
+        "softmax:2",
+        "elu:2",
+        "mamba2:2",
+        "gma_paper:2",
+        "gma_gated:2",
+        "gma_gated:2::256",
+        "gma_gated:4",
+        "gma_gated:4:2",
+        "gma_gated:4:1,3",
+    ],
+    "needle": ["softmax:2", "mamba2:2", "gma_gated:2", "gma_gated:4:2"],
+}
 # (length, pairs), those of Zoology in its proportions: five batches of the easiest for one of each other. Without that surplus
 # softmax attention has not left the plateau of guessing among the values of the text after as many steps.
 TRAIN_SEGMENTS = 5 * [(64, 4)] + [(128, 8), (256, 16), (256, 32), (256, 64)]
 TEST_SEGMENTS = [(64, 4), (64, 8), (64, 16), (128, 32), (256, 64), (512, 128), (1024, 256)]
+# Of the needle; as often as it is listed. Attention learns first on the shortest, on which it is spread least
+NEEDLE_TRAIN_LENGTHS = 3 * [64] + [128, 256, 512, 1024]
 TOKENS_PER_EVALUATION = 65536
 
 
@@ -219,10 +225,8 @@ def run_recall(contender: Contender, recipe: dict, seed: int, test_rows: int) ->
 
 def run_needle(contender: Contender, recipe: dict, seed: int, test_rows: int) -> dict:
     """Needle in a haystack: the accuracy by length and depth."""
-    train_lengths = [length for length in recipe["lengths"] if length <= recipe["train_length"]]
-    draw = partial(
-        draw_needle, lengths=train_lengths, tokens_per_batch=recipe["tokens_per_step"], facts=recipe["facts"]
-    )
+    train_lengths = recipe["train_lengths"]
+    draw = partial(draw_needle, lengths=train_lengths, tokens_per_batch=recipe["tokens_per_step"])
 
     def test(model, length: int, depth: float) -> float:
         generator = torch.Generator().manual_seed(length)
@@ -233,9 +237,9 @@ def run_needle(contender: Contender, recipe: dict, seed: int, test_rows: int) ->
         recipe,
         seed,
         NEEDLE_VOCAB_SIZE,
-        max(recipe["lengths"]),
+        max(*recipe["lengths"], *train_lengths),
         Stream(draw, seed),
-        lambda model: test(model, train_lengths[-1], 0.0),
+        lambda model: test(model, max(train_lengths), 0.0),
     )
     depths = [round(i / (recipe["depths"] - 1), 4) for i in range(recipe["depths"])]
     accuracy = [
@@ -251,18 +255,18 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--experiments", nargs="+", choices=list(RUNS), default=list(RUNS))
     parser.add_argument("--contenders", nargs="+", type=Contender.parse, metavar="CONTENDER")
-    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--steps", type=int, default=6000)
     parser.add_argument("--widths", type=int, nargs="+", default=[128], help="hidden sizes")
-    parser.add_argument("--learning_rates", type=float, nargs="+", default=[1e-3])
+    parser.add_argument("--learning_rates", type=float, nargs="+", default=[3e-3])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--vocab_size", type=int, default=RECALL_VOCAB_SIZE, help="of recall; more than 512")
-    parser.add_argument("--tokens_per_step", type=int, default=32768)
+    parser.add_argument("--tokens_per_step", type=int, default=8192)
     parser.add_argument("--lengths", type=int, nargs="+", default=[256, 512, 1024, 2048, 4096, 8192], help="of needle")
-    parser.add_argument("--train_length", type=int, default=1024, help="the longest of them to train on")
+    parser.add_argument("--train_lengths", type=int, nargs="+", default=NEEDLE_TRAIN_LENGTHS, help="of needle")
     parser.add_argument("--facts", type=int, default=4, help="in the haystack")
     parser.add_argument("--depths", type=int, default=11, help="of the needle, from the beginning to the end")
     parser.add_argument("--test_rows", type=int, default=512, help="per segment; needle: an eighth of it per depth")
-    parser.add_argument("--workers", type=int, default=4 if torch.cuda.is_available() else 0, help="that draw batches")
+    parser.add_argument("--workers", type=int, default=2 if torch.cuda.is_available() else 0, help="that draw batches")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False, help="the blocks")
     parser.add_argument("--table", action="store_true", help="only print the tables of the output file")
     parser.add_argument("--plot", action="store_true", help="only draw the figures from the output file")
@@ -271,8 +275,8 @@ def main():
     arguments = parser.parse_args()
     results = Results(arguments.output, "recall", {})
     if not (arguments.table or arguments.plot):
-        contenders = arguments.contenders or [Contender.parse(text) for text in DEFAULT_CONTENDERS]
         for experiment in arguments.experiments:
+            contenders = arguments.contenders or [Contender.parse(text) for text in DEFAULT_CONTENDERS[experiment]]
             shared = {
                 "experiment": experiment,
                 **{name: getattr(arguments, name) for name in ("steps", "tokens_per_step", "compile", "workers")},
@@ -282,7 +286,7 @@ def main():
             if experiment == "recall":
                 shared["vocab_size"] = arguments.vocab_size
             else:
-                shared |= {name: getattr(arguments, name) for name in ("lengths", "train_length", "facts", "depths")}
+                shared |= {name: getattr(arguments, name) for name in ("lengths", "train_lengths", "facts", "depths")}
                 test_rows = max(1, test_rows // 8)
             for seed in arguments.seeds:
                 for width in arguments.widths:

@@ -60,7 +60,7 @@ def tables(rows: dict[str, dict]) -> str:
         lengths = list(dict.fromkeys(length for length, _ in first["accuracy"]))
         lines += [
             f"Needle in a haystack of {first['recipe']['facts']} facts: accuracy in %, mean over the depths / at the worst depth, "
-            f"by length. Trained up to {first['recipe']['train_length']:,} tokens.",
+            f"by length. Trained on up to {max(first['recipe']['train_lengths']):,} tokens.",
             "",
             f"| width | mixer | parameters | state | {' | '.join(f'{length:,}' for length in lengths)} | ms per step |",
             "|---:|---|---:|---:|" + "---:|" * (len(lengths) + 1),
@@ -120,7 +120,7 @@ def needle_figure(best: dict[str, dict], width: int):
         lengths = list(dict.fromkeys(length for length, _ in row["accuracy"]))
         depths = list(dict.fromkeys(depth for _, depth in row["accuracy"]))
         heat(axis, [[100 * row["accuracy"][length, depth] for length in lengths] for depth in depths], size=6)
-        trained = sum(length <= row["recipe"]["train_length"] for length in lengths)
+        trained = sum(length <= max(row["recipe"]["train_lengths"]) for length in lengths)
         axis.axvline(trained - 0.5, color="#d1495b", linewidth=2)
         axis.set_title(title.replace(": ", ":\n", 1) if len(title) > 36 else title, fontsize=9)
         axis.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths], fontsize=7)

@@ -14,14 +14,15 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 
 IGNORE_INDEX = -100
-RECALL_VOCAB_SIZE = 8192
+RECALL_VOCAB_SIZE = 1024  # Zoology's is 8,192, which takes a training many times as long
 # The needle's vocabulary: two markers, keys, values, and what the haystack consists of
 FACT, QUESTION = 0, 1
-NUM_KEYS = NUM_VALUES = 512
+NUM_KEYS = NUM_VALUES = 128
 FIRST_KEY = 2
 FIRST_VALUE = FIRST_KEY + NUM_KEYS
 FIRST_HAY = FIRST_VALUE + NUM_VALUES
-NEEDLE_VOCAB_SIZE = 2048
+NEEDLE_VOCAB_SIZE = 512
+TOKENS_PER_FACT = 8  # in training
 
 
 def multi_query_recall(
@@ -144,7 +145,7 @@ def draw_recall(
     return multi_query_recall(max(1, tokens_per_batch // length), length, pairs, generator, vocab_size)
 
 
-def draw_needle(generator: torch.Generator, lengths: list[int], tokens_per_batch: int, facts: int):
-    """A batch of one of the lengths."""
+def draw_needle(generator: torch.Generator, lengths: list[int], tokens_per_batch: int):
+    """A batch of one of the lengths, to train on."""
     length = lengths[torch.randint(len(lengths), (), generator=generator)]
-    return needle(max(1, tokens_per_batch // length), length, generator, facts)
+    return needle(max(1, tokens_per_batch // length), length, generator, facts=length // TOKENS_PER_FACT)

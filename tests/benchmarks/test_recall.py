@@ -135,7 +135,7 @@ def test_rows_are_written_kept_and_shown(tmp_path, monkeypatch, capsys):
     """The script on a toy size; then the tables and figures without measuring again."""
     output = tmp_path / "recall.json"
     options = ["--contenders", "softmax:2", "gma_gated:2:1", "--steps", "2", "--widths", "64", "--output", str(output)]
-    options += ["--tokens_per_step", "256", "--test_rows", "8", "--lengths", "64", "128", "--train_length", "64"]
+    options += ["--tokens_per_step", "256", "--test_rows", "8", "--lengths", "64", "128", "--train_lengths", "64"]
     options += ["--depths", "2", "--experiments", "needle", "--figures", str(tmp_path)]
 
     def call(*extra: str) -> str:
