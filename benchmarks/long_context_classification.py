@@ -45,7 +45,7 @@ CONTENDERS = {
     "gma_gated_positions": ("gma_gated", {"position_embedding_type": "learned"}),
     "gma_gated_window": ("gma_gated", {"window_size": 32}),
 }
-DEFAULT_CONTENDERS = ["softmax", "elu", "performer", "gma_paper", "gma_gated", "gma_gated_positions"]
+DEFAULT_CONTENDERS = ["softmax", "elu", "performer", "gma_paper", "gma_gated"]
 TITLES = {
     **{name: MIXERS[name].title for name in CONTENDERS if name in MIXERS},
     "gma_gated_positions": "GMA, gated block, learned positions",

@@ -15,11 +15,9 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 IGNORE_INDEX = -100
 RECALL_VOCAB_SIZE = 1024  # Zoology's is 8,192, which takes a training many times as long
-# The needle's vocabulary: two markers, keys, values, and what the haystack consists of
-FACT, QUESTION = 0, 1
+# The needle's vocabulary: keys, values, and what the haystack consists of
 NUM_KEYS = NUM_VALUES = 128
-FIRST_KEY = 2
-FIRST_VALUE = FIRST_KEY + NUM_KEYS
+FIRST_VALUE = NUM_KEYS
 FIRST_HAY = FIRST_VALUE + NUM_VALUES
 NEEDLE_VOCAB_SIZE = 512
 TOKENS_PER_FACT = 8  # in training
@@ -79,7 +77,7 @@ def needle(
     """
     Facts in a haystack of random tokens, and questions at its end.
 
-        x x FACT k2 v2 x x x x x FACT k1 v1 x x x  QUESTION k1 v1        label: v1 at the end
+        x x k2 v2 x x x x x k1 v1 x x x  k1 v1        label: v1 at the end
 
     To train, `depth` is None: the facts stand anywhere and each of them is asked for, in random order. To test, one fact stands
     at the given depth and it alone is asked for; the others are there to be confused with it.
@@ -97,24 +95,23 @@ def needle(
         ValueError: if the facts and questions do not fit.
     """
     questions = facts if depth is None else 1
-    slots = length // 3 - questions  # a fact and a question take three tokens each
+    slots = length // 2 - questions  # a fact and a question take two tokens each
     if slots < facts or facts > NUM_KEYS:
         raise ValueError(f"{facts} facts and {questions} questions do not fit into {length} tokens.")
-    keys = FIRST_KEY + torch.rand(rows, NUM_KEYS, generator=generator).topk(facts, dim=1).indices
+    keys = torch.rand(rows, NUM_KEYS, generator=generator).topk(facts, dim=1).indices
     values = torch.randint(FIRST_VALUE, FIRST_HAY, (rows, facts), generator=generator)
     order = torch.rand(rows, slots, generator=generator)
     if depth is not None:
         order[:, round(depth * (slots - 1))] = 2.0  # the first fact gets this slot
     chosen = order.topk(facts, dim=1).indices
 
-    hay = torch.randint(FIRST_HAY, NEEDLE_VOCAB_SIZE, (rows, length - 3 * questions), generator=generator)
-    for offset, part in enumerate((torch.full_like(keys, FACT), keys, values)):
-        hay.scatter_(1, 3 * chosen + offset, part)
+    hay = torch.randint(FIRST_HAY, NEEDLE_VOCAB_SIZE, (rows, length - 2 * questions), generator=generator)
+    hay.scatter_(1, 2 * chosen, keys).scatter_(1, 2 * chosen + 1, values)
     # Facts already stand in random places, so asking in their order asks in random order
-    asked = torch.stack([torch.full_like(keys, QUESTION), keys, values], dim=-1)[:, :questions].flatten(1)
+    asked = torch.stack([keys, values], dim=-1)[:, :questions].flatten(1)
     tokens = torch.cat([hay, asked], dim=1)
     labels = torch.full_like(tokens, IGNORE_INDEX)
-    labels[:, hay.shape[1] + 2 :: 3] = values[:, :questions]
+    labels[:, hay.shape[1] + 1 :: 2] = values[:, :questions]
     return tokens, labels
 
 

@@ -48,7 +48,8 @@ class Section:
         files: pattern of its results, which may be of several devices.
         text: what is measured, how, and what differs from the paper's setting.
         body: makes the tables of one file's content.
-        command: what makes all of a file that several runs have added to; by default what the file says.
+        command: what makes all of a file that several runs have added to, `{rows}` being the names of its rows; by default what
+            the file says.
         figures: names of figures that do not begin with the name of the file.
     """
 
@@ -249,6 +250,8 @@ SECTIONS = (
         "learning rate for all, none was tuned. More components than 64 do not help at this size. At a context of 4,096 a step "
         "has a quarter of the sequences. Not measured yet: 256 components, and more seeds where there is one.",
         own_table("language_modeling_report", None),
+        "python benchmarks/language_modeling.py --data DATA --prepare lm.pt\n"
+        "python benchmarks/language_modeling.py --prepared lm.pt --rows {rows}",
     ),
     Section(
         "Language modelling on WikiText-2",
@@ -266,6 +269,10 @@ SECTIONS = (
         "Newsgroups. **What differs from the paper** and from Long Range Arena: ListOps comes from our own generator, which "
         "follows the published grammar; models are small and train for a fixed number of steps, fewer than the Arena's.",
         own_table("long_context_classification"),
+        "python benchmarks/long_context_classification.py --data DATA --prepare classification.pt.xz\n"
+        "python benchmarks/long_context_classification.py --prepared classification.pt.xz\n"
+        "python benchmarks/long_context_classification.py --prepared classification.pt.xz --tasks newsgroups --contenders "
+        "gma_gated_positions gma_gated_window",
     ),
     Section(
         "Recall",
@@ -274,6 +281,7 @@ SECTIONS = (
         "the keys), and a fact hidden at some depth of a long text. The paper does not report this; we add it because it is the "
         "known weakness of linear-time mixers, with hybrids that show how many softmax layers win it back.",
         own_table("recall_report", function="tables"),
+        "python benchmarks/recall.py",
         figures=("needle",),
     ),
     Section(
@@ -361,8 +369,7 @@ SECTIONS = (
         "conversion_speed_*",
         "Prefill of one prompt and decoding, of the original with `scaled_dot_product_attention` and of the converted model. "
         "**To know:** a training shared the machine's processor, which decides wherever a call is short: times of single prompts "
-        "below 32,768 tokens and of eager decoding say more about Python than about the GPU. Decoding was measured before steps "
-        "behind a full window had a third less to do there.",
+        "below 32,768 tokens and of eager decoding say more about Python than about the GPU.",
         own_printed_tables("conversion_speed"),
         "python benchmarks/conversion_speed.py",
     ),
@@ -391,6 +398,8 @@ def circumstances(content: dict, command: str | None = None) -> str:
     facts += [f"{name} {' and '.join(found)}" for name, found in named.items() if found]
     facts.append(dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}")
     commands = command or "\n".join(every("command"))
+    if "{rows}" in commands:
+        commands = commands.replace("{rows}", " ".join(content["rows"]))
     return f"```bash\n{commands}\n```\n\nMeasured on {'; '.join(facts)}."
 
 

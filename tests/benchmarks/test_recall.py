@@ -10,11 +10,9 @@ import torch
 from mixers import make_config, make_model
 from recall_report import best_rows, tables
 from recall_tasks import (
-    FACT,
     FIRST_HAY,
     FIRST_VALUE,
     IGNORE_INDEX,
-    QUESTION,
     Stream,
     draw_recall,
     multi_query_recall,
@@ -46,7 +44,7 @@ def test_questions_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="do not fit"):
         multi_query_recall(1, 64, 17, seeded())
     with pytest.raises(ValueError, match="do not fit"):
-        needle(1, 12, seeded(), facts=4)
+        needle(1, 14, seeded(), facts=4)
 
 
 def test_gaps_follow_the_power_law():
@@ -67,17 +65,18 @@ def test_the_needle_is_in_the_haystack(depth):
     tokens, labels = needle(6, length, seeded(), facts, depth)
     assert tokens.shape == labels.shape == (6, length)
     for row, expected in zip(tokens.tolist(), labels.tolist(), strict=True):
-        places = [i for i, token in enumerate(row) if token == FACT]
-        memory = {row[i + 1]: row[i + 2] for i in places}
-        questions = [i for i, token in enumerate(row) if token == QUESTION]
-        assert len(memory) == facts and len(questions) == (facts if depth is None else 1)
-        assert [i for i, label in enumerate(expected) if label != IGNORE_INDEX] == [i + 2 for i in questions]
-        assert all(expected[i + 2] == memory[row[i + 1]] for i in questions)
+        asked = facts if depth is None else 1
+        keys = [i for i, token in enumerate(row) if token < FIRST_VALUE]  # facts first, then questions
+        places, questions = keys[:facts], keys[facts:]
+        memory = {row[i]: row[i + 1] for i in places}
+        assert len(memory) == facts and questions == list(range(length - 2 * asked, length, 2))
+        assert [i for i, label in enumerate(expected) if label != IGNORE_INDEX] == [i + 1 for i in questions]
+        assert all(expected[i + 1] == memory[row[i]] for i in questions)
         assert all(FIRST_VALUE <= value < FIRST_HAY for value in memory.values())
         if depth is not None:
-            needle_at = next(i for i in places if row[i + 1] == row[questions[0] + 1])
-            # Facts stand in slots of three tokens
-            assert abs(needle_at - depth * (questions[0] - 3)) <= 3
+            needle_at = next(i for i in places if row[i] == row[questions[0]])
+            # Facts stand in slots of two tokens
+            assert abs(needle_at - depth * (questions[0] - 2)) <= 2
 
 
 def test_streams_repeat_and_differ_by_seed():
