@@ -155,11 +155,34 @@ def table(rows: dict[str, dict]) -> str:
     return "\n".join(lines)
 
 
+def of_all_tasks(rows: dict[str, dict]) -> dict[str, dict[str, list[dict]]]:
+    """As `by_task`, without the contenders that some task does not have."""
+    tasks = by_task(rows)
+    common = set.intersection(*(set(contenders) for contenders in tasks.values()))
+    return {
+        task: {contender: own for contender, own in contenders.items() if contender in common}
+        for task, contenders in tasks.items()
+    }
+
+
+def summary(rows: dict[str, dict]) -> str:
+    """The accuracies alone, as one Markdown table."""
+    tasks = of_all_tasks(rows)
+    lines = [
+        f"| accuracy, % | {' | '.join(TASKS[task].title for task in tasks)} |",
+        "|---|" + "---:|" * len(tasks),
+    ]
+    for contender in next(iter(tasks.values())):
+        cells = (f"{summarize(contenders[contender])['accuracy']:.1f}" for contenders in tasks.values())
+        lines.append(f"| {TITLES[contender]} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def plot(rows: dict[str, dict], path: Path) -> None:
-    """Accuracy and time per step of every contender, a column per task."""
+    """Accuracy and time per step, a column per task, of the contenders that all tasks have."""
     import matplotlib.pyplot as plt
 
-    tasks = by_task(rows)
+    tasks = of_all_tasks(rows)
     height = 0.32 * max(map(len, tasks.values())) + 0.7
     figure, axes = plt.subplots(
         2, len(tasks), figsize=(1.8 + 3.4 * len(tasks), 2 * height), squeeze=False, sharey="col"

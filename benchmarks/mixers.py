@@ -55,7 +55,7 @@ MIXERS: dict[str, Mixer] = {
     "softmax": Mixer("softmax + RoPE", "gated", lambda n: {"layer_types": ["full_attention"] * n}),
     "gma_paper": Mixer("GMA, paper block", "paper"),
     # In the paper's initialisation one component takes nearly everything at first
-    "gma_paper_wide": Mixer("GMA, paper block, wide variances at first", "paper", lambda n: {"variance_init": 16.0}),
+    "gma_paper_wide": Mixer("GMA, paper block, variance_init 16", "paper", lambda n: {"variance_init": 16.0}),
     "gma_gated": Mixer("GMA, gated block", "gated"),
     "elu": Mixer("linear attention, elu + 1", "paper", attention=EluAttention),
     "performer": Mixer("Performer, fixed features", "paper", attention=PerformerAttention),

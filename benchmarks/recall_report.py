@@ -42,8 +42,8 @@ def tables(rows: dict[str, dict]) -> str:
             "Multi-query associative recall: accuracy in % by key-value pairs @ length.",
             "",
             f"| width | mixer | parameters | state | {' | '.join(f'{b} @ {a}' for a, b in segments)} | pairs at "
-            f"{RECALLED:.0%} | ms per step |",
-            "|---:|---|---:|---:|" + "---:|" * (len(segments) + 2),
+            f"{RECALLED:.0%} |",
+            "|---:|---|---:|---:|" + "---:|" * (len(segments) + 1),
         ]
         for (width, title), row in best.items():
             accuracy = row["accuracy"]
@@ -51,7 +51,7 @@ def tables(rows: dict[str, dict]) -> str:
             cells = " | ".join(f"{100 * accuracy[segment]:.1f}" for segment in segments)
             lines.append(
                 f"| {width} | {title} | {row['parameters'] / 1e6:.2f} M | {state(row)} | {cells} | "
-                f"{recalled[-1] if recalled else 'none'} | {row['ms_per_step']:.1f} |"
+                f"{recalled[-1] if recalled else 'none'} |"
             )
         lines.append("")
     best = best_rows(rows.values(), "needle")
@@ -62,15 +62,13 @@ def tables(rows: dict[str, dict]) -> str:
             f"Needle in a haystack of {first['recipe']['facts']} facts: accuracy in %, mean over the depths / at the worst depth, "
             f"by length. Trained on up to {max(first['recipe']['train_lengths']):,} tokens.",
             "",
-            f"| width | mixer | parameters | state | {' | '.join(f'{length:,}' for length in lengths)} | ms per step |",
-            "|---:|---|---:|---:|" + "---:|" * (len(lengths) + 1),
+            f"| width | mixer | parameters | state | {' | '.join(f'{length:,}' for length in lengths)} |",
+            "|---:|---|---:|---:|" + "---:|" * len(lengths),
         ]
         for (width, title), row in best.items():
             by_length = [[x for (a, _), x in row["accuracy"].items() if a == length] for length in lengths]
             cells = " | ".join(f"{100 * statistics.mean(part):.0f} / {100 * min(part):.0f}" for part in by_length)
-            lines.append(
-                f"| {width} | {title} | {row['parameters'] / 1e6:.2f} M | {state(row)} | {cells} | {row['ms_per_step']:.1f} |"
-            )
+            lines.append(f"| {width} | {title} | {row['parameters'] / 1e6:.2f} M | {state(row)} | {cells} |")
         lines.append("")
     return "\n".join(lines)
 
@@ -143,6 +141,7 @@ def heat(axis, values: list[list[float]], size: int = 9) -> None:
     axis.imshow(values, cmap="Blues", vmin=0, vmax=130, aspect="auto")
     for y, line in enumerate(values):
         for x, value in enumerate(line):
-            axis.text(x, y, f"{value:.0f}", ha="center", va="center", fontsize=size, color="#111111")
+            colour = "white" if value > 60 else "#111111"
+            axis.text(x, y, f"{value:.0f}", ha="center", va="center", fontsize=size, color=colour)
     axis.tick_params(length=0)
     axis.spines[:].set_visible(False)

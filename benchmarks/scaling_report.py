@@ -4,15 +4,18 @@
 import math
 from pathlib import Path
 
+from experiment import COLOURS
+
 
 FITTED_POINTS = 4  # the slope is that of the longest lengths: short ones show the costs of launching
-COLOURS = {
-    "GMA, paper": "#b3202c",
-    "GMA, gated": "#e07b39",
-    "softmax (SDPA)": "#30333a",
-    "linear attention": "#2b7bba",
-    "linear attention, fla": "#8fbcdd",
-    "Mamba-2": "#3b8f5a",
+# As in the other figures, and lighter for another program of the same operator
+RIVAL_COLOURS = {
+    "GMA, paper": COLOURS["gma_paper"],
+    "GMA, gated": COLOURS["gma_gated"],
+    "softmax (SDPA)": COLOURS["softmax"],
+    "linear attention": COLOURS["elu"],
+    "linear attention, fla": "#dcc385",
+    "Mamba-2": COLOURS["mamba2"],
     "Mamba-2, fla": "#97c9a8",
 }
 
@@ -88,11 +91,11 @@ def plot(report: dict, path: Path) -> None:
             if not measured:
                 continue
             axis.plot(
-                list(measured), list(measured.values()), "o-", color=COLOURS[name], markersize=3.5, linewidth=1.7
+                list(measured), list(measured.values()), "o-", color=RIVAL_COLOURS[name], markersize=3.5, linewidth=1.7
             )
             exponent = slope(measured)
             label = name if exponent is None else f"{name}  (N^{exponent:.2f})"
-            ends.append((max(measured), list(measured.values())[-1], label, COLOURS[name]))
+            ends.append((max(measured), list(measured.values())[-1], label, RIVAL_COLOURS[name]))
         axis.set(xscale="log", yscale="log", title=title, xlabel="tokens", ylabel=unit)
         lengths = sorted({row["length"] for row in report["rows"].values()})
         axis.xaxis.set_major_locator(FixedLocator(lengths[::2]))

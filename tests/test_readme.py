@@ -36,13 +36,15 @@ def test_tables_are_the_committed_results(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     from bench_cpu_attention import markdown_table
     from language_modeling_report import summary
+    from long_context_classification import summary as classification_summary
     from results_page import gpu_attention
 
     results = {
         name: json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
-        for name in ("language_modeling", "cpu_attention", "gpu_attention_h100")
+        for name in ("language_modeling", "long_context_classification", "cpu_attention", "gpu_attention_h100")
     }
     assert summary(results["language_modeling"]) in README
+    assert classification_summary(results["long_context_classification"]["rows"]) in README
     assert markdown_table(results["cpu_attention"]["rows"]) in README
     assert gpu_attention(results["gpu_attention_h100"]).split("\n\n")[0] in README
 

@@ -163,7 +163,6 @@ def test_tables_show_the_best_learning_rate_and_the_most_pairs():
             "title": "some mixer, 2 layers",
             "parameters": 1_000_000,
             "state_size": 4096,
-            "ms_per_step": 3.0,
             "seed": seed,
             "accuracy": [[64, 4, accuracies[0]], [256, 64, accuracies[1]]],
         }
@@ -175,4 +174,4 @@ def test_tables_show_the_best_learning_rate_and_the_most_pairs():
     }
     best = best_rows(rows.values(), "recall")[64, "some mixer, 2 layers"]
     assert best["accuracy"] == pytest.approx({(64, 4): 0.95, (256, 64): 0.3}) and best["seeds"] == 2
-    assert "| 64 | some mixer, 2 layers | 1.00 M | 4,096 | 95.0 | 30.0 | 4 | 3.0 |" in tables(rows)
+    assert "| 64 | some mixer, 2 layers | 1.00 M | 4,096 | 95.0 | 30.0 | 4 |" in tables(rows)

@@ -39,7 +39,7 @@ def test_the_slope_is_the_exponent_of_the_growth_at_the_longest_lengths():
 @pytest.mark.quick
 def test_rivals_compute_causal_sequence_mixers_of_the_same_width():
     """No output looks ahead, and the gradients reach every input."""
-    assert set(scaling_report.COLOURS) == set(scaling.RIVALS)
+    assert set(scaling_report.RIVAL_COLOURS) == set(scaling.RIVALS)
     for name, rival in scaling.RIVALS.items():
         if rival.needs_gpu:
             continue
