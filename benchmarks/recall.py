@@ -266,7 +266,7 @@ def main():
     parser.add_argument("--facts", type=int, default=4, help="in the haystack")
     parser.add_argument("--depths", type=int, default=11, help="of the needle, from the beginning to the end")
     parser.add_argument("--test_rows", type=int, default=512, help="per segment; needle: an eighth of it per depth")
-    parser.add_argument("--workers", type=int, default=2 if torch.cuda.is_available() else 0, help="that draw batches")
+    parser.add_argument("--workers", type=int, default=2, help="that draw batches")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False, help="the blocks")
     parser.add_argument("--table", action="store_true", help="only print the tables of the output file")
     parser.add_argument("--plot", action="store_true", help="only draw the figures from the output file")

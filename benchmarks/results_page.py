@@ -327,9 +327,11 @@ SECTIONS = (
         "its published layer of the same width (16 heads of dimension 64, state 128), so it computes more per token. An empty "
         "cell ran out of memory, or was not tried because a call would have taken too long. Exponents are those of the growth "
         "with the length, fitted to the four longest lengths that were measured. Linear attention (elu + 1) and Mamba-2 are "
-        "programs in plain PyTorch unless *fla* (flash-linear-attention's Triton kernels) is said; a fused program would need "
-        "less time and memory. Times on a CPU are CPU time. Peak memory is all that a call needs: inputs, outputs, gradients and what lies between. **What "
-        "differs from the paper:** it reports the memory of its models, this is the operator alone.",
+        "programs in plain PyTorch; fused ones need less time and memory, see flash-linear-attention's kernels in the section on "
+        "the operator on a GPU. Times on a CPU are CPU time; on the H200, up to some 32k tokens, those of all but softmax are the "
+        "time of launching kernels from Python, on a processor that other trainings shared. Peak memory is all that a call needs: "
+        "inputs, outputs, gradients and what lies between. **What differs from the paper:** it reports the memory of its models, "
+        "this is the operator alone.",
         scaling,
     ),
     Section(
