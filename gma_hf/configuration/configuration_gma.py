@@ -104,7 +104,7 @@ class GMAConfig(PreTrainedConfig):
         variance_init (`float`, *optional*, defaults to 0.6931472):
             Initial variance of the components; must exceed `variance_floor`. The default is softplus(0), the paper's, at which
             one component is responsible for nearly all of a token in 64 dimensions; 16 served the paper's block much better
-            (docs/results.md), the gated block learns the same with both.
+            (docs/results.md).
         prior_init (`str`, *optional*, defaults to `"uniform"`):
             Initial priors: `"uniform"`, or `"balanced"`, which makes all components equally responsible for x = 0.
         time_step_min (`float`, *optional*, defaults to 0.001):
