@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 from gma_hf import GMAConfig, GMAForCausalLM
 from gma_hf.ops import available_backends
-from gma_hf.ops.registry import ENVIRONMENT_VARIABLE
+from gma_hf.ops.dispatch import ENVIRONMENT_VARIABLE
 
 
 SIZES = {

@@ -103,7 +103,7 @@ def without_hints(post: str) -> str:
 
 def prepare(data: Path, file: Path) -> None:
     """Tokenize the texts into one compressed file."""
-    from gma_hf.training.tokenization import train_tokenizer
+    from gma_hf.training.text.tokenization import train_tokenizer
 
     prepared = {}
     for split in ("train", "test"):

@@ -17,8 +17,8 @@ import transformers
 from transformers import TrainerCallback
 
 from gma_hf import __version__
-from gma_hf.conversion.distillation import GMADistillationTrainer, undo_preparation
-from gma_hf.conversion.distillation_arguments import GMADistillationArguments
+from gma_hf.conversion.distillation.arguments import GMADistillationArguments
+from gma_hf.conversion.distillation.trainer import GMADistillationTrainer, undo_preparation
 
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -25,8 +25,8 @@ from torch.nn import functional as F
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
 from gma_hf import convert_to_gma
-from gma_hf.conversion.calibration import calibrate
-from gma_hf.conversion.distillation_losses import pooled
+from gma_hf.conversion.calibration.calibrate import calibrate
+from gma_hf.conversion.distillation.losses import pooled
 
 
 LENGTH = 128  # tokens of a training text

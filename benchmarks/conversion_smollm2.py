@@ -27,11 +27,11 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gma_hf import convert_to_gma, gma_layers
-from gma_hf.conversion.calibration import calibrate
-from gma_hf.conversion.distillation import GMADistillationTrainer
-from gma_hf.conversion.distillation_losses import kl_divergence
-from gma_hf.conversion.distillation_recipe import sample_texts
-from gma_hf.conversion.sensitivity import choose_layers, rank_layers
+from gma_hf.conversion.calibration.calibrate import calibrate
+from gma_hf.conversion.calibration.sensitivity import choose_layers, rank_layers
+from gma_hf.conversion.distillation.losses import kl_divergence
+from gma_hf.conversion.distillation.recipe import sample_texts
+from gma_hf.conversion.distillation.trainer import GMADistillationTrainer
 from gma_hf.training import GMATrainer
 
 

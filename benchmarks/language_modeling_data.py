@@ -18,7 +18,7 @@ import torch
 from corpora import texts_of
 from torch import Tensor
 
-from gma_hf.training.tokenization import train_tokenizer
+from gma_hf.training.text.tokenization import train_tokenizer
 
 
 VOCAB_SIZE = 16384

@@ -5,8 +5,8 @@ import transformers
 from transformers import AutoConfig
 
 from . import configuration, modeling
-from .conversion.attention import register_attention
-from .conversion.registration import register_placeholders
+from .conversion.checkpoints.registration import register_placeholders
+from .conversion.runtime.attention import register_attention
 from .remote_code import AUTO_CLASSES
 
 

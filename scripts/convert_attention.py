@@ -20,8 +20,8 @@ import torch
 import transformers
 from transformers import TrainingArguments
 
-from gma_hf.conversion.distillation_card import write_conversion_card
-from gma_hf.conversion.distillation_recipe import (
+from gma_hf.conversion.distillation.card import write_conversion_card
+from gma_hf.conversion.distillation.recipe import (
     AUTO_CLASSES,
     ConversionArguments,
     SourceArguments,
@@ -32,8 +32,8 @@ from gma_hf.conversion.distillation_recipe import (
     prepare_data,
 )
 from gma_hf.training.arguments import LanguageModelingArguments
+from gma_hf.training.cards.model_card import describe_command, describe_data, device_name, versions, without_folder
 from gma_hf.training.files import write_json
-from gma_hf.training.model_card import describe_command, describe_data, device_name, versions, without_folder
 from gma_hf.training.workflow import check_length, run_script, set_up_logging
 
 

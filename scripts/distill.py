@@ -20,10 +20,10 @@ import transformers
 from transformers import AutoTokenizer
 
 import gma_hf  # noqa: F401 (registers the models with the Auto classes)
-from gma_hf.conversion.distillation import GMADistillationTrainer
-from gma_hf.conversion.distillation_arguments import GMADistillationArguments
-from gma_hf.conversion.distillation_card import evaluation_table, write_conversion_card
-from gma_hf.conversion.distillation_recipe import (
+from gma_hf.conversion.calibration.teacher import as_teacher
+from gma_hf.conversion.distillation.arguments import GMADistillationArguments
+from gma_hf.conversion.distillation.card import evaluation_table, write_conversion_card
+from gma_hf.conversion.distillation.recipe import (
     AUTO_CLASSES,
     ConversionArguments,
     SourceArguments,
@@ -35,12 +35,12 @@ from gma_hf.conversion.distillation_recipe import (
     sample_texts,
     stage_arguments,
 )
-from gma_hf.conversion.distillation_stages import distill
-from gma_hf.conversion.teacher import as_teacher
+from gma_hf.conversion.distillation.stages import distill
+from gma_hf.conversion.distillation.trainer import GMADistillationTrainer
 from gma_hf.training.arguments import LanguageModelingArguments
+from gma_hf.training.cards.model_card import describe_command, describe_data, device_name, versions, without_folder
 from gma_hf.training.errors import TrainingInputError
 from gma_hf.training.files import write_json
-from gma_hf.training.model_card import describe_command, describe_data, device_name, versions, without_folder
 from gma_hf.training.workflow import check_length, run_script, set_up_logging
 
 

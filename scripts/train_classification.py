@@ -11,9 +11,9 @@ Arguments come from the command line, or from a JSON or YAML file that stands fi
 from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding
 
 from gma_hf.training.arguments import ClassificationArguments, ModelArguments, parse_arguments
-from gma_hf.training.data import load_labelled_splits, tokenize_texts
+from gma_hf.training.cards.model_card import TrainingRecord, describe_data, without_folder
 from gma_hf.training.metrics import classification_metrics, predicted_classes
-from gma_hf.training.model_card import TrainingRecord, describe_data, without_folder
+from gma_hf.training.text.data import load_labelled_splits, tokenize_texts
 from gma_hf.training.trainer import GMATrainer, GMATrainingArguments
 from gma_hf.training.workflow import (
     build_model,

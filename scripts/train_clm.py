@@ -11,10 +11,10 @@ Arguments come from the command line, or from a JSON or YAML file that stands fi
 from transformers import AutoModelForCausalLM
 
 from gma_hf.training.arguments import LanguageModelingArguments, ModelArguments, parse_arguments
-from gma_hf.training.data import load_text_splits
+from gma_hf.training.cards.model_card import TrainingRecord, describe_data, without_folder
 from gma_hf.training.metrics import language_model_metrics, text_metrics, token_statistics
-from gma_hf.training.model_card import TrainingRecord, describe_data, without_folder
-from gma_hf.training.packing import PackedCollator, pack_splits
+from gma_hf.training.text.data import load_text_splits
+from gma_hf.training.text.packing import PackedCollator, pack_splits
 from gma_hf.training.trainer import GMATrainer, GMATrainingArguments
 from gma_hf.training.workflow import (
     build_model,

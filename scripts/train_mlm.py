@@ -10,12 +10,12 @@ Arguments come from the command line, or from a JSON or YAML file that stands fi
 from transformers import AutoModelForMaskedLM
 
 from gma_hf.training.arguments import MaskedLanguageModelingArguments, ModelArguments, parse_arguments
-from gma_hf.training.data import load_text_splits
-from gma_hf.training.masking import MaskingCollator, mask_dataset
+from gma_hf.training.cards.model_card import TrainingRecord, describe_data, without_folder
 from gma_hf.training.metrics import language_model_metrics, token_statistics
-from gma_hf.training.model_card import TrainingRecord, describe_data, without_folder
-from gma_hf.training.packing import pack_documents
-from gma_hf.training.tokenization import separator_id
+from gma_hf.training.text.data import load_text_splits
+from gma_hf.training.text.masking import MaskingCollator, mask_dataset
+from gma_hf.training.text.packing import pack_documents
+from gma_hf.training.text.tokenization import separator_id
 from gma_hf.training.trainer import GMATrainer, GMATrainingArguments
 from gma_hf.training.workflow import (
     build_model,

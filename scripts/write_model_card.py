@@ -23,10 +23,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 
 import gma_hf  # noqa: F401 (registers the models with the Auto classes)
+from gma_hf.training.cards.published_card import results_of_row, write_published_card
 from gma_hf.training.errors import TrainingInputError
 from gma_hf.training.files import write_json
 from gma_hf.training.intervals import evaluate_text
-from gma_hf.training.published_card import results_of_row, write_published_card
 from gma_hf.training.workflow import run_script, set_up_logging
 
 

@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import gma_hf
 from gma_hf.training import TrainingInputError, train_tokenizer
-from gma_hf.training.published_card import check_metadata
+from gma_hf.training.cards.published_card import check_metadata
 from gma_hf.training.publishing import assemble, check_loading, publish
 from tests.conftest import make_model, tiny_config
 

@@ -80,7 +80,7 @@ def test_without_trust_the_error_says_to_trust(checkpoint, tmp_path):
 def test_import_is_light(tmp_path):
     """`import gma_hf` pulls in nothing that only some users need, beyond what Transformers' models import themselves
     (with Triton installed, PyTorch's compiler behind them imports it)."""
-    heavy = ("triton", "matplotlib", "peft", "datasets", "gma_hf.ops.fused", "gma_hf.analysis")
+    heavy = ("triton", "matplotlib", "peft", "datasets", "gma_hf.ops.attention.triton", "gma_hf.analysis")
     source = (
         "import sys, transformers.modeling_utils\n"
         "before = set(sys.modules)\n"

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ..modeling import GMAMixture
-from ..ops.mixture import MixtureCoefficients, centred, component_logits, mixture_coefficients, repeat_heads
+from ..ops.attention.mixture import MixtureCoefficients, centred, component_logits, mixture_coefficients, repeat_heads
 
 
 MARGIN_CAP = 44.0  # the operator's float32 logits end 43.7 below the largest one

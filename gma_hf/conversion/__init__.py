@@ -4,21 +4,21 @@
 import importlib
 
 from .architectures import Architecture, supported_architectures
-from .calibration import CalibrationReport, LayerCalibration, calibrate
+from .calibration.calibrate import CalibrationReport, LayerCalibration, calibrate
+from .calibration.mixture_fitting import FittedMixtures, fit_mixtures
+from .calibration.sensitivity import LayerSensitivity, choose_layers, rank_layers
+from .calibration.teacher import SoftmaxCall, as_teacher
+from .checkpoints.install import gma_layers
 from .convert import convert_to_gma, revert_to_softmax
-from .install import gma_layers
-from .layer import GMAConversion
-from .mixture_fitting import FittedMixtures, fit_mixtures
-from .sensitivity import LayerSensitivity, choose_layers, rank_layers
-from .teacher import SoftmaxCall, as_teacher
+from .runtime.layer import GMAConversion
 
 
 # Their modules import data set libraries, which `import gma_hf` must not
 _LAZY = {
-    "GMADistillationArguments": "distillation_arguments",
-    "GMADistillationTrainer": "distillation",
-    "StageResult": "distillation_stages",
-    "distill": "distillation_stages",
+    "GMADistillationArguments": "distillation.arguments",
+    "GMADistillationTrainer": "distillation.trainer",
+    "StageResult": "distillation.stages",
+    "distill": "distillation.stages",
 }
 
 __all__ = [

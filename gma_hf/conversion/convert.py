@@ -10,11 +10,11 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from .architectures import check_architecture, supported_list
-from .classes import ConvertedModelMixin, converted_model_class, initialize_conversions
-from .install import install_layers, remove_layers, restore_softmax_implementations, use_linear_masks
-from .probe import find_attention_layers
-from .registration import register_converted_type
-from .selection import select_layers
+from .checkpoints.classes import ConvertedModelMixin, converted_model_class, initialize_conversions
+from .checkpoints.install import install_layers, remove_layers, restore_softmax_implementations, use_linear_masks
+from .checkpoints.registration import register_converted_type
+from .discovery.probe import find_attention_layers
+from .discovery.selection import select_layers
 
 
 SLOWEST_KEPT = 1024  # tokens that the slowest rotation takes for a turn that is not undone, behind a window

@@ -22,7 +22,7 @@ from transformers.cache_utils import (
 )
 from transformers.utils import is_torchdynamo_compiling
 
-from .window_tokens import GMAWindowHistory
+from ..ops.window.tokens import GMAWindowHistory
 
 
 # The recurrent states of a cache layer are the fields of a `GMAWindowHistory`; without a window, its first two alone

@@ -20,8 +20,8 @@ from transformers.utils.output_capturing import capture_outputs
 from ..configuration import GMAConfig
 from .attention_gma import ATTENTION_CLASSES, GMAAttention, GMARMSNorm, GMARotaryEmbedding, GMASoftmaxAttention
 from .cache_gma import adopt_cache
+from .layout import count_positions, find_sequence_ids, same_sequence_mask_function, select_padding_mask
 from .mixture import GMAMixture
-from .packing import count_positions, find_sequence_ids, same_sequence_mask_function, select_padding_mask
 from .short_convolution import GMAShortConvolution
 from .window import LACKING_BEFORE, GMAWindow
 

@@ -7,8 +7,8 @@ sequence alone: padding, wherever it stands, and other packed sequences do not t
 import torch
 from torch import nn
 
-from ..ops.triton import DTYPES, missing
-from .kernel_choice import prefers_kernels
+from ..ops.attention.fused import DTYPES, missing
+from ..ops.kernel_choice import prefers_kernels
 
 
 MAX_WIDTH = 8  # taps of a tile stay in registers
@@ -95,7 +95,7 @@ class GMAShortConvolution(nn.Conv1d):
         """SiLU of the convolution at the positions from `first` on; each of them sees `before` tokens before it."""
         width, num_channels = self.kernel_size[0], inputs.shape[2]
         if prefers_kernels("short convolution", inputs.is_cuda, cannot_run(inputs, self.weight)):
-            from .short_convolution_fused import short_convolution
+            from ..ops.convolution.triton.fused import short_convolution
 
             return short_convolution(inputs, self.weight, sequence_ids, before, first)
         if sequence_ids is None:

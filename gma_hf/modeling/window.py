@@ -36,11 +36,11 @@ import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from ..ops.functional import run_starts, without_autocast
-from .window_blocks import EMPTY, LOG_NOTHING
-from .window_softmax import window_softmax
-from .window_step import is_step, step
-from .window_tokens import (
+from ..ops.attention.functional import run_starts, without_autocast
+from ..ops.window.blocks import EMPTY, LOG_NOTHING
+from ..ops.window.softmax import window_softmax
+from ..ops.window.step import is_step, step
+from ..ops.window.tokens import (
     GMAWindowHistory,
     WindowTokens,
     join_history,

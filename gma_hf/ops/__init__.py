@@ -1,8 +1,12 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
 """The operator: one public function, `gaussian_mixture_attention`, and its interchangeable backends."""
 
-from .functional import gaussian_mixture_affinity, gaussian_mixture_attention, gaussian_mixture_responsibilities
-from .registry import available_backends, register_backend
+from .attention.functional import (
+    gaussian_mixture_affinity,
+    gaussian_mixture_attention,
+    gaussian_mixture_responsibilities,
+)
+from .dispatch import available_backends, register_backend
 
 
 __all__ = [

@@ -3,8 +3,8 @@
 
 from .callbacks import MixtureHealth, MixtureHealthCallback, measure_mixture_health
 from .errors import NonFiniteTrainingError, TrainingInputError
-from .packing import PackedCollator, PackedText, pack_documents
-from .tokenization import train_tokenizer
+from .text.packing import PackedCollator, PackedText, pack_documents
+from .text.tokenization import train_tokenizer
 from .trainer import GMATrainer, GMATrainingArguments, find_last_checkpoint, mixture_parameters
 
 

@@ -10,8 +10,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .files import load_files, resolve_files
 from .metrics import token_statistics
-from .packing import PackedCollator, pack_documents
-from .tokenization import separator_id
+from .text.packing import PackedCollator, pack_documents
+from .text.tokenization import separator_id
 
 
 # Neighbouring windows belong to one article and are not independent: they are drawn together

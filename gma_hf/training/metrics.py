@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 from transformers import EvalPrediction
 
-from .packing import IGNORE_INDEX, PackedText
+from .text.packing import IGNORE_INDEX, PackedText
 
 
 def perplexity(nll: float) -> float:

@@ -21,9 +21,9 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from transformers import AutoConfig
 
 from ..remote_code import REMOTE_CODE_MODULE
+from .cards.model_card import is_gma
+from .cards.published_card import check_metadata
 from .errors import TrainingInputError
-from .model_card import is_gma
-from .published_card import check_metadata
 
 
 # What a published model consists of

@@ -20,9 +20,9 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..configuration import GMAConfig
 from .arguments import ModelArguments, parse_config_overrides
+from .cards.model_card import TrainingRecord, write_model_card, write_results
 from .errors import NonFiniteTrainingError, TrainingInputError
-from .model_card import TrainingRecord, write_model_card, write_results
-from .tokenization import get_tokenizer
+from .text.tokenization import get_tokenizer
 from .trainer import GMATrainer, GMATrainingArguments, find_last_checkpoint
 
 

@@ -8,13 +8,13 @@ import torch
 from torch.utils.data import DataLoader
 
 from gma_hf import convert_to_gma, gma_layers
-from gma_hf.conversion import calibration
-from gma_hf.conversion.calibration import SMALLEST_OVERLAP, calibrate, current_mixture, overlap
-from gma_hf.conversion.calibration_data import Reservoir
-from gma_hf.conversion.memory_weight import balance_memory, far_mass, memory_share
-from gma_hf.conversion.mixture_fitting import fit_mixtures
-from gma_hf.conversion.sensitivity import choose_layers, rank_layers
-from gma_hf.conversion.teacher import as_teacher
+from gma_hf.conversion.calibration import calibrate as calibration
+from gma_hf.conversion.calibration.calibrate import SMALLEST_OVERLAP, calibrate, current_mixture, overlap
+from gma_hf.conversion.calibration.data import Reservoir
+from gma_hf.conversion.calibration.memory_weight import balance_memory, far_mass, memory_share
+from gma_hf.conversion.calibration.mixture_fitting import fit_mixtures
+from gma_hf.conversion.calibration.sensitivity import choose_layers, rank_layers
+from gma_hf.conversion.calibration.teacher import as_teacher
 from tests.conversion.tiny_models import FAMILIES, make_inputs, make_softmax_model, output_of
 
 

@@ -294,10 +294,10 @@ def test_a_model_is_copied_and_pickled(tokens):
 
 def test_a_class_is_found_by_its_name():
     model = make_converted_model("llama")
-    assert gma_hf.conversion.classes.GMALlamaForCausalLM is type(model)
-    assert gma_hf.conversion.classes.GMALlamaConfig is type(model.config)
+    assert gma_hf.conversion.checkpoints.classes.GMALlamaForCausalLM is type(model)
+    assert gma_hf.conversion.checkpoints.classes.GMALlamaConfig is type(model.config)
     with pytest.raises(AttributeError):
-        gma_hf.conversion.classes.GMANothing  # noqa: B018
+        gma_hf.conversion.checkpoints.classes.GMANothing  # noqa: B018
 
 
 def test_a_new_model_of_a_converted_class_is_initialised():

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertMo
 
 import gma_hf  # noqa: F401 (registers the converted models)
 from gma_hf.conversion import gma_layers
-from gma_hf.training.tokenization import train_tokenizer
+from gma_hf.training.text.tokenization import train_tokenizer
 from tests.conversion.tiny_models import make_softmax_model
 from tests.training.conftest import SCRIPTS, WORDS, command_line, corpus, private_cache, run_script, sentences  # noqa: F401
 

@@ -11,11 +11,11 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
 from gma_hf import convert_to_gma, gma_layers
-from gma_hf.conversion.distillation import GMADistillationTrainer
-from gma_hf.conversion.distillation_arguments import GMADistillationArguments
-from gma_hf.conversion.distillation_losses import attention_distance, hidden_distance, kl_divergence, real_tokens
-from gma_hf.conversion.distillation_stages import distill
-from gma_hf.conversion.teacher import as_teacher
+from gma_hf.conversion.calibration.teacher import as_teacher
+from gma_hf.conversion.distillation.arguments import GMADistillationArguments
+from gma_hf.conversion.distillation.losses import attention_distance, hidden_distance, kl_divergence, real_tokens
+from gma_hf.conversion.distillation.stages import distill
+from gma_hf.conversion.distillation.trainer import GMADistillationTrainer
 from tests.conversion.tiny_models import make_softmax_model, output_of
 
 
@@ -65,7 +65,7 @@ def naive_kl(student_logits, teacher_logits, temperature=1.0):
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
 def test_the_chunked_divergence_and_its_gradient_are_those_of_autograd(monkeypatch, temperature):
     # Chunks of two rows, the last one shorter
-    monkeypatch.setattr("gma_hf.conversion.distillation_losses.LARGEST_CHUNK", 2 * 11)
+    monkeypatch.setattr("gma_hf.conversion.distillation.losses.LARGEST_CHUNK", 2 * 11)
     generator = torch.Generator().manual_seed(0)
     leaf, teacher = (3 * torch.randn(3, 3, 11, generator=generator) for _ in range(2))
     weights = torch.rand(3, 3, generator=generator)

@@ -51,7 +51,7 @@ def auto_class(model_class):
     }
     head = next((head for ending, head in heads.items() if model_class.__name__.endswith(ending)), None)
     if model_class.__name__ == "SiglipTextModel":  # which no Auto class knows
-        return gma_hf.conversion.classes.GMASiglipTextModel
+        return gma_hf.conversion.checkpoints.classes.GMASiglipTextModel
     return getattr(transformers, "AutoModel" if head is None else f"AutoModelFor{head}")
 
 

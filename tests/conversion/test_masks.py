@@ -9,8 +9,8 @@ from torch.nn.attention.flex_attention import create_block_mask
 from transformers.masking_utils import and_masks, causal_mask_function, or_masks
 
 from gma_hf import gma_layers
-from gma_hf.conversion.attention import gma_attention_forward
-from gma_hf.conversion.masks import gaussian_mixture_mask, read_mask
+from gma_hf.conversion.runtime.attention import gma_attention_forward
+from gma_hf.conversion.runtime.masks import gaussian_mixture_mask, read_mask
 from tests.conversion.tiny_models import make_converted_model, make_inputs, output_of
 
 

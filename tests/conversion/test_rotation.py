@@ -10,8 +10,8 @@ import transformers
 from transformers import AutoModelForCausalLM
 
 from gma_hf import convert_to_gma, gma_layers
-from gma_hf.conversion.rotation import Rotation, slow_columns, turns_halves
-from gma_hf.conversion.teacher import as_teacher
+from gma_hf.conversion.calibration.teacher import as_teacher
+from gma_hf.conversion.runtime.rotation import Rotation, slow_columns, turns_halves
 from tests.conversion.tiny_models import (
     FAMILIES,
     GQA,

@@ -18,7 +18,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from gma_hf.modeling import window_softmax
+from gma_hf.ops.window import softmax as window_softmax
 
 
 class Hopper:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from transformers import DataCollatorWithFlattening
 
 import gma_hf
-from gma_hf.modeling.packing import count_positions, find_sequence_ids
+from gma_hf.modeling.layout import count_positions, find_sequence_ids
 from tests.conftest import BLOCKS, TINY, make_model, tiny_config
 
 

@@ -10,14 +10,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from gma_hf.modeling import GMAShortConvolution, kernel_choice, short_convolution
+from gma_hf.modeling import GMAShortConvolution, short_convolution
+from gma_hf.ops import kernel_choice
 from tests.ops.kernels import DEVICE, what_a_model_learns
 from tests.ops.problems import assert_close
 
 
 pytest.importorskip("triton", reason="Triton has no wheel for this platform")
 
-from gma_hf.modeling import short_convolution_fused
+from gma_hf.ops.convolution.triton import fused as short_convolution_fused
 
 
 # float32 rounds at 6e-8, a result is a sum of a few products, and a gradient of a weight one over some hundred tokens

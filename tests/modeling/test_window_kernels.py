@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 import gma_hf
-from gma_hf.modeling import kernel_choice
-from gma_hf.modeling import window_softmax as module
-from gma_hf.modeling.window_softmax import window_softmax
+from gma_hf.ops import kernel_choice
+from gma_hf.ops.window import softmax as module
+from gma_hf.ops.window.softmax import window_softmax
 from tests.conftest import make_model, tiny_config
 from tests.modeling import window_problems
 from tests.modeling.window_problems import KeysApart, WindowProblem
@@ -25,7 +25,7 @@ from tests.ops.problems import assert_close
 
 pytest.importorskip("triton", reason="Triton has no wheel for this platform")
 
-from gma_hf.modeling import window_fused
+from gma_hf.ops.window.triton import fused as window_fused
 
 
 # float32 rounds at 6e-8; sums over some tens of tokens and dimensions amplify it by some tens

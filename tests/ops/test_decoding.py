@@ -4,8 +4,9 @@
 import pytest
 import torch
 
-from gma_hf.ops import gaussian_mixture_attention, registry
-from gma_hf.ops.recurrent import SHORT
+from gma_hf.ops import dispatch as registry
+from gma_hf.ops import gaussian_mixture_attention
+from gma_hf.ops.attention.recurrent import SHORT
 
 from .kernels import DEVICE, KernelProblem
 from .problems import assert_close

@@ -10,9 +10,9 @@ from gma_hf.ops import (
     gaussian_mixture_attention,
     gaussian_mixture_responsibilities,
     register_backend,
-    registry,
 )
-from gma_hf.ops.chunked_blocks import causal_blocks, state_slots
+from gma_hf.ops import dispatch as registry
+from gma_hf.ops.attention.chunked.blocks import causal_blocks, state_slots
 
 from .problems import Problem, assert_close
 

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
 import gma_hf
-from gma_hf.ops import gaussian_mixture_attention, registry
-from gma_hf.ops import triton as backend
+from gma_hf.ops import dispatch as registry
+from gma_hf.ops import gaussian_mixture_attention
 from tests.conftest import make_model, tiny_config
 
 from . import problems as problems_module
@@ -23,7 +23,8 @@ from .problems import QKV, Problem, assert_close, few_examples, problems
 
 pytest.importorskip("triton", reason="Triton has no wheel for this platform")
 
-from gma_hf.ops.fused import operators, plan
+from gma_hf.ops.attention import fused
+from gma_hf.ops.attention.triton import operators, plan
 
 
 # float32 rounds at 6e-8; sums over 100 tokens and 64 products amplify it by some tens, a small denominator by more.
@@ -357,7 +358,7 @@ def test_auto_never_chooses_the_interpreter(monkeypatch):
 
 
 def test_without_triton_the_error_says_what_to_install(monkeypatch):
-    monkeypatch.setattr(backend, "INSTALLED", False)
+    monkeypatch.setattr(fused, "INSTALLED", False)
     with pytest.raises(ValueError, match="pip install triton"):
         gaussian_mixture_attention(**{name: x.float() for name, x in Problem().tensors().items()}, backend="triton")
 
@@ -366,16 +367,16 @@ PROGRAM = """
 import sys
 import torch
 import gma_hf
-assert not [name for name in sys.modules if name.startswith("gma_hf.ops.fused")]
+assert not [name for name in sys.modules if name.startswith("gma_hf.ops.attention.triton")]
 x = torch.ones(1, 1, 3, 2)
 gma_hf.gaussian_mixture_attention(x, x, x, x[0], x[0], x[0, :, :, 0])
-assert not [name for name in sys.modules if name.startswith("gma_hf.ops.fused")]
+assert not [name for name in sys.modules if name.startswith("gma_hf.ops.attention.triton")]
 gma_hf.gaussian_mixture_attention(x, x, x, x[0], x[0], x[0, :, :, 0], backend="triton")
 """
 
 
 def test_kernels_are_imported_when_they_run_and_run_on_a_cpu_when_asked(monkeypatch):
-    """Only gma_hf.ops.fused imports Triton. (PyTorch's compiler does as well, which Transformers imports.)"""
+    """Only gma_hf.ops.attention.triton imports Triton. (PyTorch's compiler does as well, which Transformers imports.)"""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     run = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True)
     reason = "ValueError: Backend 'triton' cannot run this call: the kernels run on GPUs"

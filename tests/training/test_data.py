@@ -5,9 +5,9 @@ import datasets
 import pytest
 
 from gma_hf.training.arguments import ClassificationArguments, LanguageModelingArguments
-from gma_hf.training.data import load_labelled_splits, load_text_splits, tokenize_texts
 from gma_hf.training.errors import TrainingInputError
-from gma_hf.training.tokenization import train_tokenizer
+from gma_hf.training.text.data import load_labelled_splits, load_text_splits, tokenize_texts
+from gma_hf.training.text.tokenization import train_tokenizer
 
 
 def load_text(seed=0, **arguments):

@@ -2,8 +2,8 @@
 import datasets
 import torch
 
-from gma_hf.training.masking import MaskingCollator, mask_dataset, mask_tokens
-from gma_hf.training.tokenization import train_tokenizer
+from gma_hf.training.text.masking import MaskingCollator, mask_dataset, mask_tokens
+from gma_hf.training.text.tokenization import train_tokenizer
 
 
 def test_the_shares_of_masked_random_and_kept_tokens():

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from transformers import EvalPrediction
 
 from gma_hf.training.metrics import accuracy_and_f1, language_model_metrics, perplexity, text_metrics, token_statistics
-from gma_hf.training.packing import PackedText
+from gma_hf.training.text.packing import PackedText
 
 
 def test_perplexity_of_a_uniform_guess_is_the_vocabulary_size():

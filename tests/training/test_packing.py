@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from gma_hf import GMAForCausalLM, GMAForMaskedLM
 from gma_hf.training.errors import TrainingInputError
-from gma_hf.training.packing import IGNORE_INDEX, PackedCollator, _blocks, pack_documents
-from gma_hf.training.tokenization import train_tokenizer
+from gma_hf.training.text.packing import IGNORE_INDEX, PackedCollator, _blocks, pack_documents
+from gma_hf.training.text.tokenization import train_tokenizer
 
 from ..conftest import make_model, tiny_config
 

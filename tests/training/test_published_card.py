@@ -19,13 +19,13 @@ from gma_hf.training.arguments import (
     parse_arguments,
     parse_config_overrides,
 )
-from gma_hf.training.intervals import bootstrap_perplexity
-from gma_hf.training.published_card import (
+from gma_hf.training.cards.published_card import (
     Energy,
     energy_estimate,
     results_of_row,
     write_published_card,
 )
+from gma_hf.training.intervals import bootstrap_perplexity
 
 from .conftest import command_line, results
 

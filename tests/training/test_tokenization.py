@@ -4,7 +4,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from gma_hf.training.errors import TrainingInputError
-from gma_hf.training.tokenization import get_tokenizer, separator_id, train_tokenizer
+from gma_hf.training.text.tokenization import get_tokenizer, separator_id, train_tokenizer
 
 
 pytestmark = pytest.mark.quick

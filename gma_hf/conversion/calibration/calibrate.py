@@ -1,0 +1,304 @@
+# Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
+"""
+Mixtures from data. The model reads a small corpus as its own teacher, with softmax; queries and keys of every converted
+layer are sampled on the way, a mixture per head is fitted to both together, and widened until GMA comes nearest to softmax.
+
+Why widened: the mixture that explains queries and keys best tells them apart so sharply that hardly a query shares a
+component with a key. What reads and writes need is a kernel of the width of softmax's, exp(q . k scaled). So each head takes,
+of the fitted variances and of their average over the components, times several temperatures, what gives the smallest error of
+its output. Behind a window the weight of the memory is set such that as much attention goes to it as softmax pays to what lies
+outside of the window (and is no sink token, which stays visible), on average and in its growth with the text.
+
+Mixtures under which queries share next to nothing with keys are passed over: their memory is as good as off, which may be
+the smallest error of all at first, but its weight is then huge, and the least change of a mixture turns it on.
+"""
+
+import dataclasses
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from ..runtime.layer import GMAConversion
+from .data import Reservoir, as_it_is, join_batches, model_batches, no_cache
+from .memory_weight import balance_memory, far_mass
+from .mixture_fitting import FittedMixtures, expectation, fit_mixtures, inverse_softplus
+from .teacher import SoftmaxCall, as_teacher, expect_gma_layers
+
+
+# (average the variances over the components?, temperature)
+WIDTHS = ((False, 1.0), (False, 4.0), *((True, 2.0**power) for power in range(7)))
+SMALLEST_OVERLAP = (
+    1e-6  # sum_c gamma^Q_c gamma^K_c of a query with the average key; useful mixtures have 1e-5 and more
+)
+
+
+@dataclasses.dataclass
+class LayerCalibration:
+    """
+    What calibration did for one layer; means over its heads.
+
+    Attributes:
+        log_likelihood_before, log_likelihood_after (`float`): of queries and keys under the mixtures as they were and as they
+            were fitted, before they are widened; nats per vector.
+        error_before, error_after (`float`): ||gma - softmax|| / ||softmax||, of the output of the attention on the teacher's
+            own hidden states.
+        temperature (`float`): by what the fitted variances were multiplied, the median.
+        far_mass (`float` or `None`): share of softmax's attention outside of the window, sink tokens not counted.
+    """
+
+    log_likelihood_before: float
+    log_likelihood_after: float
+    error_before: float
+    error_after: float
+    temperature: float
+    far_mass: float | None = None
+
+
+@dataclasses.dataclass
+class CalibrationReport:
+    """
+    What [`calibrate`] did.
+
+    Attributes:
+        layers (`dict[str, LayerCalibration]`): by the name of the attention module.
+        num_tokens (`int`): tokens read.
+        num_samples (`int`): tokens kept per layer.
+        seconds (`float`): time taken.
+    """
+
+    layers: dict[str, LayerCalibration]
+    num_tokens: int
+    num_samples: int
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers, for JSON."""
+        return dataclasses.asdict(self)
+
+    def mean(self, name: str) -> float:
+        """Mean over the layers of one of their numbers, by the name of the attribute."""
+        return sum(getattr(layer, name) for layer in self.layers.values()) / len(self.layers)
+
+
+def calibrate(
+    model: PreTrainedModel,
+    data: Iterable,
+    *,
+    max_tokens: int = 200_000,
+    num_samples: int = 4096,
+    evaluation_tokens: int = 4096,
+    batch_size: int = 8,
+    em_steps: int = 20,
+    seed: int = 0,
+    progress: bool = True,
+) -> CalibrationReport:
+    """
+    Fit the mixtures of a converted model to the queries and keys that they will route, in place. A matter of seconds to
+    minutes; the weights that the model had before its conversion are not touched.
+
+    Args:
+        model (`PreTrainedModel`): a model from [`convert_to_gma`], its other weights still as they were.
+        data (`Iterable`): batches (dictionaries of tensors, as a `DataLoader` gives them, or tensors of token ids
+            `(batch, length)`) or single examples (rows of a data set with `input_ids`, which are batched and padded).
+        max_tokens (`int`): how many tokens are read.
+        num_samples (`int`): how many of them are kept per layer; twice as many vectors per head, a query and a key each.
+        evaluation_tokens (`int`): how many tokens of the beginning choose the width of the mixtures and measure errors.
+        batch_size (`int`): how many examples make a batch, where `data` are examples.
+        em_steps (`int`): steps of expectation maximisation.
+        seed (`int`): of the sample and of the seeding of the mixtures.
+        progress (`bool`): whether to show a progress bar.
+
+    Returns:
+        [`CalibrationReport`].
+
+    Raises:
+        ValueError: if the model has no converted layer, there are no data or too few, or no sequence is longer than the window.
+        MemoryError: if the device's memory is too small, with what to lower.
+    """
+    start = time.monotonic()
+    layers = expect_gma_layers(model)
+    names = {layer: name for name, layer in layers.items()}
+    reservoirs = {
+        layer: Reservoir(num_samples, torch.Generator().manual_seed(seed + i)) for i, layer in enumerate(names)
+    }
+    longest = dict.fromkeys(names, 0)
+
+    def collect(call: SoftmaxCall) -> None:
+        reservoirs[call.layer].add(*call.routed(), call.real())
+        longest[call.layer] = max(longest[call.layer], call.query.shape[2])
+
+    num_tokens, evaluation, evaluated = 0, [], 0
+    first = reservoirs[next(iter(names))]
+    with as_it_is(model), torch.no_grad(), explain_out_of_memory():
+        with as_teacher(model, collect), tqdm(total=max_tokens, unit="token", disable=not progress) as bar:
+            bar.set_description("Collecting queries and keys")
+            for batch in model_batches(model, data, batch_size):
+                model(**no_cache(model, batch))
+                if evaluated < evaluation_tokens:
+                    evaluation.append(batch)
+                    evaluated = first.num_seen
+                bar.update(first.num_seen - num_tokens)
+                num_tokens = first.num_seen
+                if num_tokens >= max_tokens:
+                    break
+        check_data(layers, num_tokens, longest)
+
+        fitted, likelihood_before = {}, {}
+        for layer in tqdm(names, desc="Fitting mixtures", unit="layer", disable=not progress):
+            samples = reservoirs.pop(layer).samples(layer.num_heads).float()
+            means, variances, prior_logits = current_mixture(layer)
+            with torch.autocast(samples.device.type, enabled=False):
+                likelihood_before[layer] = expectation(samples, means, variances, prior_logits.log_softmax(dim=-1))[3]
+            fitted[layer] = fit_mixtures(
+                samples,
+                means.shape[1],
+                variance_floor=layer.mixture_norm.variance_floor,
+                em_steps=em_steps,
+                generator=torch.Generator(samples.device).manual_seed(seed),
+            )
+
+        reports = {}
+        with tqdm(total=len(names), desc="Choosing widths", unit="layer", disable=not progress) as bar:
+
+            def choose(call: SoftmaxCall) -> None:
+                report = choose_width(call, fitted[call.layer])
+                likelihood = (likelihood_before[call.layer], fitted[call.layer].log_likelihood[-1])
+                reports[names[call.layer]] = LayerCalibration(*(x.mean().item() for x in likelihood), **report)
+                bar.update()
+
+            # One batch, so that a layer sees at once all there is to choose by
+            with as_teacher(model, choose):
+                model(**no_cache(model, join_batches(evaluation, evaluation_tokens / evaluated)))
+    ordered = {name: reports[name] for name in layers}
+    return CalibrationReport(ordered, num_tokens, min(num_samples, num_tokens), time.monotonic() - start)
+
+
+def choose_width(call: SoftmaxCall, fitted: FittedMixtures) -> dict[str, Any]:
+    """Give the layer of a call the fitted mixtures, of the width that suits each head best; errors before and after."""
+    layer = call.layer
+    real = call.real()
+    before = output_errors(call, real)
+    window = layer.window_norm
+    far = None if window is None else far_mass(call, real)
+
+    # The mixture as it was is a candidate too: nothing gets worse
+    tied = (
+        (fitted.prior_logits.exp()[..., None] * fitted.variances).sum(dim=1, keepdim=True).expand_as(fitted.variances)
+    )
+    widened = [(tied if is_tied else fitted.variances) * temperature for is_tied, temperature in WIDTHS]
+    candidates = [current_mixture(layer), *((fitted.means, variances, fitted.prior_logits) for variances in widened)]
+    temperatures = torch.tensor([1.0, *(temperature for _, temperature in WIDTHS)])
+    errors, weights = [], []
+    for candidate in candidates:
+        set_mixture(layer, *candidate)
+        if far is not None:
+            balance_memory(call, real, far)
+            weights.append((window.memory_bias.clone(), window.memory_dilution.clone()))
+        # In nats, beside errors of about one: what shares less than anything useful loses against all that share more
+        errors.append(output_errors(call, real) + (SMALLEST_OVERLAP / overlap(call, real)).log().clamp(min=0.0))
+    best = torch.stack(errors).argmin(dim=0)  # [heads]
+    heads = torch.arange(layer.num_heads, device=best.device)
+    set_mixture(layer, *(torch.stack(parts)[best, heads] for parts in zip(*candidates, strict=True)))
+    if far is not None:
+        biases, dilutions = (torch.stack(values)[best, heads] for values in zip(*weights, strict=True))
+        window.memory_bias.copy_(biases)
+        window.memory_dilution.copy_(dilutions)
+    num_real = call.query.shape[0] * call.query.shape[2] if real is None else real.sum()
+    return {
+        "error_before": before.mean().item(),
+        "error_after": output_errors(call, real).mean().item(),
+        "temperature": temperatures[best.cpu()].median().item(),
+        "far_mass": None if far is None else (far.mean(dim=1).sum() / num_real).item(),
+    }
+
+
+def overlap(call: SoftmaxCall, real: Tensor | None) -> Tensor:
+    """How much of a key a query finds in its components, gamma^Q . mean gamma^K; geometric mean over queries, `(heads,)`."""
+    layer = call.layer
+    query, key = call.routed()
+    with torch.autocast(query.device.type, enabled=False):
+        gamma_query, gamma_key = (layer.mixture_norm.responsibilities(x.float()) for x in (query, key))
+    counted = (
+        torch.ones(query.shape[0], 1, query.shape[2], device=query.device) if real is None else real[:, None].float()
+    )
+    weights = (counted / counted.sum()).unsqueeze(-1)
+    mean_key = (gamma_key * weights).sum(dim=(0, 2))
+    found = (gamma_query * mean_key[:, None]).sum(dim=-1).clamp(min=torch.finfo(torch.float32).tiny)
+    return (found.log() * weights.squeeze(-1)).sum(dim=(0, 2)).exp()
+
+
+def output_errors(call: SoftmaxCall, real: Tensor | None) -> Tensor:
+    """||gma - softmax|| / ||softmax|| of every head, over the real tokens: `(num_heads,)`."""
+    target = call.output.float()
+    difference = call.student().float() - target
+    if real is not None:
+        difference, target = (x * real[:, None, :, None] for x in (difference, target))
+    norms = [x.square().sum(dim=(0, 2, 3)).sqrt() for x in (difference, target)]
+    return norms[0] / norms[1].clamp(min=torch.finfo(torch.float32).tiny)
+
+
+def current_mixture(layer: GMAConversion) -> tuple[Tensor, Tensor, Tensor]:
+    """Means, variances and prior logits as they are, in float32."""
+    mixture = layer.mixture_norm
+    variances = F.softplus(mixture.raw_variances.float()) + mixture.variance_floor
+    return mixture.means.float().clone(), variances, mixture.prior_logits.float().clone()
+
+
+def set_mixture(layer: GMAConversion, means: Tensor, variances: Tensor, prior_logits: Tensor) -> None:
+    mixture = layer.mixture_norm
+    floor = mixture.variance_floor
+    mixture.means.copy_(means)
+    mixture.raw_variances.copy_(inverse_softplus((variances - floor).clamp(min=1e-6 * floor)))
+    mixture.prior_logits.copy_(prior_logits)
+
+
+def check_data(layers: dict[str, GMAConversion], num_tokens: int, longest: dict[GMAConversion, int]) -> None:
+    """
+    Raises:
+        ValueError: if the calibration set is empty, or too small, or its sequences too short.
+    """
+    if num_tokens == 0:
+        raise ValueError(
+            "The calibration set is empty. Give batches, or examples with token ids; a few thousand tokens will do."
+        )
+    for name, layer in layers.items():
+        num_components = layer.mixture_norm.means.shape[1]
+        if longest[layer] == 0:
+            raise ValueError(f"{name} did not run on the calibration set. Give the inputs that it works on, too.")
+        if 2 * num_tokens < num_components:
+            raise ValueError(
+                f"The calibration set has {num_tokens} tokens, too few to fit {num_components} components per head. Give "
+                "more text, or convert with fewer components."
+            )
+        window = layer.window_norm
+        if window is not None and longest[layer] <= window.window_size + window.num_sink_tokens:
+            sinks = f" but sink tokens ({window.num_sink_tokens})" if window.num_sink_tokens > 0 else ""
+            raise ValueError(
+                f"The sequences of the calibration set have {longest[layer]} tokens at most, so nothing ever leaves the "
+                f"window of {window.window_size} tokens{sinks}. Give longer sequences, several times the window, or convert "
+                "with a smaller `window_size`."
+            )
+
+
+@contextmanager
+def explain_out_of_memory() -> Iterator[None]:
+    """
+    Raises:
+        MemoryError: instead of the device's own error.
+    """
+    try:
+        yield
+    except (torch.OutOfMemoryError, RuntimeError) as error:
+        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+            raise MemoryError(
+                "The memory of the device is too small to calibrate like this. Lower `num_samples` (what is kept of queries "
+                "and keys), `evaluation_tokens`, or the size of the batches."
+            ) from error
+        raise

@@ -1,0 +1,118 @@
+# Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
+"""Which layers can do without softmax: how far the outputs move when one layer alone is converted."""
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from ..checkpoints.install import gma_layers
+from ..convert import convert_to_gma, revert_to_softmax
+from ..discovery.probe import find_attention_layers
+from ..distillation.losses import kl_divergence, real_tokens
+from .calibrate import calibrate
+from .data import as_it_is, model_batches, no_cache
+from .teacher import as_teacher
+
+
+class LayerSensitivity(NamedTuple):
+    """How much it hurts to convert a layer, and nothing else."""
+
+    index: int  # among the self-attention layers, as `convert_to_gma` counts them
+    name: str  # of the attention module
+    distance: (
+        float  # KL to the unconverted model's logits, nats per token; without logits, 1 - cos of last hidden states
+    )
+
+
+def rank_layers(
+    model: PreTrainedModel,
+    data: Iterable,
+    *,
+    max_tokens: int = 16_384,
+    calibration_options: dict[str, Any] | None = None,
+    progress: bool = True,
+    **conversion_options: Any,
+) -> list[LayerSensitivity]:
+    """
+    Rank the layers of a model by how much its outputs change when one of them is converted and calibrated.
+
+    Args:
+        model (`PreTrainedModel`): a model that is not converted. Afterwards it is as it was.
+        data (`Iterable`): as for [`calibrate`]; it must be possible to go through it twice.
+        max_tokens (`int`): how many tokens the outputs are compared on.
+        calibration_options (`dict`, *optional*): arguments of [`calibrate`].
+        progress (`bool`): whether to show progress bars.
+        conversion_options: arguments of [`convert_to_gma`]; layers that `layers` leaves out are not ranked.
+
+    Returns:
+        `list[LayerSensitivity]`: the most sensitive layer first.
+
+    Raises:
+        ValueError: see [`convert_to_gma`] and [`calibrate`]; also if `data` can be read only once.
+    """
+    if iter(data) is data:
+        raise ValueError("`data` can be gone through only once, and this needs it twice. Give a list or a data set.")
+    candidates = find_attention_layers(model, conversion_options.get("example_inputs"))
+    names = (layer.full_name for layer in candidates if layer.is_self_attention)
+    indices = {name: index for index, name in enumerate(names)}
+    convert_to_gma(model, **conversion_options)
+    try:
+        # Layers see the hidden states of the unconverted model, so one calibration serves for each of them alone
+        calibrate(model, data, **{"progress": progress, **(calibration_options or {})})
+        layers = gma_layers(model)
+        distances = dict.fromkeys(layers, 0.0)
+        num_tokens = 0
+        with as_it_is(model), torch.no_grad(), tqdm(desc="Ranking", unit="batch", disable=not progress) as bar:
+            for batch in model_batches(model, data, batch_size=8):
+                inputs = no_cache(model, batch)
+                with as_teacher(model):
+                    target = model(**inputs)
+                for name, layer in layers.items():
+                    with as_teacher(model, students=[layer]):
+                        distance, count = output_distance(batch, model(**inputs), target)
+                    distances[name] += distance.item()
+                num_tokens += count
+                bar.update()
+                if num_tokens >= max_tokens:
+                    break
+    finally:
+        revert_to_softmax(model)
+    ranking = [LayerSensitivity(indices[name], name, total / num_tokens) for name, total in distances.items()]
+    return sorted(ranking, key=lambda layer: -layer.distance)
+
+
+def choose_layers(ranking: list[LayerSensitivity], keep: int) -> list[int]:
+    """
+    The layers to convert when the most sensitive ones stay softmax.
+
+    Args:
+        ranking (`list[LayerSensitivity]`): from [`rank_layers`].
+        keep (`int`): how many stay softmax.
+
+    Returns:
+        `list[int]`: indices for `convert_to_gma(model, layers=...)`.
+
+    Raises:
+        ValueError: if no layer would be left to convert.
+    """
+    if not 0 <= keep < len(ranking):
+        raise ValueError(
+            f"`keep` must lie between 0 and {len(ranking) - 1}, got {keep}: {len(ranking)} layers are ranked."
+        )
+    return sorted(layer.index for layer in ranking[keep:])
+
+
+def output_distance(batch: dict[str, Any], outputs: Any, target: Any) -> tuple[Tensor, int]:
+    """Distance of a model's outputs to the target's, summed over real tokens, and how many these are."""
+    if "logits" in outputs:
+        real = real_tokens(batch, outputs["logits"].shape[:-1])
+        return kl_divergence(outputs["logits"], target["logits"], real), int(real.sum())
+    hidden = outputs["last_hidden_state"].float()
+    real = real_tokens(batch, hidden.shape[:-1])
+    cosine = F.cosine_similarity(hidden, target["last_hidden_state"].float(), dim=-1)
+    return ((1 - cosine) * real).sum(), int(real.sum())

@@ -1,0 +1,157 @@
+# Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
+"""
+The model that was converted still holds the one it came from: as long as only what a conversion adds is trained, the
+teacher needs no second model. Inside [`as_teacher`] converted modules run their softmax, and who wants to can watch.
+"""
+
+import sys
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from ..checkpoints.install import gma_layers, restore_softmax_implementations, use_linear_masks
+from ..runtime.attention import IMPLEMENTATION, gma_attention_forward
+from ..runtime.layer import GMAConversion
+from ..runtime.masks import read_mask
+from ..runtime.rotation import Rotation
+
+
+TEACHER_IMPLEMENTATION = "gma_teacher"
+
+
+class SoftmaxCall(NamedTuple):
+    """One call of the softmax that a converted module had before."""
+
+    module: nn.Module  # the attention module
+    layer: GMAConversion  # what it gained
+    query: Tensor  # [batch, num_heads, length, head_dim]
+    key: Tensor  # [batch, key_value_heads, length, head_dim]
+    value: Tensor  # [batch, key_value_heads, length, value_dim]
+    attention_mask: Any
+    scaling: float | None
+    arguments: dict[str, Any]  # further arguments of the attention function
+    output: Tensor  # [batch, num_heads, length, value_dim]
+    rotation: Rotation | None  # of its tokens
+
+    def routed(self) -> tuple[Tensor, Tensor]:
+        """Queries and keys as the mixtures would route them."""
+        return self.layer.route(self.query, self.key, self.rotation)
+
+    def student(self) -> Tensor:
+        """What GMA makes of the same queries, keys and values: shape of `output`."""
+        states = (self.query, self.key, self.value, self.attention_mask)
+        options = {"scaling": self.scaling, "rotation": self.rotation, **self.arguments}
+        output, _ = gma_attention_forward(self.module, *states, **options)
+        return output.transpose(1, 2)
+
+    def real(self) -> Tensor | None:
+        """`True` at real tokens `(batch, length)`; `None` if there is no padding."""
+        return read_mask(self.attention_mask, self.query)[0]
+
+
+class Role(NamedTuple):
+    """What a converted module does inside [`as_teacher`]."""
+
+    layer: GMAConversion
+    is_student: bool
+    observe: Callable[[SoftmaxCall], None] | None
+
+
+_roles: WeakKeyDictionary[nn.Module, Role] = WeakKeyDictionary()
+
+
+@contextmanager
+def as_teacher(
+    model: nn.Module,
+    observe: Callable[[SoftmaxCall], None] | None = None,
+    students: Collection[GMAConversion] = (),
+) -> Iterator[None]:
+    """
+    Within the context the converted modules of a model run the softmax that they were converted from. Do not pass a cache.
+
+    Args:
+        model (`nn.Module`): a converted model, or one with adapters or wrappers around it.
+        observe (`Callable`, *optional*): called with a [`SoftmaxCall`] after each softmax of a converted module.
+        students (`Collection[GMAConversion]`, *optional*): layers that stay GMA.
+
+    Raises:
+        ValueError: if no layer of the model was converted.
+    """
+    modules = {model.get_submodule(name): layer for name, layer in expect_gma_layers(model).items()}
+    # Modules with the same configuration share one view of it
+    views = list({id(module.config): module.config for module in modules}.values())
+    models = [module for module in model.modules() if getattr(module, "_softmax_implementations", None)]
+    for converted_model in models:
+        restore_softmax_implementations(converted_model)
+    for view in views:
+        view._attn_implementation_internal = TEACHER_IMPLEMENTATION
+    for module, layer in modules.items():
+        _roles[module] = Role(layer, layer in students, observe)
+    try:
+        yield
+    finally:
+        for module in modules:
+            del _roles[module]
+        for view in views:
+            view._attn_implementation_internal = IMPLEMENTATION
+        for converted_model in models:
+            use_linear_masks(converted_model)
+
+
+def expect_gma_layers(model: nn.Module) -> dict[str, GMAConversion]:
+    """
+    [`gma_layers`] of a model that must have some.
+
+    Raises:
+        ValueError: if no layer of the model was converted.
+    """
+    layers = gma_layers(model)
+    if not layers:
+        raise ValueError(
+            f"{type(model).__name__} has no converted layers. Convert some first: `gma_hf.convert_to_gma(model)`."
+        )
+    return layers
+
+
+@torch.compiler.disable
+def teacher_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs,
+) -> tuple[Tensor, Tensor | None]:
+    """The attention function that a converted module had, and a report to the observer."""
+    role = _roles[module]
+    if role.is_student:
+        return gma_attention_forward(module, query, key, value, attention_mask, scaling, dropout, **kwargs)
+    softmax = softmax_function(module)
+    output, weights = softmax(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
+    if role.observe is not None:
+        # Attention functions return [batch, length, heads, value_dim]
+        heads_first = output.transpose(1, 2)
+        states = (query, key, value, attention_mask)
+        rotation = module.gma_call.rotation
+        role.observe(SoftmaxCall(module, role.layer, *states, scaling, kwargs, heads_first, rotation))
+    return output, weights
+
+
+def softmax_function(module: nn.Module) -> Callable:
+    """The attention function that the configuration of a converted module's model names."""
+    name = module.softmax_config._attn_implementation
+    # Every modeling file has its own eager function, which the interface does not know
+    if name in (None, "eager"):
+        return sys.modules[type(module).__module__].eager_attention_forward
+    return ALL_ATTENTION_FUNCTIONS[name]
+
+
+AttentionInterface.register(TEACHER_IMPLEMENTATION, teacher_attention_forward)

@@ -1,0 +1,215 @@
+# Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
+"""
+The classes of converted models. `LlamaForCausalLM` becomes `GMALlamaForCausalLM`, with a `GMALlamaConfig` whose model type
+is "gma_llama": a program that knows nothing of GMA says so, instead of loading the checkpoint as a Llama without mixtures.
+
+The classes are made when they are needed, and every one of them can be imported from here by its name:
+
+    from gma_hf.conversion.checkpoints.classes import GMALlamaForCausalLM
+"""
+
+import functools
+import json
+import os
+from pathlib import Path
+
+import transformers
+from huggingface_hub.dataclasses import strict
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from ...modeling.window import LACKING_BEFORE
+from ...remote_code import write_remote_code
+from ..runtime.attention import IMPLEMENTATION
+from ..runtime.layer import GMAConversion
+from .install import install_layers, restore_softmax_implementations, use_linear_masks
+
+
+PREFIX = "GMA"
+TYPE_PREFIX = "gma_"
+
+# Projections of attention are computed in shards and gathered: a mixture belongs to a whole head, and every rank runs the
+# attention. What was sharded between them (norms of queries and keys) is whole again.
+GATHERED_STYLES = {"colwise": "colwise_gather_output", "rowwise": "rowwise_split_input"}
+ATTENTION_NAMES = ("attn", "attention")
+
+
+class ConvertedConfigMixin:
+    """
+    What the configuration of a converted model adds to that of the original.
+
+    Attributes:
+        gma (`dict`): `layers`, from the names of the converted modules, relative to the base model, to their shapes;
+            `softmax_layers`, the names of the attention modules that were kept; and the options of `convert_to_gma`.
+    """
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class="AutoConfig"):
+        """Nothing to do: every folder that `save_pretrained` writes already loads with `trust_remote_code=True`."""
+
+    # GMA gives its implied affinity, for which no other attention implementation has to be chosen
+    @property
+    def output_attentions(self) -> bool:
+        return self._output_attentions
+
+    @output_attentions.setter
+    def output_attentions(self, value: bool):
+        if self._attn_implementation == IMPLEMENTATION:
+            self._output_attentions = value
+        else:
+            PreTrainedConfig.output_attentions.fset(self, value)
+
+    def validate_output_attentions(self):
+        """Part of the `@strict` validation."""
+        if self._attn_implementation != IMPLEMENTATION:
+            super().validate_output_attentions()
+
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs):
+        """
+        Save the configuration, and beside it the few lines that let programs which never import gma_hf load the folder
+        with `trust_remote_code=True`. See [`PreTrainedConfig.save_pretrained`] for the arguments.
+
+        Raises:
+            ValueError: if the folder holds a checkpoint of the original model, which would be overwritten.
+        """
+        self._expect_no_original(save_directory)
+        self.auto_map = write_remote_code(
+            save_directory, "gma_hf.conversion.checkpoints.classes", auto_class_names(type(self))
+        )
+        super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+
+    def _expect_no_original(self, save_directory: str | os.PathLike):
+        config_file = Path(save_directory) / "config.json"
+        if not config_file.is_file():
+            return
+        saved_type = json.loads(config_file.read_text(encoding="utf-8")).get("model_type")
+        if saved_type == self.softmax_class.model_type:
+            raise ValueError(
+                f"{save_directory} holds a {saved_type} checkpoint, which the converted model would overwrite. Save to "
+                "another folder, or empty this one."
+            )
+
+
+class ConvertedModelMixin:
+    """What the class of a converted model adds to that of the original."""
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class="AutoModel"):
+        """Nothing to do: every folder that `save_pretrained` writes already loads with `trust_remote_code=True`."""
+
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        # Transformers looks for this in the source of the class's module, which a class made at run time has not
+        return cls.softmax_class._can_set_attn_implementation()
+
+    @property
+    def _is_stateful(self) -> bool:
+        # A running sum cannot be rolled back, as assisted decoding would need
+        return any(layer["is_causal"] for layer in self.config.gma["layers"].values())
+
+    def post_init(self):
+        install_layers(self)
+        super().post_init()
+        self._keys_to_ignore_on_load_missing = {*(self._keys_to_ignore_on_load_missing or ()), LACKING_BEFORE}
+        use_linear_masks(self)
+
+    def initialize_weights(self):
+        # Models inside this one know nothing of mixtures, so that these cannot be left to their `_init_weights`
+        initialize_conversions(self)
+        super().initialize_weights()
+
+    def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *args, **kwargs) -> str:
+        # Converted layers are GMA whatever is asked for; the name speaks of the softmax layers that are left
+        if attn_implementation == IMPLEMENTATION:
+            attn_implementation = None
+        return super()._check_and_adjust_attn_implementation(attn_implementation, *args, **kwargs)
+
+    def set_attn_implementation(self, attn_implementation: str | dict, *args, **kwargs):
+        """Choose the attention implementation of the softmax layers that are left; converted layers stay GMA."""
+        restore_softmax_implementations(self)
+        try:
+            super().set_attn_implementation(attn_implementation, *args, **kwargs)
+        finally:
+            use_linear_masks(self)
+
+
+def initialize_conversions(model: nn.Module) -> None:
+    """Initialise what converted modules gained, unless it was loaded or initialised before."""
+    for module in model.modules():
+        if isinstance(module, GMAConversion) and not getattr(module, "_is_hf_initialized", False):
+            module.reset_parameters()
+            for submodule in module.modules():
+                submodule._is_hf_initialized = True
+
+
+@functools.cache
+def converted_config_class(config_class: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
+    """`LlamaConfig` to `GMALlamaConfig`."""
+    members = {
+        "__module__": __name__,
+        "__doc__": f"[`{config_class.__name__}`] of a model that was converted to Gaussian Mixture Attention.",
+        "__annotations__": {"gma": dict | None},
+        "gma": None,
+        "model_type": TYPE_PREFIX + config_class.model_type,
+        "softmax_class": config_class,
+        "base_model_tp_plan": gathered_plan(config_class.base_model_tp_plan),
+    }
+    return strict(type(PREFIX + config_class.__name__, (ConvertedConfigMixin, config_class), members))
+
+
+@functools.cache
+def converted_model_class(
+    model_class: type[PreTrainedModel], config_class: type[PreTrainedConfig]
+) -> type[PreTrainedModel]:
+    """`LlamaForCausalLM`, with the `LlamaConfig` of its instances, to `GMALlamaForCausalLM`."""
+    members = {
+        "__module__": __name__,
+        "__doc__": f"[`{model_class.__name__}`] that was converted to Gaussian Mixture Attention.",
+        "config_class": converted_config_class(config_class),
+        "softmax_class": model_class,
+    }
+    return type(PREFIX + model_class.__name__, (ConvertedModelMixin, model_class), members)
+
+
+def gathered_plan(plan: dict[str, str] | None) -> dict[str, str] | None:
+    """The tensor-parallel plan of a model whose attention is computed on every rank."""
+    if plan is None:
+        return None
+    gathered = {}
+    for name, style in plan.items():
+        module_names = name.split(".")[:-1]
+        if not any(module_name.endswith(ATTENTION_NAMES) for module_name in module_names):
+            gathered[name] = style
+        elif style in GATHERED_STYLES or style in GATHERED_STYLES.values():
+            gathered[name] = GATHERED_STYLES.get(style, style)
+    return gathered
+
+
+def auto_class_names(config_class: type[PreTrainedConfig]) -> dict[str, str]:
+    """From the Auto classes that know the original model to the names of the converted classes."""
+    names = {"AutoConfig": config_class.__name__}
+    for auto_name, model_class in softmax_auto_classes(config_class.softmax_class).items():
+        names[auto_name] = PREFIX + model_class.__name__
+    return names
+
+
+@functools.cache
+def softmax_auto_classes(config_class: type[PreTrainedConfig]) -> dict[str, type[PreTrainedModel]]:
+    """From the names of the Auto classes that know a configuration of Transformers to its model class in each."""
+    found = {}
+    for auto_name in dir(transformers.models.auto.modeling_auto):
+        mapping = getattr(getattr(transformers.models.auto.modeling_auto, auto_name), "_model_mapping", None)
+        if auto_name.startswith("AutoModel") and mapping is not None and config_class in mapping:
+            model_class = mapping[config_class]
+            found[auto_name] = model_class[0] if isinstance(model_class, tuple) else model_class
+    return found
+
+
+def __getattr__(name: str):
+    """`GMALlamaForCausalLM` and every other converted class, by its name: for imports, pickles and remote code."""
+    original = getattr(transformers, name.removeprefix(PREFIX), None) if name.startswith(PREFIX) else None
+    if isinstance(original, type) and issubclass(original, PreTrainedConfig):
+        return converted_config_class(original)
+    if isinstance(original, type) and issubclass(original, PreTrainedModel):
+        return converted_model_class(original, original.config_class)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,121 @@
+# Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
+"""Putting mixtures into a model as its configuration says, and taking them out again."""
+
+import copy
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from ..runtime.attention import IMPLEMENTATION, AttentionCall, begin_call, end_call
+from ..runtime.layer import GMAConversion
+from ..runtime.positions import count_positions_of, rotary_models
+from ..runtime.rotation import rotary_function
+
+
+def gma_layers(model: nn.Module) -> dict[str, GMAConversion]:
+    """
+    What the converted modules of a model gained.
+
+    Args:
+        model (`nn.Module`): a converted model, or one with adapters or wrappers around it.
+
+    Returns:
+        `dict[str, GMAConversion]`: from the names of the attention modules in `model` to their child `gma`, in the order of
+        the model.
+    """
+    layers = {}
+    for name, module in model.named_modules():
+        if "gma" in module._modules:
+            # Adapters may have put a wrapper around it, whose last module is the one that is trained
+            layers[name] = [inner for inner in module.gma.modules() if isinstance(inner, GMAConversion)][-1]
+    return layers
+
+
+def install_layers(model: PreTrainedModel) -> None:
+    """
+    Give the attention modules named in `model.config.gma` their mixtures, on the device and in the dtype of the module,
+    without values. Names that this head of the model does not have (the encoder of an encoder-decoder, say) are left out.
+    """
+    views, converted = {}, []
+    options = {name: value for name, value in model.config.gma.items() if name not in ("layers", "softmax_layers")}
+    for name, shapes in model.config.gma["layers"].items():
+        module = find_module(model, name)
+        if module is None or hasattr(module, "gma"):
+            continue
+        conversion = GMAConversion(**shapes, **options)
+        # Parameters that are made on the meta device wait there for a checkpoint
+        device, dtype = placement(module, model)
+        conversion.to(device="meta" if conversion.mixture_norm.means.is_meta else device, dtype=dtype)
+        conversion.train(module.training)
+        module.gma = conversion
+        module.gma_call = AttentionCall()
+        # Looked up here, because a compiler cannot look into `sys.modules`
+        module.gma_rotary = rotary_function(module) if conversion.rotary_dim > 0 else None
+        module.softmax_config = module.config
+        if id(module.config) not in views:
+            views[id(module.config)] = converted_view(module.config)
+        module.config = views[id(module.config)]
+        module._gma_hooks = (
+            module.register_forward_pre_hook(begin_call, with_kwargs=True),
+            module.register_forward_hook(end_call),
+        )
+        converted.append(module)
+    for submodel in rotary_models(model, converted):
+        submodel._gma_hooks = (count_positions_of(submodel),)
+
+
+def remove_layers(model: nn.Module) -> None:
+    """Undo [`install_layers`]."""
+    for module in list(model.modules()):
+        for hook in vars(module).pop("_gma_hooks", ()):
+            hook.remove()
+        if hasattr(module, "gma"):
+            module.config = module.softmax_config
+            del module.gma, module.gma_call, module.gma_rotary, module.softmax_config
+
+
+def placement(module: nn.Module, model: PreTrainedModel) -> tuple[torch.device, torch.dtype]:
+    """Where a module computes, and in which numbers: quantized weights are stored in others."""
+    parameters = list(module.parameters())
+    device = parameters[0].device if parameters else model.device
+    dtypes = (p.dtype for p in parameters if p.is_floating_point() and p.dtype.itemsize > 1)
+    return device, next(dtypes, model.dtype)
+
+
+def find_module(model: PreTrainedModel, name: str) -> nn.Module | None:
+    """The module of that name, relative to the base model."""
+    try:
+        return model.base_model.get_submodule(name)
+    except AttributeError:
+        return None
+
+
+def converted_view(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The configuration as converted modules see it."""
+    view = copy.copy(config)
+    view._attn_implementation_internal = IMPLEMENTATION
+    return view
+
+
+def use_linear_masks(model: PreTrainedModel) -> None:
+    """
+    Have masks made by [`gaussian_mixture_mask`] wherever no softmax layer would use them. What the softmax layers would
+    have used is kept in `model._softmax_implementations`, for the case that they come back.
+    """
+    softmax_modules = (find_module(model, name) for name in model.config.gma["softmax_layers"])
+    needed = {id(module.config) for module in softmax_modules if module is not None}
+    converted = (module for module in model.modules() if hasattr(module, "gma"))
+    configs = {id(module.softmax_config): module.softmax_config for module in converted}
+    model._softmax_implementations = []
+    for config in configs.values():
+        if id(config) not in needed:
+            model._softmax_implementations.append((config, config._attn_implementation))
+            config._attn_implementation_internal = IMPLEMENTATION
+
+
+def restore_softmax_implementations(model: PreTrainedModel) -> None:
+    """Undo [`use_linear_masks`]."""
+    for config, implementation in model._softmax_implementations:
+        config._attn_implementation_internal = implementation
+    model._softmax_implementations = []

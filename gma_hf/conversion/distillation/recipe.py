@@ -1,0 +1,262 @@
+# Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
+"""What `scripts/convert_attention.py` and `scripts/distill.py` share: arguments, models, data, and the initial conversion."""
+
+import copy
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import transformers
+from datasets import Dataset
+from torch.utils.data import DataLoader
+from transformers import AutoTokenizer, DataCollatorWithPadding, PreTrainedModel, PreTrainedTokenizerBase
+
+from ...training.arguments import LanguageModelingArguments, parse_arguments
+from ...training.errors import TrainingInputError
+from ...training.text.data import load_text_splits
+from ...training.text.packing import PackedCollator, pack_splits
+from ...training.workflow import limit
+from ..calibration.calibrate import calibrate
+from ..calibration.sensitivity import choose_layers, rank_layers
+from ..checkpoints.install import gma_layers
+from ..convert import convert_to_gma
+
+
+logger = logging.getLogger(__name__)
+
+AUTO_CLASSES = {
+    "text-generation": "AutoModelForCausalLM",
+    "fill-mask": "AutoModelForMaskedLM",
+    "feature-extraction": "AutoModel",
+}
+
+
+@dataclass
+class SourceArguments:
+    """The model to convert."""
+
+    model_name_or_path: str = field(metadata={"help": "Folder or hub name of the model to convert; may stand first."})
+    task: Literal["text-generation", "fill-mask", "feature-extraction"] = field(
+        default="text-generation", metadata={"help": "What the model does; feature-extraction for one without a head."}
+    )
+    tokenizer_name: str | None = field(default=None, metadata={"help": "Tokenizer, if not the model's own."})
+    dtype: Literal["float32", "bfloat16", "float16", "auto"] = field(
+        default="float32", metadata={"help": "Type of the weights. For mixed precision keep it and use --bf16."}
+    )
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "Attention kernel of the teacher and of softmax layers that are kept."}
+    )
+    revision: str = field(default="main", metadata={"help": "Branch, tag or commit of a model on the hub."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Allow code from the model's repository to run."})
+
+
+@dataclass
+class ConversionArguments:
+    """What is converted, into what, and how it is initialised."""
+
+    layers: list[str] | None = field(
+        default=None,
+        metadata={"help": "Layers to convert: indices, names, one fraction, or 'auto' with --keep. Default: all."},
+    )
+    keep: int | None = field(
+        default=None, metadata={"help": "With --layers auto: how many of the most sensitive layers stay softmax."}
+    )
+    keep_every: int | None = field(default=None, metadata={"help": "Every n-th of the layers stays softmax."})
+    num_components: int = field(default=64, metadata={"help": "Gaussian components per head."})
+    window_size: int = field(
+        default=0, metadata={"help": "How many of the nearest tokens are seen exactly, by softmax; 0 for none."}
+    )
+    num_sink_tokens: int = field(
+        default=0,
+        metadata={"help": "How many first tokens stay exactly visible behind the window; causal models only."},
+    )
+    use_routing_projections: bool = field(
+        default=False, metadata={"help": "Learned maps of queries and keys before they are routed."}
+    )
+    use_forgetting: bool = field(default=False, metadata={"help": "A learned forgetting gate; causal models only."})
+    undo_rotation: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Route queries and keys without slow rotary positions. Default: where the model gives the means."
+        },
+    )
+    undo_rotation_beyond: float | None = field(
+        default=None,
+        metadata={
+            "help": "Rotations are slow that take more than so many tokens for a turn; 0 for all of them. Default: 1024 with "
+            "--window_size, 0 without."
+        },
+    )
+    calibration_tokens: int = field(
+        default=200_000, metadata={"help": "Tokens that the mixtures are fitted to; 0 leaves them random."}
+    )
+    calibration_samples: int = field(default=4096, metadata={"help": "How many of them are kept per layer."})
+    calibration_batch_size: int = field(default=8, metadata={"help": "Blocks per batch while they are collected."})
+    ranking_tokens: int = field(
+        default=16_384, metadata={"help": "With --layers auto: tokens the ranking is made of."}
+    )
+
+    def __post_init__(self):
+        if (self.keep is not None) != (self.layers == ["auto"]):
+            raise TrainingInputError("--layers auto and --keep (how many layers stay softmax) go together.")
+
+    def options(self) -> dict[str, Any]:
+        """Arguments of `convert_to_gma` that do not choose layers."""
+        names = ("num_components", "window_size", "num_sink_tokens", "use_routing_projections", "use_forgetting")
+        return {name: getattr(self, name) for name in (*names, "undo_rotation", "undo_rotation_beyond")}
+
+    def chosen_layers(self) -> Any:
+        """`layers` as `convert_to_gma` takes it."""
+        if self.layers is None or self.layers == ["auto"]:
+            return None
+        if len(self.layers) == 1 and "." in self.layers[0] and self.layers[0].replace(".", "").isdigit():
+            return float(self.layers[0])
+        return [int(entry) if entry.lstrip("-").isdigit() else entry for entry in self.layers]
+
+
+class PreparedData(NamedTuple):
+    """Tokenized data, and what makes batches of them."""
+
+    train: Dataset
+    validation: Dataset
+    collator: Any
+    test: Dataset | None = None
+
+
+def parse_model_arguments(dataclass_types: Sequence[type], argv: list[str] | None = None) -> tuple[Any, ...]:
+    """As `parse_arguments`; a model's name may stand first, or behind the arguments file."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    is_file = bool(argv) and Path(argv[0]).suffix.lower() in (".json", ".yaml", ".yml")
+    place = 1 if is_file else 0
+    if len(argv) > place and not argv[place].startswith("-"):
+        argv[place : place + 1] = ["--model_name_or_path", argv[place]]
+    return parse_arguments(list(dataclass_types), argv)
+
+
+def load_source(source: SourceArguments) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """
+    The model to convert and its tokenizer.
+
+    Raises:
+        TrainingInputError: if they cannot be loaded.
+    """
+    auto_class = getattr(transformers, AUTO_CLASSES[source.task])
+    options = {"revision": source.revision, "trust_remote_code": source.trust_remote_code}
+    try:
+        model = auto_class.from_pretrained(
+            source.model_name_or_path, dtype=source.dtype, attn_implementation=source.attn_implementation, **options
+        )
+        tokenizer = AutoTokenizer.from_pretrained(source.tokenizer_name or source.model_name_or_path, **options)
+    except (OSError, ValueError) as error:
+        raise TrainingInputError(f"Cannot load {source.model_name_or_path!r}: {error}") from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return model, tokenizer
+
+
+def check_output(source: SourceArguments, output_dir: str) -> None:
+    """
+    Raises:
+        TrainingInputError: if the output folder is that of the model to convert.
+    """
+    if Path(source.model_name_or_path).resolve() == Path(output_dir).resolve():
+        raise TrainingInputError(
+            f"The converted model would overwrite {source.model_name_or_path!r}. Choose another --output_dir."
+        )
+
+
+def prepare_data(
+    arguments: LanguageModelingArguments,
+    source: SourceArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+) -> PreparedData:
+    """Text as a model of its task reads it: packed blocks for a language model, single texts for an encoder."""
+    splits = load_text_splits(arguments, seed, source.trust_remote_code)
+    if source.task == "text-generation":
+        packed = pack_splits(splits, tokenizer, arguments)
+        prepared = {split: text.blocks for split, text in packed.items()}
+        collator = PackedCollator(tokenizer.pad_token_id)
+    else:
+
+        def tokenize(batch: dict[str, list]) -> dict[str, list]:
+            return dict(tokenizer(batch["text"], truncation=True, max_length=arguments.block_size))
+
+        prepared = {
+            split: dataset.filter(lambda text: bool(text and text.strip()), input_columns="text").map(
+                tokenize, batched=True, remove_columns=dataset.column_names, desc=f"Tokenizing ({split})"
+            )
+            for split, dataset in splits.items()
+        }
+        collator = DataCollatorWithPadding(tokenizer)
+    validation = limit(prepared["validation"], arguments.max_eval_samples)
+    test = limit(prepared["test"], arguments.max_eval_samples) if "test" in prepared else None
+    return PreparedData(limit(prepared["train"], arguments.max_train_samples), validation, collator, test)
+
+
+def convert_and_calibrate(
+    model: PreTrainedModel, data: PreparedData, arguments: ConversionArguments, seed: int, progress: bool = True
+) -> dict[str, Any]:
+    """
+    Convert a model in place as the arguments say, and fit its mixtures.
+
+    Returns:
+        `dict`: the converted layers, the ranking if there was one, and the calibration's report; for JSON.
+    """
+    batch_size = arguments.calibration_batch_size
+    loader = DataLoader(data.train.shuffle(seed=seed), batch_size=batch_size, collate_fn=data.collator)
+    options = {"num_samples": arguments.calibration_samples, "seed": seed, "progress": progress}
+    report: dict[str, Any] = {}
+    layers = arguments.chosen_layers()
+    try:
+        if arguments.layers == ["auto"]:
+            ranking = rank_layers(
+                model,
+                loader,
+                max_tokens=arguments.ranking_tokens,
+                calibration_options={**options, "max_tokens": arguments.ranking_tokens},
+                progress=progress,
+                **arguments.options(),
+            )
+            report["ranking"] = [layer._asdict() for layer in ranking]
+            layers = choose_layers(ranking, arguments.keep)
+        convert_to_gma(model, layers, keep_every=arguments.keep_every, **arguments.options())
+        report["converted_layers"] = list(gma_layers(model))
+        if arguments.calibration_tokens > 0:
+            calibration = calibrate(model, loader, max_tokens=arguments.calibration_tokens, **options)
+            report["calibration"] = calibration.to_dict()
+            logger.info(
+                "Error of the attention's output, mean over the layers: %.3f with random mixtures, %.3f calibrated.",
+                calibration.mean("error_before"),
+                calibration.mean("error_after"),
+            )
+    except (ValueError, MemoryError) as error:
+        raise TrainingInputError(str(error)) from error
+    report["options"] = asdict(arguments)
+    return report
+
+
+def sample_texts(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[str], max_new_tokens: int
+) -> list[str]:
+    """Greedy continuations, the prompts included."""
+    was_training = model.training
+    model.eval()
+    texts = []
+    for prompt in prompts:
+        inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
+        tokens = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+        texts.append(tokenizer.decode(tokens[0], skip_special_tokens=True))
+    model.train(was_training)
+    return texts
+
+
+def stage_arguments(args: Any, stage: str, max_steps: int, learning_rate: float, **changes: Any) -> Any:
+    """The arguments of one stage, from those that all stages share."""
+    stage_args = copy.copy(args)
+    for name, value in {"stage": stage, "max_steps": max_steps, "learning_rate": learning_rate, **changes}.items():
+        setattr(stage_args, name, value)
+    return stage_args

@@ -1,0 +1,295 @@
+# Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
+"""What a converted attention module gains: its mixtures, and how they take the place of softmax."""
+
+import math
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import initialization as init
+
+from ...modeling.layout import find_sequence_ids
+from ...modeling.mixture import GMAMixture
+from ...modeling.window import GMAWindow
+from .cache import ConvertedCacheMixin
+from .masks import read_mask
+from .rotation import Columns, Rotation
+
+
+# Time scales of the forgetting gate at the beginning, in tokens, spread over the heads: next to nothing is forgotten
+FORGETTING_HORIZONS = (1e3, 1e5)
+
+
+def autocast_as_softmax(*states: Tensor) -> tuple[Tensor, ...]:
+    """
+    Queries, keys or values in the dtype of autocast, where it is on: what it does for `scaled_dot_product_attention`. The
+    linear maps return 16 bits, but rotary positions make float32 of them where hidden states are float32.
+    """
+    device_type = states[0].device.type
+    if not torch.is_autocast_enabled(device_type):
+        return states
+    dtype = torch.get_autocast_dtype(device_type)
+    return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in states)
+
+
+class GMARouting(nn.Module):
+    """
+    A linear map per head, from a query or key to the point that the mixture routes: x + x W. With W = 0, where it starts
+    and where a weight decay pulls it to, the point is the vector itself.
+    """
+
+    def __init__(self, num_heads: int, routing_dim: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_heads, routing_dim, routing_dim))
+
+    def reset_parameters(self):
+        init.zeros_(self.weight)
+
+    def forward(self, states: Tensor) -> Tensor:
+        """`(batch, num_heads, length, routing_dim)` to the same shape."""
+        weight = self.weight.to(states.dtype)
+        if states.shape[0] == 1:  # both in one call, which for more rows would need as many copies of the weight
+            return torch.baddbmm(states[0], states[0], weight)[None]
+        return states + states @ weight
+
+    def extra_repr(self) -> str:
+        return f"num_heads={self.weight.shape[0]}, routing_dim={self.weight.shape[1]}"
+
+
+class GMAForgetting(nn.Module):
+    """
+    How much of the past each head keeps: log a_t = -softplus(u_h . v_t + b_h). It is read from the values, which no model
+    rotates, so that it does not depend on the position.
+    """
+
+    def __init__(self, num_heads: int, value_dim: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_heads, value_dim))
+        self.bias = nn.Parameter(torch.empty(num_heads))
+
+    def reset_parameters(self):
+        init.zeros_(self.weight)
+        low, high = (math.log(horizon) for horizon in FORGETTING_HORIZONS)
+        rate = torch.linspace(-low, -high, self.bias.numel(), device=self.bias.device).exp()
+        init.copy_(self.bias, rate.expm1().log())
+
+    def forward(self, value: Tensor) -> Tensor:
+        """Values `(batch, key_value_heads, length, value_dim)` to log decays `(batch, num_heads, length)`, in float32."""
+        num_key_value_heads = value.shape[1]
+        # Query head h reads key/value head h // group
+        weight = self.weight.float().unflatten(0, (num_key_value_heads, -1))
+        gate = (value.float() @ weight.transpose(1, 2)).permute(0, 1, 3, 2).flatten(1, 2)
+        return -nn.functional.softplus(gate + self.bias.float()[:, None])
+
+    def extra_repr(self) -> str:
+        return f"num_heads={self.weight.shape[0]}, value_dim={self.weight.shape[1]}"
+
+
+class GMAConversion(nn.Module):
+    """
+    Gaussian Mixture Attention in the place of one module's softmax, the child `gma` of the attention module.
+
+    Args:
+        num_heads (`int`): query heads, each with a mixture of its own.
+        num_key_value_heads (`int`): key and value heads; divides `num_heads`.
+        routing_dim (`int`): dimension of queries and keys.
+        value_dim (`int`): dimension of values.
+        is_causal (`bool`): whether tokens look back only.
+        rotary_dim (`int`): how many of the first dimensions of queries and keys are rotated by positions that are undone, all
+            or in part, before they are routed; 0 if none are.
+        undone_columns (`list[tuple[int, int]]`, *optional*): ranges of the columns of cosines and sines, first and last + 1,
+            whose rotations are undone; by default all.
+        num_components (`int`): components per mixture.
+        window_size (`int`): how many of the nearest tokens are seen exactly, by softmax; 0 for none.
+        num_sink_tokens (`int`): how many of a sequence's first tokens stay exactly visible behind the window; causal modules
+            only.
+        use_routing_projections (`bool`): whether queries and keys pass a learned map before they are routed.
+        use_forgetting (`bool`): whether the memory forgets; causal modules only.
+        variance_floor (`float`): smallest variance.
+        read_eps (`float`): constant added to the normaliser of the read.
+        mean_init_std (`float`), variance_init (`float`): the mixtures before calibration.
+
+    Attributes:
+        mixture_norm (`GMAMixture`): the mixtures. A forward pre-hook on it sees what is routed, in every configuration.
+        q_routing, k_routing (`GMARouting` or `None`): maps of the queries, per query head, and keys, per key head.
+        forgetting (`GMAForgetting` or `None`): the forgetting gate.
+        window_norm (`GMAWindow` or `None`): the softmax window.
+    """
+
+    def __init__(
+        self,
+        num_heads: int,
+        num_key_value_heads: int,
+        routing_dim: int,
+        value_dim: int,
+        is_causal: bool,
+        rotary_dim: int = 0,  # as in configurations from before it
+        undone_columns: Columns | None = None,  # likewise
+        *,
+        num_components: int,
+        window_size: int,
+        num_sink_tokens: int = 0,  # as in configurations from before it
+        use_routing_projections: bool,
+        use_forgetting: bool,
+        variance_floor: float,
+        read_eps: float,
+        mean_init_std: float,
+        variance_init: float,
+    ):
+        super().__init__()
+        self.num_heads = num_heads
+        self.num_key_value_heads = num_key_value_heads
+        self.routing_dim = routing_dim
+        self.value_dim = value_dim
+        self.is_causal = is_causal
+        self.rotary_dim = rotary_dim
+        self.undone_columns = undone_columns
+        self.mean_init_std = mean_init_std
+        self.variance_init = variance_init
+
+        self.mixture_norm = GMAMixture(num_heads, num_components, routing_dim, variance_floor, read_eps)
+        self.q_routing = self.k_routing = self.forgetting = self.window_norm = None
+        if use_routing_projections:
+            self.q_routing = GMARouting(num_heads, routing_dim)
+            self.k_routing = GMARouting(num_key_value_heads, routing_dim)
+        if use_forgetting and is_causal:
+            self.forgetting = GMAForgetting(num_heads, value_dim)
+        if window_size > 0:
+            self.window_norm = GMAWindow(num_heads, routing_dim, window_size, num_sink_tokens if is_causal else 0)
+
+    def reset_parameters(self):
+        """Initialise everything; parameters that were loaded from a checkpoint are left alone."""
+        self.mixture_norm.reset_parameters(self.mean_init_std, self.variance_init, balanced_priors=True)
+        for module in (self.q_routing, self.k_routing, self.forgetting, self.window_norm):
+            if module is not None:
+                module.reset_parameters()
+
+    def route(self, query: Tensor, key: Tensor, rotation: Rotation | None = None) -> tuple[Tensor, Tensor]:
+        """
+        The points that the mixtures route.
+
+        Args:
+            query (`torch.Tensor` of shape `(batch, num_heads, length, routing_dim)`): as softmax would get them.
+            key (`torch.Tensor` of shape `(batch, num_key_value_heads, length, routing_dim)`): likewise.
+            rotation ([`Rotation`], *optional*): by which they were rotated; needed if `rotary_dim` is not 0.
+
+        Returns:
+            `tuple[torch.Tensor, torch.Tensor]`: both, in the same shapes.
+
+        Raises:
+            ValueError: if the rotation is missing.
+        """
+        if self.rotary_dim > 0:
+            if rotation is None:
+                raise ValueError(
+                    f"The layer undoes the rotary positions of {self.rotary_dim} dimensions, but its attention module was "
+                    "called without `position_embeddings=(cos, sin)`. Pass them, or convert with `undo_rotation=False`."
+                )
+            query, key = rotation.undo(query, key, self.rotary_dim, self.undone_columns)
+        if self.q_routing is not None:
+            query, key = self.q_routing(query), self.k_routing(key)
+        return query, key
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Any = None,
+        *,
+        scaling: float | None = None,
+        is_causal: bool | None = None,
+        position_ids: Tensor | None = None,
+        seq_idx: Tensor | None = None,
+        cu_seq_lens: Tensor | None = None,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
+        rotation: Rotation | None = None,
+        cache_layer: ConvertedCacheMixin | None = None,
+        output_attentions: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """
+        Args:
+            query (`torch.Tensor` of shape `(batch, num_heads, length, routing_dim)`): as softmax would get them.
+            key (`torch.Tensor` of shape `(batch, num_key_value_heads, length, routing_dim)`): of the current tokens.
+            value (`torch.Tensor` of shape `(batch, num_key_value_heads, length, value_dim)`): likewise.
+            attention_mask: any mask that an attention implementation of Transformers understands, see [`read_mask`].
+            scaling (`float`, *optional*): factor of the window's logits; by default `routing_dim ** -0.5`.
+            is_causal (`bool`, *optional*): overrides the module's own.
+            position_ids, seq_idx, cu_seq_lens (`torch.Tensor`, *optional*): packed sequences, where no mask tells them.
+            softcap (`float`, *optional*), sinks (`torch.Tensor`, *optional*): of the window's softmax.
+            rotation ([`Rotation`], *optional*): of queries and keys; needed if `rotary_dim` is not 0.
+            cache_layer (`ConvertedCacheMixin`, *optional*): the state to go on from; it is advanced.
+            output_attentions (`bool`): also return the implied affinity.
+
+        Returns:
+            The output `(batch, num_heads, length, value_dim)`, and the implied affinity `(batch, num_heads, length,
+            length)` if it was asked for.
+        """
+        batch_size, _, length, _ = query.shape
+        causal = self.is_causal if is_causal is None else is_causal
+        if key.shape[2] != length:
+            raise ValueError(
+                f"A GMA layer got {length} queries and {key.shape[2]} keys; it needs as many keys as queries. Does the "
+                "call go through a cache that it was not given, or attend to other tokens than its own?"
+            )
+        if cache_layer is not None and not causal:
+            raise ValueError("A bidirectional layer has no state to go on from: do not pass `past_key_values`.")
+
+        padding_mask, sequence_ids = read_mask(attention_mask, query, cache_layer)
+        if sequence_ids is None:
+            sequence_ids = find_sequence_ids(batch_size, length, padding_mask, position_ids, seq_idx, cu_seq_lens)
+        recurrence = {"causal": causal, "sequence_ids": sequence_ids}
+        if self.forgetting is not None and causal:
+            recurrence["log_decay"] = self.forgetting(value)
+            if padding_mask is not None:
+                recurrence["log_decay"] = recurrence["log_decay"].masked_fill(~padding_mask[:, None], 0.0)
+        routing_query, routing_key = self.route(query, key, rotation)
+        is_routed_as_is = routing_key is key
+        query, key, value, routing_query, routing_key = autocast_as_softmax(
+            query, key, value, routing_query, routing_key
+        )
+
+        if self.window_norm is None:
+            if padding_mask is not None:
+                recurrence["write_weight"] = padding_mask[:, None].to(torch.float32)
+            attend, affinity = self.mixture_norm, self.mixture_norm.affinity
+            states = (routing_query, routing_key)
+            past = {"initial_state": cache_layer.state if cache_layer is not None else None}
+            past["output_final_state"] = cache_layer is not None
+        else:
+            # A method: accelerate's hooks move what a module gets to its device, and parameters on disk cannot move
+            attend = partial(self.window_norm, self.mixture_norm.__call__)
+            affinity = partial(self.window_norm.affinity, self.mixture_norm)
+            states = (query, key)
+            recurrence.update(
+                scaling=self.routing_dim**-0.5 if scaling is None else scaling,
+                padding_mask=padding_mask,
+                softcap=softcap,
+                sinks=sinks,
+            )
+            if not is_routed_as_is:
+                recurrence.update(routing_query=routing_query, routing_key=routing_key)
+                recurrence["weigh_by_routing"] = self.rotary_dim > 0
+            past = {"history": cache_layer.window_history if cache_layer is not None else None}
+            past["output_history"] = cache_layer is not None
+
+        weights = None
+        if output_attentions:
+            if cache_layer is not None and cache_layer.is_initialized:
+                raise ValueError(
+                    "`output_attentions=True` needs all tokens at once: a GMA state no longer knows the single tokens "
+                    "it was built from. Run without a cache (`use_cache=False`)."
+                )
+            weights = affinity(*states, **recurrence)
+        output = attend(*states, value, **recurrence, **past)
+        if cache_layer is not None:
+            output, state = output
+            cache_layer.advance(state, length, is_plain=padding_mask is None and sequence_ids is None)
+        return output, weights
+
+    def extra_repr(self) -> str:
+        heads = f"num_heads={self.num_heads}, num_key_value_heads={self.num_key_value_heads}"
+        rotary_dim = f", rotary_dim={self.rotary_dim}" if self.rotary_dim > 0 else ""
+        return f"{heads}, is_causal={self.is_causal}{rotary_dim}"

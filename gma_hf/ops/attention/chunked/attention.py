@@ -1,0 +1,45 @@
+# Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
+"""Linear time for any length: pair weights inside chunks of tokens, states between the chunks.
+
+    causal:         o_i = (sum_{j in chunk, j <= i} P_ij v_j + e_i gamma^Q_i S_n) / (the same with v_j = 1, z_n; + eps)
+    bidirectional:  o_i = gamma^Q_i S / (gamma^Q_i z + eps)
+
+with S_n, z_n the state before the chunk (`chunked_causal`) and S, z what all keys wrote (`chunked_bidirectional`).
+
+query [B, Hq, Nq, d], key [B, Hk, N, d], value [B, Hk, N, dv], mixtures M -> output [B, Hq, Nq, dv],
+S [B, M, C, dv], z [B, M, C], denominators [B, Hq, Nq].
+"""
+
+from ...dispatch import AttentionCall, AttentionResult, register_backend
+from .bidirectional import ReadState, WriteState
+from .causal import CausalChunks
+
+
+def chunked_attention(call: AttentionCall) -> AttentionResult:
+    """Evaluate the call chunk by chunk."""
+    dtype, mixtures = call.state_dtype, call.means.shape[0]
+    coefficients = call.coefficients()
+    if call.initial_state is None:
+        shape = (call.query.shape[0], mixtures, call.means.shape[1])
+        S = call.value.new_zeros(*shape, call.value.shape[-1], dtype=dtype)
+        z = call.value.new_zeros(shape, dtype=dtype)
+    else:
+        S, z = (part.to(dtype) for part in call.initial_state)
+    # The mixtures lead inside, so that one matrix product per mixture sees the tokens of the whole batch.
+    S, z = S.transpose(0, 1), z.transpose(0, 1)
+    eps = call.eps if call.normalize else None
+    if call.causal:
+        output, normalizer, S, z = CausalChunks.apply(
+            call.query, call.key, call.value, *coefficients, call.write_weight, call.log_decay, S, z, eps, call.strict,
+            call.output_normalizer,
+        )  # fmt: skip
+    else:
+        S, z = WriteState.apply(call.key, call.value, *coefficients, call.write_weight, S, z)
+        output, normalizer = ReadState.apply(
+            call.query, *coefficients, S, z, eps, call.value.dtype, call.output_normalizer
+        )
+    state = (S.transpose(0, 1), z.transpose(0, 1))
+    return AttentionResult(output, state, normalizer if call.output_normalizer else None)
+
+
+register_backend("chunked", chunked_attention, supports=lambda call: None, priority=lambda call: 10)

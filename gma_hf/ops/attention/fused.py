@@ -1,0 +1,108 @@
+# Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
+"""Linear time in fused GPU kernels: responsibilities are computed on the chip and never written to memory.
+
+    causal:         o_i = (sum_{j in chunk, j <= i} P_ij v_j + e_i gamma^Q_i S_n) / (the same with v_j = 1, z_n; + eps)
+    bidirectional:  o_i = gamma^Q_i S / (gamma^Q_i z + eps)
+
+the equations of `chunked`, by the kernels of `fused`. This file decides when they can run and imports them when they do.
+
+query [B, Hq, Nq, d], key [B, Hk, N, d], value [B, Hk, N, dv], mixtures M -> output [B, Hq, Nq, dv],
+S [B, M, C, dv], z [B, M, C], denominators [B, Hq, Nq].
+"""
+
+import importlib.util
+import os
+
+import torch
+
+from ..dispatch import AttentionCall, AttentionResult, register_backend
+from .recurrent import SHORT
+
+
+MAX_COMPONENTS = MAX_DIM = 256
+MAX_STATE = 64 * 256  # components times dimension: what a multiprocessor has room for
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+INSTALLED = importlib.util.find_spec("triton") is not None
+
+
+def needs_gradients(call: AttentionCall) -> bool:
+    if not torch.is_grad_enabled():
+        return False
+    # The flag itself: before PyTorch 2.13 torch.compile took `is_exporting()` for true
+    if getattr(torch.compiler, "_is_exporting_flag", False):
+        # What a backward pass keeps has the shape of the chunks, which would decide on a length that is still open
+        return False
+    tensors = (*call[:6], call.write_weight, call.log_decay, *(call.initial_state or ()))
+    return any(x is not None and x.requires_grad for x in tensors)
+
+
+def is_step(call: AttentionCall) -> bool:
+    """Whether the call is decoding: a few tokens, without gradients."""
+    # A length that is still open (torch.export) is no int, and must not be decided on
+    length = call.key.shape[2]
+    is_short = isinstance(length, int) and length <= SHORT
+    return is_short and call.causal and not call.strict and not needs_gradients(call)
+
+
+def fused_attention(call: AttentionCall) -> AttentionResult:
+    """Evaluate the call with the fused kernels."""
+    from .triton import decoding, operators  # noqa: F401 (define the operators)
+
+    S, z = (None, None) if call.initial_state is None else call.initial_state
+    tensors = (
+        call.query, call.key, call.value, call.means, call.raw_variances, call.prior_logits, call.write_weight,
+        call.log_decay, S, z,
+    )  # fmt: skip
+    eps = call.eps if call.normalize else None
+    if is_step(call):
+        output, normalizer, S, z = torch.ops.gma_hf.fused_decoding(
+            *tensors, eps, call.variance_floor, call.output_normalizer
+        )
+    else:
+        output, normalizer, S, z, *_ = torch.ops.gma_hf.fused_attention(
+            *tensors, call.causal, call.strict, eps, call.variance_floor, needs_gradients(call),
+            call.output_final_state, call.output_normalizer,
+        )  # fmt: skip
+    state = (S, z) if call.output_final_state else None
+    return AttentionResult(output, state, normalizer if call.output_normalizer else None)
+
+
+@torch.compiler.assume_constant_result
+def missing(device_type: str, device_index: int | None) -> str | None:
+    """What the machine lacks to run the kernels on a device, or None."""
+    if not INSTALLED:
+        return "Triton is not installed (`pip install triton`)."
+    if device_type == "cpu":
+        if os.environ.get("TRITON_INTERPRET") == "1":
+            return None
+        return "the kernels run on GPUs (on a CPU only in Triton's interpreter, with TRITON_INTERPRET=1)."
+    if device_type != "cuda":
+        return f"the kernels do not run on {device_type!r} devices."
+    if torch.version.hip is None and torch.cuda.get_device_capability(device_index) < (8, 0):
+        return "the kernels need a GPU of compute capability 8.0 (Ampere) or newer."
+    return None
+
+
+def supports(call: AttentionCall) -> str | None:
+    dtype = call.query.dtype
+    # Float32 values beside bfloat16 queries are rounded to eleven bits, which is more than the queries have
+    if dtype not in DTYPES or call.key.dtype != dtype or call.value.dtype not in (dtype, torch.float32):
+        return "query, key and value must all be float32, all float16 or all bfloat16 (values may be float32)."
+    if call.means.shape[1] > MAX_COMPONENTS:
+        return f"there are more than {MAX_COMPONENTS} components."
+    if max(call.query.shape[-1], call.value.shape[-1]) > MAX_DIM:
+        return f"the routing or value dimension is above {MAX_DIM}."
+    if call.means.shape[1] * max(call.query.shape[-1], call.value.shape[-1]) > MAX_STATE:
+        return f"components times dimension are above {MAX_STATE}."
+    if 0 in (call.query.numel(), call.key.numel(), call.value.numel()):
+        return "a tensor is empty."
+    return missing(call.query.device.type, call.query.device.index)
+
+
+def priority(call: AttentionCall) -> int:
+    if call.query.device.type == "cpu":
+        return 0
+    return 25 if is_step(call) else 15
+
+
+register_backend("triton", fused_attention, supports=supports, priority=priority)

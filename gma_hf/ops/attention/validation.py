@@ -1,0 +1,103 @@
+# Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
+"""Checks of what a caller passes: shapes and combinations only, never values, so that calls can be compiled."""
+
+import torch
+from torch import Tensor
+
+from ..dispatch import AttentionCall
+
+
+# Messages are formatted only when they are raised: formatting a size would fix it to a constant in a compiled graph.
+
+
+def expect_shape(name: str, x: Tensor, layout: str, *sizes: int) -> None:
+    """`x` has the sizes, which `layout` names."""
+    if x.shape != sizes:
+        raise ValueError(f"{name} has shape {list(x.shape)}, expected {layout} = {list(sizes)}.")
+
+
+def expect_floating(name: str, x: Tensor) -> None:
+    """`x` is a floating point tensor."""
+    if not x.is_floating_point():
+        raise ValueError(f"{name} has dtype {x.dtype}, expected a floating point dtype.")
+
+
+def validate_mixture(means: Tensor, raw_variances: Tensor, prior_logits: Tensor, routing_dim: int) -> None:
+    """The mixture's tensors fit each other and the tokens."""
+    if means.ndim != 3 or means.shape[-1] != routing_dim:
+        raise ValueError(
+            f"means has shape {list(means.shape)}, expected [mixtures, components, routing_dim] with routing_dim = "
+            f"{routing_dim}, the last size of the tokens."
+        )
+    expect_shape("raw_variances", raw_variances, "means.shape", *means.shape)
+    expect_shape("prior_logits", prior_logits, "[mixtures, components]", *means.shape[:2])
+
+
+def validate_call(call: AttentionCall, sequence_ids: Tensor | None) -> None:
+    """Every argument of the operator has the shape and dtype that the others imply."""
+    query, key, value = call.query, call.key, call.value
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        if x.ndim != 4:
+            raise ValueError(f"{name} has shape {list(x.shape)}, expected [batch, heads, length, dim].")
+        expect_floating(name, x)
+    batch, query_heads, _, routing_dim = query.shape
+    _, key_heads, key_length, _ = key.shape
+    expect_shape(
+        "key", key, "[batch, key_value_heads, key_length, routing_dim]", batch, key_heads, key_length, routing_dim
+    )
+    expect_shape(
+        "value", value, "[batch, key_value_heads, key_length, value_dim]", batch, key_heads, key_length, value.shape[3]
+    )
+    validate_mixture(call.means, call.raw_variances, call.prior_logits, routing_dim)
+    mixtures, components = call.prior_logits.shape
+    if mixtures % key_heads != 0 or query_heads % mixtures != 0:
+        raise ValueError(
+            f"query has {query_heads} heads, means {mixtures} mixtures, key and value {key_heads} heads; expected the "
+            "heads of key and value to divide the mixtures, and the mixtures to divide the heads of query."
+        )
+    for name, x in (("write_weight", call.write_weight), ("log_decay", call.log_decay)):
+        if x is not None:
+            expect_floating(name, x)
+            if x.ndim != 3 or mixtures % x.shape[1] != 0:
+                raise ValueError(
+                    f"{name} has shape {list(x.shape)}, expected [batch, h, key_length] with h dividing the {mixtures} "
+                    "mixtures."
+                )
+            expect_shape(name, x, "[batch, h, key_length]", batch, x.shape[1], key_length)
+    if call.initial_state is not None:
+        if len(call.initial_state) != 2:
+            raise ValueError(f"initial_state has {len(call.initial_state)} parts, expected the pair (S, z).")
+        S, z = call.initial_state
+        layout = "[batch, mixtures, components"
+        expect_shape("initial_state S", S, f"{layout}, value_dim]", batch, mixtures, components, value.shape[3])
+        expect_shape("initial_state z", z, f"{layout}]", batch, mixtures, components)
+    validate_mode(call, sequence_ids)
+
+
+def validate_mode(call: AttentionCall, sequence_ids: Tensor | None) -> None:
+    """Causal and bidirectional calls have the arguments that they can use."""
+    batch, _, query_length, _ = call.query.shape
+    key_length = call.key.shape[2]
+    if call.output_normalizer and not call.normalize:
+        raise ValueError(
+            "output_normalizer is given with normalize=False, where nothing is divided by it; use normalize=True."
+        )
+    if call.causal or sequence_ids is not None:
+        mode = "causal=True" if call.causal else "sequence_ids"
+        if query_length != key_length:
+            raise ValueError(
+                f"{mode} needs queries and keys of one length, got query length {query_length} and key length "
+                f"{key_length}; cross-attention is causal=False without sequence_ids."
+            )
+    if sequence_ids is not None:
+        expect_shape("sequence_ids", sequence_ids, "[batch, length]", batch, key_length)
+        if sequence_ids.is_floating_point() or sequence_ids.dtype == torch.bool:
+            raise ValueError(f"sequence_ids has dtype {sequence_ids.dtype}, expected integers.")
+    if not call.causal:
+        if call.log_decay is not None:
+            raise ValueError("log_decay is given with causal=False, but forgetting has a direction; use causal=True.")
+        if sequence_ids is not None and (call.initial_state is not None or call.output_final_state):
+            raise ValueError(
+                "initial_state or output_final_state is given with sequence_ids and causal=False, where each packed "
+                "sequence has a state of its own; drop it, or run the sequences one by one."
+            )

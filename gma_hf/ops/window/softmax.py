@@ -1,0 +1,291 @@
+# Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
+"""Softmax attention to the nearest tokens and to what a memory has read, in linear time and memory.
+
+    o_i = (sum_{j near i} e^{s_ij} v_j + e^{m_i} r_i) / e^{l_i}     s_ij = scaling q_i . k_j, or c tanh(s / c) of that
+    l_i = log(sum_{j near i} e^{s_ij} + e^{m_i} + e^{sink})         m_i = a + u . q'_i + log D_i
+
+A memory is one more thing to attend to: its value r_i is what was read, a mean of values, and D_i how much that is a mean of.
+What weighs it, q', is q unless the call has others. Sink tokens are among the near: keys and values of their own, or the first
+of all when they have left the window. Backwards, with p_ij = e^{s_ij - l_i}, p_i = e^{m_i - l_i}, delta_i = do_i . o_i:
+
+    ds_ij = p_ij (do_i . v_j - delta_i)        dm_i = dlog D_i = p_i (do_i . r_i - delta_i)        dr_i = p_i do_i
+    dq = scaling ds K        dk = scaling ds^T Q        dv = p^T do        dsink = -sum_i e^{sink - l_i} delta_i
+    dq' = dm u               du = dm^T Q'
+
+Only the inputs, o and l are kept; logits are computed again. On GPUs the kernels of `window_kernels` do this; elsewhere,
+and where they cannot, the plain PyTorch of `window_blocks`, which sink tokens join by `sink_tokens`. Where every query has
+sinks of its own, packed sequences, they join so behind the kernels, too.
+"""
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..attention.fused import DTYPES, MAX_DIM, missing
+from ..kernel_choice import prefers_kernels
+from .blocks import accumulation_dtype, attend, attend_backward
+from .sink_tokens import SinkTokens, attend_sinks, attend_sinks_backward, left_window
+
+
+def cannot_run(query: Tensor, key: Tensor, value: Tensor, read: Tensor) -> str | None:
+    """Why the kernels cannot run a call, or None."""
+    if not all(x.dtype in DTYPES for x in (query, value, read)) or key.dtype != query.dtype:
+        return "query and key must have the same dtype, and no tensor may be float64."
+    if max(query.shape[-1], value.shape[-1]) > MAX_DIM:
+        return f"the head or value dimension is above {MAX_DIM}."
+    return missing(query.device.type, query.device.index)
+
+
+def uses_kernels(query: Tensor, key: Tensor, value: Tensor, read: Tensor) -> bool:
+    """Whether a call goes to the kernels, by the rules of the operator's backends."""
+    return prefers_kernels("window", query.is_cuda, cannot_run(query, key, value, read))
+
+
+# As in `ops`, the two passes are opaque operators to torch.compile and torch.export, and lengths stay dynamic. Defined and
+# implemented in two steps: the decorator that does both adds 0.1 ms to every call.
+INPUTS = (
+    "Tensor query, Tensor key, Tensor value, Tensor? valid, Tensor? runs, Tensor read, Tensor log_weight, "
+    "Tensor memory_bias, Tensor memory_query, Tensor? weighing_query, "
+    "Tensor? sink_key, Tensor? sink_value, Tensor? visible"
+)
+OPTIONS = "int size, bool causal, float scaling, float? softcap"
+
+torch.library.define(
+    "gma_hf::window_softmax",
+    f"({INPUTS}, Tensor? sinks, {OPTIONS}) -> (Tensor, Tensor)",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+torch.library.define(
+    "gma_hf::window_softmax_backward",
+    f"({INPUTS}, Tensor output, Tensor log_sum, Tensor grad_output, {OPTIONS}) -> ({', '.join(['Tensor'] * 9)})",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+
+
+def sink_tokens_of(query: Tensor, key: Tensor, sink_key: Tensor, sink_value: Tensor, visible, size: int) -> SinkTokens:
+    """Those that an operator was given: without `visible` the first keys, seen by whose window they have left."""
+    if visible is None:
+        visible = left_window(sink_key.shape[2], query.shape[2], key.shape[2], size, key.device)
+    return SinkTokens(sink_key, sink_value, visible)
+
+
+@torch.library.impl("gma_hf::window_softmax", "default")
+def softmax_forward(
+    query, key, value, valid, runs, read, log_weight, memory_bias, memory_query, weighing_query, sink_key, sink_value,
+    visible, sinks, size, causal, scaling, softcap,
+):  # fmt: skip
+    """o and l."""
+    inputs = (query, key, value, valid, runs, read, log_weight, memory_bias, memory_query, weighing_query)
+    options = (size, causal, scaling, softcap)
+    if uses_kernels(query, key, value, read):
+        from .triton.fused import forward
+
+        return forward(*inputs, sink_key, sink_value, visible, sinks, *options)
+    output, log_sum = attend(*inputs, sinks, *options)
+    if sink_key is not None:
+        sink_tokens = sink_tokens_of(query, key, sink_key, sink_value, visible, size)
+        attend_sinks(output, log_sum, query, sink_tokens, scaling, softcap)
+    return output, log_sum
+
+
+@torch.library.register_fake("gma_hf::window_softmax")
+def _(query, key, value, valid, runs, read, *arguments):
+    log_sum = query.new_empty(query.shape[:3], dtype=accumulation_dtype(query, value))
+    if uses_kernels(query, key, value, read):
+        from .triton.fused import empty_output
+
+        return empty_output(query, value), log_sum
+    return value.new_empty(*query.shape[:3], value.shape[-1]), log_sum
+
+
+@torch.library.impl("gma_hf::window_softmax_backward", "default")
+def softmax_backward(
+    query, key, value, valid, runs, read, log_weight, memory_bias, memory_query, weighing_query, sink_key, sink_value,
+    visible, output, log_sum, grad_output, size, causal, scaling, softcap,
+):  # fmt: skip
+    """
+    What `attend_backward` returns, and dk beside dv of the sink tokens, `(batch, key_value_heads, s, head_dim + value_dim)`
+    in the precision of l; of size 0 if there are none.
+    """
+    inputs = (query, key, value, valid, runs, read, log_weight, memory_bias, memory_query, weighing_query)
+    arguments = (output, log_sum, grad_output, size, causal, scaling, softcap)
+    if uses_kernels(query, key, value, read):
+        from .triton.fused import backward
+
+        return backward(*inputs, sink_key, sink_value, visible, *arguments)
+    grads = attend_backward(*inputs, *arguments)
+    if sink_key is None:
+        return *grads, log_sum.new_empty(0)
+    grad_query, delta = grads[0], grads[6]
+    sink_tokens = sink_tokens_of(query, key, sink_key, sink_value, visible, size)
+    grad_sinks = attend_sinks_backward(grad_query, query, sink_tokens, log_sum, delta, grad_output, scaling, softcap)
+    return *grads, torch.cat(grad_sinks, dim=-1)
+
+
+@torch.library.register_fake("gma_hf::window_softmax_backward")
+def _(
+    query, key, value, valid, runs, read, log_weight, memory_bias, memory_query, weighing_query, sink_key, sink_value,
+    visible, output, log_sum, *arguments,
+):  # fmt: skip
+    inputs = (query, key, value, read, *(() if weighing_query is None else (weighing_query,)))
+    if uses_kernels(query, key, value, read):
+        from .triton.fused import empty_grads
+
+        grads = empty_grads(*inputs)
+    else:
+        grads = tuple(x.new_empty(x.shape) for x in inputs)
+    grad_weighing = log_sum.new_empty(0) if weighing_query is None else grads[4]
+    grad_sinks = log_sum.new_empty(0)
+    if sink_key is not None:
+        grad_sinks = log_sum.new_empty(*sink_key.shape[:3], key.shape[-1] + value.shape[-1])
+    of_memory = (torch.empty_like(log_sum), log_sum.new_empty(memory_query.shape), torch.empty_like(log_sum))
+    return *grads[:4], *of_memory, grad_weighing, grad_sinks
+
+
+def operator_sinks(key: Tensor, value: Tensor, sink_tokens: SinkTokens, num_sinks: int) -> tuple[Tensor | None, ...]:
+    """Keys, values and visibility of the sink tokens that the operators shall see to."""
+    if num_sinks > 0:
+        return key.narrow(2, 0, num_sinks), value.narrow(2, 0, num_sinks), None
+    return (None, None, None) if sink_tokens.index is not None else sink_tokens[:3]
+
+
+class WindowSoftmax(torch.autograd.Function):
+    """The operator with its gradient."""
+
+    @staticmethod
+    def forward(ctx, *arguments):
+        inputs, (sinks, *sink_tokens, num_sinks), options = arguments[:10], arguments[10:16], arguments[16:]
+        sink_tokens = SinkTokens(*sink_tokens)
+        seen = operator_sinks(inputs[1], inputs[2], sink_tokens, num_sinks)
+        output, log_sum = torch.ops.gma_hf.window_softmax(*inputs, *seen, sinks, *options)
+        if sink_tokens.index is not None:
+            scaling, softcap = options[2:]
+            attend_sinks(output, log_sum, inputs[0], sink_tokens, scaling, softcap)
+        ctx.save_for_backward(*inputs, sinks, *sink_tokens, output, log_sum)
+        ctx.num_sinks, ctx.options = num_sinks, options
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_output):
+        # At once: what is checkpointed is there for one look
+        *inputs, sinks, sink_keys, sink_values, visible, index, output, log_sum = ctx.saved_tensors
+        sink_tokens = SinkTokens(sink_keys, sink_values, visible, index)
+        query, key, value = inputs[:3]
+        seen = operator_sinks(key, value, sink_tokens, ctx.num_sinks)
+        *grads, grad_logit, grad_memory_query, delta, grad_weighing, grad_seen = (
+            torch.ops.gma_hf.window_softmax_backward(*inputs, *seen, output, log_sum, grad_output, *ctx.options)
+        )
+        log_weight, memory_bias, memory_query, weighing_query = inputs[6:]
+        asked = slice(grad_logit.shape[2] - log_weight.shape[2], None)
+        grad_memory = (
+            grads[3],
+            grad_logit[:, :, asked].to(log_weight.dtype),
+            grad_logit.sum(dim=(0, 2)).to(memory_bias.dtype),
+            grad_memory_query.to(memory_query.dtype),
+            None if weighing_query is None else grad_weighing,
+        )
+        grad_sinks = None
+        if sinks is not None:
+            # Where a query sees nothing, delta is zero, and there is a sink at least
+            share = torch.exp(sinks.to(log_sum.dtype)[:, None] - log_sum)
+            grad_sinks = -(share * delta).sum(dim=(0, 2)).to(sinks.dtype)
+        grad_sink_keys = grad_sink_values = None
+        if index is not None:
+            scaling, softcap = ctx.options[2:]
+            grad_sink_keys, grad_sink_values = attend_sinks_backward(
+                grads[0], query, sink_tokens, log_sum, delta, grad_output, scaling, softcap
+            )
+        elif seen[0] is not None:
+            grad_sink_keys, grad_sink_values = grad_seen.split((key.shape[-1], value.shape[-1]), dim=-1)
+        if sink_keys is not None:
+            grad_sink_keys, grad_sink_values = (
+                grad_sink_keys.to(sink_keys.dtype),
+                grad_sink_values.to(sink_values.dtype),
+            )
+        elif ctx.num_sinks > 0:
+            for grad, of_sinks in ((grads[1], grad_sink_keys), (grads[2], grad_sink_values)):
+                grad.narrow(2, 0, ctx.num_sinks).add_(of_sinks)
+            grad_sink_keys = grad_sink_values = None
+        grad_sink_tokens = (grad_sink_keys, grad_sink_values, None, None)
+        return *grads[:3], None, None, *grad_memory, grad_sinks, *grad_sink_tokens, None, None, None, None, None
+
+
+def window_softmax(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    valid: Tensor | None,
+    runs: Tensor | None,
+    read: Tensor,
+    log_weight: Tensor,
+    memory_bias: Tensor,
+    memory_query: Tensor,
+    weighing_query: Tensor | None = None,
+    sinks: Tensor | None = None,
+    sink_tokens: SinkTokens | None = None,
+    *,
+    num_sinks: int = 0,
+    size: int,
+    causal: bool,
+    scaling: float,
+    softcap: float | None = None,
+) -> Tensor:
+    """
+    Attention of every query to the near tokens that are valid and of its own run (itself and the `size` - 1 before it, or
+    `size` to each side), and to what it read from a memory, by the equations of this file's opening.
+
+    Args:
+        query (`torch.Tensor` of shape `(batch, heads, length, head_dim)`): the last `length` tokens.
+        key (`torch.Tensor` of shape `(batch, key_value_heads, num_keys, head_dim)`): of the same `length` tokens, if causal
+            optionally of the `size` tokens before them as well.
+        value (`torch.Tensor` of shape `(batch, key_value_heads, num_keys, value_dim)`): likewise.
+        valid (`torch.BoolTensor` of shape `(batch or 1, num_keys)`, *optional*): which tokens may be seen; by default all.
+        runs (`torch.LongTensor` of shape `(batch, num_keys)`, *optional*): tokens of different runs are apart.
+        read (`torch.Tensor` of shape `(batch, heads, asked, value_dim)`): r, of the last `asked` queries, at most `length`;
+            for the others there is no memory.
+        log_weight (`torch.Tensor` of shape `(batch, heads, asked)`): log D. What is below log 2e-19 counts as nothing.
+        memory_bias (`torch.Tensor` of shape `(heads,)`), memory_query (`torch.Tensor` of shape `(heads, head_dim)`): a and
+            u, which tell how much the memory weighs.
+        weighing_query (`torch.Tensor` of shape `(batch, heads, length, head_dim)`, *optional*): q', which u is multiplied
+            with; by default `query`.
+        sinks (`torch.Tensor` of shape `(heads,)`, *optional*): logits that join the normaliser alone.
+        sink_tokens (`SinkTokens`, *optional*): further tokens that are seen, from before the window.
+        num_sinks (`int`): how many of the first keys go on being seen when they have left the window of a query, instead of
+            `sink_tokens`.
+        size (`int`): W.
+        causal (`bool`): look back only.
+        scaling (`float`): factor of the logits.
+        softcap (`float`, *optional*): c, where logits become c tanh(s / c).
+
+    Returns:
+        `torch.Tensor` of shape `(batch, heads, length, value_dim)` in the dtype of `value`; 0 where a query sees nothing.
+
+    Raises:
+        ValueError: if `weighing_query` has other heads or another dimension than `memory_query`.
+    """
+    if weighing_query is not None and weighing_query.shape[1::2] != memory_query.shape:
+        raise ValueError(
+            f"The queries that weigh the memory have {weighing_query.shape[1]} heads of dimension "
+            f"{weighing_query.shape[3]}, but `memory_query` has shape {list(memory_query.shape)}. Give it vectors of the same "
+            "heads and dimension."
+        )
+    return WindowSoftmax.apply(
+        query,
+        key,
+        value,
+        valid,
+        runs,
+        read,
+        log_weight,
+        memory_bias,
+        memory_query,
+        weighing_query,
+        sinks,
+        *([None] * 4 if sink_tokens is None else sink_tokens),
+        num_sinks,
+        size,
+        causal,
+        scaling,
+        softcap,
+    )

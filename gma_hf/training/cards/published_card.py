@@ -1,0 +1,372 @@
+# Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
+"""The card of a model that is published: prose that a person wrote, numbers that were measured, each from its own file.
+
+A card's folder holds `card.yaml` (what the model is for, what it learnt from, what it cannot do), `recipe.yaml` (the
+arguments of the training script) and `results.json` (what the training script and `scripts/write_model_card.py`
+measured). `README.md` is made from them and never edited.
+"""
+
+import dataclasses
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+from ..errors import TrainingInputError
+from ..intervals import CONFIDENCE
+from .model_card import bullets
+
+
+BIBTEX = """\
+@article{huang2026gaussian,
+  title   = {Gaussian Mixture Attention: Linear-Time Sequence Mixing via Probabilistic Latent Routing},
+  author  = {Huang, Y. and Raza, H.},
+  journal = {arXiv preprint arXiv:2606.18283},
+  year    = {2026}
+}"""
+# Scores of `evaluate_text`: name in the results, in the card, on the hub
+SCORES = (("perplexity", "perplexity", "perplexity"), ("word_perplexity", "perplexity per word", "word_perplexity"))
+
+
+@dataclass
+class Energy:
+    """What the estimate of energy and carbon assumes.
+
+    Attributes:
+        power_watts: of one device, while it trains.
+        grams_co2_per_kwh: of the electricity.
+        source: where the two numbers come from.
+    """
+
+    power_watts: float
+    grams_co2_per_kwh: float
+    source: str
+
+
+@dataclass
+class CardDescription:
+    """What a person writes about a model: the fields of `card.yaml`. Texts are Markdown.
+
+    Attributes:
+        title: of the card.
+        summary: the model in two sentences.
+        intended_use: what it is for, and what it is not for.
+        training_data: the text it learnt from, with its licence.
+        limits: what it does not do well, and what differs from the usual setting.
+        license: identifier of the hub of the weights' licence.
+        auto_class: the Auto class that loads it.
+        pipeline_tag: the hub's name of its task.
+        language: ISO 639 codes.
+        datasets: names on the hub of what it was trained on.
+        tags: further tags.
+        base_model: checkpoint it was made from.
+        evaluation_data: for every evaluation of `results.json`, `type` (name on the hub), `name`, and perhaps `config`,
+            `split` and the `label` it has in the card.
+        energy: assumptions of the estimate; without them there is none.
+    """
+
+    title: str
+    summary: str
+    intended_use: str
+    training_data: str
+    limits: str
+    license: str = "apache-2.0"
+    auto_class: str = "AutoModelForCausalLM"
+    pipeline_tag: str = "text-generation"
+    language: list[str] = field(default_factory=lambda: ["en"])
+    datasets: list[str] = field(default_factory=list)
+    tags: list[str] = field(default_factory=list)
+    base_model: str | None = None
+    evaluation_data: dict[str, dict[str, str]] = field(default_factory=dict)
+    energy: Energy | None = None
+
+    @classmethod
+    def from_yaml(cls, path: Path) -> "CardDescription":
+        """Read `card.yaml`.
+
+        Raises:
+            TrainingInputError: if it is missing, is no mapping, lacks a field or has an unknown one.
+        """
+        if not path.is_file():
+            raise TrainingInputError(
+                f"There is no {path}. It says what the model is for: {', '.join(_names(cls))} (those with a default may be "
+                "left out)."
+            )
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if not isinstance(values, dict):
+            raise TrainingInputError(f"{path} must hold names and values, for example 'title: GMA on WikiText-103'.")
+        energy = values.pop("energy", None)
+        try:
+            return cls(**values, energy=None if energy is None else Energy(**energy))
+        except TypeError as error:
+            raise TrainingInputError(f"{path}: {str(error).split('__init__() ')[-1]}.") from error
+
+
+def write_published_card(folder: str | Path, repo_id: str | None = None) -> Path:
+    """Write `README.md` from `card.yaml`, `recipe.yaml` and `results.json` of a card's folder.
+
+    Args:
+        folder: of the card.
+        repo_id: name on the hub that the example loads; by default the name of the folder.
+
+    Returns:
+        The file.
+
+    Raises:
+        TrainingInputError: if a file is missing or wrong, or the metadata would not be accepted.
+    """
+    folder = Path(folder)
+    description = CardDescription.from_yaml(folder / "card.yaml")
+    if not (folder / "results.json").is_file():
+        raise TrainingInputError(
+            f"There is no {folder / 'results.json'}: a card without measurements is not written. Measure with "
+            "scripts/write_model_card.py --model."
+        )
+    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    recipe = folder / "recipe.yaml"
+    card = published_card(
+        description,
+        results,
+        recipe.read_text(encoding="utf-8") if recipe.is_file() else None,
+        repo_id or folder.resolve().name,
+    )
+    check_metadata(card)
+    card.save(folder / "README.md")
+    return folder / "README.md"
+
+
+def published_card(description: CardDescription, results: dict[str, Any], recipe: str | None, name: str) -> ModelCard:
+    """Put the card together.
+
+    Args:
+        description: what a person wrote.
+        results: `results.json` of a training script; `evaluations` maps a name to what `evaluate_text` returns.
+        recipe: text of the recipe.
+        name: that the example loads.
+    """
+    evaluations = results.get("evaluations", {})
+    metadata = ModelCardData(
+        model_name=description.title,
+        library_name="transformers",
+        pipeline_tag=description.pipeline_tag,
+        license=description.license,
+        language=description.language,
+        tags=["gma", "gaussian-mixture-attention", *description.tags],
+        datasets=description.datasets or None,
+        base_model=description.base_model,
+        eval_results=_eval_results(description, evaluations) or None,
+    )
+    facts = {"parameters": results.get("num_parameters"), "processes": results.get("num_processes")}
+    facts |= {name: results.get(name) for name in ("date", "device")}
+    sections = [
+        f"---\n{metadata.to_yaml()}\n---",
+        f"# {description.title}",
+        description.summary,
+        "## How to load it",
+        _loading_example(description, name),
+        "## Intended use",
+        description.intended_use,
+        "## Training data",
+        description.training_data,
+        "## Procedure",
+        bullets({**facts, **results.get("data", {}), **results.get("details", {})}),
+    ]
+    if recipe is not None:
+        script = "train_clm" if description.pipeline_tag == "text-generation" else "train_mlm"
+        sections += [
+            f"The recipe ([recipe.yaml](recipe.yaml)), which `scripts/{script}.py` takes:",
+            f"```yaml\n{recipe.strip()}\n```",
+        ]
+    if "command" in results:
+        sections.append(f"The command:\n\n```bash\n{results['command']}\n```")
+    if evaluations:
+        labels = {name: data.get("label", name) for name, data in description.evaluation_data.items()}
+        sections += ["## Results", results_table(evaluations, labels), _how_measured(evaluations)]
+    sections += ["## Limits", description.limits]
+    estimate = energy_estimate(description.energy, results)
+    if estimate is not None:
+        sections += ["## Time, energy, carbon", estimate]
+    if "versions" in results:
+        sections += ["## Versions", bullets(results["versions"])]
+    sections += [
+        "## Citation",
+        "The operator is the work of Y. Huang and H. Raza; the package is `gma_hf`.",
+        f"```bibtex\n{BIBTEX}\n```",
+    ]
+    return ModelCard("\n\n".join(section for section in sections if section) + "\n")
+
+
+def results_table(evaluations: dict[str, dict[str, Any]], labels: dict[str, str]) -> str:
+    """A line per text and score, with the confidence interval; `labels` are names that read better than their own."""
+    lines = [f"| text | score | value | {CONFIDENCE:.0%} interval |", "|---|---|---:|---:|"]
+    for name, scores in evaluations.items():
+        for key, label, _ in SCORES:
+            if key in scores:
+                low, high = scores[f"{key}_interval"]
+                lines.append(f"| {labels.get(name, name)} | {label} | {scores[key]:.2f} | {low:.2f} to {high:.2f} |")
+    return "\n".join(lines)
+
+
+def results_of_row(report: dict[str, Any], name: str) -> dict[str, Any]:
+    """What a card needs, from a row of a benchmark that trained the model, such as `benchmarks/language_modeling.py`.
+
+    Args:
+        report: content of the benchmark's JSON file: `setting`, and `rows` with `command`, `date`, `device`, `versions`,
+            `parameters`, `train_seconds`, and `<text>_perplexity` and `<text>_word_perplexity`, each with its `..._interval`.
+        name: of the row.
+
+    Raises:
+        TrainingInputError: if there is no such row.
+    """
+    if name not in report["rows"]:
+        raise TrainingInputError(f"There is no row {name!r}; the file has {', '.join(report['rows']) or 'none'}.")
+    row = report["rows"][name]
+    evaluations: dict[str, dict[str, Any]] = {}
+    for key in row:
+        found = re.fullmatch(r"(\w+?)_((?:word_)?perplexity)", key)
+        if found and f"{key}_interval" in row:
+            text, score = found.groups()
+            evaluations.setdefault(text, {}).update({score: row[key], f"{score}_interval": row[f"{key}_interval"]})
+    told = {"command", "date", "device", "parameters", "train_seconds", "total_seconds"}
+    told |= {"redraw_interval", "extrapolation_bucket"}  # of other rows, or of how the model was measured
+    details = {
+        key: value
+        for key, value in {**report["setting"], **row}.items()
+        if key not in told and "perplexity" not in key and isinstance(value, (int, float, str))
+    }
+    return {
+        **{key: row[key] for key in ("command", "date", "device", "versions")},
+        "num_parameters": row["parameters"],
+        "num_processes": 1,
+        "details": details,
+        "metrics": {"train_runtime": row["train_seconds"]},
+        "evaluations": evaluations,
+    }
+
+
+def energy_estimate(energy: Energy | None, results: dict[str, Any]) -> str | None:
+    """Time from the measurement, energy and carbon from assumptions, said to be such; None without a measured time."""
+    seconds = results.get("metrics", {}).get("train_runtime")
+    if seconds is None:
+        return None
+    hours = seconds / 3600 * results.get("num_processes", 1)
+    text = f"Training took {hours:.2g} device hours ({results.get('device', 'unknown device')})."
+    if energy is None:
+        return text
+    kwh = hours * energy.power_watts / 1000
+    return (
+        f"{text} An estimate, nothing of it measured: at {energy.power_watts:g} W that is {kwh:.2g} kWh, and at "
+        f"{energy.grams_co2_per_kwh:g} g of CO2 equivalent per kWh {kwh * energy.grams_co2_per_kwh:.2g} g. Assumed: "
+        f"{energy.source} The estimate leaves out the rest of the machine, cooling, and the runs that led here."
+    )
+
+
+def check_metadata(card: ModelCard) -> None:
+    """Check what can be checked of a card's metadata without the hub.
+
+    Raises:
+        TrainingInputError: says which field is missing or wrong, and what it must look like.
+    """
+    data = card.data
+    problems = []
+    for name in ("license", "pipeline_tag", "library_name", "language"):
+        if not getattr(data, name, None):
+            by_option = f" (--{name})" if name in ("license", "language") else ""
+            problems.append(f"{name} is missing{by_option}")
+    if data.license and not re.fullmatch(r"[a-z0-9]+([.+-][a-z0-9]+)*\+?", str(data.license)):
+        problems.append(f"license {data.license!r} is no identifier such as apache-2.0 or cc-by-sa-4.0")
+    if data.license == "other" and not (data.license_name and data.license_link):
+        problems.append("license 'other' needs license_name and license_link")
+    if data.pipeline_tag and data.pipeline_tag not in known_tasks():
+        problems.append(f"pipeline_tag {data.pipeline_tag!r} is none of {', '.join(known_tasks())}")
+    for language in _listed(data.language):
+        if not re.fullmatch(r"[a-z]{2,3}(-[A-Za-z0-9]+)*|code|multilingual", str(language)):
+            problems.append(f"language {language!r} is no ISO 639 code such as en")
+    for name in ("datasets", "base_model"):
+        for value in _listed(getattr(data, name, None)):
+            try:
+                validate_repo_id(str(value))
+            except HFValidationError as error:
+                problems.append(f"{name}: {error}")
+    try:
+        ModelCard(str(card))  # the hub's own reader: YAML, model-index, types of its entries
+    except (ValueError, TypeError, KeyError, AttributeError, yaml.YAMLError) as error:
+        problems.append(str(error))
+    for result in data.eval_results or []:
+        if isinstance(result.metric_value, bool) or not isinstance(result.metric_value, (int, float)):
+            problems.append(f"the result {result.metric_type!r} has the value {result.metric_value!r}, not a number")
+    if problems:
+        raise TrainingInputError("The metadata of the model card would be refused: " + "; ".join(problems) + ".")
+
+
+def known_tasks() -> list[str]:
+    """Values of `pipeline_tag` that a Transformers model may have."""
+    from transformers.pipelines import PIPELINE_REGISTRY
+
+    return sorted({*PIPELINE_REGISTRY.get_supported_tasks(), "sentence-similarity"})
+
+
+def _listed(value: Any) -> list:
+    return [] if value is None else value if isinstance(value, list) else [value]
+
+
+def _names(cls: type) -> list[str]:
+    return [f.name for f in dataclasses.fields(cls)]
+
+
+def _eval_results(description: CardDescription, evaluations: dict[str, dict[str, Any]]) -> list[EvalResult]:
+    found = []
+    for name, scores in evaluations.items():
+        data = description.evaluation_data.get(name, {})
+        for key, label, hub_name in SCORES:
+            if key in scores:
+                found.append(
+                    EvalResult(
+                        task_type=description.pipeline_tag,
+                        dataset_type=data.get("type", "local"),
+                        dataset_name=data.get("name", name),
+                        dataset_config=data.get("config", None if data else name),
+                        dataset_split=data.get("split", "test"),
+                        metric_type=hub_name,
+                        metric_name=label,
+                        metric_value=scores[key],
+                    )
+                )
+    # The Hub keeps one name for results that agree in all else, so that one data set's numbers would pass for the other's
+    names: dict[tuple, str] = {}
+    for result in found:
+        first = names.setdefault(result.unique_identifier, result.dataset_name)
+        if first != result.dataset_name:
+            raise TrainingInputError(
+                f"{first!r} and {result.dataset_name!r} have the same type, config and split: give them different ones in "
+                "`evaluation_data`."
+            )
+    return found
+
+
+def _how_measured(evaluations: dict[str, dict[str, Any]]) -> str:
+    sizes = ", ".join(
+        f"{name}: {scores['num_tokens']:,} tokens and {scores['num_words']:,} words in {scores['num_windows']:,} windows of "
+        f"{scores['block_size']:,}"
+        for name, scores in evaluations.items()
+        if "num_tokens" in scores
+    )
+    return (
+        f"Every token is predicted once, from its own window{f' ({sizes})' if sizes else ''}. The intervals are those of a "
+        "moving-block bootstrap over the windows: what other texts of the same kind would change, not what other seeds of the "
+        "training would."
+    )
+
+
+def _loading_example(description: CardDescription, name: str) -> str:
+    return (
+        f"```python\nimport gma_hf  # registers the architecture\nfrom transformers import {description.auto_class}, "
+        f'AutoTokenizer\n\nmodel = {description.auto_class}.from_pretrained("{name}")\n'
+        f'tokenizer = AutoTokenizer.from_pretrained("{name}")\n```\n\nPrograms that never import `gma_hf` pass '
+        "`trust_remote_code=True` instead; the package must be installed."
+    )

@@ -1,0 +1,106 @@
+# Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
+"""Tokenizers of the training scripts: loaded by name, or a byte-level BPE trained on the data."""
+
+import logging
+from collections.abc import Iterator
+
+from datasets import Dataset
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from ..errors import TrainingInputError
+
+
+logger = logging.getLogger(__name__)
+
+END_OF_TEXT, PAD, MASK = "<|endoftext|>", "<|pad|>", "<|mask|>"
+
+
+def train_tokenizer(texts: Iterator[str], vocab_size: int, with_mask: bool = False) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE tokenizer: every text can be encoded, and decoding gives it back exactly.
+
+    Args:
+        texts: the training text, in pieces.
+        vocab_size: number of tokens, special ones included; fewer come out when the text has fewer merges to offer.
+        with_mask: add a mask token, for masked language modelling.
+
+    Returns:
+        A fast tokenizer with `<|endoftext|>` as bos and eos, `<|pad|>`, and perhaps `<|mask|>`. It returns
+        `input_ids` and `attention_mask`.
+
+    Raises:
+        TrainingInputError: if `vocab_size` does not hold the 256 bytes and the special tokens.
+    """
+    special_tokens = [END_OF_TEXT, PAD] + ([MASK] if with_mask else [])
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    smallest = len(alphabet) + len(special_tokens)
+    if vocab_size < smallest:
+        raise TrainingInputError(
+            f"--tokenizer_vocab_size must be at least {smallest} ({len(alphabet)} bytes and {len(special_tokens)} "
+            f"special tokens), got {vocab_size}."
+        )
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=special_tokens, initial_alphabet=alphabet)
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=END_OF_TEXT,
+        eos_token=END_OF_TEXT,
+        pad_token=PAD,
+        mask_token=MASK if with_mask else None,
+        model_input_names=["input_ids", "attention_mask"],
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def get_tokenizer(
+    name: str | None, dataset: Dataset, vocab_size: int, with_mask: bool = False, **options
+) -> PreTrainedTokenizerBase:
+    """Load the tokenizer `name`, or train one on the column `text` of a data set when there is no name.
+
+    Args:
+        name: folder or hub name, or None.
+        dataset: training data with a column `text`.
+        vocab_size: see `train_tokenizer`.
+        with_mask: whether a mask token is needed.
+        options: passed on to `AutoTokenizer.from_pretrained`.
+
+    Returns:
+        The tokenizer; it has a padding token.
+
+    Raises:
+        TrainingInputError: if the tokenizer cannot be loaded, or lacks a mask token that is needed.
+    """
+    if name is None:
+        logger.info("Training a byte-level BPE tokenizer of up to %d tokens on the training data.", vocab_size)
+        return train_tokenizer((text for text in dataset["text"]), vocab_size, with_mask)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, **options)
+    except (OSError, ValueError) as error:
+        raise TrainingInputError(f"Cannot load the tokenizer {name!r}: {error}") from error
+    if with_mask and tokenizer.mask_token_id is None:
+        raise TrainingInputError(
+            f"The tokenizer {name!r} has no mask token, which masked language modelling needs. Choose another, or leave "
+            "--tokenizer_name out to train one."
+        )
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token_id is not None:
+            # No new embedding is needed, and padding is told from the end of a text by the attention mask
+            tokenizer.pad_token = tokenizer.eos_token
+        else:
+            tokenizer.add_special_tokens({"pad_token": PAD})
+    return tokenizer
+
+
+def separator_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return the token that stands between documents: the end-of-text token, or an encoder's separator.
+
+    Raises:
+        TrainingInputError: if the tokenizer has neither.
+    """
+    for token_id in (tokenizer.eos_token_id, tokenizer.sep_token_id):
+        if token_id is not None:
+            return token_id
+    raise TrainingInputError("The tokenizer has neither an eos nor a sep token to put between documents.")
