@@ -49,6 +49,14 @@ class AttentionCall(NamedTuple):
         dtype = torch.promote_types(self.query.dtype, self.key.dtype)
         return torch.promote_types(torch.promote_types(dtype, self.value.dtype), torch.float32)
 
+    @property
+    def needs_gradients(self) -> bool:
+        """Whether autograd records the call."""
+        if not torch.is_grad_enabled():
+            return False
+        tensors = (*self[:6], self.write_weight, self.log_decay, *(self.initial_state or ()))
+        return any(x is not None and x.requires_grad for x in tensors)
+
     def coefficients(self) -> MixtureCoefficients:
         """The mixture as the affine map of its logits, in the state's precision."""
         return mixture_coefficients(

@@ -26,14 +26,11 @@ INSTALLED = importlib.util.find_spec("triton") is not None
 
 
 def needs_gradients(call: AttentionCall) -> bool:
-    if not torch.is_grad_enabled():
-        return False
     # The flag itself: before PyTorch 2.13 torch.compile took `is_exporting()` for true
     if getattr(torch.compiler, "_is_exporting_flag", False):
         # What a backward pass keeps has the shape of the chunks, which would decide on a length that is still open
         return False
-    tensors = (*call[:6], call.write_weight, call.log_decay, *(call.initial_state or ()))
-    return any(x is not None and x.requires_grad for x in tensors)
+    return call.needs_gradients
 
 
 def is_step(call: AttentionCall) -> bool:

@@ -63,15 +63,20 @@ def centred(x: Tensor, centre: Tensor) -> Tensor:
     return (x.to(centre.dtype) - centre).clamp_(-MAX_DISTANCE, MAX_DISTANCE)
 
 
+def smallest_share(dtype: torch.dtype) -> float:
+    """
+    The smallest responsibility beside the largest: 1e-19 in float32, far below rounding, yet the product of two is still a
+    normal number. Arithmetic on denormal numbers is a hundred times slower on many CPUs.
+    """
+    return math.sqrt(torch.finfo(dtype).tiny)
+
+
 def component_logits(x: Tensor, coefficients: MixtureCoefficients) -> Tensor:
     """Logits of the components for centred tokens, at most 0: [heads, ..., routing_dim] -> [heads, ..., components]."""
     rows = x.flatten(1, -2)
     logits = torch.baddbmm(coefficients.bias, rows, coefficients.linear.transpose(1, 2))
     logits = logits.baddbmm_(rows * rows, coefficients.quadratic.transpose(1, 2))
-    # The smallest responsibility is 1e-19 of the largest (float32): far below rounding, yet the product of two is still
-    # a normal number. Arithmetic on denormal numbers is a hundred times slower on many CPUs.
-    smallest = 0.5 * math.log(torch.finfo(logits.dtype).tiny)
-    logits = logits.sub_(logits.detach().amax(dim=-1, keepdim=True)).clamp_(min=smallest)
+    logits = logits.sub_(logits.detach().amax(dim=-1, keepdim=True)).clamp_(min=math.log(smallest_share(logits.dtype)))
     return logits.unflatten(1, x.shape[1:-1])
 
 

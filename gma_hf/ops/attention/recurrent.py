@@ -9,19 +9,133 @@ query [B, Hq, N, d], key [B, Hk, N, d], value [B, Hk, N, dv], mixtures M -> outp
 S [B, M, C, dv], z [B, M, C], D [B, Hq, N].
 """
 
-import torch
+from typing import NamedTuple
 
-from ..dispatch import AttentionCall, AttentionResult, register_backend
-from .mixture import repeat_heads, responsibilities
+import torch
+from torch import Tensor
+
+from ..dispatch import AttentionCall, AttentionResult, State, register_backend
+from .mixture import MAX_DISTANCE, MixtureCoefficients, repeat_heads, responsibilities, smallest_share
 
 
 SHORT = 8  # tokens: up to here stepping beats the set-up of chunks
+
+
+class StepCoefficients(NamedTuple):
+    """The mixture as one affine map of [x, x * x]: what `step` needs of the parameters, to be kept while they do not change."""
+
+    centre: Tensor  # [M, 1, d]
+    joined: Tensor  # [M, 2 d, C], mu / sigma^2 above -1/2 / sigma^2
+    bias: Tensor  # [M, 1, C]
+
+
+def step_coefficients(coefficients: MixtureCoefficients) -> StepCoefficients:
+    """The coefficients of a mixture in the form that `step` takes."""
+    joined = torch.cat([coefficients.linear, coefficients.quadratic], dim=-1).transpose(1, 2).contiguous()
+    return StepCoefficients(coefficients.centre, joined, coefficients.bias)
+
+
+def step(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    coefficients: StepCoefficients,
+    *,
+    write_weight: Tensor | None = None,
+    log_decay: Tensor | None = None,
+    state: State | None = None,
+    normalize: bool = True,
+    eps: float = 1e-6,
+    output_normalizer: bool = False,
+) -> AttentionResult:
+    """
+    One token of the recurrence, without gradients: every line is a call into PyTorch, and their number is what a decoding
+    step costs on a CPU. Nothing is validated, nothing that is passed is modified.
+
+    Args:
+        query (`torch.Tensor` of shape `(batch, query_heads, 1, routing_dim)`): the token's queries.
+        key (`torch.Tensor` of shape `(batch, key_value_heads, 1, routing_dim)`): its keys.
+        value (`torch.Tensor` of shape `(batch, key_value_heads, 1, value_dim)`): its values.
+        coefficients (`StepCoefficients`): the mixtures, in the precision of the state.
+        write_weight (`torch.Tensor` of shape `(batch, 1 or mixtures, 1)`, *optional*): 1 if not given.
+        log_decay (`torch.Tensor` of shape `(batch, 1 or mixtures, 1)`, *optional*): 0 if not given.
+        state (`tuple(torch.Tensor, torch.Tensor)`, *optional*): S and z before the token; nothing is remembered if not given.
+        normalize (`bool`, *optional*, defaults to `True`): whether the read is divided by the accumulated weight.
+        eps (`float`, *optional*, defaults to 1e-06): added to the accumulated weight.
+        output_normalizer (`bool`, *optional*, defaults to `False`): whether D is returned; only with `normalize`.
+
+    Returns:
+        `AttentionResult`: the output in the values' dtype, the state after the token, and D.
+    """
+    (mixtures, _, components), dtype = coefficients.joined.shape, coefficients.joined.dtype
+    batch, query_heads, _, routing_dim = query.shape
+    key_heads, value_dim, repeats = key.shape[1], value.shape[3], query_heads // mixtures
+    if repeats > 1:
+        query = query.view(batch, mixtures, repeats, routing_dim)
+    if key_heads < mixtures:  # one token: the length's place is free for the mixtures that share a key
+        key, value = (
+            x.expand(-1, -1, mixtures // key_heads, -1).reshape(batch, mixtures, 1, -1) for x in (key, value)
+        )
+
+    # Queries and keys are routed together: [M, B * (R + 1), d] -> [M, B * (R + 1), C]
+    x = torch.cat([query, key], dim=2).sub(coefficients.centre).clamp_(-MAX_DISTANCE, MAX_DISTANCE)
+    x = x.squeeze(0) if batch == 1 else x.transpose(0, 1).reshape(mixtures, -1, routing_dim)
+    gamma = torch.baddbmm(coefficients.bias, torch.cat([x, x * x], dim=-1), coefficients.joined)
+    gamma = gamma.softmax(dim=-1).clamp_(min=smallest_share(dtype))
+    if batch > 1:
+        gamma = gamma.view(mixtures, batch, repeats + 1, components).transpose(0, 1).flatten(0, 1)
+    gamma_query, gamma_key = gamma.narrow(1, 0, repeats), gamma.select(1, repeats)  # [B * M, R, C], [B * M, C]
+    if batch > 1:
+        gamma_key = gamma_key.view(batch, mixtures, components)
+
+    # S = a S + w gamma^K v^T, z = a z + w gamma^K
+    if write_weight is not None:
+        gamma_key = gamma_key * write_weight
+        value = value.masked_fill(write_weight.unsqueeze(-1) == 0, 0.0)
+    written = gamma_key.unsqueeze(-1)
+    if state is None:
+        S, z = written * value, gamma_key.view(batch, mixtures, components)
+        S = S.view(batch, mixtures, components, value_dim)
+    elif log_decay is None:
+        S, z = torch.addcmul(state[0], written, value), state[1] + gamma_key
+    else:
+        decay = log_decay.to(dtype).exp()
+        S = torch.addcmul(written * value, state[0], decay.unsqueeze(-1))
+        z = torch.addcmul(gamma_key, state[1], decay)
+
+    # o = gamma^Q S / D
+    output, normalizer = torch.bmm(gamma_query, S.view(-1, components, value_dim)), None
+    if normalize:
+        normalizer = torch.bmm(gamma_query, z.view(-1, components, 1)).add_(eps)
+        output = output.div_(normalizer)
+    output = output.view(batch, query_heads, 1, value_dim).to(value.dtype)
+    return AttentionResult(output, (S, z), normalizer.view(batch, query_heads, 1) if output_normalizer else None)
+
+
+def is_single_step(call: AttentionCall) -> bool:
+    """Whether `step` can take the call: one token, without gradients."""
+    # A length that is still open (torch.export) is no int, and must not be decided on
+    length = call.key.shape[2]
+    return isinstance(length, int) and length == 1 and call.query.numel() > 0 and not call.needs_gradients
 
 
 def recurrent_attention(call: AttentionCall) -> AttentionResult:
     """Evaluate a causal call token by token."""
     dtype, mixtures = call.state_dtype, call.means.shape[0]
     coefficients = call.coefficients()
+    if is_single_step(call):
+        return step(
+            call.query,
+            call.key,
+            call.value,
+            step_coefficients(coefficients),
+            write_weight=None if call.write_weight is None else call.write_weight.to(dtype),
+            log_decay=call.log_decay,
+            state=None if call.initial_state is None else tuple(part.to(dtype) for part in call.initial_state),
+            normalize=call.normalize,
+            eps=call.eps,
+            output_normalizer=call.output_normalizer,
+        )
     gamma_query = responsibilities(call.query, coefficients).unflatten(1, (mixtures, -1))  # [B, M, Hq / M, N, C]
     gamma_key = responsibilities(repeat_heads(call.key, mixtures), coefficients)  # [B, M, N, C]
     value = repeat_heads(call.value.to(dtype), mixtures)
