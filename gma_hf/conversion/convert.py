@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
+from ..compat import register_recorded_outputs
 from .architectures import check_architecture, supported_list
 from .checkpoints.classes import ConvertedModelMixin, converted_model_class, initialize_conversions
 from .checkpoints.install import install_layers, remove_layers, restore_softmax_implementations, use_linear_masks
@@ -237,5 +237,4 @@ def exchange_config(model: PreTrainedModel, config_class: type[PreTrainedConfig]
 def exchange_class(model: PreTrainedModel, model_class: type[PreTrainedModel]) -> None:
     """Make a model an instance of another class with the same modules."""
     model.__class__ = model_class
-    # What `PreTrainedModel.__init__` does; Transformers looks up by the class which outputs can be recorded
-    dict.__setitem__(_CAN_RECORD_REGISTRY, str(model_class), model._can_record_outputs)
+    register_recorded_outputs(model)

@@ -14,6 +14,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
+from ..compat import attention_implementation
 from ..configuration import GMAConfig
 from .cache_gma import GMACacheLayer
 from .mixture import GMAMixture
@@ -343,9 +344,9 @@ class GMASoftmaxAttention(nn.Module):
         output_attentions: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        if output_attentions and self.config._attn_implementation != "eager":
+        if output_attentions and attention_implementation(self.config) != "eager":
             raise ValueError(
-                f"`output_attentions=True` is not possible with `attn_implementation={self.config._attn_implementation!r}`, "
+                f"`output_attentions=True` is not possible with `attn_implementation={attention_implementation(self.config)!r}`, "
                 "which never forms the softmax layers' weights. Load the model with `attn_implementation='eager'`, or call "
                 "`model.set_attn_implementation('eager')`."
             )
@@ -360,7 +361,7 @@ class GMASoftmaxAttention(nn.Module):
             key_states, value_states = past_key_values.update(key_states, value_states, self.layer_idx)
 
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
+            attention_implementation(self.config), eager_attention_forward
         )
         attn_output, attn_weights = attention_interface(
             self,

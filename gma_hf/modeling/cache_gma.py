@@ -22,6 +22,7 @@ from transformers.cache_utils import (
 )
 from transformers.utils import is_torchdynamo_compiling
 
+from ..compat import mark_static_address
 from ..ops.window.tokens import GMAWindowHistory
 
 
@@ -201,7 +202,7 @@ class StaticGMACacheLayer(GMACacheLayer):
         if not is_torchdynamo_compiling():
             for tensor in (*self.recurrent_states.values(), self.conv_states[0], self.cumulative_length):
                 if tensor is not None:
-                    torch._dynamo.mark_static_address(tensor)
+                    mark_static_address(tensor)
 
     def _store(self, states: dict[int, torch.Tensor], index: int, new_state: torch.Tensor):
         states[index].copy_(new_state)

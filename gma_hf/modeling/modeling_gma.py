@@ -17,6 +17,7 @@ from transformers.utils import TransformersKwargs, is_tracing
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from ..compat import attention_implementation
 from ..configuration import GMAConfig
 from .attention_gma import ATTENTION_CLASSES, GMAAttention, GMARMSNorm, GMARotaryEmbedding, GMASoftmaxAttention
 from .cache_gma import adopt_cache
@@ -249,7 +250,7 @@ class GMAModel(GMAPreTrainedModel):
             "past_key_values": past_key_values,
         }
         # Flash attention takes packed sequences from the positions or from `cu_seq_lens_q`, the others from their mask
-        if sequence_ids is not None and "flash" not in self.config._attn_implementation:
+        if sequence_ids is not None and "flash" not in attention_implementation(self.config):
             if seen_tokens > 0:
                 raise ValueError("Softmax layers cannot go on from a cache with several packed sequences per row.")
             arguments["and_mask_function"] = same_sequence_mask_function(sequence_ids)

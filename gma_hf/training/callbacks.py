@@ -22,6 +22,7 @@ from transformers import TrainerCallback
 
 from ..analysis.collection import MixtureCall, watch_mixtures
 from ..analysis.statistics import DEAD_SHARE
+from ..compat import prepare_inputs
 from ..modeling import GMAMixture
 
 
@@ -108,7 +109,7 @@ class MixtureHealthCallback(TrainerCallback):
             num_examples = min(MAX_EXAMPLES, self.trainer.args.per_device_eval_batch_size, len(dataset))
             examples = [dataset[i] for i in range(num_examples)]
             batch = dataloader.collate_fn(examples)
-            batch = self.trainer._prepare_inputs(dict(batch))
+            batch = prepare_inputs(self.trainer, dict(batch))
             batch.pop("labels", None)
             with self.trainer.compute_loss_context_manager():
                 self.health = measure_mixture_health(self.trainer.model, batch)

@@ -148,7 +148,7 @@ def build_model(
         else:
             config = _new_config(model_args, tokenizer, overrides, is_causal, config_values)
             if model_args.attn_implementation is not None:
-                config._attn_implementation = model_args.attn_implementation
+                load_options["attn_implementation"] = model_args.attn_implementation
             model = auto_class.from_config(config, **load_options)
     except (OSError, ValueError, TypeError) as error:
         raise TrainingInputError(f"Cannot make the model: {error}") from error

@@ -4,7 +4,6 @@ The model that was converted still holds the one it came from: as long as only w
 teacher needs no second model. Inside [`as_teacher`] converted modules run their softmax, and who wants to can watch.
 """
 
-import sys
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from ...compat import attention_implementation, function_of_modeling_file, set_attention_implementation
 from ..checkpoints.install import gma_layers, restore_softmax_implementations, use_linear_masks
 from ..runtime.attention import IMPLEMENTATION, gma_attention_forward
 from ..runtime.layer import GMAConversion
@@ -90,7 +90,7 @@ def as_teacher(
     for converted_model in models:
         restore_softmax_implementations(converted_model)
     for view in views:
-        view._attn_implementation_internal = TEACHER_IMPLEMENTATION
+        set_attention_implementation(view, TEACHER_IMPLEMENTATION)
     for module, layer in modules.items():
         _roles[module] = Role(layer, layer in students, observe)
     try:
@@ -99,7 +99,7 @@ def as_teacher(
         for module in modules:
             del _roles[module]
         for view in views:
-            view._attn_implementation_internal = IMPLEMENTATION
+            set_attention_implementation(view, IMPLEMENTATION)
         for converted_model in models:
             use_linear_masks(converted_model)
 
@@ -147,10 +147,10 @@ def teacher_attention_forward(
 
 def softmax_function(module: nn.Module) -> Callable:
     """The attention function that the configuration of a converted module's model names."""
-    name = module.softmax_config._attn_implementation
+    name = attention_implementation(module.softmax_config)
     # Every modeling file has its own eager function, which the interface does not know
     if name in (None, "eager"):
-        return sys.modules[type(module).__module__].eager_attention_forward
+        return function_of_modeling_file(module, "eager_attention_forward")
     return ALL_ATTENTION_FUNCTIONS[name]
 
 

@@ -18,6 +18,7 @@ from huggingface_hub.dataclasses import strict
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from ...compat import attention_implementation, auto_classes_of, is_initialized, mark_initialized
 from ...modeling.window import LACKING_BEFORE
 from ...remote_code import write_remote_code
 from ..runtime.attention import IMPLEMENTATION
@@ -54,14 +55,14 @@ class ConvertedConfigMixin:
 
     @output_attentions.setter
     def output_attentions(self, value: bool):
-        if self._attn_implementation == IMPLEMENTATION:
+        if attention_implementation(self) == IMPLEMENTATION:
             self._output_attentions = value
         else:
             PreTrainedConfig.output_attentions.fset(self, value)
 
     def validate_output_attentions(self):
         """Part of the `@strict` validation."""
-        if self._attn_implementation != IMPLEMENTATION:
+        if attention_implementation(self) != IMPLEMENTATION:
             super().validate_output_attentions()
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs):
@@ -136,10 +137,10 @@ class ConvertedModelMixin:
 def initialize_conversions(model: nn.Module) -> None:
     """Initialise what converted modules gained, unless it was loaded or initialised before."""
     for module in model.modules():
-        if isinstance(module, GMAConversion) and not getattr(module, "_is_hf_initialized", False):
+        if isinstance(module, GMAConversion) and not is_initialized(module):
             module.reset_parameters()
             for submodule in module.modules():
-                submodule._is_hf_initialized = True
+                mark_initialized(submodule)
 
 
 @functools.cache
@@ -196,13 +197,7 @@ def auto_class_names(config_class: type[PreTrainedConfig]) -> dict[str, str]:
 @functools.cache
 def softmax_auto_classes(config_class: type[PreTrainedConfig]) -> dict[str, type[PreTrainedModel]]:
     """From the names of the Auto classes that know a configuration of Transformers to its model class in each."""
-    found = {}
-    for auto_name in dir(transformers.models.auto.modeling_auto):
-        mapping = getattr(getattr(transformers.models.auto.modeling_auto, auto_name), "_model_mapping", None)
-        if auto_name.startswith("AutoModel") and mapping is not None and config_class in mapping:
-            model_class = mapping[config_class]
-            found[auto_name] = model_class[0] if isinstance(model_class, tuple) else model_class
-    return found
+    return auto_classes_of(config_class)
 
 
 def __getattr__(name: str):

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from ...compat import attention_implementation, set_attention_implementation
 from ..runtime.attention import IMPLEMENTATION, AttentionCall, begin_call, end_call
 from ..runtime.layer import GMAConversion
 from ..runtime.positions import count_positions_of, rotary_models
@@ -26,7 +27,7 @@ def gma_layers(model: nn.Module) -> dict[str, GMAConversion]:
     """
     layers = {}
     for name, module in model.named_modules():
-        if "gma" in module._modules:
+        if "gma" in dict(module.named_children()):
             # Adapters may have put a wrapper around it, whose last module is the one that is trained
             layers[name] = [inner for inner in module.gma.modules() if isinstance(inner, GMAConversion)][-1]
     return layers
@@ -94,7 +95,7 @@ def find_module(model: PreTrainedModel, name: str) -> nn.Module | None:
 def converted_view(config: PreTrainedConfig) -> PreTrainedConfig:
     """The configuration as converted modules see it."""
     view = copy.copy(config)
-    view._attn_implementation_internal = IMPLEMENTATION
+    set_attention_implementation(view, IMPLEMENTATION)
     return view
 
 
@@ -110,12 +111,12 @@ def use_linear_masks(model: PreTrainedModel) -> None:
     model._softmax_implementations = []
     for config in configs.values():
         if id(config) not in needed:
-            model._softmax_implementations.append((config, config._attn_implementation))
-            config._attn_implementation_internal = IMPLEMENTATION
+            model._softmax_implementations.append((config, attention_implementation(config)))
+            set_attention_implementation(config, IMPLEMENTATION)
 
 
 def restore_softmax_implementations(model: PreTrainedModel) -> None:
     """Undo [`use_linear_masks`]."""
     for config, implementation in model._softmax_implementations:
-        config._attn_implementation_internal = implementation
+        set_attention_implementation(config, implementation)
     model._softmax_implementations = []

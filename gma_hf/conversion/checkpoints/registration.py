@@ -5,23 +5,13 @@ Converted models and the Auto classes. `import gma_hf` registers a placeholder f
 """
 
 import functools
-import importlib
 from typing import Any
 
 import transformers
 from transformers import AutoConfig, PreTrainedConfig
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
 
+from ...compat import config_class_of, is_known_model_type, share_processors, transformers_model_types
 from .classes import TYPE_PREFIX, converted_config_class, converted_model_class, softmax_auto_classes
-
-
-# Where Transformers looks for what belongs to a configuration besides models
-PROCESSOR_MAPPINGS = {
-    "tokenization_auto": "TOKENIZER_MAPPING",
-    "image_processing_auto": "IMAGE_PROCESSOR_MAPPING",
-    "feature_extraction_auto": "FEATURE_EXTRACTOR_MAPPING",
-    "processing_auto": "PROCESSOR_MAPPING",
-}
 
 
 class ConvertedConfigPlaceholder:
@@ -47,9 +37,9 @@ class ConvertedConfigPlaceholder:
 
 def register_placeholders() -> None:
     """Make the model types of converted models known; calling it again changes nothing."""
-    for model_type in CONFIG_MAPPING_NAMES:
+    for model_type in transformers_model_types():
         name = TYPE_PREFIX + model_type
-        if name not in CONFIG_MAPPING:
+        if not is_known_model_type(name):
             placeholder = ConvertedConfigPlaceholder
             AutoConfig.register(name, type(placeholder.__name__, (placeholder,), {"model_type": name}))
 
@@ -68,19 +58,16 @@ def register_converted_type(model_type: str) -> type[PreTrainedConfig]:
     Raises:
         ValueError: if Transformers has no such model type.
     """
-    if model_type not in CONFIG_MAPPING_NAMES:
+    softmax_config_class = config_class_of(model_type)
+    if softmax_config_class is None:
         raise ValueError(
             f"{model_type!r} is no model type of the installed Transformers, so that a converted checkpoint could not be "
             "loaded again. Models with code of their own are not supported."
         )
-    softmax_config_class = CONFIG_MAPPING[model_type]
     config_class = converted_config_class(softmax_config_class)
     AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
     for auto_name, model_class in softmax_auto_classes(softmax_config_class).items():
         converted = converted_model_class(model_class, softmax_config_class)
         getattr(transformers, auto_name).register(config_class, converted, exist_ok=True)
-    for module_name, mapping_name in PROCESSOR_MAPPINGS.items():
-        mapping = getattr(importlib.import_module(f"transformers.models.auto.{module_name}"), mapping_name)
-        if softmax_config_class in mapping:
-            mapping.register(config_class, mapping[softmax_config_class], exist_ok=True)
+    share_processors(config_class, softmax_config_class)
     return config_class

@@ -6,8 +6,9 @@ that writes down who called it with what, and returns zeros.
 
 import inspect
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,11 +18,14 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.masking_utils import sdpa_mask
 
+from ...compat import attention_implementation, set_attention_implementation
 from ..runtime.masks import MASKED
 from ..runtime.rotation import find_position_embeddings, find_rotary_dim, slow_columns
 
 
 PROBE = "gma_probe"
+# The watcher of the forward pass that runs in this thread
+_watcher: ContextVar[Callable[..., tuple[Tensor, None]]] = ContextVar("gma_probe")
 # Encoder and decoder get different lengths, so that attention between them is told from attention within
 ENCODER_LENGTH, DECODER_LENGTH = 7, 5
 
@@ -103,12 +107,9 @@ def find_attention_layers(
             found[module] = describe(*module_names, module, query, key, value, attention_mask, kwargs)
         return query.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[3]), None
 
-    def full_mask(*args, allow_is_causal_skip=True, allow_is_bidirectional_skip=False, **kwargs):
-        return sdpa_mask(*args, allow_is_causal_skip=False, allow_is_bidirectional_skip=False, **kwargs)
-
     # Some base models (decoders of encoder-decoder models that stand alone) do not name their inputs
     runner = base_model if input_names(base_model) else model
-    with probing(model, watch, full_mask), recorded_arguments(base_model) as arguments:
+    with probing(model, watch), recorded_arguments(base_model) as arguments:
         try:
             if example_inputs is None:
                 run_with_dummies(runner)
@@ -191,28 +192,41 @@ def cache_obstacles(model: PreTrainedModel, layer: AttentionLayer, num_calls: in
     return [f"in a cache it keeps other things than keys and values, in a {type(cache_layers[index]).__name__}"]
 
 
+def watched_attention(*args, **kwargs) -> tuple[Tensor, None]:
+    """The attention function of the probe: what watches the forward pass of this thread."""
+    return _watcher.get()(*args, **kwargs)
+
+
+def full_mask(*args, allow_is_causal_skip=True, allow_is_bidirectional_skip=False, **kwargs) -> Tensor:
+    """A mask of all pairs, also where softmax would need none."""
+    return sdpa_mask(*args, allow_is_causal_skip=False, allow_is_bidirectional_skip=False, **kwargs)
+
+
+# For all instances of the interfaces, because some models have their own, and for good: conversions in other threads use
+# the same name
+AttentionInterface.register(PROBE, watched_attention)
+AttentionMaskInterface.register(PROBE, full_mask)
+
+
 @contextmanager
-def probing(model: PreTrainedModel, attention_function, mask_function) -> Iterator[None]:
-    """Evaluation mode, no gradients, and another attention implementation everywhere in the model."""
+def probing(model: PreTrainedModel, watch: Callable[..., tuple[Tensor, None]]) -> Iterator[None]:
+    """Evaluation mode, no gradients, and in the whole model an attention implementation that is watched."""
     configs = list({id(config): config for config in model_configs(model)}.values())
-    implementations = [config._attn_implementation for config in configs]
+    implementations = [attention_implementation(config) for config in configs]
     training = {module: module.training for module in model.modules()}
-    # For all instances of the interfaces: some models have their own
-    AttentionInterface.register(PROBE, attention_function)
-    AttentionMaskInterface.register(PROBE, mask_function)
+    token = _watcher.set(watch)
     try:
         for config in configs:
-            config._attn_implementation_internal = PROBE
+            set_attention_implementation(config, PROBE)
         model.eval()
         with torch.no_grad():
             yield
     finally:
+        _watcher.reset(token)
         for config, implementation in zip(configs, implementations, strict=True):
-            config._attn_implementation_internal = implementation
+            set_attention_implementation(config, implementation)
         for module, was_training in training.items():
             module.training = was_training
-        del AttentionInterface._global_mapping[PROBE]
-        del AttentionMaskInterface._global_mapping[PROBE]
 
 
 @contextmanager

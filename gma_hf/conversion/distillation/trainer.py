@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase
 
+from ...compat import prepare_inputs, undo_preparation
 from ...training.metrics import perplexity
 from ...training.trainer import GMATrainer, give_own_learning_rate
 from ..calibration.data import as_it_is, no_cache
@@ -154,7 +155,7 @@ class GMADistillationTrainer(GMATrainer):
         """Loss and statistics of one batch, `(batch, statistics)`, for [`distillation_metrics`]."""
         if not self.is_distilling:
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-        inputs = self._prepare_inputs(inputs)
+        inputs = prepare_inputs(self, inputs)
         with torch.no_grad():
             loss, statistics = self._compare(model, inputs)
         if prediction_loss_only:
@@ -296,16 +297,6 @@ def expect_logits(model: nn.Module, outputs: Any) -> Tensor:
             "`embedding_weight`, or load the model with a head."
         )
     return outputs["logits"]
-
-
-def undo_preparation(model: nn.Module) -> None:
-    """
-    Give a model its own forward pass back. A `Trainer` wraps it for mixed precision; the next one, with arguments of its own,
-    takes a model that was wrapped once as it is.
-    """
-    if "_original_forward" in vars(model):
-        model.forward = vars(model).pop("_original_forward")
-    vars(model).pop("_is_accelerate_prepared", None)
 
 
 def check_teacher(

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import Cache
-from transformers.utils.output_capturing import _active_collector
 
+from ...compat import attention_implementation, collected_outputs
 from .cache import ConvertedCacheMixin, converted_cache_layer
 from .masks import gaussian_mixture_mask
 from .rotation import Rotation, find_position_embeddings
@@ -70,7 +70,7 @@ def gma_attention_forward(
     if kwargs.get("cache") is not None:
         raise ValueError("GMA layers have no paged cache. Use `generate` without continuous batching.")
     # Flash attention takes packed sequences from the positions, not from its mask
-    by_position = "flash" in (module.softmax_config._attn_implementation or "")
+    by_position = "flash" in (attention_implementation(module.softmax_config) or "")
     position_ids = kwargs.get("position_ids") if by_position else None
     call = module.gma_call
     output, weights = module.gma(
@@ -97,8 +97,9 @@ def begin_call(module: nn.Module, args: tuple, kwargs: dict) -> None:
     cache = next((argument for argument in (*args, *kwargs.values()) if isinstance(argument, Cache)), None)
     cache_layer = None if cache is None else converted_cache_layer(cache, module.layer_idx)
     # Some models pass the wish on to their attention, the others leave it to what collects the outputs
-    collected = _active_collector.get() or {}
-    output_attentions = bool(kwargs.get("output_attentions")) or any("attentions" in name for name in collected)
+    output_attentions = bool(kwargs.get("output_attentions")) or any(
+        "attentions" in name for name in collected_outputs()
+    )
     embeddings = find_position_embeddings(args, kwargs) if module.gma_rotary is not None else None
     rotation = None if embeddings is None else Rotation(module.gma_rotary, *embeddings)
     module.gma_call = AttentionCall(cache_layer, output_attentions, rotation)

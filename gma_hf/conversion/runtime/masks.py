@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
 from transformers.masking_utils import (
     BlockMask,
     bidirectional_mask_function,
@@ -22,6 +21,8 @@ from transformers.masking_utils import (
     prepare_padding_mask,
 )
 from transformers.utils import is_tracing
+
+from ...compat import TransformGetItemToIndex
 
 
 # Below this, an additive mask means "never": eager masks hold the smallest number of their dtype, some models -10,000

@@ -11,7 +11,6 @@ tried on the model. A rotation is a column of the cosines and sines that the mod
 """
 
 import math
-import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import lru_cache
@@ -22,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
+from ...compat import function_of_modeling_file
 from ...ops.attention.fused import DTYPES, missing
 from ...ops.kernel_choice import prefers_kernels
 
@@ -108,7 +108,7 @@ def turns_halves(rotate: Callable[..., tuple[Tensor, Tensor]], width: int, rotar
 
 def rotary_function(module: nn.Module) -> Callable[..., tuple[Tensor, Tensor]] | None:
     """`apply_rotary_pos_emb` of a module's modeling file; `None` if there is none."""
-    return getattr(sys.modules.get(type(module).__module__), "apply_rotary_pos_emb", None)
+    return function_of_modeling_file(module, "apply_rotary_pos_emb")
 
 
 def find_position_embeddings(args: tuple, kwargs: dict) -> tuple[Tensor, Tensor] | None:

@@ -15,6 +15,7 @@ import os
 
 import torch
 
+from ...compat import is_exporting
 from ..dispatch import AttentionCall, AttentionResult, register_backend
 from .recurrent import SHORT
 
@@ -26,8 +27,7 @@ INSTALLED = importlib.util.find_spec("triton") is not None
 
 
 def needs_gradients(call: AttentionCall) -> bool:
-    # The flag itself: before PyTorch 2.13 torch.compile took `is_exporting()` for true
-    if getattr(torch.compiler, "_is_exporting_flag", False):
+    if is_exporting():
         # What a backward pass keeps has the shape of the chunks, which would decide on a length that is still open
         return False
     return call.needs_gradients
