@@ -23,6 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that `benchmarks` can be imported
+
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "results.md"
 HEAD = """\
@@ -107,7 +109,7 @@ def markdown_table(columns: list[str], rows: list[list[str]]) -> str:
 
 
 def cpu_attention(content: dict) -> str:
-    return importlib.import_module("bench_cpu_attention").markdown_table(content["rows"])
+    return importlib.import_module("benchmarks.kernels.attention_cpu").markdown_table(content["rows"])
 
 
 def gpu_attention(content: dict) -> str:
@@ -136,14 +138,17 @@ def gpu_attention(content: dict) -> str:
             "speed-up",
         ]
         parts.append(markdown_table(columns, lines))
-    parts.append(printed(importlib.import_module("bench_gpu_attention").print_tables, report))
+    parts.append(printed(importlib.import_module("benchmarks.kernels.attention_gpu").print_tables, report))
     return "\n\n".join([*parts, targets(content)])
 
 
 def gpu_decode(content: dict) -> str:
     batches, positions = (sorted({row[name] for row in content["rows"]}) for name in ("batch", "position"))
     tables = printed(
-        importlib.import_module("bench_gpu_decode").print_tables, StoredReport(content), batches, positions
+        importlib.import_module("benchmarks.kernels.decoding_gpu").print_tables,
+        StoredReport(content),
+        batches,
+        positions,
     )
     return f"{tables}\n\n{targets(content)}"
 
@@ -226,7 +231,7 @@ def conversion_minilm(content: dict) -> str:
 
 
 def scaling(content: dict) -> str:
-    module = importlib.import_module("scaling_report")
+    module = importlib.import_module("benchmarks.kernels.scaling_report")
     titles = {
         ("forward_backward", "ms"): "Forward and backward pass, milliseconds:",
         ("forward", "ms"): "Forward pass alone, milliseconds:",
@@ -251,9 +256,9 @@ SECTIONS = (
         "wide ones (`variance_init=16`) the two are level. One learning rate served all, none was tuned. More components than 64 "
         "do not help at this size, and 256 cost much time. At a context of 4,096 a step has a quarter of the sequences. Where "
         "there is one seed, there is no spread; Performer with redrawn features (`performer_redrawn`) was not trained.",
-        own_table("language_modeling_report", None),
-        "python benchmarks/language_modeling.py --data DATA --prepare lm.pt\n"
-        "python benchmarks/language_modeling.py --prepared lm.pt --rows {rows}",
+        own_table("benchmarks.quality.language_modeling_report", None),
+        "python benchmarks/quality/language_modeling.py --data DATA --prepare lm.pt\n"
+        "python benchmarks/quality/language_modeling.py --prepared lm.pt --rows {rows}",
     ),
     Section(
         "Language modelling on WikiText-2",
@@ -262,7 +267,7 @@ SECTIONS = (
         "**What differs from the paper:** the corpus, 50 times smaller than WikiText-103; it is the tokenised one with `<unk>`, "
         "and the articles of our copy of its training part stand in another order than in the official file. Perplexity per "
         "word is the one to compare with other work.",
-        own_table("wikitext2", "runs"),
+        own_table("benchmarks.quality.wikitext2", "runs"),
     ),
     Section(
         "Long-context classification",
@@ -277,10 +282,10 @@ SECTIONS = (
         "time here:** softmax attention is no slower at these lengths, and a step of 20 Newsgroups, with a quarter of the tokens, "
         "takes nearly as long as one of ListOps: with so small models Python decides, not the GPU. The section on scaling "
         "compares the operators.",
-        own_table("long_context_classification"),
-        "python benchmarks/long_context_classification.py --data DATA --prepare classification.pt.xz\n"
-        "python benchmarks/long_context_classification.py --prepared classification.pt.xz\n"
-        "python benchmarks/long_context_classification.py --prepared classification.pt.xz --tasks newsgroups --contenders "
+        own_table("benchmarks.quality.long_context_classification"),
+        "python benchmarks/quality/long_context_classification.py --data DATA --prepare classification.pt.xz\n"
+        "python benchmarks/quality/long_context_classification.py --prepared classification.pt.xz\n"
+        "python benchmarks/quality/long_context_classification.py --prepared classification.pt.xz --tasks newsgroups --contenders "
         "gma_gated_positions gma_gated_window",
     ),
     Section(
@@ -301,8 +306,8 @@ SECTIONS = (
         "beyond them where the fact is near; the gated block alone did not learn to. Nor did softmax attention of two layers, "
         "which says something about its training here rather than about attention: at a lower rate another run, broken off too, "
         "had begun to find it.",
-        own_table("recall_report", function="tables"),
-        "python benchmarks/recall.py",
+        own_table("benchmarks.quality.recall_report", function="tables"),
+        "python benchmarks/quality/recall.py",
         figures=("needle",),
     ),
     Section(
@@ -319,7 +324,7 @@ SECTIONS = (
         "one that leans to punctuation and line breaks, and one that takes a large part of the rest, whatever its kind. What "
         "components stand for beyond the surface, this analysis does not say. **What differs from the paper:** the gated block instead of its own, the training text, a short training "
         "(55 million tokens), and the categories, which are ours: compare what is found, not the numbers.",
-        own_table("responsibilities_report", None),
+        own_table("benchmarks.quality.responsibilities_report", None),
     ),
     Section(
         "Scaling with the length",
@@ -350,21 +355,21 @@ SECTIONS = (
         "read of the gated block. [kernels.md](kernels.md) says what bounds the kernels. **What differs from the paper:** it "
         "concedes that its implementation is slower than optimised softmax attention; this one has fused kernels.",
         gpu_attention,
-        "python benchmarks/bench_gpu_attention.py",
+        "python benchmarks/kernels/attention_gpu.py",
     ),
     Section(
         "Training speed on a GPU",
         "gpu_training_*",
         "A language model of 12 layers of width 768, bfloat16 autocast, `torch.compile`, against the same model with softmax.",
-        own_printed_tables("bench_gpu_training"),
-        "python benchmarks/bench_gpu_training.py",
+        own_printed_tables("benchmarks.kernels.training_gpu"),
+        "python benchmarks/kernels/training_gpu.py",
     ),
     Section(
         "Decoding on a GPU",
         "gpu_decode_*",
         "A model of 12 layers of width 768 generates token by token, in bfloat16, at a position of the sequence.",
         gpu_decode,
-        "python benchmarks/bench_gpu_decode.py",
+        "python benchmarks/kernels/decoding_gpu.py",
     ),
     Section(
         "Conversion of SmolLM2-135M-Instruct",
@@ -393,8 +398,8 @@ SECTIONS = (
         "Prefill of one prompt and decoding, of the original with `scaled_dot_product_attention` and of the converted model. "
         "**To know:** a training shared the machine's processor, which decides wherever a call is short: times of single prompts "
         "below 32,768 tokens and of eager decoding say more about Python than about the GPU.",
-        own_printed_tables("conversion_speed"),
-        "python benchmarks/conversion_speed.py",
+        own_printed_tables("benchmarks.conversion.speed"),
+        "python benchmarks/conversion/speed.py",
     ),
 )
 

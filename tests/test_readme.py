@@ -32,12 +32,11 @@ def test_python_blocks_run_as_they_stand(index, demo_model):
     exec(compile(PYTHON_BLOCKS[index], f"README.md, Python block {index + 1}", "exec"), {"__name__": "readme"})
 
 
-def test_tables_are_the_committed_results(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    from bench_cpu_attention import markdown_table
-    from language_modeling_report import summary
-    from long_context_classification import summary as classification_summary
-    from results_page import gpu_attention
+def test_tables_are_the_committed_results():
+    from benchmarks.kernels.attention_cpu import markdown_table
+    from benchmarks.quality.language_modeling_report import summary
+    from benchmarks.quality.long_context_classification import summary as classification_summary
+    from benchmarks.results_page import gpu_attention
 
     results = {
         name: json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())

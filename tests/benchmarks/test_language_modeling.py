@@ -7,14 +7,15 @@ import math
 import random
 import sys
 
-import language_modeling
 import pytest
 import torch
-from language_modeling import MIXERS, evaluate, extrapolate, main, token_nll, wanted_rows
-from language_modeling_data import detokenize, load, prepare, tokenizer_folder, windows
-from language_modeling_report import plot, table
-from mixers import make_config, make_model
 from transformers import AutoTokenizer
+
+from benchmarks.quality import language_modeling
+from benchmarks.quality.language_modeling import MIXERS, evaluate, extrapolate, main, token_nll, wanted_rows
+from benchmarks.quality.language_modeling_data import detokenize, load, prepare, tokenizer_folder, windows
+from benchmarks.quality.language_modeling_report import plot, table
+from benchmarks.rivals.mixers import make_config, make_model
 
 
 SIZES = {

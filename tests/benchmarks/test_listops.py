@@ -1,9 +1,10 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
 """ListOps: the published grammar, the right values, and the same data from the same seed."""
 
-import listops
 import numpy as np
 import pytest
+
+from benchmarks.quality import listops
 
 
 def split(tokens: np.ndarray, lengths: np.ndarray) -> list[np.ndarray]:

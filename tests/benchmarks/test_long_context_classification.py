@@ -5,15 +5,15 @@ import json
 import lzma
 import sys
 
-import listops
 import numpy as np
 import pytest
 import torch
-from classification_data import Examples, batches_by_length, collate, load, prepare, without_hints
-from experiment import equal_width
-from long_context_classification import CONTENDERS, accuracy, main, table
-from mixers import make_config, make_model, number_of_parameters
 
+from benchmarks.lib.training import equal_width
+from benchmarks.quality import listops
+from benchmarks.quality.classification_data import Examples, batches_by_length, collate, load, prepare, without_hints
+from benchmarks.quality.long_context_classification import CONTENDERS, accuracy, main, table
+from benchmarks.rivals.mixers import make_config, make_model, number_of_parameters
 from gma_hf import GMAForSequenceClassification
 
 

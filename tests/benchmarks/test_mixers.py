@@ -5,15 +5,15 @@ import math
 import tempfile
 
 import pytest
-import rival_linear_attention
-import rival_mamba2
 import torch
-from mixers import MIXERS, equal_intermediate_size, make_config, make_model, number_of_parameters
-from rival_linear_attention import linear_attention
-from rival_mamba2 import state_space
 from transformers import Mamba2Config, Trainer, TrainingArguments
 from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer as TransformersMamba2Mixer
 
+from benchmarks.rivals import linear_attention as rival_linear_attention
+from benchmarks.rivals import mamba2 as rival_mamba2
+from benchmarks.rivals.linear_attention import linear_attention
+from benchmarks.rivals.mamba2 import state_space
+from benchmarks.rivals.mixers import MIXERS, equal_intermediate_size, make_config, make_model, number_of_parameters
 from gma_hf import GMAForMaskedLM, GMAForSequenceClassification
 
 

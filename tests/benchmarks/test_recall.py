@@ -5,11 +5,11 @@ import json
 import sys
 
 import pytest
-import recall
 import torch
-from mixers import make_config, make_model
-from recall_report import best_rows, tables
-from recall_tasks import (
+
+from benchmarks.quality import recall
+from benchmarks.quality.recall_report import best_rows, tables
+from benchmarks.quality.recall_tasks import (
     FIRST_HAY,
     FIRST_VALUE,
     IGNORE_INDEX,
@@ -18,6 +18,7 @@ from recall_tasks import (
     multi_query_recall,
     needle,
 )
+from benchmarks.rivals.mixers import make_config, make_model
 
 
 def seeded(seed: int = 0) -> torch.Generator:

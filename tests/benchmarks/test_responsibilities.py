@@ -8,12 +8,12 @@ import re
 import sys
 
 import pytest
-import responsibilities
 import torch
-from language_modeling_data import detokenize
-from responsibilities import largest_nmi, main
-from responsibilities_report import ROLES, escaped, table
 
+from benchmarks.quality import responsibilities
+from benchmarks.quality.language_modeling_data import detokenize
+from benchmarks.quality.responsibilities import largest_nmi, main
+from benchmarks.quality.responsibilities_report import ROLES, escaped, table
 from gma_hf import GMAForCausalLM
 from gma_hf.analysis import normalized_mutual_information
 from gma_hf.training import train_tokenizer

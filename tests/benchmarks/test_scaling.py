@@ -1,5 +1,5 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
-"""`benchmarks/scaling.py` and the page of results: what they say is what was measured."""
+"""`benchmarks/kernels/scaling.py` and the page of results: what they say is what was measured."""
 
 import json
 import re
@@ -7,10 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
-import results_page
-import scaling
-import scaling_report
 import torch
+
+from benchmarks import results_page
+from benchmarks.kernels import scaling, scaling_report
 
 
 ROOT = Path(__file__).parents[2]
@@ -111,21 +111,23 @@ def test_experiments_without_results_have_no_section(tmp_path):
     report = report_of({"GMA, paper": {1024: 2.0, 2048: 4.0, 4096: 8.0}})
     for row in report["rows"].values():
         row.update(
-            command="python benchmarks/scaling.py", date="2026-11-22T10:00:00+00:00", versions={"torch": "2.11"}
+            command="python benchmarks/kernels/scaling.py",
+            date="2026-11-22T10:00:00+00:00",
+            versions={"torch": "2.11"},
         )
     for name in ("scaling_a100", "scaling_a100_more"):
         (tmp_path / f"{name}.json").write_text(json.dumps(report))
         (tmp_path / f"{name}.png").touch()
     page = results_page.page(tmp_path, tmp_path)
     assert re.findall(r"^## .*", page, flags=re.MULTILINE) == ["## Scaling with the length"]
-    assert "python benchmarks/scaling.py" in page and "Measured on toy; torch 2.11; 2026-11-22." in page
+    assert "python benchmarks/kernels/scaling.py" in page and "Measured on toy; torch 2.11; 2026-11-22." in page
     assert page.count("| 1k | 2 |") == 4  # forward, and forward and backward, of each file
     assert page.count("scaling_a100.png") == page.count("scaling_a100_more.png") == 1
 
 
 def test_everything_that_the_page_names_exists():
     page = results_page.page()
-    for name in set(re.findall(r"(?:scripts|benchmarks)/\w+\.py", page)):
+    for name in set(re.findall(r"(?:scripts|benchmarks)/[\w/]+\.py", page)):
         assert (ROOT / name).is_file(), name
     for name in set(re.findall(r"\]\(([^)h][^)]*)\)", page)):
         assert (ROOT / "docs" / name).exists(), name

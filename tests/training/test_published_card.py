@@ -111,7 +111,12 @@ def test_a_row_of_a_benchmark_makes_a_card(card_folder):
         "wikitext_test_word_perplexity": 50.0,
         "wikitext_test_word_perplexity_interval": [48.0, 52.0],
         "wikitext_test_word_perplexity_without_line_ends": 55.0,
-        **{"command": "python benchmarks/language_modeling.py", "date": "2026-11-22", "device": "toy", "versions": {}},
+        **{
+            "command": "python benchmarks/quality/language_modeling.py",
+            "date": "2026-11-22",
+            "device": "toy",
+            "versions": {},
+        },
     }
     made = results_of_row({"setting": {"steps": 840}, "rows": {"gma": row}}, "gma")
     assert set(made["evaluations"]) == {"wikitext_test"}

@@ -213,7 +213,7 @@ def results_table(evaluations: dict[str, dict[str, Any]], labels: dict[str, str]
 
 
 def results_of_row(report: dict[str, Any], name: str) -> dict[str, Any]:
-    """What a card needs, from a row of a benchmark that trained the model, such as `benchmarks/language_modeling.py`.
+    """What a card needs, from a row of a benchmark that trained the model, such as `benchmarks/quality/language_modeling.py`.
 
     Args:
         report: content of the benchmark's JSON file: `setting`, and `rows` with `command`, `date`, `device`, `versions`,

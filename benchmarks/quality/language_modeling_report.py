@@ -4,8 +4,8 @@
 import statistics
 from pathlib import Path
 
-from experiment import COLOURS, save_figure
-from mixers import MIXERS
+from benchmarks.lib.training import COLOURS, save_figure
+from benchmarks.rivals.mixers import MIXERS
 
 
 TEST = "wikitext_test_word_perplexity"

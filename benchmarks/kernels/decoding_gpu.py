@@ -1,7 +1,7 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
 """Time per token of decoding on a GPU, GMA beside a softmax model of the same size with a cache of keys and values.
 
-    python benchmarks/bench_gpu_decode.py
+    python benchmarks/kernels/decoding_gpu.py
 
 12 layers of width 768 with 12 heads, 64 components, 32,000 tokens of vocabulary, bfloat16, greedy. A round decodes the
 STEPS tokens in front of a position; every token is fed back as the input of the next step. Each model decodes
@@ -20,14 +20,19 @@ What the output file holds already is not measured again without `--again`.
 
 import argparse
 import statistics
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # so that `benchmarks` can be imported
 
 import torch
-from gpu_report import Report, add_report_arguments, default_output, first_line, free_memory, print_table
 from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import Cache
 
+from benchmarks.lib.report import Report, add_report_arguments, default_output, first_line, free_memory, print_table
 from gma_hf import GMAConfig, GMAForCausalLM
 from gma_hf.modeling import GMACacheLayer
 
@@ -235,7 +240,7 @@ def main() -> None:
         parser.error(f"positions must lie between {PROMPT + STEPS} and {longest}, got {positions}")
     output = options.output or default_output("gpu_decode")
     setting = {**SIZES, "dtype": "bfloat16", "steps": STEPS, "seconds": options.seconds}
-    report = Report(output, "bench_gpu_decode", setting, options.again)
+    report = Report(output, "kernels.decoding_gpu", setting, options.again)
     for name in options.models:
         free_memory()
         model = make_model(name)

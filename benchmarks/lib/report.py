@@ -18,7 +18,7 @@ import torch
 
 
 PACKAGES = ("torch", "triton", "transformers", "flash-linear-attention")
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parents[1] / "results"
 
 
 def device_name() -> str:
@@ -26,7 +26,7 @@ def device_name() -> str:
     if not torch.cuda.is_available():
         raise SystemExit(
             "This benchmark needs an NVIDIA GPU, and torch.cuda.is_available() is False. "
-            "benchmarks/bench_cpu_attention.py measures the operator on a CPU."
+            "benchmarks/kernels/attention_cpu.py measures the operator on a CPU."
         )
     return torch.cuda.get_device_name()
 
@@ -64,7 +64,7 @@ def command_line(script: str) -> str:
             next(arguments)
         elif not word.startswith("--output="):
             words.append(word)
-    return shlex.join(["python", f"benchmarks/{script}.py", *words])
+    return shlex.join(["python", f"benchmarks/{script.replace('.', '/')}.py", *words])
 
 
 def finite(x):

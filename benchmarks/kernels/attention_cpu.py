@@ -1,7 +1,7 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
 """Speed and memory of Gaussian mixture attention beside softmax attention, on a CPU.
 
-    python benchmarks/bench_cpu_attention.py --threads 2
+    python benchmarks/kernels/attention_cpu.py --threads 2
 
 Rivals are measured in turns within one process, so that a busy machine slows all of them alike, and the fastest round
 counts. Peak memory is what the resident set grows by at most, in a process per rival that does nothing else; it includes
@@ -16,6 +16,9 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # so that `benchmarks` can be imported
 
 import torch
 from torch import Tensor
@@ -156,7 +159,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3, help="least number of rounds per length")
     parser.add_argument("--seconds", type=float, default=5.0, help="time to measure per length, if rounds are over")
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "cpu_attention.json")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parents[1] / "results" / "cpu_attention.json")
     parser.add_argument("--probe", choices=list(RIVALS), help="only print the peak memory of this rival, as JSON")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -194,7 +197,7 @@ def main() -> None:
         f"--lengths {' '.join(map(str, lengths))}",
     ]
     report = {
-        "command": " ".join(["python benchmarks/bench_cpu_attention.py", *arguments]),
+        "command": " ".join(["python benchmarks/kernels/attention_cpu.py", *arguments]),
         "date": datetime.date.today().isoformat(),
         "device": cpu_model(),
         "threads": options.threads,

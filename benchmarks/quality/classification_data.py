@@ -8,11 +8,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import listops
 import numpy as np
 import torch
-from corpora import rows_of
 from torch.utils.data import Dataset
+
+from benchmarks.lib.corpora import rows_of
+from benchmarks.quality import listops
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from rival_linear_attention import EluAttention, LinearAttention, PerformerAttention, RedrawnPerformerAttention
-from rival_mamba2 import Mamba2Layer, Mamba2Mixer
 from torch import nn
 from transformers import PreTrainedModel
 
+from benchmarks.rivals.linear_attention import (
+    EluAttention,
+    LinearAttention,
+    PerformerAttention,
+    RedrawnPerformerAttention,
+)
+from benchmarks.rivals.mamba2 import Mamba2Layer, Mamba2Mixer
 from gma_hf import GMAConfig, GMAForCausalLM
 
 

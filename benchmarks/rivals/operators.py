@@ -1,5 +1,5 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
-"""The operators that `bench_gpu_attention.py` compares, and their inputs.
+"""The operators that `attention_gpu.py` compares, and their inputs.
 
 Every tensor has the shape [batch, heads, length, ...] that `gaussian_mixture_attention` and SDPA take, and lies in memory
 as projections leave it, [batch, length, heads, ...]: what flash-linear-attention takes is the transposed view.

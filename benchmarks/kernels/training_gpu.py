@@ -1,7 +1,7 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
 """Training speed of a language model on a GPU by length of context, GMA beside the same model with softmax attention.
 
-    python benchmarks/bench_gpu_training.py
+    python benchmarks/kernels/training_gpu.py
 
 12 layers of width 768 with 12 heads, 64 components, SwiGLU, 8,192 tokens of vocabulary; 65,536 tokens per step whatever the
 context; float32 weights under bfloat16 autocast, fused AdamW. Softmax attention is PyTorch's SDPA with RoPE. Of every model
@@ -16,13 +16,18 @@ import argparse
 import math
 import os
 import statistics
+import sys
 import time
+from pathlib import Path
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # so that `benchmarks` can be imported
 
 import torch
-from gpu_report import Report, add_report_arguments, default_output, first_line, free_memory, print_table
 from torch import Tensor
 from torch.nn import functional as F
 
+from benchmarks.lib.report import Report, add_report_arguments, default_output, first_line, free_memory, print_table
 from gma_hf import GMAConfig, GMAForCausalLM
 from gma_hf.ops import available_backends
 from gma_hf.ops.dispatch import ENVIRONMENT_VARIABLE
@@ -173,7 +178,7 @@ def main() -> None:
         "backend": options.backend,
         "steps": STEPS,
     }
-    report = Report(output, "bench_gpu_training", setting, options.again)
+    report = Report(output, "kernels.training_gpu", setting, options.again)
     for context in sorted(options.contexts):
         for name in options.models:
             key = {"model": name, "context": context}

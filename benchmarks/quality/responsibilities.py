@@ -4,8 +4,8 @@
 The paper's analysis of the learned responsibilities, on a trained language model: is the usage of the components broad, are
 there dead ones, do they align with categories of tokens that can be seen on their surface?
 
-    python benchmarks/responsibilities.py MODEL --data DATA --plot
-    python benchmarks/responsibilities.py --table
+    python benchmarks/quality/responsibilities.py MODEL --data DATA --plot
+    python benchmarks/quality/responsibilities.py --table
 
 MODEL is a folder with a GMA model and its tokenizer, such as `language_modeling.py --save` leaves; DATA holds `wikitext-103`. The
 text is the beginning of WikiText-103's test part, its tokenisation undone. Besides the control of the analysis, categories
@@ -20,13 +20,16 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # so that `benchmarks` can be imported
+
 import torch
-from conversion_common import ROOT, Results
-from language_modeling_data import detokenize
-from responsibilities_report import ROLES, plot, table
 from torch import Tensor
 from transformers import AutoModel, PreTrainedModel
 
+from benchmarks.conversion.common import ROOT, Results
+from benchmarks.quality.language_modeling_data import detokenize
+from benchmarks.quality.responsibilities_report import ROLES, plot, table
 from gma_hf.analysis import AnalysisError, RoutingReport, analyze
 from gma_hf.analysis.loading import load_model, load_tokenizer, read_texts
 from gma_hf.analysis.report import RoleReport

@@ -3,7 +3,7 @@
 """
 ListOps as in Long Range Arena (Tay et al., 2021, after Nangia and Bowman, 2018): nested lists of digits to evaluate.
 
-    python benchmarks/listops.py --output listops --sizes 96000 2000 2000
+    python benchmarks/quality/listops.py --output listops --sizes 96000 2000 2000
 
     [MAX 2 9 [MIN 4 7 ] 0 ]  is  9
 
@@ -16,9 +16,13 @@ and MAX favour 0 and 9.
 """
 
 import argparse
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # so that `benchmarks` can be imported
 
 import numpy as np
 

@@ -3,8 +3,8 @@
 """
 SmolLM2-135M-Instruct converted to GMA and distilled on Wikipedia and books, without any language-model loss.
 
-    python benchmarks/conversion_smollm2.py --model smollm2 --data DATA --prepare smollm2.pt
-    python benchmarks/conversion_smollm2.py --model smollm2 --prepared smollm2.pt --minutes 6 --rows window
+    python benchmarks/conversion/smollm2.py --model smollm2 --data DATA --prepare smollm2.pt
+    python benchmarks/conversion/smollm2.py --model smollm2 --prepared smollm2.pt --minutes 6 --rows window
 
 `--prepare` tokenizes: Wikipedia and books to train on, in blocks of 4,096 tokens, the test set of WikiText-103 to measure and
 its validation set to choose rates and weights by. DATA holds `wikipedia-long`, `books` and `wikitext-103`. Perplexity is that
@@ -18,14 +18,18 @@ import itertools
 import json
 import lzma
 import math
+import sys
 from pathlib import Path
 
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # so that `benchmarks` can be imported
+
 import torch
-from conversion_common import ROOT, Results, device, train
-from corpora import texts_of
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from benchmarks.conversion.common import ROOT, Results, device, train
+from benchmarks.lib.corpora import texts_of
 from gma_hf import convert_to_gma, gma_layers
 from gma_hf.conversion.calibration.calibrate import calibrate
 from gma_hf.conversion.calibration.sensitivity import choose_layers, rank_layers
@@ -280,7 +284,7 @@ def main():
         parser.error("the row 'finetune' needs --work, where the row 'window' keeps its model")
     prepared = {name: x.to(torch.int32) for name, x in torch.load(arguments.prepared).items()}
     setting = {"length": LENGTH, "train_length": TRAIN_LENGTH, "test_windows": arguments.test_windows}
-    results = Results(arguments.output, "conversion_smollm2", setting)
+    results = Results(arguments.output, "conversion.smollm2", setting)
 
     def measured(name: str) -> dict:
         if name == "original":

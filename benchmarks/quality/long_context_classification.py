@@ -3,9 +3,9 @@
 """
 Long-context classification by bidirectional models: ListOps, bytes of movie reviews, 20 Newsgroups.
 
-    python benchmarks/long_context_classification.py --data DATA --prepare classification.pt.xz
-    python benchmarks/long_context_classification.py --prepared classification.pt.xz
-    python benchmarks/long_context_classification.py --table --plot
+    python benchmarks/quality/long_context_classification.py --data DATA --prepare classification.pt.xz
+    python benchmarks/quality/long_context_classification.py --prepared classification.pt.xz
+    python benchmarks/quality/long_context_classification.py --table --plot
 
 The same encoder (4 layers of width 256, 4 heads of dimension 64, 64 components) with each sequence mixer, from random weights,
 as large as the softmax model within 3% (the width of the MLP makes up for the rest, the table of learned positions counted),
@@ -26,15 +26,27 @@ FlashAttention kernel, which takes none: scaling.py compares the operators witho
 
 import argparse
 import statistics
+import sys
 from functools import partial
 from pathlib import Path
 
-import torch
-from classification_data import TASKS, Examples, batches_by_length, collate, load, prepare, rounded_up
-from conversion_common import ROOT, Results, device
-from experiment import COLOURS, equal_width, evaluating, measure, save_figure, train
-from mixers import MIXERS, make_config, make_model
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # so that `benchmarks` can be imported
+
+import torch
+
+from benchmarks.conversion.common import ROOT, Results, device
+from benchmarks.lib.training import COLOURS, equal_width, evaluating, measure, save_figure, train
+from benchmarks.quality.classification_data import (
+    TASKS,
+    Examples,
+    batches_by_length,
+    collate,
+    load,
+    prepare,
+    rounded_up,
+)
+from benchmarks.rivals.mixers import MIXERS, make_config, make_model
 from gma_hf import GMAForSequenceClassification
 
 

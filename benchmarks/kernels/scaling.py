@@ -3,8 +3,8 @@
 """
 Time and peak memory of one sequence-mixing operator against the length of the sequence, from 1k to 1M tokens.
 
-    python benchmarks/scaling.py --plot                                        # on a GPU: bfloat16
-    python benchmarks/scaling.py --device cpu --plot                           # on a CPU: float32
+    python benchmarks/kernels/scaling.py --plot                                        # on a GPU: bfloat16
+    python benchmarks/kernels/scaling.py --device cpu --plot                           # on a CPU: float32
 
 One causal sequence, 8 heads of dimension 64 (a layer of width 512), 64 components. Mamba-2 is the recurrence of its published
 layer of that width: 16 heads of dimension 64, state 128, one group. Linear attention (elu + 1) and Mamba-2 are chunked PyTorch
@@ -20,22 +20,26 @@ import ctypes
 import itertools
 import os
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # so that `benchmarks` can be imported
+
 import torch
-from bench_cpu_attention import check_correctness, cpu_model, resident_memory
-from conversion_common import ROOT, Results
-from gpu_attention_rivals import VARIANTS, Shape, fla, make_inputs, relative_error, sdpa
-from gpu_report import default_output, first_line, free_memory, median_time
-from rival_linear_attention import linear_attention
-from rival_mamba2 import state_space
-from scaling_report import plot, table
 from torch import Tensor
 from torch.nn import functional as F
 
+from benchmarks.conversion.common import ROOT, Results
+from benchmarks.kernels.attention_cpu import check_correctness, cpu_model, resident_memory
+from benchmarks.kernels.scaling_report import plot, table
+from benchmarks.lib.report import default_output, first_line, free_memory, median_time
+from benchmarks.rivals.linear_attention import linear_attention
+from benchmarks.rivals.mamba2 import state_space
+from benchmarks.rivals.operators import VARIANTS, Shape, fla, make_inputs, relative_error, sdpa
 from gma_hf.ops import gaussian_mixture_attention
 
 

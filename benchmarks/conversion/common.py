@@ -21,7 +21,7 @@ from gma_hf.conversion.distillation.arguments import GMADistillationArguments
 from gma_hf.conversion.distillation.trainer import GMADistillationTrainer, undo_preparation
 
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 WARMUP = 0.03  # of the time
 
 
@@ -124,10 +124,12 @@ class Results:
 
 def circumstances() -> dict:
     """When, where and by which command something was measured."""
+    script = Path(sys.argv[0]).resolve()
+    script = script.relative_to(ROOT) if script.is_relative_to(ROOT) else Path(script.name)
     words = [Path(word).name if "/" in word else word for word in sys.argv[1:]]
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *words]),
+        "command": shlex.join(["python", script.as_posix(), *words]),
         "device": torch.cuda.get_device_name()
         if torch.cuda.is_available()
         else f"CPU, {torch.get_num_threads()} threads",

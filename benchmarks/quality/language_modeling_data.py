@@ -15,9 +15,9 @@ import re
 from pathlib import Path
 
 import torch
-from corpora import texts_of
 from torch import Tensor
 
+from benchmarks.lib.corpora import texts_of
 from gma_hf.training.text.tokenization import train_tokenizer
 
 

@@ -1,8 +1,8 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
 """Speed and memory of converted models on a GPU, beside the original with PyTorch's FlashAttention.
 
-    python benchmarks/conversion_speed.py
-    python benchmarks/conversion_speed.py --shapes 1b
+    python benchmarks/conversion/speed.py
+    python benchmarks/conversion/speed.py --shapes 1b
 
 Llama-shaped models in bfloat16 with random weights (speed does not depend on the numbers): `135m` is SmolLM2-135M, `1b` is of
 Llama 3.2 1B's kind; or `--model FOLDER`. Four of each: the original, converted (64 components), converted with a
@@ -13,7 +13,7 @@ softmax window of 128 tokens, and with a window and one sink token.
   masks outside of the graphs, so that the original keeps FlashAttention. (Converted layers cannot look into the positions
   then, and compute as if sequences were packed.)
 - Decoding one sequence: milliseconds per token over STEPS tokens in front of a position, `eager` with a growing cache,
-  `compiled` with a static one and the step as a CUDA graph; as in bench_gpu_decode.py, caches are not filled by decoding but
+  `compiled` with a static one and the step as a CUDA graph; as in decoding_gpu.py, caches are not filled by decoding but
   put to the position. The memory of the cache is that of its tensors.
 
 What the output file holds already is not measured again without `--again`.
@@ -21,13 +21,26 @@ What the output file holds already is not measured again without `--again`.
 
 import argparse
 import itertools
+import sys
+from pathlib import Path
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # so that `benchmarks` can be imported
 
 import torch
-from bench_gpu_decode import STEPS, capture, fill_softmax_layers, set_position, time_step
-from gpu_report import Report, add_report_arguments, default_output, first_line, free_memory, median_time, print_table
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, StaticCache
 from transformers.cache_utils import Cache
 
+from benchmarks.kernels.decoding_gpu import STEPS, capture, fill_softmax_layers, set_position, time_step
+from benchmarks.lib.report import (
+    Report,
+    add_report_arguments,
+    default_output,
+    first_line,
+    free_memory,
+    median_time,
+    print_table,
+)
 from gma_hf import convert_to_gma
 from gma_hf.modeling import GMACacheLayer
 
@@ -244,7 +257,7 @@ def main() -> None:
         parser.error(f"positions must be at least {PROMPT + STEPS}, got {sorted(options.positions)}")
     output = options.output or default_output("conversion_speed")
     setting = {"dtype": "bfloat16", "tokens": TOKENS, "steps": STEPS, "components": 64, "shapes": SHAPES}
-    report = Report(output, "conversion_speed", setting, options.again)
+    report = Report(output, "conversion.speed", setting, options.again)
     for shape in options.shapes if options.model is None else [options.model]:
         for name in options.models:
             measure_all(report, shape, name, options)

@@ -4,7 +4,7 @@
 import statistics
 from pathlib import Path
 
-from experiment import save_figure
+from benchmarks.lib.training import save_figure
 
 
 ROLES = ("keys", "queries")

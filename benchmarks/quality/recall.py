@@ -3,8 +3,8 @@
 """
 Recall: where a state of constant size loses against softmax attention, and how many softmax layers win it back.
 
-    python benchmarks/recall.py --experiments recall needle
-    python benchmarks/recall.py --table --plot
+    python benchmarks/quality/recall.py --experiments recall needle
+    python benchmarks/quality/recall.py --table --plot
 
 - `recall`: multi-query associative recall (Zoology, Arora et al., 2024). Trained on a mix of 4 to 64 pairs in 64 to 256 tokens,
   tested on up to 256 pairs in 1,024 tokens: more and longer than in training.
@@ -19,17 +19,23 @@ positions, which is as long as the longest test). Rows that the output file hold
 """
 
 import argparse
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # so that `benchmarks` can be imported
+
 import torch
-from conversion_common import ROOT, Results, device
-from experiment import equal_width, evaluating, measure, save_figure, train
-from mixers import MIXERS, make_config, make_model
-from recall_report import plot, tables
-from recall_tasks import (
+from torch import Tensor
+from torch.nn import functional as F
+
+from benchmarks.conversion.common import ROOT, Results, device
+from benchmarks.lib.training import equal_width, evaluating, measure, save_figure, train
+from benchmarks.quality.recall_report import plot, tables
+from benchmarks.quality.recall_tasks import (
     IGNORE_INDEX,
     NEEDLE_VOCAB_SIZE,
     RECALL_VOCAB_SIZE,
@@ -39,10 +45,8 @@ from recall_tasks import (
     multi_query_recall,
     needle,
 )
-from rival_mamba2 import EXPAND, STATE_SIZE
-from torch import Tensor
-from torch.nn import functional as F
-
+from benchmarks.rivals.mamba2 import EXPAND, STATE_SIZE
+from benchmarks.rivals.mixers import MIXERS, make_config, make_model
 from gma_hf.training.trainer import GMATrainer
 
 

@@ -3,8 +3,8 @@
 """
 A sentence encoder (all-MiniLM-L6-v2, 6 layers) converted to GMA, distilled on unlabelled text.
 
-    python benchmarks/conversion_minilm.py --model minilm --data DATA --prepare minilm.pt
-    python benchmarks/conversion_minilm.py --model minilm --prepared minilm.pt --minutes 3
+    python benchmarks/conversion/minilm.py --model minilm --data DATA --prepare minilm.pt
+    python benchmarks/conversion/minilm.py --model minilm --prepared minilm.pt --minutes 3
 
 `--prepare` tokenizes: Wikipedia and books to train on, sentences of WikiText-103 and IMDB (test splits) to measure the cosine
 between the embeddings of original and converted model, 20 Newsgroups to fine-tune both. DATA holds `wikipedia-long`, `books`,
@@ -15,15 +15,19 @@ import argparse
 import lzma
 import random
 import re
+import sys
 from pathlib import Path
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # so that `benchmarks` can be imported
 
 import numpy as np
 import torch
-from conversion_common import ROOT, Results, device, train
-from corpora import rows_of, texts_of
 from torch.nn import functional as F
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
+from benchmarks.conversion.common import ROOT, Results, device, train
+from benchmarks.lib.corpora import rows_of, texts_of
 from gma_hf import convert_to_gma
 from gma_hf.conversion.calibration.calibrate import calibrate
 from gma_hf.conversion.distillation.losses import pooled
@@ -229,7 +233,7 @@ def main():
         return
     prepared = {name: examples(part) for name, part in torch.load(arguments.prepared).items()}
     setting = {"minutes": arguments.minutes, "batch_size": arguments.batch_size, "components": arguments.components}
-    results = Results(arguments.output, "conversion_minilm", {**setting, "epochs": arguments.epochs})
+    results = Results(arguments.output, "conversion.minilm", {**setting, "epochs": arguments.epochs})
 
     def original() -> dict:
         encoder = AutoModel.from_pretrained(arguments.model)

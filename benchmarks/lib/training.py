@@ -10,10 +10,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from conversion_common import Results, device
-from mixers import number_of_parameters
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback
 
+from benchmarks.conversion.common import Results, device
+from benchmarks.rivals.mixers import number_of_parameters
 from gma_hf import GMAForCausalLM
 from gma_hf.training.trainer import GMATrainer, GMATrainingArguments
 

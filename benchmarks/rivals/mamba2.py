@@ -10,11 +10,11 @@ computed in chunks by matrix products (the paper's section 6): the recurrence of
 import math
 
 import torch
-from rival_linear_attention import check_inputs
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from benchmarks.rivals.linear_attention import check_inputs
 from gma_hf import GMAConfig
 from gma_hf.modeling.attention_gma import GMARMSNorm
 

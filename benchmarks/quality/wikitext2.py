@@ -3,7 +3,7 @@
 """
 GMA against softmax attention as language models on WikiText-2: equal parameters, tokens, tokenizer and schedule.
 
-    python benchmarks/wikitext2.py --data_dir wikitext-2 --output benchmarks/results/wikitext2.json
+    python benchmarks/quality/wikitext2.py --data_dir wikitext-2 --output benchmarks/results/wikitext2.json
 
 The folder holds `train.txt`, `valid.txt` and `test.txt` (or the same with `.gz` or `.xz`). Every run is one call of
 `scripts/train_clm.py`; the width of the MLP is what makes the models equally large. About 12 minutes on an H100. Runs that
@@ -21,13 +21,16 @@ import tempfile
 from datetime import datetime, timezone
 from pathlib import Path
 
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # so that `benchmarks` can be imported
+
 import torch
 import transformers
 
 from gma_hf import GMAConfig, GMAForCausalLM, __version__
 
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 NUM_LAYERS = 8
 # What the mixers share, and what each is: the preset and what differs from it
 SHARED = {
@@ -172,7 +175,7 @@ def main():
     setting = {**SHARED, "vocab_size": arguments.vocab_size, "block_size": 1024, "epochs": arguments.epochs}
     report = {
         "benchmark": "wikitext2",
-        "command": shlex.join(["python", "benchmarks/wikitext2.py", *words]),
+        "command": shlex.join(["python", "benchmarks/quality/wikitext2.py", *words]),
         "setting": setting,
         "runs": [],
     }

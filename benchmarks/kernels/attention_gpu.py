@@ -1,7 +1,7 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
 """Speed, memory and accuracy of Gaussian mixture attention on a GPU, beside FlashAttention and linear attention.
 
-    python benchmarks/bench_gpu_attention.py
+    python benchmarks/kernels/attention_gpu.py
 
 65,536 tokens in all, 16 heads, dim 64, 64 components, causal, bfloat16, mixtures as after some training. Rivals are
 PyTorch's SDPA, forced to its FlashAttention backend, and the operators of flash-linear-attention 0.6.0 where that is
@@ -17,11 +17,26 @@ minutes. What the output file holds already is not measured again without `--aga
 
 import argparse
 import math
+import sys
+from pathlib import Path
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # so that `benchmarks` can be imported
 
 import torch
-from gpu_attention_accuracy import CASES, DTYPES, measure_case
-from gpu_attention_accuracy import SHAPE as ACCURACY_SHAPE
-from gpu_attention_rivals import (
+
+from benchmarks.kernels.attention_accuracy import CASES, DTYPES, measure_case
+from benchmarks.kernels.attention_accuracy import SHAPE as ACCURACY_SHAPE
+from benchmarks.lib.report import (
+    Report,
+    add_report_arguments,
+    default_output,
+    first_line,
+    free_memory,
+    median_time,
+    print_table,
+)
+from benchmarks.rivals.operators import (
     CHUNKED,
     FLA,
     GMA,
@@ -33,15 +48,6 @@ from gpu_attention_rivals import (
     make_inputs,
     random_grad,
     relative_error,
-)
-from gpu_report import (
-    Report,
-    add_report_arguments,
-    default_output,
-    first_line,
-    free_memory,
-    median_time,
-    print_table,
 )
 
 
@@ -318,7 +324,7 @@ def main() -> None:
         "seconds": options.seconds,
         "accuracy": ACCURACY_SHAPE._asdict(),
     }
-    report = Report(output, "bench_gpu_attention", setting, options.again)
+    report = Report(output, "kernels.attention_gpu", setting, options.again)
     for part in options.parts:
         print(f"{part}:", flush=True)
         PARTS[part](report, options.seconds)

@@ -4,8 +4,9 @@
 import math
 
 import torch
-from gpu_attention_rivals import GATES, MIXTURE, QKV, Shape, evaluate, gma, in_float64, make_inputs, random_grad
 from torch import Tensor
+
+from benchmarks.rivals.operators import GATES, MIXTURE, QKV, Shape, evaluate, gma, in_float64, make_inputs, random_grad
 
 
 SHAPE = Shape(batch=2, length=1024, heads=4)

@@ -4,7 +4,7 @@
 import math
 from pathlib import Path
 
-from experiment import COLOURS
+from benchmarks.lib.training import COLOURS
 
 
 FITTED_POINTS = 4  # the slope is that of the longest lengths: short ones show the costs of launching

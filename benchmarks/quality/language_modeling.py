@@ -3,10 +3,10 @@
 """
 Language modelling: the mixers of `mixers.py` with equal parameters, data, tokenizer and schedule, beside each other.
 
-    python benchmarks/language_modeling.py --data DATA --prepare lm.pt
-    python benchmarks/language_modeling.py --prepared lm.pt --mixers softmax gma_gated mamba2 --contexts 1024 --seeds 0 1 2
-    python benchmarks/language_modeling.py --prepared lm.pt --rows gma_gated:1024:128 gma_gated:1024:256
-    python benchmarks/language_modeling.py --table --plot
+    python benchmarks/quality/language_modeling.py --data DATA --prepare lm.pt
+    python benchmarks/quality/language_modeling.py --prepared lm.pt --mixers softmax gma_gated mamba2 --contexts 1024 --seeds 0 1 2
+    python benchmarks/quality/language_modeling.py --prepared lm.pt --rows gma_gated:1024:128 gma_gated:1024:256
+    python benchmarks/quality/language_modeling.py --table --plot
 
 DATA holds `wikipedia-long` and `wikitext-103`. Trained on 41 million words of Wikipedia, not on the training set of
 WikiText-103, and tested on the real validation and test sets of WikiText-103, in the published tokenised form, which the
@@ -23,22 +23,26 @@ import argparse
 import json
 import math
 import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
 
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # so that `benchmarks` can be imported
+
 import torch
-from bench_gpu_training import NO_MASK, head_loss
-from conversion_common import ROOT, Results, device
-from experiment import evaluating
-from language_modeling_data import VOCAB_SIZE, load, prepare, tokenizer_folder, windows
-from language_modeling_report import plot, table
-from mixers import MIXERS, equal_intermediate_size, make_config, make_model
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 from transformers import AutoTokenizer, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
+from benchmarks.conversion.common import ROOT, Results, device
+from benchmarks.kernels.training_gpu import NO_MASK, head_loss
+from benchmarks.lib.training import evaluating
+from benchmarks.quality.language_modeling_data import VOCAB_SIZE, load, prepare, tokenizer_folder, windows
+from benchmarks.quality.language_modeling_report import plot, table
+from benchmarks.rivals.mixers import MIXERS, equal_intermediate_size, make_config, make_model
 from gma_hf.training.intervals import bootstrap_perplexity
 
 

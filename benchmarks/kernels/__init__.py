@@ -1,0 +1,2 @@
+# Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
+"""Speed, memory and accuracy of operators and models."""

@@ -1,0 +1,2 @@
+# Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
+"""What all benchmarks share: results files, timing, training, tables."""
