@@ -22,6 +22,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple, logging
 from ..configuration import GMAConfig
 from .cache_gma import adopt_cache
 from .modeling_gma import GMAModel, GMAPreTrainedModel
+from .step_loss import as_part_of_step
 
 
 logger = logging.get_logger(__name__)
@@ -176,6 +177,7 @@ class GMAForSequenceClassification(GenericForSequenceClassification, GMAPreTrain
         super().__init__(config)
         self.dropout = nn.Dropout(config.classifier_dropout)
 
+    @as_part_of_step
     @can_return_tuple
     def forward(
         self,
@@ -252,6 +254,8 @@ class GMAForSequenceClassification(GenericForSequenceClassification, GMAPreTrain
 
 class GMAForTokenClassification(GenericForTokenClassification, GMAPreTrainedModel):
     """GMA token classifier: a label per token."""
+
+    forward = as_part_of_step(GenericForTokenClassification.forward)
 
 
 class GMAForQuestionAnswering(GenericForQuestionAnswering, GMAPreTrainedModel):

@@ -9,6 +9,7 @@ The classes are made when they are needed, and every one of them can be imported
 """
 
 import functools
+import inspect
 import json
 import os
 from pathlib import Path
@@ -19,6 +20,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ...compat import attention_implementation, auto_classes_of, is_initialized, mark_initialized
+from ...modeling.step_loss import as_part_of_step
 from ...modeling.window import LACKING_BEFORE
 from ...remote_code import write_remote_code
 from ..runtime.attention import IMPLEMENTATION
@@ -98,6 +100,16 @@ class ConvertedModelMixin:
     def register_for_auto_class(cls, auto_class="AutoModel"):
         """Nothing to do: every folder that `save_pretrained` writes already loads with `trust_remote_code=True`."""
 
+    @property
+    def loss_type(self) -> str | None:
+        # `Trainer` reads here that labels are shifted. Transformers finds no kind of loss in names such as GPT2LMHeadModel
+        found = vars(self).get("loss_type")
+        return "ForCausalLM" if found is None and type(self).__name__.endswith("LMHeadModel") else found
+
+    @loss_type.setter
+    def loss_type(self, value: str | None):
+        vars(self)["loss_type"] = value
+
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:
         # Transformers looks for this in the source of the class's module, which a class made at run time has not
@@ -169,6 +181,9 @@ def converted_model_class(
         "config_class": converted_config_class(config_class),
         "softmax_class": model_class,
     }
+    if "labels" in inspect.signature(model_class.forward).parameters:
+        # Many heads ignore `num_items_in_batch`, and some have no argument for it
+        members |= {"forward": as_part_of_step(model_class.forward), "accepts_loss_kwargs": True}
     return type(PREFIX + model_class.__name__, (ConvertedModelMixin, model_class), members)
 
 

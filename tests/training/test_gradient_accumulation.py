@@ -1,0 +1,152 @@
+# Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
+"""Four rows in one batch and four accumulated batches of one row give the same update, under the stock Trainer, for every head."""
+
+import copy
+
+import pytest
+import torch
+import transformers
+from torch import nn
+from transformers import AutoModel, Trainer, TrainingArguments
+
+import gma_hf
+from gma_hf import convert_to_gma
+from gma_hf.modeling.step_loss import as_part_of_step
+from tests.conftest import make_model, tiny_config
+from tests.conversion.tiny_models import BART, ENCODER, GQA, IMAGE, SIZES
+
+
+LENGTH = 9
+TOKENS = torch.randint(3, 99, (4, LENGTH), generator=torch.Generator().manual_seed(0))
+# Rows with 9, 7, 5 and 3 labels: a mean of means is not the mean
+UNLABELLED = torch.arange(LENGTH) < torch.tensor([0, 2, 4, 6])[:, None]
+LABELS = {
+    "tokens": TOKENS.masked_fill(UNLABELLED, -100),
+    "class of each token": (TOKENS % 3).masked_fill(UNLABELLED, -100),
+    "class": torch.tensor([0, 1, 2, 1]),
+    "number": torch.tensor([0.5, -1.0, 2.0, 0.0]),
+    "rows of 0 and 1": torch.tensor([[0.0, 1.0, 1.0], [1.0, 0.0, 0.0], [0.0, 0.0, 0.0], [1.0, 1.0, 1.0]]),
+}
+NATIVE = {
+    "CausalLM": ("tokens", {}),
+    "MaskedLM": ("tokens", {"is_causal": False}),
+    "TokenClassification": ("class of each token", {"num_labels": 3}),
+    "SequenceClassification": ("class", {"num_labels": 3}),
+    "SequenceClassification, regression": ("number", {"num_labels": 1}),
+    "SequenceClassification, several classes": ("rows of 0 and 1", {"num_labels": 3}),
+    "QuestionAnswering": (None, {}),
+}
+CONVERTED = {
+    "LlamaForCausalLM": ("tokens", GQA),
+    "LlamaForTokenClassification": ("class of each token", {**GQA, "num_labels": 3}),
+    "LlamaForSequenceClassification": ("class", {**GQA, "num_labels": 3}),
+    "LlamaForQuestionAnswering": (None, GQA),
+    "GPT2LMHeadModel": ("tokens", {**SIZES}),
+    "GPT2ForSequenceClassification": (
+        "class",
+        {**SIZES, "num_labels": 3},
+    ),
+    "BertForMaskedLM": ("tokens", ENCODER),
+    "BertForTokenClassification": ("class of each token", {**ENCODER, "num_labels": 3}),
+    "BertForSequenceClassification": ("rows of 0 and 1", {**ENCODER, "num_labels": 3}),
+    "BertForQuestionAnswering": (None, ENCODER),
+    "BertForNextSentencePrediction": ("class", {**ENCODER, "num_labels": 3}),
+    "ViTForImageClassification": ("class", {**IMAGE, "num_labels": 3}),
+    "BartForConditionalGeneration": ("tokens", {**BART, "dropout": 0.0}),
+}
+
+
+def rows_of(kind, is_image=False):
+    rows = []
+    for index in range(4):
+        row = {"input_ids": TOKENS[index], "attention_mask": torch.ones(LENGTH, dtype=torch.long)}
+        if is_image:
+            row = {"pixel_values": torch.randn(3, 8, 8, generator=torch.Generator().manual_seed(index))}
+        if kind is None:
+            row |= {"start_positions": torch.tensor(index), "end_positions": torch.tensor(index + 3)}
+        else:
+            row["labels"] = LABELS[kind][index] % 2 if kind == "class" and not is_image else LABELS[kind][index]
+        rows.append(row)
+    return rows
+
+
+def gradient(model, rows, tmp_path, batch_size, accumulation):
+    """What one step of gradient descent at a rate of one subtracts from the weights."""
+    model = copy.deepcopy(model)
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    arguments = TrainingArguments(
+        str(tmp_path),
+        per_device_train_batch_size=batch_size,
+        gradient_accumulation_steps=accumulation,
+        max_steps=1,
+        learning_rate=1.0,
+        lr_scheduler_type="constant",
+        optim="sgd",
+        max_grad_norm=0,
+        report_to="none",
+        use_cpu=True,
+        disable_tqdm=True,
+        save_strategy="no",
+    )
+    Trainer(model=model, args=arguments, train_dataset=rows).train()
+    return torch.cat([(b - p.detach()).flatten() for p, b in zip(model.parameters(), before, strict=True)])
+
+
+def mean_over_all_labels(model, rows):
+    """The gradient of the loss that the head gives all rows at once, without any Trainer."""
+    model = copy.deepcopy(model).train()
+    model(**{name: torch.stack([row[name] for row in rows]) for name in rows[0]}).loss.backward()
+    zero = torch.zeros
+    return torch.cat([(zero(p.shape) if p.grad is None else p.grad).flatten() for p in model.parameters()])
+
+
+def expect_the_same_update(model, rows, tmp_path):
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    expected = mean_over_all_labels(model, rows)
+    assert expected.norm() > 1e-3
+    # Differences of float32 weights of order one, and sums in another order
+    tolerance = {"rtol": 1e-3, "atol": 1e-5 * max(1.0, expected.abs().max().item())}
+    whole = gradient(model, rows, tmp_path, 4, 1)
+    accumulated = gradient(model, rows, tmp_path, 1, 4)
+    torch.testing.assert_close(accumulated, whole, **tolerance)
+    torch.testing.assert_close(whole, expected, **tolerance)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("name", list(NATIVE))
+def test_native_heads(name, tmp_path):
+    kind, overrides = NATIVE[name]
+    model = make_model(getattr(gma_hf, f"GMAFor{name.split(',')[0]}"), tiny_config("gated", **overrides))
+    expect_the_same_update(model, rows_of(kind), tmp_path)
+
+
+@pytest.mark.parametrize("name", list(CONVERTED))
+def test_heads_of_converted_models(name, tmp_path):
+    kind, arguments = CONVERTED[name]
+    model_class = getattr(transformers, name)
+    torch.manual_seed(0)
+    model = convert_to_gma(model_class(model_class.config_class(**arguments)), num_components=6)
+    expect_the_same_update(model, rows_of(kind, is_image="pixel_values" == model.main_input_name), tmp_path)
+
+
+def test_a_batch_without_any_label_adds_nothing(tmp_path):
+    model = make_model(gma_hf.GMAForTokenClassification, tiny_config("gated", num_labels=3))
+    rows = rows_of("class of each token")
+    with_empty_row = [*rows[:3], {**rows[3], "labels": torch.full((LENGTH,), -100)}]
+    accumulated = gradient(model, with_empty_row, tmp_path, 1, 4)
+    torch.testing.assert_close(accumulated, gradient(model, rows[:3], tmp_path, 3, 1), rtol=1e-3, atol=1e-5)
+
+
+def test_a_head_keeps_its_signature_and_its_outputs():
+    class Head(nn.Module):
+        def forward(self, input_ids=None, labels=None, return_dict=None):
+            return (labels.float().mean(), input_ids)
+
+    wrapped = type("Wrapped", (Head,), {"forward": as_part_of_step(Head.forward)})()
+    wrapped.loss_type, wrapped.config = "ForTokenClassification", AutoModel
+    labels = torch.tensor([2, 4])
+    assert wrapped(None, labels)[0] == 3.0
+    assert wrapped(None, labels, num_items_in_batch=4)[0] == 1.5
+    assert wrapped(labels=labels, num_items_in_batch=torch.tensor(4))[0] == 1.5
