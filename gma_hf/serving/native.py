@@ -1,0 +1,240 @@
+# Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
+"""
+[`GMAForCausalLM`] in vLLM. The blocks are those of `gma_hf.modeling`, built with the heads of one tensor-parallel rank, so that
+there is one place where each equation is computed. What depends on a single token (norms, MLP) runs over all tokens of a step
+at once, the attention by groups of sequences.
+"""
+
+import copy
+import re
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from vllm.config import VllmConfig
+from vllm.distributed import (
+    get_tensor_model_parallel_rank,
+    get_tensor_model_parallel_world_size,
+    tensor_model_parallel_all_reduce,
+)
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.logits_processor import LogitsProcessor
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+from vllm.model_executor.models.interfaces import HasInnerState, IsHybrid
+from vllm.model_executor.models.utils import AutoWeightsLoader, maybe_prefix
+
+from ..configuration import GMAConfig
+from ..modeling.attention_gma import (
+    GMAAttention,
+    GMARMSNorm,
+    GMARotaryEmbedding,
+    GMASoftmaxAttention,
+    apply_rotary_pos_emb,
+)
+from ..modeling.modeling_gma import GMAMLP
+from ..modeling.window import LACKING_BEFORE
+from .layer import GMASlotLayer, state_dtypes, state_shapes
+from .sharding import shard_weights
+from .slots import SlotLayout, SlotMemory
+from .steps import StepGroup
+
+
+def slot_layout(config: GMAConfig, dtype: torch.dtype, num_ranks: int = 1) -> SlotLayout:
+    """
+    What a GMA layer remembers for one sequence.
+
+    Args:
+        config (`GMAConfig`): of the model.
+        dtype (`torch.dtype`): of its weights.
+        num_ranks (`int`): over how many processes the heads are spread.
+    """
+    num_heads, num_key_value_heads = (n // num_ranks for n in (config.num_attention_heads, config.num_key_value_heads))
+    channels = (num_heads + num_key_value_heads) * config.routing_dim + num_key_value_heads * config.head_dim
+    return SlotLayout(
+        num_heads,
+        num_key_value_heads,
+        config.num_components,
+        config.routing_dim,
+        config.head_dim,
+        window_size=config.window_size,
+        num_sink_tokens=config.num_sink_tokens,
+        conv_history=(max(0, config.conv_kernel_size - 1), channels),
+        has_write_weight=config.use_write_weight,
+        has_log_decay=config.use_decay,
+        dtype=dtype,
+    )
+
+
+class SlotCache:
+    """A cache of one layer, in the form in which [`GMAAttention`] looks for it."""
+
+    def __init__(self, layer_idx: int, memory: SlotMemory):
+        self.layers = {layer_idx: memory}
+
+
+class ServedGMAAttention(GMAAttention, GMASlotLayer):
+    """[`GMAAttention`] with the heads of one rank, over the tokens of a step."""
+
+    def __init__(self, config: GMAConfig, layer_idx: int, dtype: torch.dtype, prefix: str):
+        super().__init__(config, layer_idx)
+        self.init_slots(slot_layout(config, dtype), prefix)
+
+    def forward(self, hidden_states: Tensor, positions: Tensor, rotary_emb: GMARotaryEmbedding | None) -> Tensor:
+        """`(tokens, hidden_size)` to the part of the output, of the same shape, that the heads of this rank give."""
+        inputs = (hidden_states,)
+        if rotary_emb is not None:
+            inputs += tuple(x[0] for x in rotary_emb(hidden_states, positions[None]))
+        return self.run_step(inputs, torch.zeros_like(hidden_states), self.attend_group)
+
+    def attend_group(self, inputs: list[Tensor], group: StepGroup, memory: SlotMemory) -> Tensor:
+        hidden_states, *position_embeddings = inputs
+        output, _ = GMAAttention.forward(
+            self,
+            hidden_states,
+            attention_mask=group.padding_mask,
+            position_embeddings=tuple(position_embeddings) or None,
+            past_key_values=SlotCache(self.layer_idx, memory),
+        )
+        return output
+
+
+class ServedSoftmaxAttention(GMASoftmaxAttention):
+    """[`GMASoftmaxAttention`] on vLLM's own attention and paged cache."""
+
+    def __init__(self, config: GMAConfig, layer_idx: int, vllm_config: VllmConfig, prefix: str):
+        super().__init__(config, layer_idx)
+        self.attn = Attention(
+            config.num_attention_heads,
+            config.head_dim,
+            self.scaling,
+            num_kv_heads=config.num_key_value_heads,
+            cache_config=vllm_config.cache_config,
+            prefix=f"{prefix}.attn",
+        )
+
+    def forward(self, hidden_states: Tensor, positions: Tensor, rotary_emb: GMARotaryEmbedding | None) -> Tensor:
+        """As [`ServedGMAAttention.forward`]."""
+        query, key, value = self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
+        if rotary_emb is not None:
+            heads = (x.unflatten(-1, (-1, self.head_dim)).transpose(0, 1)[None] for x in (query, key))
+            heads = apply_rotary_pos_emb(*heads, *rotary_emb(hidden_states, positions[None]))
+            query, key = (x[0].transpose(0, 1).flatten(1) for x in heads)
+        return self.o_proj(self.attn(query, key, value))
+
+
+class ServedBlock(nn.Module):
+    """One block; attention and MLP each give the sum over the ranks."""
+
+    def __init__(self, config: GMAConfig, layer_idx: int, vllm_config: VllmConfig, prefix: str):
+        super().__init__()
+        self.layer_type = config.layer_types[layer_idx]
+        attention_prefix = f"{prefix}.self_attn"
+        if self.layer_type == "linear_attention":
+            dtype = vllm_config.model_config.dtype
+            self.self_attn = ServedGMAAttention(config, layer_idx, dtype, attention_prefix)
+        else:
+            self.self_attn = ServedSoftmaxAttention(config, layer_idx, vllm_config, attention_prefix)
+        self.mlp = GMAMLP(config)
+        self.input_layernorm = GMARMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = GMARMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(self, hidden_states: Tensor, positions: Tensor, rotary_embs: nn.ModuleDict) -> Tensor:
+        rotary_emb = rotary_embs[self.layer_type] if self.layer_type in rotary_embs else None
+        output = self.self_attn(self.input_layernorm(hidden_states), positions, rotary_emb)
+        hidden_states = hidden_states + tensor_model_parallel_all_reduce(output)
+        output = self.mlp(self.post_attention_layernorm(hidden_states))
+        return hidden_states + tensor_model_parallel_all_reduce(output)
+
+
+class ServedGMAModel(nn.Module):
+    """[`GMAModel`], with the same names of weights."""
+
+    def __init__(self, vllm_config: VllmConfig, prefix: str):
+        super().__init__()
+        config: GMAConfig = vllm_config.model_config.hf_config
+        self.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.hidden_size)
+        self.embed_positions = None
+        if config.position_embedding_type == "learned":
+            self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.rotary_embs = nn.ModuleDict()
+        if config.position_embedding_type == "rope":
+            if "full_attention" in config.layer_types:
+                self.rotary_embs["full_attention"] = GMARotaryEmbedding(config, config.head_dim)
+            if "linear_attention" in config.layer_types and config.rope_on_routing:
+                self.rotary_embs["linear_attention"] = GMARotaryEmbedding(config, config.routing_dim)
+        local = rank_config(config, get_tensor_model_parallel_world_size())
+        self.layers = nn.ModuleList(
+            [ServedBlock(local, idx, vllm_config, f"{prefix}.layers.{idx}") for idx in range(config.num_hidden_layers)]
+        )
+        self.norm = GMARMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(self, input_ids: Tensor | None, positions: Tensor, inputs_embeds: Tensor | None = None) -> Tensor:
+        hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if self.embed_positions is not None:
+            hidden_states = hidden_states + self.embed_positions(positions)
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, positions, self.rotary_embs)
+        return self.norm(hidden_states)
+
+
+class ServedGMAForCausalLM(nn.Module, HasInnerState, IsHybrid):
+    """What vLLM loads for the architecture "GMAForCausalLM"."""
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
+        super().__init__()
+        self.config: GMAConfig = vllm_config.model_config.hf_config
+        self.model = ServedGMAModel(vllm_config, maybe_prefix(prefix, "model"))
+        self.lm_head = ParallelLMHead(
+            self.config.vocab_size, self.config.hidden_size, prefix=maybe_prefix(prefix, "lm_head")
+        )
+        if self.config.tie_word_embeddings:
+            self.lm_head = self.lm_head.tie_weights(self.model.embed_tokens)
+        self.logits_processor = LogitsProcessor(self.config.vocab_size)
+        shard_weights(self.model.layers, get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size())
+
+    @classmethod
+    def get_mamba_state_shape_from_config(cls, vllm_config: VllmConfig) -> tuple[tuple[int, ...], ...]:
+        return state_shapes(configured_layout(vllm_config))
+
+    @classmethod
+    def get_mamba_state_dtype_from_config(cls, vllm_config: VllmConfig) -> tuple[torch.dtype, ...]:
+        return state_dtypes(configured_layout(vllm_config))
+
+    @classmethod
+    def get_mamba_state_copy_func(cls):
+        raise NotImplementedError("The states of GMA layers are not shared between requests: prefix caching is off.")
+
+    def embed_input_ids(self, input_ids: Tensor) -> Tensor:
+        return self.model.embed_tokens(input_ids)
+
+    def forward(
+        self,
+        input_ids: Tensor | None,
+        positions: Tensor,
+        intermediate_tensors=None,
+        inputs_embeds: Tensor | None = None,
+        **kwargs,
+    ) -> Tensor:
+        return self.model(input_ids, positions, inputs_embeds)
+
+    def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
+        return self.logits_processor(self.lm_head, hidden_states)
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        loaded = AutoWeightsLoader(self).load_weights(weights)
+        # Checkpoints from before there was a `memory_dilution` mean the zeros with which it was made
+        return loaded | {name for name, _ in self.named_parameters() if re.search(LACKING_BEFORE, name)}
+
+
+def configured_layout(vllm_config: VllmConfig) -> SlotLayout:
+    """The slots of a native model."""
+    model_config, num_ranks = vllm_config.model_config, vllm_config.parallel_config.tensor_parallel_size
+    return slot_layout(model_config.hf_config, model_config.dtype, num_ranks)
+
+
+def rank_config(config: GMAConfig, num_ranks: int) -> GMAConfig:
+    """The configuration of a block that holds one of `num_ranks` equal parts of the heads and of the MLP."""
+    local = copy.deepcopy(config)
+    for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
+        setattr(local, name, getattr(config, name) // num_ranks)
+    return local

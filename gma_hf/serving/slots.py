@@ -1,0 +1,168 @@
+# Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
+"""
+The memory of a layer in slots: what [`GMACacheLayer`] keeps for a batch, one sequence a slot, in tensors whose first dimension
+is the slot. All of it has a fixed size: S and z in float32, the history of the short convolution, and behind a window the keys
+and values that are still in it, the sink tokens, and how many tokens were summed.
+"""
+
+from collections.abc import Sequence
+from math import prod
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..ops.window.tokens import GMAWindowHistory
+
+
+ALIGNMENT = 16  # bytes; every number of a slot lies at a multiple of its own size
+
+
+class SlotField(NamedTuple):
+    """One tensor of a slot: its name, its shape without the slot, its dtype."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def num_bytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize
+
+
+class SlotLayout(NamedTuple):
+    """
+    What one layer keeps for one sequence.
+
+    Attributes:
+        num_heads, num_key_value_heads, num_components, key_dim, value_dim (`int`): of the heads that this process computes.
+        window_size, num_sink_tokens (`int`): of the window; 0 for none.
+        conv_history (`tuple[int, int]`): tokens and channels that the short convolution remembers.
+        has_write_weight, has_log_decay, has_routing_keys (`bool`): whether tokens in the window wait with a write weight, a
+            decay, or a key of their own for the mixture.
+        dtype (`torch.dtype`): of keys and values.
+    """
+
+    num_heads: int
+    num_key_value_heads: int
+    num_components: int
+    key_dim: int
+    value_dim: int
+    window_size: int = 0
+    num_sink_tokens: int = 0
+    conv_history: tuple[int, int] = (0, 0)
+    has_write_weight: bool = False
+    has_log_decay: bool = False
+    has_routing_keys: bool = False
+    dtype: torch.dtype = torch.float32
+
+    def fields(self) -> list[SlotField]:
+        """The tensors of a slot, those of the largest numbers first."""
+        heads, window, sinks = self.num_heads, self.window_size, self.num_sink_tokens
+        keys, values = ((self.num_key_value_heads, window, dim) for dim in (self.key_dim, self.value_dim))
+        fields = [
+            SlotField("state", (heads, self.num_components, self.value_dim), torch.float32),
+            SlotField("normalizer", (heads, self.num_components), torch.float32),
+        ]
+        if window > 0:
+            fields.append(SlotField("count", (1,), torch.int32))
+            if self.has_write_weight:
+                fields.append(SlotField("write_weight", (heads, window), torch.float32))
+            if self.has_log_decay:
+                fields.append(SlotField("log_decay", (heads, window), torch.float32))
+            fields += [SlotField("keys", keys, self.dtype), SlotField("values", values, self.dtype)]
+            if self.has_routing_keys:
+                fields.append(SlotField("routing_keys", keys, self.dtype))
+            if sinks > 0:
+                fields.append(SlotField("sink_keys", (keys[0], sinks, keys[2]), self.dtype))
+                fields.append(SlotField("sink_values", (keys[0], sinks, values[2]), self.dtype))
+        if self.conv_history[0] > 0:
+            fields.append(SlotField("conv", self.conv_history, self.dtype))
+        if window > 0:
+            fields.append(SlotField("valid", (window,), torch.bool))
+            if sinks > 0:
+                fields.append(SlotField("sink_valid", (sinks,), torch.bool))
+        rest = -sum(field.num_bytes for field in fields) % ALIGNMENT
+        return fields if rest == 0 else [*fields, SlotField("unused", (rest,), torch.uint8)]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of one slot."""
+        return sum(field.num_bytes for field in self.fields())
+
+
+class SlotMemory:
+    """
+    The memory of the rows of one group, in the place of a layer of a cache: read from slots when it is made, written back by
+    [`SlotMemory.store`].
+
+    Args:
+        layout (`SlotLayout`): what a slot holds.
+        tensors (`Sequence[torch.Tensor]` of shapes `(slots, ...)`): the slots, in the order of the layout's fields.
+        slots (`torch.LongTensor` of shape `(rows,)`, *optional*): which of them; `None` if nothing is to be remembered.
+        is_fresh (`bool`): whether the rows have no past. Their slots are not read then.
+    """
+
+    def __init__(self, layout: SlotLayout, tensors: Sequence[Tensor], slots: Tensor | None, is_fresh: bool):
+        self.layout = layout
+        self.tensors = tensors
+        self.slots = slots
+        self.past: dict[str, Tensor] = {}
+        self.new: dict[str, Tensor] = {}
+        self.cumulative_length = 0
+        if not is_fresh:
+            self.past = {field.name: tensor[slots] for field, tensor in zip(layout.fields(), tensors, strict=True)}
+            if "count" in self.past:
+                self.past["count"] = self.past["count"][:, 0].long()
+
+    @property
+    def is_initialized(self) -> bool:
+        return bool(self.past)
+
+    @property
+    def state(self) -> tuple[Tensor, Tensor] | None:
+        """(S, z), or `None` where nothing came before."""
+        return (self.past["state"], self.past["normalizer"]) if self.past else None
+
+    @property
+    def window_history(self) -> GMAWindowHistory | None:
+        """What the window goes on from, or `None` where nothing came before."""
+        return GMAWindowHistory(*map(self.past.get, GMAWindowHistory._fields)) if self.past else None
+
+    @property
+    def conv_history(self) -> Tensor | None:
+        """What the short convolution goes on from, or `None` where nothing came before."""
+        return self.past.get("conv")
+
+    def get_seq_length(self) -> int:
+        """Not known: each row has another length."""
+        return 0
+
+    def update(self, state: Sequence[Tensor | None], conv_history: Tensor | None, num_tokens: int) -> None:
+        """Takes the memory after the tokens of the group, in the form of [`GMACacheLayer.update`]."""
+        names = ("state", "normalizer") if len(state) == 2 else GMAWindowHistory._fields
+        self.new = dict(zip(names, state, strict=True)) | {"conv": conv_history}
+
+    def advance(self, state: Sequence[Tensor | None], num_tokens: int, is_plain: bool = False) -> None:
+        """Likewise, in the form of a converted layer's cache."""
+        self.update(state, None, num_tokens)
+
+    def store(self) -> None:
+        """
+        Writes the new memory into the slots.
+
+        Raises:
+            RuntimeError: if a layer remembers something else than its slot has room for.
+        """
+        if self.slots is None:
+            return
+        expected = {field.name for field in self.layout.fields()} - {"unused"}
+        remembered = {name for name, tensor in self.new.items() if tensor is not None}
+        if remembered != expected:
+            raise RuntimeError(
+                f"A layer remembers {sorted(remembered)}, but its slots hold {sorted(expected)}. This is a fault of gma_hf."
+            )
+        for field, tensor in zip(self.layout.fields(), self.tensors, strict=True):
+            if field.name != "unused":
+                new = self.new[field.name]
+                tensor[self.slots] = new.reshape(len(self.slots), *field.shape).to(field.dtype)

@@ -1,0 +1,104 @@
+# Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
+"""
+One step of an engine with continuous batching: the tokens of many sequences lie one behind the other, each sequence has a slot
+that holds its memory, and some sequences begin with this step. Sequences of similar lengths become the rows of a group, padded
+to the longest of them; padding neither writes nor forgets, so that each row gives what the sequence alone would give.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+# A row may be padded by so many tokens, or by this share of the longest row, before it goes to another group
+FREE_PADDING, PADDED_SHARE = 16, 0.25
+
+
+class StepGroup(NamedTuple):
+    """
+    Sequences that run through a layer as one batch.
+
+    Attributes:
+        tokens (`torch.LongTensor` of shape `(rows, length)`): places in the step's tokens; at padding any.
+        padding_mask (`torch.BoolTensor` of shape `(rows, length)` or `None`): `True` at real tokens; `None` if all are.
+        slots (`torch.LongTensor` of shape `(rows,)` or `None`): where the memory of each sequence lies; `None` if nothing is
+            to be remembered.
+        is_fresh (`bool`): whether the sequences begin here. What their slots hold is of somebody else, and is not read.
+    """
+
+    tokens: Tensor
+    padding_mask: Tensor | None
+    slots: Tensor | None
+    is_fresh: bool
+
+    def take(self, x: Tensor) -> Tensor:
+        """`(tokens, ...)` to `(rows, length, ...)`."""
+        return x[self.tokens]
+
+    def put(self, rows: Tensor, output: Tensor) -> None:
+        """Writes the real tokens of `(rows, length, ...)` to their places in `(tokens, ...)`."""
+        if self.padding_mask is None:
+            output[self.tokens.flatten()] = rows.flatten(0, 1).to(output.dtype)
+        else:
+            output[self.tokens[self.padding_mask]] = rows[self.padding_mask].to(output.dtype)
+
+
+def group_step(
+    lengths: Sequence[int], contexts: Sequence[int], slots: Tensor | None, device: torch.device | str = "cpu"
+) -> list[StepGroup]:
+    """
+    The groups of a step.
+
+    Args:
+        lengths (`Sequence[int]`): tokens of each sequence in this step, in the order in which they lie there.
+        contexts (`Sequence[int]`): tokens of each sequence before this step.
+        slots (`torch.Tensor` of shape `(sequences,)`, *optional*): the slot of each sequence.
+        device (`torch.device` or `str`): where the tokens are.
+
+    Returns:
+        `list[StepGroup]`: every sequence with at least one token is a row of exactly one group. Sequences that go on by one
+        token, the usual case, are one group without padding.
+    """
+    starts, place = [], 0
+    for length in lengths:
+        starts.append(place)
+        place += length
+
+    def kind(sequence: int) -> tuple[bool, bool]:
+        return contexts[sequence] == 0, lengths[sequence] == 1
+
+    order = [sequence for sequence, length in enumerate(lengths) if length > 0]
+    order.sort(key=lambda sequence: (kind(sequence), -lengths[sequence]))
+    members: list[list[int]] = []
+    for sequence in order:
+        if members:
+            first = members[-1][0]
+            free = max(FREE_PADDING, PADDED_SHARE * lengths[first])
+            if kind(sequence) == kind(first) and lengths[first] - lengths[sequence] <= free:
+                members[-1].append(sequence)
+                continue
+        members.append([sequence])
+    return [make_group(sequences, starts, lengths, contexts, slots, device) for sequences in members]
+
+
+def make_group(
+    sequences: list[int],
+    starts: Sequence[int],
+    lengths: Sequence[int],
+    contexts: Sequence[int],
+    slots: Tensor | None,
+    device: torch.device | str,
+) -> StepGroup:
+    """The group of some sequences, the longest first."""
+    start = torch.tensor([starts[sequence] for sequence in sequences])
+    length = torch.tensor([lengths[sequence] for sequence in sequences])
+    place = torch.arange(lengths[sequences[0]])
+    tokens = start[:, None] + torch.minimum(place, length[:, None] - 1)
+    padding_mask = None
+    if lengths[sequences[-1]] < lengths[sequences[0]]:
+        padding_mask = (place < length[:, None]).to(device, non_blocking=True)
+    if slots is not None:
+        slots = slots[torch.tensor(sequences).to(slots.device, non_blocking=True)].long()
+    return StepGroup(tokens.to(device, non_blocking=True), padding_mask, slots, contexts[sequences[0]] == 0)
