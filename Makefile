@@ -3,13 +3,15 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 OLDEST := .venv-oldest
+DOCS := .venv-docs
 
-.PHONY: help demo test test-oldest lint clean
+.PHONY: help demo test test-oldest docs lint clean
 
 help:
 	@echo "make demo         train a small GMA language model, generate, reload it, plot its components (3 minutes)"
 	@echo "make test         run the tests"
 	@echo "make test-oldest  run a quick part of the tests against the oldest supported versions"
+	@echo "make docs         build the documentation into site/, with all links checked"
 	@echo "make lint         check style and formatting"
 	@echo "make clean        remove the environments and what the demo wrote"
 
@@ -27,6 +29,12 @@ $(OLDEST)/.ready: pyproject.toml requirements/oldest.txt
 	$(OLDEST)/bin/python -m pip install --quiet --no-deps --editable .
 	@touch $@
 
+$(DOCS)/.ready: requirements/docs.txt
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python -m pip install --quiet --upgrade pip
+	$(DOCS)/bin/python -m pip install --quiet -r requirements/docs.txt
+	@touch $@
+
 demo: $(VENV)/.ready
 	$(BIN)/python scripts/demo.py
 
@@ -36,9 +44,12 @@ test: $(VENV)/.ready
 test-oldest: $(OLDEST)/.ready
 	$(OLDEST)/bin/python -m pytest -n auto -m quick
 
+docs: $(DOCS)/.ready
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --quiet
+
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
 clean:
-	rm -rf $(VENV) $(OLDEST) outputs
+	rm -rf $(VENV) $(OLDEST) $(DOCS) outputs site
