@@ -35,7 +35,9 @@ def main() -> None:
     for mean, deviation, colour in zip(MEANS, DEVIATIONS, COLOURS, strict=True):
         for scale, alpha in ((2, 0.25), (4, 0.12)):
             space.add_patch(Ellipse(mean, *(scale * deviation), color=colour, alpha=alpha, linewidth=0))
-    space.scatter(*keys.T, s=26, color=responsibilities(keys) @ np.array([matplotlib.colors.to_rgb(c) for c in COLOURS]))
+    space.scatter(
+        *keys.T, s=26, color=responsibilities(keys) @ np.array([matplotlib.colors.to_rgb(c) for c in COLOURS])
+    )
     space.scatter(*query.T, s=130, marker="*", color="black", zorder=3)
     space.annotate("query", query[0], (8, 6), textcoords="offset points")
     space.set_title("1. Route keys and queries\nto the components of one mixture", fontsize=10)
