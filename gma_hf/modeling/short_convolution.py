@@ -7,8 +7,8 @@ sequence alone: padding, wherever it stands, and other packed sequences do not t
 import torch
 from torch import nn
 
-from ..ops.attention.fused import DTYPES, missing
-from ..ops.kernel_choice import prefers_kernels
+from ..ops.dispatch import PLAIN, Way, choose
+from ..ops.triton_support import DTYPES, is_on_gpu, missing
 
 
 MAX_WIDTH = 8  # taps of a tile stay in registers
@@ -21,6 +21,14 @@ def cannot_run(inputs: torch.Tensor, weight: torch.Tensor) -> str | None:
     if weight.shape[-1] > MAX_WIDTH:
         return f"it is wider than {MAX_WIDTH} tokens."
     return missing(inputs.device.type, inputs.device.index)
+
+
+WAYS = (Way("triton", cannot_run, is_on_gpu), PLAIN)
+
+
+def uses_kernels(inputs: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether a call goes to the kernels."""
+    return choose("short convolution", WAYS, inputs, weight).name == "triton"
 
 
 class GMAShortConvolution(nn.Conv1d):
@@ -94,7 +102,7 @@ class GMAShortConvolution(nn.Conv1d):
     ) -> torch.Tensor:
         """SiLU of the convolution at the positions from `first` on; each of them sees `before` tokens before it."""
         width, num_channels = self.kernel_size[0], inputs.shape[2]
-        if prefers_kernels("short convolution", inputs.is_cuda, cannot_run(inputs, self.weight)):
+        if uses_kernels(inputs, self.weight):
             from ..ops.convolution.triton.fused import short_convolution
 
             return short_convolution(inputs, self.weight, sequence_ids, before, first)

@@ -6,7 +6,7 @@ from .attention.functional import (
     gaussian_mixture_attention,
     gaussian_mixture_responsibilities,
 )
-from .dispatch import available_backends, register_backend
+from .attention.ways import available_backends
 
 
 __all__ = [
@@ -14,5 +14,4 @@ __all__ = [
     "gaussian_mixture_affinity",
     "gaussian_mixture_attention",
     "gaussian_mixture_responsibilities",
-    "register_backend",
 ]

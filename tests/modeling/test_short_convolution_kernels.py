@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gma_hf.modeling import GMAShortConvolution, short_convolution
-from gma_hf.ops import kernel_choice
+from gma_hf.ops import dispatch
 from tests.ops.kernels import DEVICE, what_a_model_learns
 from tests.ops.problems import assert_close
 
@@ -134,7 +134,7 @@ def assert_same_bits(expected: dict[str, Tensor], actual: dict[str, Tensor]):
 
 @cases
 def test_plain_pytorch_is_the_definition(case, monkeypatch):
-    monkeypatch.setattr(short_convolution, "prefers_kernels", lambda *call: False)
+    monkeypatch.setattr(short_convolution, "uses_kernels", lambda *call: False)
     assert_close(exact(CASES[case]), CASES[case].results(torch.float64), 1e-13)
 
 
@@ -206,7 +206,7 @@ def test_history_continues_a_text(kernels):
 @pytest.mark.parametrize("padded", [False, True], ids=["real", "padded"])
 def test_autocast_keeps_the_dtype_of_projections(answer, packed, padded, monkeypatch):
     """bfloat16 from a projection stays bfloat16; the weight is float32, and so is its gradient."""
-    monkeypatch.setattr(short_convolution, "prefers_kernels", lambda *call: answer)
+    monkeypatch.setattr(short_convolution, "uses_kernels", lambda *call: answer)
     problem = ConvolutionProblem(12, packed=packed, padded=padded)
     tensors = {name: x.float().to(DEVICE).requires_grad_() for name, x in problem.tensors().items()}
     with torch.autocast(DEVICE, torch.bfloat16):
@@ -260,7 +260,7 @@ def test_compiles_into_one_graph_for_all_lengths(autocast, kernels):
 def test_a_model_learns_the_same(monkeypatch):
     results = []
     for answer in (False, True):
-        monkeypatch.setattr(short_convolution, "prefers_kernels", lambda *call, answer=answer: answer)
+        monkeypatch.setattr(short_convolution, "uses_kernels", lambda *call, answer=answer: answer)
         results.append(what_a_model_learns("gated"))
     # The rest of the model amplifies float32 rounding by some tens
     assert_close(*results, 2e-5)
@@ -289,13 +289,12 @@ def test_the_reason_for_plain_pytorch_on_a_gpu_is_logged_once(monkeypatch, caplo
     """Which way a call goes is decided from dtypes, sizes and the device alone."""
     on_gpu = SimpleNamespace(dtype=torch.float64, shape=(4, 1, 4), is_cuda=True)
     monkeypatch.delenv("GMA_HF_BACKEND", raising=False)
-    monkeypatch.setattr(kernel_choice, "_EXPLAINED", set())
-    with caplog.at_level(logging.INFO, logger=kernel_choice.__name__):
+    monkeypatch.setattr(dispatch, "_EXPLAINED", set())
+    with caplog.at_level(logging.INFO, logger=dispatch.__name__):
         for _ in range(2):
-            reason = short_convolution.cannot_run(on_gpu, on_gpu)
-            assert not kernel_choice.prefers_kernels("short convolution", on_gpu.is_cuda, reason)
+            assert not short_convolution.uses_kernels(on_gpu, on_gpu)
     assert [record.message for record in caplog.records] == [
-        "The fused kernels cannot run this short convolution: the inputs or the weights are float64. Plain PyTorch does."
+        "The triton backend cannot run this short convolution: the inputs or the weights are float64. Plain PyTorch runs it."
     ]
 
 

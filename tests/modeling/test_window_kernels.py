@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import gma_hf
-from gma_hf.ops import kernel_choice
+from gma_hf.ops import dispatch
 from gma_hf.ops.window import softmax as module
 from gma_hf.ops.window.softmax import window_softmax
 from tests.conftest import make_model, tiny_config
@@ -322,13 +322,13 @@ def test_the_reason_for_plain_pytorch_on_a_gpu_is_logged_once(monkeypatch, caplo
     """Which kernels a call takes is decided from dtypes, sizes and the device alone."""
     on_gpu = SimpleNamespace(dtype=torch.float64, shape=(1, 1, 3, 8), is_cuda=True)
     monkeypatch.delenv("GMA_HF_BACKEND", raising=False)
-    monkeypatch.setattr(kernel_choice, "_EXPLAINED", set())
-    with caplog.at_level(logging.INFO, logger=kernel_choice.__name__):
+    monkeypatch.setattr(dispatch, "_EXPLAINED", set())
+    with caplog.at_level(logging.INFO, logger=dispatch.__name__):
         for _ in range(2):
             assert not module.uses_kernels(on_gpu, on_gpu, on_gpu, on_gpu)
     assert [record.message for record in caplog.records] == [
-        "The fused kernels cannot run this window: query and key must have the same dtype, and no tensor may be float64. "
-        "Plain PyTorch does."
+        "The triton backend cannot run this window: query and key must have the same dtype, and no tensor may be float64. "
+        "Plain PyTorch runs it."
     ]
 
 

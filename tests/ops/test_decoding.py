@@ -4,8 +4,8 @@
 import pytest
 import torch
 
-from gma_hf.ops import dispatch as registry
 from gma_hf.ops import gaussian_mixture_attention
+from gma_hf.ops.attention.call import AttentionCall
 from gma_hf.ops.attention.recurrent import SHORT
 
 from .kernels import DEVICE, KernelProblem
@@ -97,7 +97,7 @@ def test_the_operator_can_be_compiled_and_exported():
         expected = step(*state)
         actual = torch.compile(step, fullgraph=True, backend="aot_eager")(*state)
     torch.testing.assert_close(actual, expected)
-    arguments = [tensors.get(name) for name in registry.AttentionCall._fields[:6]]
+    arguments = [tensors.get(name) for name in AttentionCall._fields[:6]]
     arguments += [tensors["write_weight"], tensors["log_decay"].expand(-1, 1, -1), *state, 1e-6, 1e-4]
     fused_decoding = torch.ops.gma_hf.fused_decoding.default
     for output_normalizer in (False, True):

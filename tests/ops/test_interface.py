@@ -1,18 +1,22 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
 """What a caller is told when arguments do not fit, how backends are chosen, and that calls compile."""
 
+import logging
+
 import pytest
 import torch
 
 from gma_hf.ops import (
     available_backends,
+    dispatch,
     gaussian_mixture_affinity,
     gaussian_mixture_attention,
     gaussian_mixture_responsibilities,
-    register_backend,
 )
-from gma_hf.ops import dispatch as registry
+from gma_hf.ops.attention import functional
 from gma_hf.ops.attention.chunked.blocks import causal_blocks, state_slots
+from gma_hf.ops.attention.ways import WAYS
+from gma_hf.ops.dispatch import PLAIN, Way, choose
 
 from .problems import Problem, assert_close
 
@@ -79,39 +83,79 @@ def test_what_is_asked_for_follows_the_output_in_a_fixed_order():
         assert torch.equal(actual, expected)
 
 
-def test_auto_takes_the_recurrence_for_a_token_and_chunks_for_many(monkeypatch):
+def named_after_what_runs(monkeypatch) -> list[str]:
+    """A list that grows by the name of every way of attention that runs."""
     taken = []
-    for backend in list(registry._BACKENDS.values()):
 
-        def spy(attention_call, backend=backend):
-            taken.append(backend.name)
-            return backend.function(attention_call)
+    def spy(way):
+        def run(attention_call):
+            taken.append(way.name)
+            return way.run(attention_call)
 
-        monkeypatch.setitem(registry._BACKENDS, backend.name, backend._replace(function=spy))
+        return way._replace(run=run)
+
+    monkeypatch.setattr(functional, "WAYS", tuple(spy(way) for way in WAYS))
+    return taken
+
+
+def test_auto_takes_the_recurrence_for_a_token_and_chunks_for_many(monkeypatch):
+    taken = named_after_what_runs(monkeypatch)
     for length in (1, 100):
         gaussian_mixture_attention(**Problem(length=length).tensors())
     gaussian_mixture_attention(**Problem(length=1).tensors(), causal=False)
     assert taken == ["recurrent", "chunked", "chunked"]
 
 
+def test_every_backend_can_be_named(monkeypatch):
+    assert available_backends() == tuple(way.name for way in WAYS) == dispatch.BACKENDS
+    taken = named_after_what_runs(monkeypatch)
+    for name in ("recurrent", "chunked", "reference"):
+        call(backend=name)
+    assert taken == ["recurrent", "chunked", "reference"]
+
+
 def test_the_environment_forces_a_backend(monkeypatch):
+    taken = named_after_what_runs(monkeypatch)
+    monkeypatch.setenv("GMA_HF_BACKEND", "reference")
+    call(backend="chunked")
+    assert taken == ["reference"]
     monkeypatch.setenv("GMA_HF_BACKEND", "recurrent")
-    with pytest.raises(ValueError, match="'recurrent' cannot run"):
+    with pytest.raises(
+        ValueError, match=r"'recurrent' cannot run .* Unset GMA_HF_BACKEND, or use 'auto' or .*'chunked'"
+    ):
         call(causal=False)
+    monkeypatch.setenv("GMA_HF_BACKEND", "recurent")
+    with pytest.raises(
+        ValueError, match=r"Unknown backend 'recurent' in GMA_HF_BACKEND; expected 'auto' or .*'recurrent'"
+    ):
+        call()
 
 
-def test_a_registered_backend_is_chosen_by_name_and_by_priority(monkeypatch):
-    monkeypatch.setattr(registry, "_BACKENDS", dict(registry._BACKENDS))
-    register_backend(
-        "ones",
-        lambda c: (torch.ones_like(c.value), None),
-        supports=lambda c: None if c.causal else "it is causal.",
-        priority=lambda c: 100,
-    )
-    assert "ones" in available_backends()
-    assert (call(backend="ones") == 1).all()
-    assert (call() == 1).all()
-    assert not (call(causal=False) == 1).all()
+def way(name: str, reason: str | None = None, suits: bool = True) -> Way:
+    return Way(name, lambda *call: reason, lambda *call: suits)
+
+
+def test_the_first_way_that_suits_and_can_is_taken_and_the_reason_logged_once(monkeypatch, caplog):
+    monkeypatch.delenv("GMA_HF_BACKEND", raising=False)
+    monkeypatch.setattr(dispatch, "_EXPLAINED", set())
+    ways = (way("triton", "it is Tuesday."), way("recurrent", suits=False), way("chunked"), way("reference"))
+    with caplog.at_level(logging.INFO, logger=dispatch.__name__):
+        assert [choose("walk", ways).name for _ in range(2)] == ["chunked", "chunked"]
+    assert [record.message for record in caplog.records] == [
+        "The triton backend cannot run this walk: it is Tuesday. Plain PyTorch runs it."
+    ]
+    assert choose("walk", ways, backend="recurrent").name == "recurrent"  # what is named need not suit
+    with pytest.raises(ValueError, match=r"cannot run this walk: it is Tuesday. Use 'auto' or one of .*'chunked'"):
+        choose("walk", ways, backend="triton")
+
+
+@pytest.mark.parametrize("name", ["chunked", "recurrent", "reference"])
+def test_operators_with_two_ways_are_plain_pytorch_for_every_other_backend(name, monkeypatch):
+    monkeypatch.setenv("GMA_HF_BACKEND", name)
+    assert choose("walk", (way("triton"), PLAIN)).name == "pytorch"
+    monkeypatch.setenv("GMA_HF_BACKEND", "trition")
+    with pytest.raises(ValueError, match="Unknown backend 'trition' in GMA_HF_BACKEND"):
+        choose("walk", (way("triton"), PLAIN))
 
 
 CASES = {

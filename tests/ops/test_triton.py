@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
 import gma_hf
-from gma_hf.ops import dispatch as registry
 from gma_hf.ops import gaussian_mixture_attention
 from tests.conftest import make_model, tiny_config
 
@@ -23,8 +22,10 @@ from .problems import QKV, Problem, assert_close, few_examples, problems
 
 pytest.importorskip("triton", reason="Triton has no wheel for this platform")
 
-from gma_hf.ops.attention import fused
+from gma_hf.ops import triton_support
+from gma_hf.ops.attention import functional
 from gma_hf.ops.attention.triton import operators, plan
+from gma_hf.ops.attention.ways import WAYS
 
 
 # float32 rounds at 6e-8; sums over 100 tokens and 64 products amplify it by some tens, a small denominator by more.
@@ -351,14 +352,14 @@ def test_auto_never_chooses_the_interpreter(monkeypatch):
     def refuse(call):
         raise AssertionError("the interpreter was chosen")
 
-    monkeypatch.setitem(registry._BACKENDS, "triton", registry._BACKENDS["triton"]._replace(function=refuse))
+    monkeypatch.setattr(functional, "WAYS", (WAYS[0]._replace(run=refuse), *WAYS[1:]))
     for length, causal in ((1, True), (100, True), (100, False)):
         tensors = {name: x.float() for name, x in Problem(length=length).tensors().items()}
         gaussian_mixture_attention(**tensors, causal=causal)
 
 
 def test_without_triton_the_error_says_what_to_install(monkeypatch):
-    monkeypatch.setattr(fused, "INSTALLED", False)
+    monkeypatch.setattr(triton_support, "INSTALLED", False)
     with pytest.raises(ValueError, match="pip install triton"):
         gaussian_mixture_attention(**{name: x.float() for name, x in Problem().tensors().items()}, backend="triton")
 

@@ -22,14 +22,24 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from ...compat import function_of_modeling_file
-from ...ops.attention.fused import DTYPES, missing
-from ...ops.kernel_choice import prefers_kernels
+from ...ops.dispatch import PLAIN, Way, choose
+from ...ops.triton_support import DTYPES, is_on_gpu, missing
 
 
 # Rounding errors of a rotation and its inverse, in units of the last place of the largest entry
 ROUNDINGS = 4
 # Ranges of the columns of cosines and sines, first and last + 1
 Columns = Sequence[tuple[int, int]]
+
+
+def cannot_run(query: Tensor, *others: Tensor) -> str | None:
+    """Why the kernel cannot run a call, or `None`."""
+    if not all(x.dtype in DTYPES for x in (query, *others)):
+        return "queries, keys or angles are float64."
+    return missing(query.device.type, query.device.index)
+
+
+WAYS = (Way("triton", cannot_run, is_on_gpu), PLAIN)
 
 
 class Rotation(NamedTuple):
@@ -81,10 +91,7 @@ class Rotation(NamedTuple):
         # Of the first half, which is all that counts, the kernel undoes the last ones
         if columns[0][0] >= rotary_dim // 2 or columns[0][1] < rotary_dim // 2:
             return False
-        reason = None
-        if not all(x.dtype in DTYPES for x in (query, key, self.cos, self.sin)):
-            reason = "queries, keys or angles are float64."
-        return prefers_kernels("rotation", query.is_cuda, reason or missing(query.device.type, query.device.index))
+        return choose("rotation", WAYS, query, key, self.cos, self.sin).name == "triton"
 
 
 @lru_cache

@@ -7,11 +7,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..dispatch import AttentionCall, AttentionResult, State, select_backend
-from .chunked import attention as chunked  # noqa: F401 (importing a backend registers it)
+from ..dispatch import choose
+from .call import AttentionCall, AttentionResult, State
 from .mixture import mixture_coefficients, repeat_heads, responsibilities
 from .reference import pair_weights
 from .validation import expect_floating, validate_call, validate_mixture
+from .ways import WAYS
 
 
 def gaussian_mixture_attention(
@@ -104,7 +105,7 @@ def gaussian_mixture_attention(
             result = packed_bidirectional(call, sequence_ids, backend)
         else:
             call = with_resets(call, sequence_ids)
-            result = AttentionResult(*select_backend(backend, call).function(call))
+            result = AttentionResult(*choose("call", WAYS, call, backend=backend).run(call))
     asked_for = (result.output,)
     if output_normalizer:
         asked_for += (result.normalizer,)
@@ -256,9 +257,9 @@ def packed_bidirectional(call: AttentionCall, sequence_ids: Tensor, backend: str
         strict=True,
     )
     backwards = with_resets(mirrored, sequence_ids.flip(1))
-    # One backend for both halves: one that can leave out the diagonal.
-    function = select_backend(backend, backwards).function
-    output = function(forwards)[0] + function(backwards)[0].flip(2)
+    # One way for both halves: one that can leave out the diagonal.
+    way = choose("call", WAYS, backwards, backend=backend)
+    output = way.run(forwards)[0] + way.run(backwards)[0].flip(2)
     normalizer = None
     if call.normalize:
         normalizer = output[..., -1] + call.eps

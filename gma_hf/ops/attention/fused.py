@@ -10,20 +10,16 @@ query [B, Hq, Nq, d], key [B, Hk, N, d], value [B, Hk, N, dv], mixtures M -> out
 S [B, M, C, dv], z [B, M, C], denominators [B, Hq, Nq].
 """
 
-import importlib.util
-import os
-
 import torch
 
 from ...compat import is_exporting
-from ..dispatch import AttentionCall, AttentionResult, register_backend
+from ..triton_support import DTYPES, MAX_DIM, missing
+from .call import AttentionCall, AttentionResult
 from .recurrent import SHORT
 
 
-MAX_COMPONENTS = MAX_DIM = 256
+MAX_COMPONENTS = 256
 MAX_STATE = 64 * 256  # components times dimension: what a multiprocessor has room for
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-INSTALLED = importlib.util.find_spec("triton") is not None
 
 
 def needs_gradients(call: AttentionCall) -> bool:
@@ -64,23 +60,8 @@ def fused_attention(call: AttentionCall) -> AttentionResult:
     return AttentionResult(output, state, normalizer if call.output_normalizer else None)
 
 
-@torch.compiler.assume_constant_result
-def missing(device_type: str, device_index: int | None) -> str | None:
-    """What the machine lacks to run the kernels on a device, or None."""
-    if not INSTALLED:
-        return "Triton is not installed (`pip install triton`)."
-    if device_type == "cpu":
-        if os.environ.get("TRITON_INTERPRET") == "1":
-            return None
-        return "the kernels run on GPUs (on a CPU only in Triton's interpreter, with TRITON_INTERPRET=1)."
-    if device_type != "cuda":
-        return f"the kernels do not run on {device_type!r} devices."
-    if torch.version.hip is None and torch.cuda.get_device_capability(device_index) < (8, 0):
-        return "the kernels need a GPU of compute capability 8.0 (Ampere) or newer."
-    return None
-
-
-def supports(call: AttentionCall) -> str | None:
+def cannot_run(call: AttentionCall) -> str | None:
+    """Why the kernels cannot run a call, or `None`."""
     dtype = call.query.dtype
     # Float32 values beside bfloat16 queries are rounded to eleven bits, which is more than the queries have
     if dtype not in DTYPES or call.key.dtype != dtype or call.value.dtype not in (dtype, torch.float32):
@@ -96,10 +77,8 @@ def supports(call: AttentionCall) -> str | None:
     return missing(call.query.device.type, call.query.device.index)
 
 
-def priority(call: AttentionCall) -> int:
-    if call.query.device.type == "cpu":
-        return 0
-    return 25 if is_step(call) else 15
-
-
-register_backend("triton", fused_attention, supports=supports, priority=priority)
+def suits(call: AttentionCall) -> bool:
+    """On a GPU. A few tokens with gradients are better off with the recurrence than with chunks."""
+    length = call.key.shape[2]
+    is_short = isinstance(length, int) and length <= SHORT and call.causal and not call.strict
+    return call.query.is_cuda and (not is_short or is_step(call))

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..dispatch import AttentionCall, AttentionResult, State, register_backend
+from .call import AttentionCall, AttentionResult, State
 from .mixture import MAX_DISTANCE, MixtureCoefficients, repeat_heads, responsibilities, smallest_share
 
 
@@ -171,16 +171,15 @@ def recurrent_attention(call: AttentionCall) -> AttentionResult:
     return AttentionResult(output.flatten(1, 2).to(call.value.dtype), (S, z.squeeze(-1)), normalizer)
 
 
-def supports(call: AttentionCall) -> str | None:
+def cannot_run(call: AttentionCall) -> str | None:
+    """Why the recurrence cannot run a call, or `None`."""
     if not call.causal or call.strict:
         return "the recurrence is causal, and position i reads what positions j <= i wrote."
     return None
 
 
-def priority(call: AttentionCall) -> int:
+def suits(call: AttentionCall) -> bool:
+    """A few tokens of a causal call."""
     # A length that is still open (torch.export) is no int, and must not be decided on
     length = call.key.shape[2]
-    return 20 if isinstance(length, int) and length <= SHORT else 0
-
-
-register_backend("recurrent", recurrent_attention, supports=supports, priority=priority)
+    return isinstance(length, int) and length <= SHORT and call.causal and not call.strict

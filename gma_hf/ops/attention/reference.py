@@ -14,7 +14,7 @@ S [B, M, C, dv], z [B, M, C], D [B, Hq, Nq].
 import torch
 from torch import Tensor
 
-from ..dispatch import AttentionCall, AttentionResult, register_backend
+from .call import AttentionCall, AttentionResult
 from .mixture import repeat_heads, responsibilities
 
 
@@ -92,6 +92,3 @@ def reference_attention(call: AttentionCall) -> AttentionResult:
     output = numerator / denominator if call.normalize else numerator
     normalizer = denominator.flatten(1, 2).squeeze(-1) if call.output_normalizer else None
     return AttentionResult(output.flatten(1, 2).to(call.value.dtype), (S, z), normalizer)
-
-
-register_backend("reference", reference_attention, supports=lambda call: None, priority=lambda call: 1)

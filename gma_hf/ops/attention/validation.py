@@ -4,7 +4,7 @@
 import torch
 from torch import Tensor
 
-from ..dispatch import AttentionCall
+from .call import AttentionCall
 
 
 # Messages are formatted only when they are raised: formatting a size would fix it to a constant in a compiled graph.

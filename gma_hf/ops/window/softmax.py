@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..attention.fused import DTYPES, MAX_DIM, missing
-from ..kernel_choice import prefers_kernels
+from ..dispatch import PLAIN, Way, choose
+from ..triton_support import DTYPES, MAX_DIM, is_on_gpu, missing
 from .blocks import accumulation_dtype, attend, attend_backward
 from .sink_tokens import SinkTokens, attend_sinks, attend_sinks_backward, left_window
 
@@ -36,9 +36,12 @@ def cannot_run(query: Tensor, key: Tensor, value: Tensor, read: Tensor) -> str |
     return missing(query.device.type, query.device.index)
 
 
+WAYS = (Way("triton", cannot_run, is_on_gpu), PLAIN)
+
+
 def uses_kernels(query: Tensor, key: Tensor, value: Tensor, read: Tensor) -> bool:
-    """Whether a call goes to the kernels, by the rules of the operator's backends."""
-    return prefers_kernels("window", query.is_cuda, cannot_run(query, key, value, read))
+    """Whether a call goes to the kernels."""
+    return choose("window", WAYS, query, key, value, read).name == "triton"
 
 
 # As in `ops`, the two passes are opaque operators to torch.compile and torch.export, and lengths stay dynamic. Defined and

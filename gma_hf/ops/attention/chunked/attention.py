@@ -10,7 +10,7 @@ query [B, Hq, Nq, d], key [B, Hk, N, d], value [B, Hk, N, dv], mixtures M -> out
 S [B, M, C, dv], z [B, M, C], denominators [B, Hq, Nq].
 """
 
-from ...dispatch import AttentionCall, AttentionResult, register_backend
+from ..call import AttentionCall, AttentionResult
 from .bidirectional import ReadState, WriteState
 from .causal import CausalChunks
 
@@ -40,6 +40,3 @@ def chunked_attention(call: AttentionCall) -> AttentionResult:
         )
     state = (S.transpose(0, 1), z.transpose(0, 1))
     return AttentionResult(output, state, normalizer if call.output_normalizer else None)
-
-
-register_backend("chunked", chunked_attention, supports=lambda call: None, priority=lambda call: 10)
