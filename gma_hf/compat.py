@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -130,6 +131,7 @@ OVERRIDDEN = (
     PrivateName(
         "transformers:PreTrainedModel", "_can_compile_fullgraph", "`generate` compiles a static cache's steps"
     ),
+    PrivateName("transformers:PreTrainedModel", "_supports_context_parallel", "a memory starts anew on every process"),
     PrivateName(
         "transformers:PreTrainedModel", "_tied_weights_keys", "the output layer shares the embeddings' weight"
     ),
@@ -255,6 +257,51 @@ def is_exporting() -> bool:
 def mark_static_address(tensor: Tensor) -> None:
     """Tell `torch.compile` that a tensor of a static cache stays where it is, so that CUDA graphs need no copy of it."""
     torch._dynamo.mark_static_address(tensor)
+
+
+def execution_device(module: nn.Module) -> torch.device:
+    """
+    Where a module computes. The weights of a module that Accelerate offloads lie on the CPU or on the disk, and show as meta
+    tensors; a hook of Accelerate moves the weights to the device of the computation for each call.
+    """
+    for submodule in module.modules():
+        hook = getattr(submodule, "_hf_hook", None)
+        for single in getattr(hook, "hooks", (hook,)):
+            device = getattr(single, "execution_device", None)
+            if device is not None:
+                return torch.device(device)
+        parameter = next(submodule.parameters(recurse=False), None)
+        if parameter is not None and not parameter.is_meta:
+            return parameter.device
+    parameter = next(module.parameters(), None)
+    return torch.device("cpu") if parameter is None else parameter.device
+
+
+def parameters_without_values(module: nn.Module) -> list[str]:
+    """The names of the parameters on the meta device that no hook of Accelerate brings in for a call."""
+    names = []
+    for name, submodule in module.named_modules():
+        if getattr(submodule, "_hf_hook", None) is None:
+            own = submodule.named_parameters(recurse=False)
+            names += [f"{name}.{key}".lstrip(".") for key, parameter in own if parameter.is_meta]
+    return names
+
+
+def has_adapters(model: PreTrainedModel) -> bool:
+    """Whether `add_adapter` put adapters into a model, so that `save_pretrained` saves the adapters alone."""
+    return getattr(model, "_hf_peft_config_loaded", False)
+
+
+@torch.compiler.assume_constant_result
+def sequences_are_sharded() -> bool:
+    """Whether PyTorch's context parallelism is on, or Accelerate's parallelism over sequences: each process has a part."""
+    parallelism = AcceleratorState._shared_state.get("parallelism_config")
+    if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled):
+        return True
+    # No import: the module is there once somebody has called `context_parallel`
+    context_parallel = sys.modules.get("torch.distributed.tensor.experimental._context_parallel._attention")
+    replaced = getattr(context_parallel, "_replaced_functions", ())
+    return torch.nn.functional.scaled_dot_product_attention in replaced
 
 
 def prepare_inputs(trainer: "Trainer", inputs: dict[str, Any]) -> dict[str, Any]:

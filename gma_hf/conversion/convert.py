@@ -1,19 +1,28 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
 """`convert_to_gma` and `revert_to_softmax`."""
 
-import copy
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..compat import register_recorded_outputs
+from ..compat import has_adapters, parameters_without_values, register_recorded_outputs
 from .architectures import check_architecture, supported_list
-from .checkpoints.classes import ConvertedModelMixin, converted_model_class, initialize_conversions
-from .checkpoints.install import install_layers, remove_layers, restore_softmax_implementations, use_linear_masks
+from .checkpoints.atomic import copied_configs, held_configs, unchanged_on_error
+from .checkpoints.classes import ConvertedModelMixin, converted_model_class, initialize_layers
+from .checkpoints.install import (
+    attach_layers,
+    build_layers,
+    gma_layers,
+    remove_layers,
+    restore_softmax_implementations,
+    use_linear_masks,
+)
 from .checkpoints.registration import register_converted_type
-from .discovery.probe import find_attention_layers
+from .config import GMAConversionConfig, expect_bool, number, whole_number
+from .discovery.probe import AttentionLayer, find_attention_layers
 from .discovery.selection import select_layers
 
 
@@ -85,11 +94,20 @@ def convert_to_gma(
     ```
     """
     check_model(model)
-    if undo_rotation_beyond is None:
-        undo_rotation_beyond = SLOWEST_KEPT if window_size > 0 else 0
-    check_options(
-        num_components, window_size, num_sink_tokens, undo_rotation_beyond, variance_floor, read_eps, variance_init
+    conversion = GMAConversionConfig(
+        num_components=num_components,
+        window_size=window_size,
+        num_sink_tokens=num_sink_tokens,
+        use_routing_projections=use_routing_projections,
+        use_forgetting=use_forgetting,
+        variance_floor=variance_floor,
+        read_eps=read_eps,
+        mean_init_std=mean_init_std,
+        variance_init=variance_init,
     )
+    check_selection(keep_every, undo_rotation, undo_rotation_beyond)
+    if undo_rotation_beyond is None:
+        undo_rotation_beyond = SLOWEST_KEPT if conversion.window_size > 0 else 0
     attention_layers = find_attention_layers(model, example_inputs)
     if not attention_layers:
         raise ValueError(
@@ -97,51 +115,23 @@ def convert_to_gma(
             f"cannot be replaced. {supported_list()}"
         )
     chosen = select_layers(attention_layers, layers, keep_every)
-    if use_forgetting and not any(layer.is_causal for layer in chosen):
-        raise ValueError(
-            "`use_forgetting=True` needs causal layers: a bidirectional layer has no order in which to forget. "
-            "Leave it out for an encoder."
-        )
-    if num_sink_tokens > 0 and not any(layer.is_causal for layer in chosen):
-        raise ValueError(
-            "`num_sink_tokens` needs causal layers: a bidirectional layer sums up the whole sequence. Leave it out for an "
-            "encoder."
-        )
-    if undo_rotation and not any(layer.rotary_dim > 0 for layer in chosen):
-        raise ValueError(
-            "`undo_rotation=True` needs layers with rotary positions, passed to them as `position_embeddings=(cos, sin)` and "
-            "applied by an `apply_rotary_pos_emb` to the first dimensions of queries and keys. None was found; leave it out."
-        )
-    for layer in chosen:
-        has_order = layer.is_causal or window_size > 0
-        if not (has_order if undo_rotation is None else undo_rotation):
-            layer.rotary_dim = 0
-        layer.choose_rotations(undo_rotation_beyond)
-    if undo_rotation and not any(layer.rotary_dim > 0 for layer in chosen):
-        raise ValueError(
-            f"`undo_rotation=True`, but no rotation of the model takes more than `undo_rotation_beyond={undo_rotation_beyond}` "
-            "tokens for a turn. Give a smaller number, or leave `undo_rotation` out."
-        )
-    description = {
-        "layers": {layer.name: layer.shapes() for layer in chosen},
-        "softmax_layers": [layer.name for layer in attention_layers if layer not in chosen],
-        "num_components": num_components,
-        "window_size": window_size,
-        "num_sink_tokens": num_sink_tokens,
-        "use_routing_projections": use_routing_projections,
-        "use_forgetting": use_forgetting,
-        "variance_floor": variance_floor,
-        "read_eps": read_eps,
-        "mean_init_std": mean_init_std,
-        "variance_init": variance_init,
-    }
+    choose_rotations(chosen, undo_rotation, undo_rotation_beyond, conversion.window_size > 0)
+    conversion = dataclasses.replace(
+        conversion,
+        layers={layer.name: layer.shapes() for layer in chosen},
+        softmax_layers=[layer.name for layer in attention_layers if layer not in chosen],
+    )
+
+    # Everything that can fail or takes long is done before the first change to the model
     model_class = converted_model_class(type(model), type(model.config))
     register_converted_type(model.config.model_type)
-    exchange_config(model, model_class.config_class).gma = description
-    exchange_class(model, model_class)
-    install_layers(model)
-    initialize_conversions(model)
-    use_linear_masks(model)
+    new_layers = build_layers(model, conversion)
+    initialize_layers(new_layers.values())
+    with unchanged_on_error(model):
+        exchange_config(model, model_class.config_class).gma = conversion.to_dict()
+        exchange_class(model, model_class)
+        attach_layers(model, new_layers)
+        use_linear_masks(model)
     return model
 
 
@@ -156,19 +146,41 @@ def revert_to_softmax(model: PreTrainedModel) -> PreTrainedModel:
         `PreTrainedModel`: the same object.
 
     Raises:
-        ValueError: if the model is not a converted one.
+        ValueError: if the model is not a converted one. The model is unchanged then, and after any other error.
     """
     if not isinstance(model, ConvertedModelMixin):
-        raise ValueError(f"{type(model).__name__} was not converted to GMA; there is nothing to revert.")
-    restore_softmax_implementations(model)
-    del model._softmax_implementations
-    remove_layers(model)
-    config = exchange_config(model, type(model.config).softmax_class)
-    for name in ("gma", "auto_map"):
-        config.__dict__.pop(name, None)
-    config.architectures = [model.softmax_class.__name__]
-    exchange_class(model, model.softmax_class)
+        raise ValueError(why_not_reverted(model))
+    with unchanged_on_error(model):
+        restore_softmax_implementations(model)
+        vars(model).pop("_softmax_implementations", None)
+        remove_layers(model)
+        config = exchange_config(model, type(model.config).softmax_class)
+        for name in ("gma", "auto_map"):
+            config.__dict__.pop(name, None)
+        config.architectures = [model.softmax_class.__name__]
+        exchange_class(model, model.softmax_class)
     return model
+
+
+def why_not_reverted(model: Any) -> str:
+    """The message for what [`revert_to_softmax`] does not take."""
+    name = type(model).__name__
+    inside = (
+        [part for part in model.modules() if isinstance(part, ConvertedModelMixin)]
+        if isinstance(model, nn.Module)
+        else []
+    )
+    if inside:
+        return (
+            f"{name} is a wrapper around a converted {type(inside[0]).__name__}. Take the model out of it first, for example "
+            "by `merge_and_unload()` of a model with adapters, and revert that."
+        )
+    if isinstance(model, nn.Module) and gma_layers(model):
+        return (
+            f"{name} is a part of a converted model, and cannot be reverted alone. Call `revert_to_softmax` on the model "
+            "that was converted."
+        )
+    return f"{name} was not converted to GMA; there is nothing to revert."
 
 
 def check_model(model: Any) -> None:
@@ -183,55 +195,74 @@ def check_model(model: Any) -> None:
         raise ValueError(
             f"{type(model).__name__} is converted already. To convert other layers, call `revert_to_softmax(model)` first."
         )
+    parts = gma_layers(model)
+    if parts:
+        raise ValueError(
+            f"{type(model).__name__} holds layers that are converted already ({', '.join(parts)}): it is a part of a converted "
+            "model, or has a converted model inside. Call `revert_to_softmax` on the model that was converted first."
+        )
+    if has_adapters(model):
+        raise ValueError(
+            f"{type(model).__name__} has adapters (`add_adapter`), so `save_pretrained` would save them alone, without the "
+            "mixtures. Convert the model first and add adapters to the converted model, or merge the adapters before."
+        )
+    missing = parameters_without_values(model)
+    if missing:
+        raise ValueError(
+            f"{len(missing)} parameters of {type(model).__name__} have no values (meta device), such as {missing[0]}. Load "
+            "the model with its weights, and convert it then."
+        )
     check_architecture(model)
 
 
-def check_options(
-    num_components: int,
-    window_size: int,
-    num_sink_tokens: int,
-    undo_rotation_beyond: float,
-    variance_floor: float,
-    read_eps: float,
-    variance_init: float,
-) -> None:
+def check_selection(keep_every: Any, undo_rotation: Any, undo_rotation_beyond: Any) -> None:
     """
     Raises:
-        ValueError: for impossible values.
+        ValueError: for impossible values of the options that choose layers and rotations.
     """
-    positive = {"num_components": num_components, "variance_floor": variance_floor, "read_eps": read_eps}
-    for name, value in positive.items():
-        if not value > 0:
-            raise ValueError(f"`{name}` must be positive, got {value}.")
-    if window_size < 0:
-        raise ValueError(f"`window_size` must not be negative, got {window_size}. 0 means no window.")
-    if num_sink_tokens < 0:
-        raise ValueError(f"`num_sink_tokens` must not be negative, got {num_sink_tokens}. 0 means none.")
-    if not undo_rotation_beyond >= 0:
+    if keep_every is not None and whole_number("keep_every", keep_every, 0) < 2:
+        raise ValueError(f"`keep_every` must be at least 2, got {keep_every}: with 1, every layer would be kept.")
+    if undo_rotation is not None:
+        expect_bool("undo_rotation", undo_rotation)
+    if undo_rotation_beyond is not None:
+        number("undo_rotation_beyond", undo_rotation_beyond, is_positive=False)
+
+
+def choose_rotations(
+    chosen: list[AttentionLayer], undo_rotation: bool | None, beyond: float, has_window: bool
+) -> None:
+    """
+    Decide for each layer which rotations are undone, see [`convert_to_gma`].
+
+    Raises:
+        ValueError: if rotations are to be undone, and there are none.
+    """
+    if undo_rotation and not any(layer.rotary_dim > 0 for layer in chosen):
         raise ValueError(
-            f"`undo_rotation_beyond` must not be negative, got {undo_rotation_beyond}. 0 undoes all rotations."
+            "`undo_rotation=True` needs layers with rotary positions, passed to them as `position_embeddings=(cos, sin)` and "
+            "applied by an `apply_rotary_pos_emb` to the first dimensions of queries and keys. None was found; leave it out."
         )
-    if num_sink_tokens > 0 and window_size == 0:
+    for layer in chosen:
+        if not (layer.is_causal or has_window if undo_rotation is None else undo_rotation):
+            layer.rotary_dim = 0
+        layer.choose_rotations(beyond)
+    if undo_rotation and not any(layer.rotary_dim > 0 for layer in chosen):
         raise ValueError(
-            "`num_sink_tokens` keeps first tokens visible to the softmax of a window that has moved on: it needs a "
-            "`window_size`, which is 0. Give one, or leave it out."
+            f"`undo_rotation=True`, but no rotation of the model takes more than `undo_rotation_beyond={beyond}` "
+            "tokens for a turn. Give a smaller number, or leave `undo_rotation` out."
         )
-    if not variance_init > variance_floor:
-        raise ValueError(f"`variance_init` ({variance_init}) must exceed `variance_floor` ({variance_floor}).")
 
 
 def exchange_config(model: PreTrainedModel, config_class: type[PreTrainedConfig]) -> PreTrainedConfig:
     """
     Give a model a copy of its configuration, of another class. Another model that shares the old one keeps it as it is.
     """
-    copies: dict[int, Any] = {}
-    config = copy.deepcopy(model.config, copies)
-    config.__class__ = config_class
-    for module in model.modules():
-        for name, value in vars(module).items():
-            if isinstance(value, PreTrainedConfig) and id(value) in copies:
-                vars(module)[name] = copies[id(value)]
-    return config
+    held = [(model, "config", model.config)]
+    held += [(module, name, config) for module in model.modules() for name, config in held_configs(module)]
+    for module, name, config in copied_configs(held):
+        vars(module)[name] = config
+    model.config.__class__ = config_class
+    return model.config
 
 
 def exchange_class(model: PreTrainedModel, model_class: type[PreTrainedModel]) -> None:

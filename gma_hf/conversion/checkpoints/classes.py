@@ -12,17 +12,19 @@ import functools
 import inspect
 import json
 import os
+import threading
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import transformers
 from huggingface_hub.dataclasses import strict
-from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ...compat import attention_implementation, auto_classes_of, is_initialized, mark_initialized
 from ...modeling.step_loss import as_part_of_step
 from ...modeling.window import LACKING_BEFORE
 from ...remote_code import write_remote_code
+from ..config import GMAConversionConfig
 from ..runtime.attention import IMPLEMENTATION
 from ..runtime.layer import GMAConversion
 from .install import install_layers, restore_softmax_implementations, use_linear_masks
@@ -45,6 +47,12 @@ class ConvertedConfigMixin:
         gma (`dict`): `layers`, from the names of the converted modules, relative to the base model, to their shapes;
             `softmax_layers`, the names of the attention modules that were kept; and the options of `convert_to_gma`.
     """
+
+    def __post_init__(self, **kwargs):
+        # `None` in the configurations that Transformers makes to learn the defaults
+        if self.gma is not None:
+            GMAConversionConfig.from_dict(self.gma)
+        super().__post_init__(**kwargs)
 
     @classmethod
     def register_for_auto_class(cls, auto_class="AutoConfig"):
@@ -96,6 +104,9 @@ class ConvertedConfigMixin:
 class ConvertedModelMixin:
     """What the class of a converted model adds to that of the original."""
 
+    # Transformers and Accelerate look here; `refuse_sharded_sequences` stands where they do not look
+    _supports_context_parallel = False
+
     @classmethod
     def register_for_auto_class(cls, auto_class="AutoModel"):
         """Nothing to do: every folder that `save_pretrained` writes already loads with `trust_remote_code=True`."""
@@ -128,7 +139,7 @@ class ConvertedModelMixin:
 
     def initialize_weights(self):
         # Models inside this one know nothing of mixtures, so that these cannot be left to their `_init_weights`
-        initialize_conversions(self)
+        initialize_layers(module for module in self.modules() if isinstance(module, GMAConversion))
         super().initialize_weights()
 
     def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *args, **kwargs) -> str:
@@ -146,16 +157,32 @@ class ConvertedModelMixin:
             use_linear_masks(self)
 
 
-def initialize_conversions(model: nn.Module) -> None:
-    """Initialise what converted modules gained, unless it was loaded or initialised before."""
-    for module in model.modules():
-        if isinstance(module, GMAConversion) and not is_initialized(module):
-            module.reset_parameters()
-            for submodule in module.modules():
+def initialize_layers(layers: Iterable[GMAConversion]) -> None:
+    """Initialise what converted modules gain, unless it was loaded or initialised before."""
+    for layer in layers:
+        if not is_initialized(layer):
+            layer.reset_parameters()
+            for submodule in layer.modules():
                 mark_initialized(submodule)
 
 
-@functools.cache
+# Conversions in several threads must get the same classes
+_lock = threading.RLock()
+
+
+def made_once(function: Callable) -> Callable:
+    """`functools.cache` for several threads: no value is computed twice."""
+    cached = functools.cache(function)
+
+    @functools.wraps(function)
+    def locked(*args):
+        with _lock:
+            return cached(*args)
+
+    return locked
+
+
+@made_once
 def converted_config_class(config_class: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
     """`LlamaConfig` to `GMALlamaConfig`."""
     members = {
@@ -170,7 +197,7 @@ def converted_config_class(config_class: type[PreTrainedConfig]) -> type[PreTrai
     return strict(type(PREFIX + config_class.__name__, (ConvertedConfigMixin, config_class), members))
 
 
-@functools.cache
+@made_once
 def converted_model_class(
     model_class: type[PreTrainedModel], config_class: type[PreTrainedConfig]
 ) -> type[PreTrainedModel]:
@@ -209,7 +236,7 @@ def auto_class_names(config_class: type[PreTrainedConfig]) -> dict[str, str]:
     return names
 
 
-@functools.cache
+@made_once
 def softmax_auto_classes(config_class: type[PreTrainedConfig]) -> dict[str, type[PreTrainedModel]]:
     """From the names of the Auto classes that know a configuration of Transformers to its model class in each."""
     return auto_classes_of(config_class)

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ...compat import attention_implementation, set_attention_implementation
+from ...compat import attention_implementation, execution_device, sequences_are_sharded, set_attention_implementation
+from ..config import GMAConversionConfig
 from ..runtime.attention import IMPLEMENTATION, AttentionCall, begin_call, end_call
 from ..runtime.layer import GMAConversion
 from ..runtime.positions import count_positions_of, rotary_models
@@ -33,26 +34,51 @@ def gma_layers(model: nn.Module) -> dict[str, GMAConversion]:
     return layers
 
 
-def install_layers(model: PreTrainedModel) -> None:
+def build_layers(model: PreTrainedModel, conversion: GMAConversionConfig) -> dict[nn.Module, GMAConversion]:
     """
-    Give the attention modules named in `model.config.gma` their mixtures, on the device and in the dtype of the module,
-    without values. Names that this head of the model does not have (the encoder of an encoder-decoder, say) are left out.
+    The mixtures of a model, without values, each on the device and in the dtype of its attention module. The model is not
+    touched.
+
+    Args:
+        model (`PreTrainedModel`): the model.
+        conversion ([`GMAConversionConfig`]): which layers, and what they have. Names that this head of the model does not
+            have (the encoder of an encoder-decoder, say) are left out.
+
+    Returns:
+        `dict[nn.Module, GMAConversion]`: from the attention modules to their mixtures, in the order of the model.
+
+    Raises:
+        ValueError: if the model has none of the layers, though it has the modules around them.
     """
-    views, converted = {}, []
-    options = {name: value for name, value in model.config.gma.items() if name not in ("layers", "softmax_layers")}
-    for name, shapes in model.config.gma["layers"].items():
-        module = find_module(model, name)
+    found = {name: find_module(model, name) for name in conversion.layers}
+    if not any(found.values()):
+        # A part of the model, the text encoder without the converted image encoder say, has other modules at the top
+        strange = [name for name in found if find_module(model, name.partition(".")[0]) is not None]
+        if strange:
+            raise ValueError(
+                f"{type(model).__name__} has none of the layers that its configuration calls converted: {', '.join(strange)}. "
+                "Restore the config.json that `save_pretrained` wrote."
+            )
+    layers = {}
+    for name, module in found.items():
         if module is None or hasattr(module, "gma"):
             continue
-        conversion = GMAConversion(**shapes, **options)
+        layer = GMAConversion(**conversion.layer_arguments(name))
         # Parameters that are made on the meta device wait there for a checkpoint
         device, dtype = placement(module, model)
-        conversion.to(device="meta" if conversion.mixture_norm.means.is_meta else device, dtype=dtype)
-        conversion.train(module.training)
-        module.gma = conversion
+        layer.to(device="meta" if layer.mixture_norm.means.is_meta else device, dtype=dtype)
+        layers[module] = layer.train(module.training)
+    return layers
+
+
+def attach_layers(model: PreTrainedModel, layers: dict[nn.Module, GMAConversion]) -> None:
+    """Have attention modules of a model compute with their mixtures, see [`build_layers`]."""
+    views = {}
+    for module, layer in layers.items():
+        module.gma = layer
         module.gma_call = AttentionCall()
         # Looked up here, because a compiler cannot look into `sys.modules`
-        module.gma_rotary = rotary_function(module) if conversion.rotary_dim > 0 else None
+        module.gma_rotary = rotary_function(module) if layer.rotary_dim > 0 else None
         module.softmax_config = module.config
         if id(module.config) not in views:
             views[id(module.config)] = converted_view(module.config)
@@ -61,9 +87,32 @@ def install_layers(model: PreTrainedModel) -> None:
             module.register_forward_pre_hook(begin_call, with_kwargs=True),
             module.register_forward_hook(end_call),
         )
-        converted.append(module)
-    for submodel in rotary_models(model, converted):
+    if layers:
+        # The first layer is enough, and no part of the model can run without it
+        first = next(iter(layers))
+        first._gma_hooks = (*first._gma_hooks, first.register_forward_pre_hook(refuse_sharded_sequences))
+    for submodel in rotary_models(model, list(layers)):
         submodel._gma_hooks = (count_positions_of(submodel),)
+
+
+def refuse_sharded_sequences(module: nn.Module, args: tuple) -> None:
+    """
+    Forward pre-hook of the first converted module. Where each process has a part of every sequence, each memory would start
+    anew with the part, and gradients would be wrong without a sign of it.
+
+    Raises:
+        ValueError: under context or sequence parallelism.
+    """
+    if sequences_are_sharded():
+        raise ValueError(
+            "Context parallelism and sequence parallelism cut every sequence over processes, and the memory of a GMA layer "
+            "would start anew in each of them. Set `cp_size` and `sp_size` to 1; use data, tensor or pipeline parallelism."
+        )
+
+
+def install_layers(model: PreTrainedModel) -> None:
+    """Give the attention modules named in `model.config.gma` their mixtures, without values."""
+    attach_layers(model, build_layers(model, GMAConversionConfig.from_dict(model.config.gma)))
 
 
 def remove_layers(model: nn.Module) -> None:
@@ -79,7 +128,7 @@ def remove_layers(model: nn.Module) -> None:
 def placement(module: nn.Module, model: PreTrainedModel) -> tuple[torch.device, torch.dtype]:
     """Where a module computes, and in which numbers: quantized weights are stored in others."""
     parameters = list(module.parameters())
-    device = parameters[0].device if parameters else model.device
+    device = execution_device(module if parameters else model)
     dtypes = (p.dtype for p in parameters if p.is_floating_point() and p.dtype.itemsize > 1)
     return device, next(dtypes, model.dtype)
 

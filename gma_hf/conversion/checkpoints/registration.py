@@ -4,14 +4,13 @@ Converted models and the Auto classes. `import gma_hf` registers a placeholder f
 `gma_llama` is known without importing any model; the real classes are made, and registered, when one is asked for.
 """
 
-import functools
 from typing import Any
 
 import transformers
 from transformers import AutoConfig, PreTrainedConfig
 
 from ...compat import config_class_of, is_known_model_type, share_processors, transformers_model_types
-from .classes import TYPE_PREFIX, converted_config_class, converted_model_class, softmax_auto_classes
+from .classes import TYPE_PREFIX, converted_config_class, converted_model_class, made_once, softmax_auto_classes
 
 
 class ConvertedConfigPlaceholder:
@@ -44,7 +43,7 @@ def register_placeholders() -> None:
             AutoConfig.register(name, type(placeholder.__name__, (placeholder,), {"model_type": name}))
 
 
-@functools.cache
+@made_once
 def register_converted_type(model_type: str) -> type[PreTrainedConfig]:
     """
     Register the converted classes of a model type of Transformers with the Auto classes that know the original.

@@ -18,7 +18,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.masking_utils import sdpa_mask
 
-from ...compat import attention_implementation, set_attention_implementation
+from ...compat import execution_device, set_attention_implementation
+from ..checkpoints.atomic import copied_configs, held_configs, nested_configs
 from ..runtime.masks import MASKED
 from ..runtime.rotation import find_position_embeddings, find_rotary_dim, slow_columns
 
@@ -210,21 +211,25 @@ AttentionMaskInterface.register(PROBE, full_mask)
 
 @contextmanager
 def probing(model: PreTrainedModel, watch: Callable[..., tuple[Tensor, None]]) -> Iterator[None]:
-    """Evaluation mode, no gradients, and in the whole model an attention implementation that is watched."""
-    configs = list({id(config): config for config in model_configs(model)}.values())
-    implementations = [attention_implementation(config) for config in configs]
+    """
+    Evaluation mode, no gradients, and in the whole model an attention implementation that is watched. The model works on
+    copies of its configurations meanwhile: models in other threads may share the configurations.
+    """
+    originals = [(module, name, value) for module in model.modules() for name, value in held_configs(module)]
     training = {module: module.training for module in model.modules()}
     token = _watcher.set(watch)
     try:
-        for config in configs:
-            set_attention_implementation(config, PROBE)
+        for module, name, config in copied_configs(originals):
+            vars(module)[name] = config
+            for nested in nested_configs(config):
+                set_attention_implementation(nested, PROBE)
         model.eval()
         with torch.no_grad():
             yield
     finally:
         _watcher.reset(token)
-        for config, implementation in zip(configs, implementations, strict=True):
-            set_attention_implementation(config, implementation)
+        for module, name, config in originals:
+            vars(module)[name] = config
         for module, was_training in training.items():
             module.training = was_training
 
@@ -237,27 +242,14 @@ def recorded_arguments(model: nn.Module) -> Iterator[dict[nn.Module, tuple[tuple
     def record(module: nn.Module, args: tuple, kwargs: dict) -> None:
         arguments[module] = args, kwargs
 
-    handles = [module.register_forward_pre_hook(record, with_kwargs=True) for module in model.modules()]
+    handles = []
     try:
+        for module in model.modules():
+            handles.append(module.register_forward_pre_hook(record, with_kwargs=True))
         yield arguments
     finally:
         for handle in handles:
             handle.remove()
-
-
-def model_configs(model: PreTrainedModel) -> Iterator[PreTrainedConfig]:
-    """Every configuration that some module of the model holds, those inside of others included; some more than once."""
-    for module in model.modules():
-        if isinstance(config := getattr(module, "config", None), PreTrainedConfig):
-            yield from nested_configs(config)
-
-
-def nested_configs(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
-    """A configuration and those inside it."""
-    yield config
-    for name in config.sub_configs:
-        if isinstance(sub_config := getattr(config, name, None), PreTrainedConfig):
-            yield from nested_configs(sub_config)
 
 
 def input_names(model: PreTrainedModel) -> set[str]:
@@ -288,7 +280,7 @@ def run_with_dummies(model: PreTrainedModel) -> None:
 def dummy_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
     """Tokens, pixels and audio features for a model, as its forward pass names them."""
     config, names = model.config, input_names(model)
-    device, dtype = model.device, model.dtype
+    device, dtype = execution_device(model), model.dtype
     inputs = {}
     if "input_ids" in names:
         inputs["input_ids"] = dummy_tokens(config.get_text_config(), ENCODER_LENGTH, device)

@@ -36,8 +36,6 @@ def select_layers(
         indices = {index for entry in entries for index in find_entry(candidates, entry)}
         chosen = [candidates[index] for index in sorted(indices)]
     if keep_every is not None:
-        if keep_every < 2:
-            raise ValueError(f"`keep_every` must be at least 2, got {keep_every}: with 1, every layer would be kept.")
         chosen = [layer for number, layer in enumerate(chosen, 1) if number % keep_every != 0]
     if not chosen:
         raise ValueError(
