@@ -105,6 +105,9 @@ class DataArguments:
             raise TrainingInputError(
                 f"--validation_fraction must lie between 0 and 1, got {self.validation_fraction}."
             )
+        for name in ("max_train_samples", "max_eval_samples", "preprocessing_num_workers"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise TrainingInputError(f"--{name} must be at least 1, got {getattr(self, name)}.")
 
 
 @dataclass
@@ -151,6 +154,11 @@ class ClassificationArguments(DataArguments):
     allow_missing_labels: bool = field(
         default=False, metadata={"help": "Validation and test data may lack classes that the training data has."}
     )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.max_length < 1:
+            raise TrainingInputError(f"--max_length must be at least 1, got {self.max_length}.")
 
 
 def parse_arguments(dataclass_types: list[type], argv: list[str] | None = None) -> tuple:

@@ -133,6 +133,10 @@ def load_files(files: list[str], data_format: str = "auto", text_documents: str 
         if kind == "csv" and _extension(Path(files[0])) == ".tsv":
             options["sep"] = "\t"
         return load_dataset(kind, data_files={"train": files}, split="train", **options)
+    except ValueError as error:
+        if "no data" not in str(error):
+            raise
+        raise TrainingInputError(f"There are no rows in {_names(files)}. Give a file with data in it.") from error
     except DatasetGenerationError as error:
         cause = error.__cause__ or error
         raise TrainingInputError(f"Cannot read {_names(files)} as {kind}: {cause}") from error

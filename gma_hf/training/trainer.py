@@ -42,7 +42,17 @@ class GMATrainingArguments(TrainingArguments):
     )
 
     def __post_init__(self):
+        num_processes = int(os.environ.get("WORLD_SIZE", "1"))
+        if num_processes > 1 and not torch.accelerator.is_available():
+            # Accelerate joins processes on the CPU only where this is asked for
+            self.use_cpu = True
         super().__post_init__()
+        if num_processes > 1 and self.world_size == 1:
+            raise ValueError(
+                f"{num_processes} processes were started, but this one found no others to train with: each would train a "
+                "model of its own into one folder. Pass `use_cpu` (--use_cpu) to train with several processes on the CPU, or "
+                "start one process."
+            )
         if self.mixture_learning_rate is not None and self.mixture_learning_rate < 0:
             raise ValueError(f"`mixture_learning_rate` must not be negative, got {self.mixture_learning_rate}.")
         if self.mixture_health_steps is not None and self.mixture_health_steps < 1:

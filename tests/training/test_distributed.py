@@ -2,14 +2,18 @@
 """Several processes: the same loss as one."""
 
 import os
+import re
+import shlex
 import subprocess
 import sys
 
 import pytest
+import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 
 from gma_hf import GMAForCausalLM
+from gma_hf.training import GMATrainingArguments
 
 from ..conftest import tiny_config
 from .conftest import SCRIPTS, command_line, logged, results
@@ -56,6 +60,38 @@ def test_two_processes_have_the_loss_of_one(kind, run_script, tiny_run, tmp_path
     assert logged(tmp_path / "two", "eval_loss") == pytest.approx(logged(tmp_path / "one", "eval_loss"), rel=1e-4)
     health = "mixture/usage_perplexity"
     assert logged(tmp_path / "two", health) == pytest.approx(logged(tmp_path / "one", health), rel=1e-3)
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="the command is for machines without a GPU")
+def test_the_documented_command_starts_one_training(tiny_run, tmp_path):
+    """Word for word as the configuration's comment prints the command, with the arguments that it leaves open."""
+    (line,) = re.findall(r"#\s+(accelerate launch --config_file .*) \.\.\.", (CONFIGS / "ddp_cpu.yaml").read_text())
+    program, *words = shlex.split(line)
+    assert program == "accelerate"
+    run = {name: value for name, value in tiny_run.items() if name != "use_cpu"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    environment |= {"HF_DATASETS_CACHE": str(tmp_path / "cache"), "PYTHONPATH": str(SCRIPTS.parent)}
+    done = subprocess.run(
+        [sys.executable, "-m", "accelerate.commands.accelerate_cli", *words, *command_line(run)],
+        cwd=SCRIPTS.parent,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert results(tmp_path / "out")["num_processes"] == 2
+    assert (done.stdout + done.stderr).count("eval metrics") == 1
+    checkpoints = sorted(path.name for path in (tmp_path / "out").glob("checkpoint-4/rng_state*"))
+    assert checkpoints == ["rng_state_0.pth", "rng_state_1.pth"]
+
+
+def test_a_process_that_is_alone_among_several_refuses(tmp_path, monkeypatch):
+    """Two processes without a rank cannot find each other; each would write the same folder."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: True)
+    with pytest.raises(ValueError, match="2 processes were started, but this one found no others"):
+        GMATrainingArguments(str(tmp_path))
 
 
 def test_the_fsdp2_configuration_shards_our_blocks():

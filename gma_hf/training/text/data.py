@@ -110,7 +110,16 @@ def load_labelled_splits(
         _check_column(dataset, split, arguments.label_column, "--label_column")
         _check_text_type(dataset, split, arguments.text_column)
     values = {split: dataset[arguments.label_column][:] for split, dataset in raw.items()}
-    for split in raw:
+    for split, dataset in raw.items():
+        texts = dataset[arguments.text_column][:]
+        missing = sum(text is None for text in texts)
+        if missing:
+            raise TrainingInputError(
+                f"{missing} rows of the {split} data have no text in {arguments.text_column!r}. Remove the rows, or give "
+                "an empty text."
+            )
+        if not any(map(_has_text, texts)):
+            raise TrainingInputError(f"The {split} data has no text: every row of {arguments.text_column!r} is empty.")
         missing = sum(value is None or value == "" for value in values[split])
         if missing:
             raise TrainingInputError(
@@ -134,7 +143,7 @@ def load_labelled_splits(
     splits = {
         split: Dataset.from_dict(
             {
-                "text": [text or "" for text in dataset[arguments.text_column]],
+                "text": dataset[arguments.text_column],
                 "label": [index[value] for value in values[split]],
             }
         ).cast_column("label", ClassLabel(names=names))
@@ -159,7 +168,16 @@ def tokenize_texts(
 
     Returns:
         Columns `input_ids`, `attention_mask` and `labels`. An empty text becomes one padding token that counts.
+
+    Raises:
+        TrainingInputError: if `max_length` leaves no token of the text.
     """
+    num_special = tokenizer.num_special_tokens_to_add()
+    if max_length <= num_special:
+        raise TrainingInputError(
+            f"--max_length {max_length} leaves no token of a text: the tokenizer adds {num_special} special tokens. Give "
+            "more."
+        )
 
     def tokenize(batch: dict[str, list]) -> dict[str, list]:
         whole = tokenizer(batch["text"], verbose=False)["input_ids"]
