@@ -1,2 +1,6 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
-"""The short convolution."""
+"""
+The depthwise short convolution over the real tokens of one sequence, b of its K taps looking back:
+
+    y_p = SiLU(sum_j weight_j x_{p+j-b})
+"""
