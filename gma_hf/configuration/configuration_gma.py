@@ -1,7 +1,9 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
 """Configuration of the GMA models."""
 
+import math
 import os
+from dataclasses import fields
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -10,6 +12,7 @@ from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from ..remote_code import add_remote_code
+from .errors import raises_value_errors, refuse_misspelt
 
 
 POSITION_EMBEDDING_TYPES = ("learned", "rope", "none")
@@ -37,6 +40,7 @@ GMA_PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
+@raises_value_errors
 @strict
 class GMAConfig(PreTrainedConfig):
     r"""
@@ -187,22 +191,22 @@ class GMAConfig(PreTrainedConfig):
     use_write_weight: bool = False
     use_decay: bool = False
     use_output_gate: bool = False
-    read_eps: float = 1e-6
-    variance_floor: float = 1e-4
-    mean_init_std: float = 1.0
-    variance_init: float = 0.6931472
+    read_eps: float | int = 1e-6
+    variance_floor: float | int = 1e-4
+    mean_init_std: float | int = 1.0
+    variance_init: float | int = 0.6931472
     prior_init: str = "uniform"
-    time_step_min: float = 1e-3
-    time_step_max: float = 1e-1
-    decay_rate_range: list[float] | tuple[float, ...] = (1.0, 16.0)
+    time_step_min: float | int = 1e-3
+    time_step_max: float | int = 1e-1
+    decay_rate_range: list[float | int] | tuple[float | int, ...] = (1.0, 16.0)
     hidden_act: str = "silu"
     hidden_dropout: float | int = 0.0
     attention_dropout: float | int = 0.0
     classifier_dropout: float | int = 0.0
     attention_bias: bool = False
     mlp_bias: bool = False
-    rms_norm_eps: float = 1e-6
-    initializer_range: float = 0.02
+    rms_norm_eps: float | int = 1e-6
+    initializer_range: float | int = 0.02
     use_cache: bool = True
     pad_token_id: int | None = None
     bos_token_id: int | None = None
@@ -210,6 +214,12 @@ class GMAConfig(PreTrainedConfig):
     tie_word_embeddings: bool = True
 
     def __post_init__(self, **kwargs):
+        refuse_misspelt(type(self), kwargs)
+        for field in fields(type(self)):
+            # 16 is meant as 16.0, from Python as from a JSON file
+            value = getattr(self, field.name)
+            if field.type == (float | int) and type(value) is int:
+                setattr(self, field.name, float(value))
         # Before the derived values below divide by them
         for name in ("hidden_size", "num_attention_heads", "num_hidden_layers"):
             _check_positive(self, name)
@@ -269,6 +279,8 @@ class GMAConfig(PreTrainedConfig):
         for name in ("mean_init_std", "initializer_range"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"`{name}` must not be negative, got {getattr(self, name)}.")
+        for name in ("mean_init_std", "initializer_range", "variance_init", "time_step_max"):
+            _check_finite(self, name)
         for name in ("hidden_dropout", "attention_dropout", "classifier_dropout"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise ValueError(f"`{name}` must lie in [0, 1), got {getattr(self, name)}.")
@@ -329,18 +341,35 @@ class GMAConfig(PreTrainedConfig):
                 "`num_sink_tokens` keeps first tokens visible to the softmax of a window that has moved on: it needs "
                 f"`window_size` above 0 and `is_causal=True`, got {self.window_size} and {self.is_causal}. Set it to 0."
             )
-        if self.variance_init <= self.variance_floor:
+        if not self.variance_init > self.variance_floor:
             raise ValueError(
                 f"`variance_init` ({self.variance_init}) must exceed `variance_floor` ({self.variance_floor})."
             )
-        if self.time_step_max < self.time_step_min:
+        if not self.time_step_max >= self.time_step_min:
             raise ValueError(
                 f"`time_step_max` ({self.time_step_max}) must not be below `time_step_min` ({self.time_step_min})."
             )
-        if len(self.decay_rate_range) != 2 or not 0 < self.decay_rate_range[0] <= self.decay_rate_range[1]:
+        rates = self.decay_rate_range
+        if len(rates) != 2 or not 0 < rates[0] <= rates[1] < math.inf:
             raise ValueError(
-                f"`decay_rate_range` must be two numbers (low, high) with 0 < low <= high, got {self.decay_rate_range}."
+                f"`decay_rate_range` must be two finite numbers (low, high) with 0 < low <= high, got {rates}."
             )
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs):
+        """
+        A configuration from a dictionary, with single values overridden by keywords: the values are checked together. See
+        [`PreTrainedConfig.from_dict`] for the arguments.
+        """
+        refuse_misspelt(cls, kwargs)
+        config = super().from_dict(config_dict, **kwargs)
+        (config[0] if isinstance(config, tuple) else config).validate()
+        return config
+
+    def update_from_string(self, update_str: str):
+        """Change fields by `"name=value,name=value"`, and check the result. See [`PreTrainedConfig.update_from_string`]."""
+        super().update_from_string(update_str)
+        self.validate()
 
     @classmethod
     def register_for_auto_class(cls, auto_class="AutoConfig"):
@@ -358,6 +387,12 @@ class GMAConfig(PreTrainedConfig):
 def _check_positive(config: GMAConfig, name: str):
     if not getattr(config, name) > 0:  # so that NaN is refused too
         raise ValueError(f"`{name}` must be positive, got {getattr(config, name)}.")
+    _check_finite(config, name)
+
+
+def _check_finite(config: GMAConfig, name: str):
+    if not math.isfinite(getattr(config, name)):
+        raise ValueError(f"`{name}` must be a finite number, got {getattr(config, name)}.")
 
 
 __all__ = ["GMA_PRESETS", "GMAConfig"]
