@@ -64,7 +64,7 @@ class RoutingStatistics:
         self._accumulate("margin", margins.sum(dim=0))
         self._accumulate("stability_bound", bounds.sum(dim=0))
         self._accumulate("sensitivity", sensitivities.sum(dim=0))
-        self.stability_bound_max = torch.maximum(self.stability_bound_max, bounds.amax(dim=0).double().cpu())
+        self.stability_bound_max = torch.maximum(self.stability_bound_max, bounds.amax(dim=0).cpu().double())
 
         head = torch.arange(num_heads, device=gamma.device)
         edges = MARGIN_EDGES[1:-1].to(margins)

@@ -9,6 +9,7 @@ from .calibration.mixture_fitting import FittedMixtures, fit_mixtures
 from .calibration.sensitivity import LayerSensitivity, choose_layers, rank_layers
 from .calibration.teacher import SoftmaxCall, as_teacher
 from .checkpoints.install import gma_layers
+from .config import GMAConversionConfig
 from .convert import convert_to_gma, revert_to_softmax
 from .runtime.layer import GMAConversion
 
@@ -26,6 +27,7 @@ __all__ = [
     "CalibrationReport",
     "FittedMixtures",
     "GMAConversion",
+    "GMAConversionConfig",
     "GMADistillationArguments",
     "GMADistillationTrainer",
     "LayerCalibration",

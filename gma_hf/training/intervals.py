@@ -100,7 +100,7 @@ def evaluate_text(
         rows = text.blocks.select(range(start, min(start + batch_size, len(text.blocks))))
         batch = {name: x.to(model.device) for name, x in collate(list(rows)).items()}
         labels = batch.pop("labels")
-        statistics.append(reduce(model(**batch, use_cache=False).logits, labels).double().cpu())
+        statistics.append(reduce(model(**batch, use_cache=False).logits, labels).cpu().double())
     nll, _, counts = torch.cat(statistics).numpy().T
     low, high = bootstrap_perplexity(nll, counts)
     perplexity = math.exp(nll.sum() / counts.sum())

@@ -15,6 +15,7 @@ the smallest error of all at first, but its weight is then huge, and the least c
 
 import dataclasses
 import time
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -25,6 +26,8 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from ..checkpoints.atomic import values_kept_on_error
+from ..config import whole_number
 from ..runtime.layer import GMAConversion
 from .data import Reservoir, as_it_is, join_batches, model_batches, no_cache
 from .memory_weight import balance_memory, far_mass
@@ -34,6 +37,8 @@ from .teacher import SoftmaxCall, as_teacher, expect_gma_layers
 
 # (average the variances over the components?, temperature)
 WIDTHS = ((False, 1.0), (False, 4.0), *((True, 2.0**power) for power in range(7)))
+VECTORS_PER_COMPONENT = 16  # queries and keys; with fewer, mixtures hold for the sample and for nothing else
+SMALLEST_GAIN = 0.99  # error after / error before, above which calibration changed nothing
 SMALLEST_OVERLAP = (
     1e-6  # sum_c gamma^Q_c gamma^K_c of a query with the average key; useful mixtures have 1e-5 and more
 )
@@ -121,9 +126,18 @@ def calibrate(
     Raises:
         ValueError: if the model has no converted layer, there are no data or too few, or no sequence is longer than the window.
         MemoryError: if the device's memory is too small, with what to lower.
+
+    After an error the mixtures are as they were. With so few data that mixtures cannot be fitted well, or if nothing came
+    nearer to softmax, a `UserWarning` says so.
     """
     start = time.monotonic()
     layers = expect_gma_layers(model)
+    check_in_memory(layers)
+    sizes = {"max_tokens": max_tokens, "num_samples": num_samples, "evaluation_tokens": evaluation_tokens}
+    for name, value in {**sizes, "batch_size": batch_size}.items():
+        whole_number(name, value, 1)
+    whole_number("em_steps", em_steps, 0)
+    parameters = [parameter for layer in layers.values() for parameter in layer.parameters()]
     names = {layer: name for name, layer in layers.items()}
     reservoirs = {
         layer: Reservoir(num_samples, torch.Generator().manual_seed(seed + i)) for i, layer in enumerate(names)
@@ -136,7 +150,7 @@ def calibrate(
 
     num_tokens, evaluation, evaluated = 0, [], 0
     first = reservoirs[next(iter(names))]
-    with as_it_is(model), torch.no_grad(), explain_out_of_memory():
+    with values_kept_on_error(parameters), as_it_is(model), torch.no_grad(), explain_out_of_memory():
         with as_teacher(model, collect), tqdm(total=max_tokens, unit="token", disable=not progress) as bar:
             bar.set_description("Collecting queries and keys")
             for batch in model_batches(model, data, batch_size):
@@ -149,6 +163,7 @@ def calibrate(
                 if num_tokens >= max_tokens:
                     break
         check_data(layers, num_tokens, longest)
+        check_samples(layers, num_tokens, num_samples)
 
         fitted, likelihood_before = {}, {}
         for layer in tqdm(names, desc="Fitting mixtures", unit="layer", disable=not progress):
@@ -177,6 +192,7 @@ def calibrate(
             with as_teacher(model, choose):
                 model(**no_cache(model, join_batches(evaluation, evaluation_tokens / evaluated)))
     ordered = {name: reports[name] for name in layers}
+    warn_if_useless(ordered, num_tokens)
     return CalibrationReport(ordered, num_tokens, min(num_samples, num_tokens), time.monotonic() - start)
 
 
@@ -285,6 +301,57 @@ def check_data(layers: dict[str, GMAConversion], num_tokens: int, longest: dict[
                 f"window of {window.window_size} tokens{sinks}. Give longer sequences, several times the window, or convert "
                 "with a smaller `window_size`."
             )
+
+
+def check_in_memory(layers: dict[str, GMAConversion]) -> None:
+    """
+    Raises:
+        ValueError: for mixtures that Accelerate offloaded, or that have no values yet: nothing could be written to them.
+    """
+    for name, layer in layers.items():
+        if any(parameter.is_meta for parameter in layer.parameters()):
+            raise ValueError(
+                f"The mixtures of {name} are not in memory (meta device), so that calibration could not change them. Calibrate "
+                "the model before it is offloaded: offload the original, then convert and calibrate; or load the converted "
+                "model with a `device_map` that keeps its converted layers in memory."
+            )
+
+
+def check_samples(layers: dict[str, GMAConversion], num_tokens: int, num_samples: int) -> None:
+    """
+    Warn of mixtures with too few queries and keys to be fitted well.
+
+    Raises:
+        ValueError: if there are fewer than components.
+    """
+    num_components = max(layer.mixture_norm.means.shape[1] for layer in layers.values())
+    num_vectors = 2 * min(num_tokens, num_samples)
+    if num_vectors < num_components:
+        raise ValueError(
+            f"`num_samples={num_samples}` keeps {num_vectors} queries and keys per head, too few to fit {num_components} "
+            f"components. Give at least {VECTORS_PER_COMPONENT * num_components // 2}."
+        )
+    if num_vectors < VECTORS_PER_COMPONENT * num_components:
+        warnings.warn(
+            f"Calibration has {num_vectors} queries and keys per head to fit {num_components} components, "
+            f"{num_vectors / num_components:.1f} for each: the mixtures will not hold for other text. Give at least "
+            f"{VECTORS_PER_COMPONENT * num_components // 2} tokens, a few thousand are better, or convert with fewer components.",
+            stacklevel=3,
+        )
+
+
+def warn_if_useless(layers: dict[str, LayerCalibration], num_tokens: int) -> None:
+    """Warn if calibration has brought no layer nearer to softmax."""
+    if all(layer.error_after >= SMALLEST_GAIN * layer.error_before for layer in layers.values()):
+        before, after = (
+            sum(getattr(layer, name) for layer in layers.values()) / len(layers)
+            for name in ("error_before", "error_after")
+        )
+        warnings.warn(
+            f"Calibration on {num_tokens} tokens brought no layer nearer to softmax: the mean error of the attention's output "
+            f"was {before:.3g} and is {after:.3g}. Give more text, and text like that which the model was trained on.",
+            stacklevel=3,
+        )
 
 
 @contextmanager

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ...compat import execution_device
+
 
 class Reservoir:
     """
@@ -51,11 +53,26 @@ class Reservoir:
 
 
 def model_batches(model: PreTrainedModel, data: Iterable, batch_size: int) -> Iterator[dict[str, Any]]:
-    """Batches on the model's device, from batches or from examples."""
+    """
+    Batches on the device where the model computes, from batches or from examples.
+
+    Raises:
+        ValueError: for data that the model cannot read, such as texts that were not tokenized.
+    """
+    device = execution_device(model)
+    if isinstance(data, str | Mapping):
+        advice = "tokenize the text first" if isinstance(data, str) else "put a single batch into a list, `[batch]`"
+        raise ValueError(f"The data must be batches or examples, got a {type(data).__name__}: {advice}.")
     examples: list[Mapping] = []
     for item in data:
         if isinstance(item, Tensor):
             item = {model.main_input_name: item if item.ndim > 1 else item[None]}
+        if not isinstance(item, Mapping):
+            advice = f"Tokenize the texts first: `[tokenizer(text) for text in texts]` has {model.main_input_name!r}."
+            raise ValueError(
+                f"An item of the data is {f'a {type(item).__name__}' if item is not None else 'None'}, "
+                f"{str(item)[:40]!r}, where a tensor of token ids or a dictionary is expected. {advice}"
+            )
         main = item.get(model.main_input_name)
         if main is None:
             raise ValueError(
@@ -63,9 +80,8 @@ def model_batches(model: PreTrainedModel, data: Iterable, batch_size: int) -> It
                 f"{sorted(item)}. Tokenize the data first."
             )
         if isinstance(main, Tensor) and main.ndim > 1:
-            yield {
-                name: value.to(model.device) if isinstance(value, Tensor) else value for name, value in item.items()
-            }
+            check_tokens(model, main)
+            yield {name: value.to(device) if isinstance(value, Tensor) else value for name, value in item.items()}
             continue
         examples.append(item)
         if len(examples) == batch_size:
@@ -81,7 +97,23 @@ def padded(model: PreTrainedModel, examples: list[Mapping]) -> dict[str, Tensor]
     lengths = torch.tensor([len(row) for row in rows])
     tokens = nn.utils.rnn.pad_sequence(rows, batch_first=True)
     mask = (torch.arange(tokens.shape[1]) < lengths[:, None]).long()
-    return {model.main_input_name: tokens.to(model.device), "attention_mask": mask.to(model.device)}
+    check_tokens(model, tokens)
+    device = execution_device(model)
+    return {model.main_input_name: tokens.to(device), "attention_mask": mask.to(device)}
+
+
+def check_tokens(model: PreTrainedModel, tokens: Tensor) -> None:
+    """
+    Raises:
+        ValueError: for token ids that the model does not have.
+    """
+    embeddings = model.get_input_embeddings() if model.main_input_name == "input_ids" else None
+    size = getattr(embeddings, "num_embeddings", None)
+    if size is not None and tokens.numel() > 0 and not 0 <= int(tokens.min()) <= int(tokens.max()) < size:
+        raise ValueError(
+            f"The data hold token ids from {int(tokens.min())} to {int(tokens.max())}, but {type(model).__name__} knows 0 to "
+            f"{size - 1}. Tokenize the data with the tokenizer of the model."
+        )
 
 
 def join_batches(batches: list[dict[str, Any]], fraction: float) -> dict[str, Any]:

@@ -116,8 +116,8 @@ def seed_means(samples: Tensor, num_components: int, generator: torch.Generator 
         # Where all samples are means already, any will do
         weights = torch.where(distance.sum(dim=1, keepdim=True) > 0, distance, 1.0)
         # Drawn by inverting the cumulative sum: `multinomial` takes at most 2^24 categories
-        cumulative = weights.double().cumsum(dim=1)
-        threshold = torch.rand(heads, 1, device=samples.device, dtype=torch.float64, generator=generator)
+        cumulative = weights.to(wide_dtype(samples.device)).cumsum(dim=1)
+        threshold = torch.rand(heads, 1, device=samples.device, dtype=cumulative.dtype, generator=generator)
         drawn = torch.searchsorted(cumulative, threshold * cumulative[:, -1:], right=True)
         means.append(samples[rows, drawn[:, 0].clamp(max=count - 1)])
     return torch.stack(means, dim=1)
@@ -152,11 +152,12 @@ def nearest(samples: Tensor, means: Tensor) -> tuple[Tensor, Tensor]:
 def expectation(
     samples: Tensor, means: Tensor, variances: Tensor, log_priors: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """n_c, sum_n gamma x and sum_n gamma x^2, in float64, and the log-likelihood per sample `(heads,)`."""
+    """n_c, sum_n gamma x and sum_n gamma x^2, see [`wide_dtype`], and the log-likelihood per sample `(heads,)`."""
     heads, num_components, dim = means.shape
-    counts = means.new_zeros(heads, num_components, dtype=torch.float64)
-    sums, squares = (torch.zeros_like(means, dtype=torch.float64) for _ in range(2))
-    total = means.new_zeros(heads, dtype=torch.float64)
+    wide = wide_dtype(means.device)
+    counts = means.new_zeros(heads, num_components, dtype=wide)
+    sums, squares = (torch.zeros_like(means, dtype=wide) for _ in range(2))
+    total = means.new_zeros(heads, dtype=wide)
     constant = dim * math.log(2 * math.pi)
     precisions = variances.reciprocal()
     bias = log_priors - 0.5 * (variances.log() + means.square() * precisions).sum(dim=-1)
@@ -165,10 +166,10 @@ def expectation(
         logits = logits.baddbmm_(chunk.square(), precisions.transpose(1, 2), alpha=-0.5)
         log_density = logits.logsumexp(dim=-1, keepdim=True)
         gamma = logits.sub_(log_density).exp_().transpose(1, 2)
-        counts += gamma.sum(dim=-1, dtype=torch.float64)
+        counts += gamma.sum(dim=-1, dtype=wide)
         sums += gamma @ chunk
         squares += gamma @ chunk.square()
-        total += log_density.sum(dim=(1, 2), dtype=torch.float64)
+        total += log_density.sum(dim=(1, 2), dtype=wide)
     return counts, sums, squares, (total / samples.shape[1] - 0.5 * constant).float()
 
 
@@ -198,6 +199,11 @@ def chunks(samples: Tensor, num_components: int) -> Iterator[Tensor]:
 def sum_over_chunks(samples: Tensor, num_components: int, function) -> Tensor:
     """The sum of what `function` makes of each piece."""
     return sum(function(chunk) for chunk in chunks(samples, num_components))
+
+
+def wide_dtype(device: torch.device) -> torch.dtype:
+    """In which numbers sums over all samples are kept: float64, where the device has it."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def inverse_softplus(x: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from ..checkpoints.atomic import unchanged_on_error
 from ..checkpoints.install import gma_layers
 from ..convert import convert_to_gma, revert_to_softmax
 from ..discovery.probe import find_attention_layers
@@ -60,8 +61,8 @@ def rank_layers(
     candidates = find_attention_layers(model, conversion_options.get("example_inputs"))
     names = (layer.full_name for layer in candidates if layer.is_self_attention)
     indices = {name: index for index, name in enumerate(names)}
-    convert_to_gma(model, **conversion_options)
-    try:
+    with unchanged_on_error(model):
+        convert_to_gma(model, **conversion_options)
         # Layers see the hidden states of the unconverted model, so one calibration serves for each of them alone
         calibrate(model, data, **{"progress": progress, **(calibration_options or {})})
         layers = gma_layers(model)
@@ -80,7 +81,6 @@ def rank_layers(
                 bar.update()
                 if num_tokens >= max_tokens:
                     break
-    finally:
         revert_to_softmax(model)
     ranking = [LayerSensitivity(indices[name], name, total / num_tokens) for name, total in distances.items()]
     return sorted(ranking, key=lambda layer: -layer.distance)

@@ -16,7 +16,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ...compat import attention_implementation, function_of_modeling_file, set_attention_implementation
 from ..checkpoints.install import gma_layers, restore_softmax_implementations, use_linear_masks
-from ..runtime.attention import IMPLEMENTATION, gma_attention_forward
+from ..runtime.attention import gma_attention_forward
 from ..runtime.layer import GMAConversion
 from ..runtime.masks import read_mask
 from ..runtime.rotation import Rotation
@@ -87,19 +87,25 @@ def as_teacher(
     # Modules with the same configuration share one view of it
     views = list({id(module.config): module.config for module in modules}.values())
     models = [module for module in model.modules() if getattr(module, "_softmax_implementations", None)]
-    for converted_model in models:
-        restore_softmax_implementations(converted_model)
-    for view in views:
-        set_attention_implementation(view, TEACHER_IMPLEMENTATION)
-    for module, layer in modules.items():
-        _roles[module] = Role(layer, layer in students, observe)
+    # Contexts may stand inside each other
+    outer_names = [attention_implementation(view) for view in views]
+    outer_roles = {module: _roles.get(module) for module in modules}
     try:
+        for converted_model in models:
+            restore_softmax_implementations(converted_model)
+        for view in views:
+            set_attention_implementation(view, TEACHER_IMPLEMENTATION)
+        for module, layer in modules.items():
+            _roles[module] = Role(layer, layer in students, observe)
         yield
     finally:
-        for module in modules:
-            del _roles[module]
-        for view in views:
-            set_attention_implementation(view, IMPLEMENTATION)
+        for module, role in outer_roles.items():
+            if role is None:
+                _roles.pop(module, None)
+            else:
+                _roles[module] = role
+        for view, name in zip(views, outer_names, strict=True):
+            set_attention_implementation(view, name)
         for converted_model in models:
             use_linear_masks(converted_model)
 

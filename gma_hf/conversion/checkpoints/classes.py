@@ -15,6 +15,7 @@ import os
 import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import transformers
 from huggingface_hub.dataclasses import strict
@@ -188,7 +189,7 @@ def converted_config_class(config_class: type[PreTrainedConfig]) -> type[PreTrai
     members = {
         "__module__": __name__,
         "__doc__": f"[`{config_class.__name__}`] of a model that was converted to Gaussian Mixture Attention.",
-        "__annotations__": {"gma": dict | None},
+        "__annotations__": {"gma": Any},
         "gma": None,
         "model_type": TYPE_PREFIX + config_class.model_type,
         "softmax_class": config_class,

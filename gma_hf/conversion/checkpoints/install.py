@@ -120,9 +120,12 @@ def remove_layers(model: nn.Module) -> None:
     for module in list(model.modules()):
         for hook in vars(module).pop("_gma_hooks", ()):
             hook.remove()
-        if hasattr(module, "gma"):
+        # Also of a module that lost its mixtures by hand
+        if hasattr(module, "softmax_config"):
             module.config = module.softmax_config
-            del module.gma, module.gma_call, module.gma_rotary, module.softmax_config
+            for name in ("gma", "gma_call", "gma_rotary", "softmax_config"):
+                if hasattr(module, name):
+                    delattr(module, name)
 
 
 def placement(module: nn.Module, model: PreTrainedModel) -> tuple[torch.device, torch.dtype]:
@@ -166,6 +169,6 @@ def use_linear_masks(model: PreTrainedModel) -> None:
 
 def restore_softmax_implementations(model: PreTrainedModel) -> None:
     """Undo [`use_linear_masks`]."""
-    for config, implementation in model._softmax_implementations:
+    for config, implementation in getattr(model, "_softmax_implementations", ()):
         set_attention_implementation(config, implementation)
     model._softmax_implementations = []

@@ -180,7 +180,7 @@ def slow_columns(cos: Tensor, sin: Tensor, wavelength: float) -> list[tuple[int,
     """
     if cos.shape[-2] < 2:
         return [(0, cos.shape[-1])]
-    cos, sin = (x.reshape(-1, *x.shape[-2:])[0, :2].double().cpu() for x in (cos, sin))
+    cos, sin = (x.reshape(-1, *x.shape[-2:])[0, :2].cpu().double() for x in (cos, sin))
     # By how much the second token is turned further than the first
     angle = torch.atan2(sin[1] * cos[0] - cos[1] * sin[0], cos[1] * cos[0] + sin[1] * sin[0]).abs()
     is_slow = (angle * wavelength < 2 * math.pi).tolist()

@@ -104,9 +104,9 @@ def step(
         z = torch.addcmul(gamma_key, state[1], decay)
 
     # o = gamma^Q S / D
-    output, normalizer = torch.bmm(gamma_query, S.view(-1, components, value_dim)), None
+    output, normalizer = torch.bmm(gamma_query, S.reshape(-1, components, value_dim)), None
     if normalize:
-        normalizer = torch.bmm(gamma_query, z.view(-1, components, 1)).add_(eps)
+        normalizer = torch.bmm(gamma_query, z.reshape(-1, components, 1)).add_(eps)
         output = output.div_(normalizer)
     output = output.view(batch, query_heads, 1, value_dim).to(value.dtype)
     return AttentionResult(output, (S, z), normalizer.view(batch, query_heads, 1) if output_normalizer else None)
