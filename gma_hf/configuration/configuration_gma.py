@@ -11,8 +11,8 @@ from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from ..compat import share_adapter_defaults
 from ..remote_code import add_remote_code
+from ..version import __version__
 from .errors import raises_value_errors, refuse_misspelt
 
 
@@ -376,17 +376,14 @@ class GMAConfig(PreTrainedConfig):
     def register_for_auto_class(cls, auto_class="AutoConfig"):
         """Nothing to do: every folder that [`save_pretrained`] writes already loads with `trust_remote_code=True`."""
 
-    def to_dict(self) -> dict[str, Any]:
-        """The configuration as a dictionary, by which PEFT looks up the modules to adapt."""
-        share_adapter_defaults()
-        return super().to_dict()
-
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs):
         """
         Save the configuration, and beside it the few lines that let programs which never import gma_hf load the folder
         with `trust_remote_code=True`. See [`PreTrainedConfig.save_pretrained`] for the arguments.
         """
         add_remote_code(self, save_directory)
+        # A program with an older gma_hf can tell that it may not know all of the fields
+        self.gma_hf_version = __version__
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
 

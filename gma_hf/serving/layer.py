@@ -4,7 +4,7 @@ A GMA layer behind vLLM's interface for recurrent layers: vLLM gives each runnin
 which tokens belong to which sequence; the layer reads its memory from the slots and writes it back.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +16,8 @@ from vllm.v1.attention.backend import AttentionBackend, AttentionMetadataBuilder
 from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 from vllm.v1.kv_cache_interface import KVCacheSpec
 
-from .slots import SlotLayout, SlotMemory
+from .layouts import model_layout
+from .slots import SlotLayout, SlotMemory, run_step
 from .steps import StepGroup, group_step
 
 
@@ -93,39 +94,20 @@ class GMASlotLayer(MambaBase):
         layers[prefix] = self
 
     def get_state_shape(self) -> tuple[tuple[int, ...], ...]:
-        return state_shapes(self.layout)
+        return tuple(field.shape for field in self.layout.fields())
 
     def get_state_dtype(self) -> tuple[torch.dtype, ...]:
-        return state_dtypes(self.layout)
+        return tuple(field.dtype for field in self.layout.fields())
 
     @property
     def mamba_type(self) -> MambaAttentionBackendEnum:
         return MambaAttentionBackendEnum.CUSTOM
 
     def run_step(
-        self,
-        inputs: tuple[Tensor, ...],
-        output: Tensor,
-        attend: Callable[[list[Tensor], StepGroup, SlotMemory], Tensor],
+        self, inputs: Sequence[Tensor], output: Tensor, attend: Callable[[list[Tensor], StepGroup, SlotMemory], Tensor]
     ) -> Tensor:
-        """
-        Runs one step.
-
-        Args:
-            inputs (`tuple[torch.Tensor]` of shapes `(tokens, ...)`): what the layer needs of each token.
-            output (`torch.Tensor` of shape `(tokens, ...)`): where the results go.
-            attend (`Callable`): from the inputs `(rows, length, ...)` of a group, the group and its memory, which it updates,
-                to the results `(rows, length, ...)`.
-
-        Returns:
-            `torch.Tensor`: `output`.
-        """
-        for group in self.groups(inputs[0]):
-            memory = SlotMemory(self.layout, self.kv_cache, group.slots, group.is_fresh)
-            rows = attend([group.take(x) for x in inputs], group, memory)
-            memory.store()
-            group.put(rows, output)
-        return output
+        """One step, see [`run_step`]; a function for its groups as batches is all that a layer adds."""
+        return run_step(self.groups(inputs[0]), self.layout, self.kv_cache, inputs, output, attend)
 
     def groups(self, tokens: Tensor) -> list[StepGroup]:
         """The groups of the current step. When vLLM measures memory there are none, and all tokens are one sequence."""
@@ -135,11 +117,29 @@ class GMASlotLayer(MambaBase):
         return metadata[self.prefix].groups
 
 
-def state_shapes(layout: SlotLayout) -> tuple[tuple[int, ...], ...]:
-    """In the form that vLLM wants."""
-    return tuple(field.shape for field in layout.fields())
+class StatesFromConfig:
+    """
+    vLLM's interfaces `HasInnerState` and `IsHybrid`, which are protocols: as a base class they would stop the chain of
+    `__init__`. A model without softmax layers says so, too, by having none.
+    """
+
+    has_inner_state = True
+    is_hybrid = True
+
+    @classmethod
+    def get_mamba_state_shape_from_config(cls, vllm_config: VllmConfig) -> tuple[tuple[int, ...], ...]:
+        return tuple(field.shape for field in configured_layout(vllm_config).fields())
+
+    @classmethod
+    def get_mamba_state_dtype_from_config(cls, vllm_config: VllmConfig) -> tuple[torch.dtype, ...]:
+        return tuple(field.dtype for field in configured_layout(vllm_config).fields())
+
+    @classmethod
+    def get_mamba_state_copy_func(cls):
+        raise NotImplementedError("The states of GMA layers are not shared between requests: prefix caching is off.")
 
 
-def state_dtypes(layout: SlotLayout) -> tuple[torch.dtype, ...]:
-    """Likewise."""
-    return tuple(field.dtype for field in layout.fields())
+def configured_layout(vllm_config: VllmConfig) -> SlotLayout:
+    """The slots of the model that vLLM was started with, on one rank."""
+    model_config, num_ranks = vllm_config.model_config, vllm_config.parallel_config.tensor_parallel_size
+    return model_layout(model_config.hf_config, model_config.dtype, num_ranks)

@@ -20,7 +20,6 @@ from vllm.distributed import (
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
-from vllm.model_executor.models.interfaces import HasInnerState, IsHybrid
 from vllm.model_executor.models.utils import AutoWeightsLoader, maybe_prefix
 
 from ..configuration import GMAConfig
@@ -33,43 +32,11 @@ from ..modeling.attention_gma import (
 )
 from ..modeling.modeling_gma import GMAMLP
 from ..modeling.window import LACKING_BEFORE
-from .layer import GMASlotLayer, state_dtypes, state_shapes
+from .layer import GMASlotLayer, StatesFromConfig
+from .layouts import native_layout
 from .sharding import shard_weights
-from .slots import SlotLayout, SlotMemory
+from .slots import SlotCache, SlotMemory
 from .steps import StepGroup
-
-
-def slot_layout(config: GMAConfig, dtype: torch.dtype, num_ranks: int = 1) -> SlotLayout:
-    """
-    What a GMA layer remembers for one sequence.
-
-    Args:
-        config (`GMAConfig`): of the model.
-        dtype (`torch.dtype`): of its weights.
-        num_ranks (`int`): over how many processes the heads are spread.
-    """
-    num_heads, num_key_value_heads = (n // num_ranks for n in (config.num_attention_heads, config.num_key_value_heads))
-    channels = (num_heads + num_key_value_heads) * config.routing_dim + num_key_value_heads * config.head_dim
-    return SlotLayout(
-        num_heads,
-        num_key_value_heads,
-        config.num_components,
-        config.routing_dim,
-        config.head_dim,
-        window_size=config.window_size,
-        num_sink_tokens=config.num_sink_tokens,
-        conv_history=(max(0, config.conv_kernel_size - 1), channels),
-        has_write_weight=config.use_write_weight,
-        has_log_decay=config.use_decay,
-        dtype=dtype,
-    )
-
-
-class SlotCache:
-    """A cache of one layer, in the form in which [`GMAAttention`] looks for it."""
-
-    def __init__(self, layer_idx: int, memory: SlotMemory):
-        self.layers = {layer_idx: memory}
 
 
 class ServedGMAAttention(GMAAttention, GMASlotLayer):
@@ -77,7 +44,7 @@ class ServedGMAAttention(GMAAttention, GMASlotLayer):
 
     def __init__(self, config: GMAConfig, layer_idx: int, dtype: torch.dtype, prefix: str):
         super().__init__(config, layer_idx)
-        self.init_slots(slot_layout(config, dtype), prefix)
+        self.init_slots(native_layout(config, dtype), prefix)
 
     def forward(self, hidden_states: Tensor, positions: Tensor, rotary_emb: GMARotaryEmbedding | None) -> Tensor:
         """`(tokens, hidden_size)` to the part of the output, of the same shape, that the heads of this rank give."""
@@ -177,7 +144,7 @@ class ServedGMAModel(nn.Module):
         return self.norm(hidden_states)
 
 
-class ServedGMAForCausalLM(nn.Module, HasInnerState, IsHybrid):
+class ServedGMAForCausalLM(StatesFromConfig, nn.Module):
     """What vLLM loads for the architecture "GMAForCausalLM"."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
@@ -191,18 +158,6 @@ class ServedGMAForCausalLM(nn.Module, HasInnerState, IsHybrid):
             self.lm_head = self.lm_head.tie_weights(self.model.embed_tokens)
         self.logits_processor = LogitsProcessor(self.config.vocab_size)
         shard_weights(self.model.layers, get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size())
-
-    @classmethod
-    def get_mamba_state_shape_from_config(cls, vllm_config: VllmConfig) -> tuple[tuple[int, ...], ...]:
-        return state_shapes(configured_layout(vllm_config))
-
-    @classmethod
-    def get_mamba_state_dtype_from_config(cls, vllm_config: VllmConfig) -> tuple[torch.dtype, ...]:
-        return state_dtypes(configured_layout(vllm_config))
-
-    @classmethod
-    def get_mamba_state_copy_func(cls):
-        raise NotImplementedError("The states of GMA layers are not shared between requests: prefix caching is off.")
 
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:
         return self.model.embed_tokens(input_ids)
@@ -224,12 +179,6 @@ class ServedGMAForCausalLM(nn.Module, HasInnerState, IsHybrid):
         loaded = AutoWeightsLoader(self).load_weights(weights)
         # Checkpoints from before there was a `memory_dilution` mean the zeros with which it was made
         return loaded | {name for name, _ in self.named_parameters() if re.search(LACKING_BEFORE, name)}
-
-
-def configured_layout(vllm_config: VllmConfig) -> SlotLayout:
-    """The slots of a native model."""
-    model_config, num_ranks = vllm_config.model_config, vllm_config.parallel_config.tensor_parallel_size
-    return slot_layout(model_config.hf_config, model_config.dtype, num_ranks)
 
 
 def rank_config(config: GMAConfig, num_ranks: int) -> GMAConfig:

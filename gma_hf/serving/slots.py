@@ -5,7 +5,7 @@ is the slot. All of it has a fixed size: S and z in float32, the history of the 
 and values that are still in it, the sink tokens, and how many tokens were summed.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from math import prod
 from typing import NamedTuple
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..ops.window.tokens import GMAWindowHistory
+from .steps import StepGroup
 
 
 ALIGNMENT = 16  # bytes; every number of a slot lies at a multiple of its own size
@@ -166,3 +167,40 @@ class SlotMemory:
             if field.name != "unused":
                 new = self.new[field.name]
                 tensor[self.slots] = new.reshape(len(self.slots), *field.shape).to(field.dtype)
+
+
+class SlotCache:
+    """A cache of one layer, in the form in which [`GMAAttention`] looks for it."""
+
+    def __init__(self, layer_idx: int, memory: SlotMemory):
+        self.layers = {layer_idx: memory}
+
+
+def run_step(
+    groups: Iterable[StepGroup],
+    layout: SlotLayout,
+    tensors: Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    output: Tensor,
+    attend: Callable[[list[Tensor], StepGroup, SlotMemory], Tensor],
+) -> Tensor:
+    """
+    One layer of one step.
+
+    Args:
+        groups (`Iterable[StepGroup]`): of the step.
+        layout (`SlotLayout`), tensors (`Sequence[torch.Tensor]`): the slots of the layer.
+        inputs (`Sequence[torch.Tensor]` of shapes `(tokens, ...)`): what the layer needs of each token.
+        output (`torch.Tensor` of shape `(tokens, ...)`): where the results go.
+        attend (`Callable`): from the inputs `(rows, length, ...)` of a group, the group and its memory, which it updates, to the
+            results `(rows, length, ...)`.
+
+    Returns:
+        `torch.Tensor`: `output`.
+    """
+    for group in groups:
+        memory = SlotMemory(layout, tensors, group.slots, group.is_fresh)
+        rows = attend([group.take(x) for x in inputs], group, memory)
+        memory.store()
+        group.put(rows, output)
+    return output

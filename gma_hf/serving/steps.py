@@ -23,6 +23,7 @@ class StepGroup(NamedTuple):
     Attributes:
         tokens (`torch.LongTensor` of shape `(rows, length)`): places in the step's tokens; at padding any.
         padding_mask (`torch.BoolTensor` of shape `(rows, length)` or `None`): `True` at real tokens; `None` if all are.
+        positions (`torch.LongTensor` of shape `(rows, length)`): of the tokens in their sequences; at padding any.
         slots (`torch.LongTensor` of shape `(rows,)` or `None`): where the memory of each sequence lies; `None` if nothing is
             to be remembered.
         is_fresh (`bool`): whether the sequences begin here. What their slots hold is of somebody else, and is not read.
@@ -30,6 +31,7 @@ class StepGroup(NamedTuple):
 
     tokens: Tensor
     padding_mask: Tensor | None
+    positions: Tensor
     slots: Tensor | None
     is_fresh: bool
 
@@ -95,10 +97,12 @@ def make_group(
     start = torch.tensor([starts[sequence] for sequence in sequences])
     length = torch.tensor([lengths[sequence] for sequence in sequences])
     place = torch.arange(lengths[sequences[0]])
-    tokens = start[:, None] + torch.minimum(place, length[:, None] - 1)
+    context = torch.tensor([contexts[sequence] for sequence in sequences])
+    within = torch.minimum(place, length[:, None] - 1)
+    tokens, positions = ((x[:, None] + within).to(device, non_blocking=True) for x in (start, context))
     padding_mask = None
     if lengths[sequences[-1]] < lengths[sequences[0]]:
         padding_mask = (place < length[:, None]).to(device, non_blocking=True)
     if slots is not None:
         slots = slots[torch.tensor(sequences).to(slots.device, non_blocking=True)].long()
-    return StepGroup(tokens.to(device, non_blocking=True), padding_mask, slots, contexts[sequences[0]] == 0)
+    return StepGroup(tokens, padding_mask, positions, slots, contexts[sequences[0]] == 0)

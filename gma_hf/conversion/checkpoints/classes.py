@@ -21,16 +21,11 @@ import transformers
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ...compat import (
-    attention_implementation,
-    auto_classes_of,
-    is_initialized,
-    mark_initialized,
-    share_adapter_defaults,
-)
+from ...compat import attention_implementation, auto_classes_of, is_initialized, mark_initialized
 from ...modeling.step_loss import as_part_of_step
 from ...modeling.window import LACKING_BEFORE
 from ...remote_code import write_remote_code
+from ...version import __version__
 from ..config import GMAConversionConfig
 from ..runtime.attention import IMPLEMENTATION
 from ..runtime.layer import GMAConversion
@@ -77,11 +72,6 @@ class ConvertedConfigMixin:
         else:
             PreTrainedConfig.output_attentions.fset(self, value)
 
-    def to_dict(self) -> dict[str, Any]:
-        """The configuration as a dictionary, by which PEFT looks up the modules to adapt."""
-        share_adapter_defaults()
-        return super().to_dict()
-
     def validate_output_attentions(self):
         """Part of the `@strict` validation."""
         if attention_implementation(self) != IMPLEMENTATION:
@@ -99,6 +89,8 @@ class ConvertedConfigMixin:
         self.auto_map = write_remote_code(
             save_directory, "gma_hf.conversion.checkpoints.classes", auto_class_names(type(self))
         )
+        # A program with an older gma_hf can tell that it may not know all of the options
+        self.gma_hf_version = __version__
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
     def _expect_no_original(self, save_directory: str | os.PathLike):
