@@ -304,6 +304,23 @@ def sequences_are_sharded() -> bool:
     return torch.nn.functional.scaled_dot_product_attention in replaced
 
 
+def share_adapter_defaults() -> None:
+    """
+    Tell PEFT which modules its methods adapt by default: in a converted model those of its original, in a native model those
+    of Llama, whose names the native models have. Nothing happens before PEFT is imported, and nothing twice.
+    """
+    constants = sys.modules.get("peft.utils.constants")
+    for name in dir(constants):
+        mapping = getattr(constants, name)
+        if not name.startswith("TRANSFORMERS_MODELS_TO_") or not isinstance(mapping, dict) or "gma_llama" in mapping:
+            continue
+        if "llama" in mapping:
+            mapping.setdefault("gma", mapping["llama"])
+        for model_type in list(mapping):
+            if model_type != "gma":
+                mapping.setdefault(f"gma_{model_type}", mapping[model_type])
+
+
 def prepare_inputs(trainer: "Trainer", inputs: dict[str, Any]) -> dict[str, Any]:
     """A batch as a `Trainer` gives it to its model: on the device of the model, in the dtype that DeepSpeed wants."""
     return trainer._prepare_inputs(inputs)

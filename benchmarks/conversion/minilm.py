@@ -12,6 +12,7 @@ between the embeddings of original and converted model, 20 Newsgroups to fine-tu
 """
 
 import argparse
+import json
 import lzma
 import random
 import re
@@ -26,8 +27,10 @@ import torch
 from torch.nn import functional as F
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
-from benchmarks.conversion.common import ROOT, Results, device, train
+from benchmarks.conversion.timed_training import train
 from benchmarks.lib.corpora import rows_of, texts_of
+from benchmarks.lib.results import Results, add_output_options, device, output_path, stored
+from benchmarks.lib.tables import markdown, mean_and_spread
 from gma_hf import convert_to_gma
 from gma_hf.conversion.calibration.calibrate import calibrate
 from gma_hf.conversion.distillation.losses import pooled
@@ -213,9 +216,43 @@ def classify(arguments: argparse.Namespace, prepared: dict, encoder, seed: int) 
     return round(100 * correct / len(prepared["newsgroups test"]), 2)
 
 
+def run(arguments: argparse.Namespace) -> None:
+    """Measure the rows that the output file does not hold yet."""
+    prepared = {name: examples(part) for name, part in torch.load(arguments.prepared).items()}
+    setting = {"minutes": arguments.minutes, "batch_size": arguments.batch_size, "components": arguments.components}
+    arguments.output = output_path(arguments)
+    results = Results(arguments.output, "conversion.minilm", {**setting, "epochs": arguments.epochs})
+
+    def accuracies(encoder) -> list[float]:
+        return [classify(arguments, prepared, encoder, seed) for seed in range(arguments.seeds)]
+
+    def converted(name: str) -> dict:
+        model, row = convert_and_distil(arguments, prepared, *ROWS[name])
+        return {**row, "newsgroups": accuracies(model)} if arguments.epochs else row
+
+    if arguments.epochs:
+        results.measure(
+            "original, softmax", lambda: {"newsgroups": accuracies(AutoModel.from_pretrained(arguments.model))}
+        )
+    for name in arguments.rows:
+        results.measure(name, lambda name=name: converted(name))
+
+
+def table(content: dict) -> str:
+    """The cosine between the embeddings of original and converted model, and the accuracy of classifiers made of them."""
+    lines = []
+    for name, row in content["rows"].items():
+        cosine = list(row["cosine"].values())[-1] if "cosine" in row else {}
+        cells = [f"{cosine[text]:.4f}" if text in cosine else "" for text in ("WikiText-103", "IMDB")]
+        accuracy = row.get("newsgroups", [])
+        lines.append([name, *cells, mean_and_spread(accuracy) if accuracy else ""])
+    columns = ["model", "cosine to the original, WikiText-103", "cosine, IMDB", "accuracy on 20 Newsgroups (%)"]
+    return markdown(columns, lines)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True, help="folder of the encoder")
+    parser.add_argument("--model", type=Path, help="folder of the encoder")
     parser.add_argument("--data", type=Path, help="folder of the data sets, for --prepare")
     parser.add_argument("--prepare", type=Path, help="tokenize into this file, and nothing else")
     parser.add_argument("--prepared", type=Path, help="that file")
@@ -226,34 +263,17 @@ def main():
     parser.add_argument("--components", type=int, default=64)
     parser.add_argument("--epochs", type=float, default=3, help="of fine-tuning on 20 Newsgroups; 0 leaves it out")
     parser.add_argument("--seeds", type=int, default=2, help="runs of the fine-tuning")
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "conversion_minilm.json")
+    add_output_options(parser, "conversion_minilm")
     arguments = parser.parse_args()
+    if not arguments.table and arguments.model is None:
+        parser.error("give --model, the folder of the encoder")
     if arguments.prepare is not None:
         prepare(arguments)
         return
-    prepared = {name: examples(part) for name, part in torch.load(arguments.prepared).items()}
-    setting = {"minutes": arguments.minutes, "batch_size": arguments.batch_size, "components": arguments.components}
-    results = Results(arguments.output, "conversion.minilm", {**setting, "epochs": arguments.epochs})
-
-    def original() -> dict:
-        encoder = AutoModel.from_pretrained(arguments.model)
-        return {"newsgroups": [classify(arguments, prepared, encoder, seed) for seed in range(arguments.seeds)]}
-
-    def converted(name: str) -> dict:
-        model, row = convert_and_distil(arguments, prepared, *ROWS[name])
-        if arguments.epochs:
-            row["newsgroups"] = [classify(arguments, prepared, model, seed) for seed in range(arguments.seeds)]
-        return row
-
-    if arguments.epochs:
-        results.measure("original, softmax", original)
-    for name in arguments.rows:
-        results.measure(name, lambda name=name: converted(name))
-    print("\n| | cosine WikiText-103 | cosine IMDB | 20 Newsgroups accuracy |\n|---|---:|---:|---:|")
-    for name, row in results.rows.items():
-        scores = list(row.get("cosine", {"": {"WikiText-103": 1.0, "IMDB": 1.0}}).values())[-1]
-        accuracy = ", ".join(map(str, row.get("newsgroups", [])))
-        print(f"| {name} | {scores['WikiText-103']:.4f} | {scores['IMDB']:.4f} | {accuracy} |")
+    if not arguments.table:
+        run(arguments)
+    for path in stored(arguments):
+        print(f"\n{table(json.loads(path.read_text()))}")
 
 
 if __name__ == "__main__":

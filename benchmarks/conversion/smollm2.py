@@ -28,8 +28,10 @@ import torch
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks.conversion.common import ROOT, Results, device, train
+from benchmarks.conversion.timed_training import train
 from benchmarks.lib.corpora import texts_of
+from benchmarks.lib.results import Results, add_output_options, device, output_path, stored
+from benchmarks.lib.tables import markdown
 from gma_hf import convert_to_gma, gma_layers
 from gma_hf.conversion.calibration.calibrate import calibrate
 from gma_hf.conversion.calibration.sensitivity import choose_layers, rank_layers
@@ -247,9 +249,49 @@ def fine_tuned(name: str, arguments: argparse.Namespace, prepared: dict) -> dict
     return {"title": TITLES[name], "stages": [stage], "scores": {"after fine-tuning": scores}}
 
 
+def run(arguments: argparse.Namespace) -> None:
+    """Measure the rows that the output file does not hold yet."""
+    prepared = {name: x.to(torch.int32) for name, x in torch.load(arguments.prepared).items()}
+    setting = {"length": LENGTH, "train_length": TRAIN_LENGTH, "test_windows": arguments.test_windows}
+    arguments.output = output_path(arguments)
+    results = Results(arguments.output, "conversion.smollm2", setting)
+
+    def measured(name: str) -> dict:
+        if name == "original":
+            scores = describe(load_original(arguments), None, prepared, arguments)
+            return {"title": TITLES[name], "scores": {"original": scores}}
+        return (converted if name in CONVERSIONS else fine_tuned)(name, arguments, prepared)
+
+    for name in arguments.rows:
+        results.measure(name, lambda name=name: measured(name))
+
+
+def table(content: dict) -> str:
+    """Perplexity and KL of every state of every model, what is to be known, and perplexity along long windows."""
+    rows = content["rows"]
+    original = rows.get("original", {}).get("scores", {}).get("original", {}).get("perplexity")
+    lines, notes, along = [], {}, {}
+    for row in rows.values():
+        for state, scores in row["scores"].items():
+            ratio = "" if original is None else f"{scores['perplexity'] / original:.3f}"
+            kl = f"{scores['kl']:.4f}" if "kl" in scores else ""
+            lines.append([f"{row['title']}: {state}", f"{scores['perplexity']:.2f}", ratio, kl])
+        if "note" in row:
+            notes.setdefault(row["note"], []).append(row["title"])
+        if "by_position" in scores:
+            along[row["title"]] = scores["by_position"]
+    parts = [markdown(["model", "perplexity", "of the original's", "KL per token (nats)"], lines)]
+    parts.append("\n".join(f"- {note} This holds for: *{'*; *'.join(titles)}*." for note, titles in notes.items()))
+    if along:
+        columns = list(next(iter(along.values())))
+        parts.append("Perplexity by position, in windows of the whole length:")
+        parts.append(markdown(["model", *columns], [[k, *(f"{x[c]:.1f}" for c in columns)] for k, x in along.items()]))
+    return "\n\n".join(filter(None, parts))
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True, help="folder of the original")
+    parser.add_argument("--model", type=Path, help="folder of the original")
     parser.add_argument("--data", type=Path, help="folder of the data sets, for --prepare")
     parser.add_argument("--prepare", type=Path, help="tokenize into this file, and nothing else")
     parser.add_argument("--prepared", type=Path, help="that file")
@@ -275,34 +317,19 @@ def main():
     parser.add_argument("--finetune_rate", type=float, default=5e-5)
     parser.add_argument("--test_windows", type=int, help="measure on so many windows only, to try things out")
     parser.add_argument("--work", type=Path, help="folder that keeps the model of the row 'window' for 'finetune'")
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "conversion_smollm2.json")
+    add_output_options(parser, "conversion_smollm2")
     arguments = parser.parse_args()
+    if not arguments.table and arguments.model is None:
+        parser.error("give --model, the folder of the original")
     if arguments.prepare is not None:
         prepare(arguments)
         return
     if "finetune" in arguments.rows and arguments.work is None:
         parser.error("the row 'finetune' needs --work, where the row 'window' keeps its model")
-    prepared = {name: x.to(torch.int32) for name, x in torch.load(arguments.prepared).items()}
-    setting = {"length": LENGTH, "train_length": TRAIN_LENGTH, "test_windows": arguments.test_windows}
-    results = Results(arguments.output, "conversion.smollm2", setting)
-
-    def measured(name: str) -> dict:
-        if name == "original":
-            scores = describe(load_original(arguments), None, prepared, arguments)
-            return {"title": TITLES[name], "scores": {"original": scores}}
-        return (converted if name in CONVERSIONS else fine_tuned)(name, arguments, prepared)
-
-    for name in arguments.rows:
-        results.measure(name, lambda name=name: measured(name))
-    original = results.rows.get("original", {}).get("scores", {}).get("original", {}).get("perplexity")
-    print("\n| | perplexity | of the original's | KL per token | tokens |\n|---|---:|---:|---:|---:|")
-    for row in results.rows.values():
-        for state, scores in row["scores"].items():
-            ratio = "" if original is None else f"{scores['perplexity'] / original:.3f}"
-            kl = f"{scores['kl']:.4f}" if "kl" in scores else ""
-            print(
-                f"| {row['title']}: {state} | {scores['perplexity']:.2f} | {ratio} | {kl} | {row.get('tokens', '')} |"
-            )
+    if not arguments.table:
+        run(arguments)
+    for path in stored(arguments):
+        print(f"\n{table(json.loads(path.read_text()))}")
 
 
 if __name__ == "__main__":

@@ -1,26 +1,26 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
-"""Speed and memory of converted models on a GPU, beside the original with PyTorch's FlashAttention.
+"""Speed and memory of converted models on a GPU, beside the original.
 
     python benchmarks/conversion/speed.py
     python benchmarks/conversion/speed.py --shapes 1b
 
 Llama-shaped models in bfloat16 with random weights (speed does not depend on the numbers): `135m` is SmolLM2-135M, `1b` is of
-Llama 3.2 1B's kind; or `--model FOLDER`. Four of each: the original, converted (64 components), converted with a
-softmax window of 128 tokens, and with a window and one sink token.
+Llama 3.2 1B's kind; or `--model FOLDER`. The original calls `scaled_dot_product_attention` as users do (cuDNN on Hopper), and a
+second time forced to FlashAttention-2; beside it the model converted (64 components), converted with a softmax window of 128
+tokens, and with a window and one sink token.
 
 - Prefill: one forward pass without a cache, logits of the last token alone; one sequence, and as many as make 65,536 tokens.
   Peak memory is that of everything, the model included. `compiled`: every decoder layer by `torch.compile`, which leaves
-  masks outside of the graphs, so that the original keeps FlashAttention. (Converted layers cannot look into the positions
-  then, and compute as if sequences were packed.)
+  masks outside of the graphs. (Converted layers cannot look into the positions then, and compute as if sequences were packed.)
 - Decoding one sequence: milliseconds per token over STEPS tokens in front of a position, `eager` with a growing cache,
   `compiled` with a static one and the step as a CUDA graph; as in decoding_gpu.py, caches are not filled by decoding but
   put to the position. The memory of the cache is that of its tensors.
-
-What the output file holds already is not measured again without `--again`.
 """
 
 import argparse
+import contextlib
 import itertools
+import json
 import sys
 from pathlib import Path
 
@@ -28,19 +28,14 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # so that `benchmarks` can be imported
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, StaticCache
 from transformers.cache_utils import Cache
 
 from benchmarks.kernels.decoding_gpu import STEPS, capture, fill_softmax_layers, set_position, time_step
-from benchmarks.lib.report import (
-    Report,
-    add_report_arguments,
-    default_output,
-    first_line,
-    free_memory,
-    median_time,
-    print_table,
-)
+from benchmarks.lib.results import Results, add_output_options, need_gpu, output_path, stored
+from benchmarks.lib.tables import text
+from benchmarks.lib.timing import first_line, free_memory, median_time, peak_bytes
 from gma_hf import convert_to_gma
 from gma_hf.modeling import GMACacheLayer
 
@@ -58,8 +53,10 @@ SHAPES = {
 }  # fmt: skip
 # Options of `convert_to_gma`; None leaves the model as it is
 ORIGINAL = "original, SDPA"
+FLASH = "original, FlashAttention-2"
 MODELS = {
     ORIGINAL: None,
+    FLASH: None,
     "GMA + window 128": {"window_size": 128},
     "GMA + window 128 + sink": {"window_size": 128, "num_sink_tokens": 1},
     "GMA": {},
@@ -86,15 +83,6 @@ def make_model(shape: str, name: str, folder: str | None, device: str):
     return model.to(torch.bfloat16).eval()
 
 
-def peak_gib(function) -> float:
-    """GiB in use at most while the function runs."""
-    free_memory()
-    torch.cuda.reset_peak_memory_stats()
-    function()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() / 2**30
-
-
 def measure_prefill(model, mode: str, batch: int, length: int, seconds: float) -> dict:
     """Milliseconds of a forward pass."""
     tokens = torch.randint(model.config.vocab_size, (batch, length), device=model.device)
@@ -109,7 +97,7 @@ def measure_prefill(model, mode: str, batch: int, length: int, seconds: float) -
 
     try:
         run()
-        return {"prefill_ms": median_time(run, seconds), "peak_gib": peak_gib(run)}
+        return {"prefill_ms": median_time(run, seconds), "peak_gib": peak_bytes(run)[1] / 2**30}
     finally:
         for layer in layers:
             layer._compiled_call_impl = None
@@ -161,55 +149,54 @@ def measure_decode(model, mode: str, position: int, seconds: float) -> dict:
 
 
 @torch.no_grad()
-def measure(report: Report, key: dict, function, *arguments) -> None:
-    """A row, unless the report holds it; what does not fit into memory stands in it with the reason."""
-    if not report.wants(**key):
-        return
-    free_memory()
-    try:
-        values = function(*arguments)
-    except torch.cuda.OutOfMemoryError as error:
-        values = {"refused": first_line(error)}
-    report.add(key, values)
-
-
-def measure_all(report: Report, shape: str, name: str, options: argparse.Namespace, device: str = "cuda") -> None:
-    """All rows of one model."""
+def measure_all(results: Results, shape: str, name: str, options: argparse.Namespace, device: str = "cuda") -> None:
+    """All rows of one model; what does not fit into memory stands in them with the reason."""
     model = make_model(shape, name, options.model, device)
+
+    def measure(key: dict, function, *arguments) -> None:
+        def row() -> dict:
+            free_memory()
+            forced = sdpa_kernel(SDPBackend.FLASH_ATTENTION) if name == FLASH else contextlib.nullcontext()
+            try:
+                with forced:
+                    return function(model, *arguments, options.seconds)
+            except (torch.cuda.OutOfMemoryError, RuntimeError) as error:
+                if name.startswith("GMA") and not isinstance(error, torch.cuda.OutOfMemoryError):
+                    raise
+                return {"refused": first_line(error)}
+
+        results.measure({**key, "shape": shape, "model": name}, row)
+
     for mode in options.modes:
         for length in options.lengths:
             for batch in sorted({1, max(1, TOKENS // length)}):
-                key = {
-                    "part": "prefill",
-                    "shape": shape,
-                    "model": name,
-                    "mode": mode,
-                    "batch": batch,
-                    "length": length,
-                }
-                measure(report, key, measure_prefill, model, mode, batch, length, options.seconds)
+                key = {"part": "prefill", "mode": mode, "batch": batch, "length": length}
+                measure(key, measure_prefill, mode, batch, length)
         for position in options.positions:
-            key = {"part": "decode", "shape": shape, "model": name, "mode": mode, "position": position}
-            measure(report, key, measure_decode, model, mode, position, options.seconds)
+            measure({"part": "decode", "mode": mode, "position": position}, measure_decode, mode, position)
 
 
-def print_tables(report: Report) -> None:
+def shown(row: dict, field: str) -> str:
+    if "refused" in row:
+        return "no memory" if "OutOfMemory" in row["refused"] else "refused"
+    return f"{row[field]:.4g}" if field in row else ""
+
+
+def tables(content: dict) -> str:
     """A table per shape and quantity, with a line per model and mode."""
+    results, found = Results.of(content), []
 
     def table(title: str, field: str, column: str, rows: list[dict]) -> None:
         columns, lines = sorted({row[column] for row in rows}), {}
         for name, mode in itertools.product(MODELS, MODES):
-            found = {row[column]: row for row in rows if (row["model"], row["mode"]) == (name, mode)}
-            cells = [found.get(x, {}) for x in columns]
-            if found:
-                lines[f"{name}, {mode}"] = [
-                    "no memory" if "refused" in row else f"{row[field]:.4g}" if field in row else "" for row in cells
-                ]
+            own = {row[column]: row for row in rows if (row["model"], row["mode"]) == (name, mode)}
+            if own:
+                lines[f"{name}, {mode}"] = [shown(row, field) for row in (own.get(x, {}) for x in columns)]
         if lines:
-            print_table(title, columns, lines)
+            found.append(text(title, columns, lines))
 
-    for shape in dict.fromkeys(row["shape"] for row in report.rows()):
-        rows = report.rows(part="prefill", shape=shape)
+    for shape in dict.fromkeys(row["shape"] for row in results.find()):
+        rows = results.find(part="prefill", shape=shape)
         kinds = {
             "one sequence": [row for row in rows if row["batch"] == 1],
             f"{TOKENS:,} tokens": [row for row in rows if row["batch"] * row["length"] == TOKENS],
@@ -217,32 +204,14 @@ def print_tables(report: Report) -> None:
         for kind, chosen in kinds.items():
             table(f"{shape}, prefill of {kind}: ms by length", "prefill_ms", "length", chosen)
             table(f"{shape}, prefill of {kind}: peak memory in GiB by length", "peak_gib", "length", chosen)
-        rows = report.rows(part="decode", shape=shape)
+        rows = results.find(part="decode", shape=shape)
         table(f"{shape}, decoding: ms per token by position", "ms_per_token", "position", rows)
         table(f"{shape}, decoding: cache in MiB by position", "cache_mib", "position", rows)
-
-
-def targets(report: Report) -> list[tuple[str, float | None, str, float]]:
-    """Prefill faster than the original's from 4k tokens on, and a cache of one size."""
-    found = []
-    for shape, name in itertools.product(dict.fromkeys(row["shape"] for row in report.rows()), list(MODELS)[1:]):
-        for length in (n for n in LENGTHS if n >= 4096):
-            key = {"part": "prefill", "shape": shape, "batch": TOKENS // length, "length": length}
-            times = [
-                min((row["prefill_ms"] for row in report.rows(model=x, **key) if "prefill_ms" in row), default=None)
-                for x in (ORIGINAL, name)
-            ]
-            ratio = None if None in times else times[0] / times[1]
-            found.append((f"{shape}, {length:,} tokens: prefill time of the original / {name}", ratio, ">=", 1.0))
-        rows = report.rows(part="decode", shape=shape, model=name, mode="eager")
-        sizes = [row["cache_mib"] for row in rows if "cache_mib" in row]
-        spread = max(sizes) / min(sizes) if len(sizes) > 1 else None
-        found.append((f"{shape}: largest / smallest cache of {name}", spread, "<=", 1.0))
-    return found
+    return "\n\n".join(found)
 
 
 def main() -> None:
-    """Measure, print the tables and the targets; every measurement goes to the JSON file at once."""
+    """Measure and print the tables; every measurement goes to the JSON file at once."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=["135m"])
     parser.add_argument("--model", help="folder of a pretrained model, instead of random weights in --shapes")
@@ -251,18 +220,20 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="*", default=LENGTHS, help="of prefill")
     parser.add_argument("--positions", type=int, nargs="*", default=POSITIONS, help="of decoding")
     parser.add_argument("--seconds", type=float, default=0.3, help="per measurement, after half as long a warm-up")
-    add_report_arguments(parser)
+    add_output_options(parser, "conversion_speed_*")
     options = parser.parse_args()
     if any(position < PROMPT + STEPS for position in options.positions):
         parser.error(f"positions must be at least {PROMPT + STEPS}, got {sorted(options.positions)}")
-    output = options.output or default_output("conversion_speed")
-    setting = {"dtype": "bfloat16", "tokens": TOKENS, "steps": STEPS, "components": 64, "shapes": SHAPES}
-    report = Report(output, "conversion.speed", setting, options.again)
-    for shape in options.shapes if options.model is None else [options.model]:
-        for name in options.models:
-            measure_all(report, shape, name, options)
-    print_tables(report)
-    report.print_targets(targets(report))
+    if not options.table:
+        need_gpu()
+        options.output = output_path(options)
+        setting = {"dtype": "bfloat16", "tokens": TOKENS, "steps": STEPS, "components": 64, "shapes": SHAPES}
+        results = Results(options.output, "conversion.speed", setting, one_device=True)
+        for shape in options.shapes if options.model is None else [options.model]:
+            for name in options.models:
+                measure_all(results, shape, name, options)
+    for path in stored(options):
+        print(f"\n{path}\n\n{tables(json.loads(path.read_text()))}")
 
 
 if __name__ == "__main__":

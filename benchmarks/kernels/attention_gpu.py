@@ -1,23 +1,25 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
-"""Speed, memory and accuracy of Gaussian mixture attention on a GPU, beside FlashAttention and linear attention.
+"""Speed, memory and accuracy of Gaussian mixture attention on a GPU, beside softmax attention and linear attention.
 
     python benchmarks/kernels/attention_gpu.py
+    python benchmarks/kernels/attention_gpu.py --renew --output benchmarks/results/gpu_attention_h200.json
 
-65,536 tokens in all, 16 heads, dim 64, 64 components, causal, bfloat16, mixtures as after some training. Rivals are
-PyTorch's SDPA, forced to its FlashAttention backend, and the operators of flash-linear-attention 0.6.0 where that is
-installed (`pip install flash-linear-attention==0.6.0`); what one of them refuses to run stands in the results with its
-reason. Forward passes run without autograd; backward passes give the gradients of everything, the mixture included. Before
-a time is taken, output and gradients of the same call (with batch 1, and at most 65,536 tokens) are compared with float64.
+65,536 tokens in all, 16 heads, dim 64, 64 components, causal, bfloat16, mixtures as after some training. Rivals, all measured in
+the same run: PyTorch's `scaled_dot_product_attention` as users call it (cuDNN on Hopper), the same forced to FlashAttention-2,
+and the operators of flash-linear-attention where that is installed (`pip install flash-linear-attention==0.6.0`); what a rival
+refuses to run is kept with its reason. Forward passes run without autograd; backward passes give the gradients of everything,
+the mixture included. Before times are taken, output and gradients of GMA are compared with float64.
 
 Parts: `speed` at lengths 1k to 64k; `dims` with dimension 128, and with more components; `length`, the time per token from
-2k to 512k tokens, also in a single sequence; `memory`, the peak beyond inputs, outputs and their gradients; `accuracy`
-beside the `chunked` backend in the same dtype; `fla`, the speed of flash-linear-attention, which may tune itself for
-minutes. What the output file holds already is not measured again without `--again`.
+2k to 512k tokens, also in a single sequence; `host`, the wall time of a call of one short sequence, Python and launches
+included; `memory`, the peak beyond inputs, outputs and their gradients; `accuracy` beside the `chunked` backend in the same
+dtype; `fla`, the kernels of flash-linear-attention that need minutes to tune themselves (not measured by default).
 """
 
 import argparse
-import math
+import json
 import sys
+import time
 from pathlib import Path
 
 
@@ -27,15 +29,9 @@ import torch
 
 from benchmarks.kernels.attention_accuracy import CASES, DTYPES, measure_case
 from benchmarks.kernels.attention_accuracy import SHAPE as ACCURACY_SHAPE
-from benchmarks.lib.report import (
-    Report,
-    add_report_arguments,
-    default_output,
-    first_line,
-    free_memory,
-    median_time,
-    print_table,
-)
+from benchmarks.lib.results import Results, add_output_options, need_gpu, output_path, stored
+from benchmarks.lib.tables import markdown, text
+from benchmarks.lib.timing import first_line, free_memory, median_time, peak_bytes
 from benchmarks.rivals.operators import (
     CHUNKED,
     FLA,
@@ -43,7 +39,8 @@ from benchmarks.rivals.operators import (
     GMA_EXTREMES,
     RIVALS,
     SDPA,
-    Rival,
+    TITLES,
+    VARIANTS,
     Shape,
     make_inputs,
     random_grad,
@@ -58,7 +55,10 @@ DIM_LENGTHS = (2048, 4096, 16384)
 MORE_COMPONENTS = (128, 256)
 FLAT_LENGTHS = tuple(2**n for n in range(11, 20))
 SDPA_LONGEST = 65536
-CHECKED_TOKENS = 65536  # longer calls are compared with float64 up to here: float64 needs four times the memory
+HOST_LENGTHS = (128, 2048, 8192)
+CHECKED_LENGTHS = (2048, 16384)  # one pass over the tokens, and two
+FAST_FLA, SLOW_FLA = list(FLA)[:1] + list(FLA)[2:4], [list(FLA)[1], list(FLA)[4]]
+FIELDS = {"forward_ms": "forward", "forward_backward_ms": "forward and backward"}
 
 
 def same_tokens(length: int, **sizes) -> Shape:
@@ -66,9 +66,11 @@ def same_tokens(length: int, **sizes) -> Shape:
     return Shape(max(1, TOKENS // length), length, **sizes)
 
 
-def measure_time(rival: Rival, shape: Shape, seconds: float, forward: bool = True) -> dict:
+def measure_time(name: str, shape: Shape, seconds: float, forward: bool = True) -> dict:
     """Milliseconds of the forward pass (on request) and of forward and backward, as far as the rival runs at all."""
-    inputs, grad, result = make_inputs(rival.names, shape, torch.bfloat16), random_grad(shape, torch.bfloat16), {}
+    rival, result = RIVALS[name], {}
+    free_memory()
+    inputs, grad = make_inputs(rival.names, shape, torch.bfloat16), random_grad(shape, torch.bfloat16)
     leaves = list(inputs.values())
 
     def infer():
@@ -82,59 +84,91 @@ def measure_time(rival: Rival, shape: Shape, seconds: float, forward: bool = Tru
             lambda: torch.autograd.grad(rival.function(inputs), leaves, grad), seconds
         )
     except Exception as error:  # whatever a rival refuses with is its result; ours may not refuse
-        if rival in GMA.values():
+        if name in GMA:
             raise
         result["refused"] = first_line(error)
         torch.cuda.synchronize()  # raises where the GPU itself failed, and with it all that would follow
     return result
 
 
-def time_into(report: Report, part: str, name: str, shape: Shape, seconds: float, forward: bool = True) -> dict:
-    """The row of a rival, measured unless the report holds it already."""
+def time_into(results: Results, part: str, name: str, shape: Shape, seconds: float, forward: bool = True) -> dict:
     key = {"part": part, "rival": name, **shape._asdict()}
-    if report.wants(**key):
-        values = {}
-        if name in GMA:
-            checked = shape._replace(batch=1, length=min(shape.length, CHECKED_TOKENS))
-            values["relative_error"] = relative_error(name.removeprefix("GMA "), checked)
-        free_memory()
-        values.update(measure_time(RIVALS[name], shape, seconds, forward))
-        report.add(key, values)
-    return report.rows(**key)[0]
+    return results.measure(key, lambda: measure_time(name, shape, seconds, forward))
 
 
-def measure_speed(report: Report, seconds: float) -> None:
+def measure_speed(results: Results, seconds: float) -> None:
+    for variant in VARIANTS:
+        for length in CHECKED_LENGTHS:
+            key = {"part": "check", "rival": f"GMA {variant}", "length": length}
+            results.measure(key, lambda v=variant, n=length: {"relative_error": relative_error(v, Shape(1, n))})
     for name in (*GMA, *SDPA, *CHUNKED):
         for length in LENGTHS if name not in CHUNKED else (CHUNKED_LENGTH,):
-            time_into(report, "speed", name, same_tokens(length), seconds)
+            time_into(results, "speed", name, same_tokens(length), seconds)
+    measure_fla(results, seconds, FAST_FLA)
 
 
-def measure_fla(report: Report, seconds: float) -> None:
-    for name in FLA:
+def measure_fla(results: Results, seconds: float, names: list[str] = SLOW_FLA) -> None:
+    for name in names:
         for length in LENGTHS:
-            if "forward_ms" not in time_into(report, "speed", name, same_tokens(length), seconds):
+            if "forward_ms" not in time_into(results, "speed", name, same_tokens(length), seconds):
                 break  # refused altogether: no other length would change that
 
 
-def measure_dims(report: Report, seconds: float) -> None:
+def measure_dims(results: Results, seconds: float) -> None:
     for name in (*GMA_EXTREMES, *SDPA):
         for length in DIM_LENGTHS:
-            time_into(report, "dims", name, same_tokens(length, dim=128), seconds)
+            time_into(results, "dims", name, same_tokens(length, dim=128), seconds)
     for name in GMA_EXTREMES:
         for components in MORE_COMPONENTS:
-            time_into(report, "dims", name, same_tokens(4096, components=components), seconds)
+            time_into(results, "dims", name, same_tokens(4096, components=components), seconds)
 
 
-def measure_length(report: Report, seconds: float) -> None:
+def measure_length(results: Results, seconds: float) -> None:
     calls = [(name, same_tokens(length)) for name in GMA_EXTREMES for length in FLAT_LENGTHS]
     for name in (*GMA_EXTREMES, *SDPA):
         calls += [(name, Shape(batch=1, length=length)) for length in FLAT_LENGTHS if length <= SDPA_LONGEST]
     for name, shape in dict.fromkeys(calls):
-        time_into(report, "length", name, shape, seconds, forward=False)
+        time_into(results, "length", name, shape, seconds, forward=False)
 
 
-def peak_memory(rival: Rival, shape: Shape) -> dict:
+def wall_time(name: str, shape: Shape, seconds: float) -> dict:
+    """Milliseconds by the clock of one call after another, Python and launches included."""
+    rival = RIVALS[name]
+    inputs, grad = make_inputs(rival.names, shape, torch.bfloat16), random_grad(shape, torch.bfloat16)
+
+    def infer():
+        with torch.no_grad():
+            rival.function(inputs)
+
+    def train():
+        torch.autograd.grad(rival.function(inputs), list(inputs.values()), grad)
+
+    result = {}
+    for field, function in zip(FIELDS, (infer, train), strict=True):
+        for _ in range(5):
+            function()
+        torch.cuda.synchronize()
+        start, calls = time.perf_counter(), 0
+        while time.perf_counter() - start < seconds:
+            for _ in range(10):
+                function()
+            torch.cuda.synchronize()
+            calls += 10
+        result[field] = 1e3 * (time.perf_counter() - start) / calls
+    return result
+
+
+def measure_host(results: Results, seconds: float) -> None:
+    for name in (*GMA_EXTREMES, "SDPA"):
+        for length in HOST_LENGTHS:
+            shape = Shape(1, length, heads=8)
+            key = {"part": "host", "rival": name, **shape._asdict()}
+            results.measure(key, lambda name=name, shape=shape: wall_time(name, shape, seconds))
+
+
+def peak_memory(name: str, shape: Shape) -> dict:
     """Bytes that forward and backward need at most, beyond inputs, output and their gradients, and the share of these."""
+    rival = RIVALS[name]
     inputs, grad = make_inputs(rival.names, shape, torch.bfloat16), random_grad(shape, torch.bfloat16)
     leaves = list(inputs.values())
 
@@ -144,93 +178,142 @@ def peak_memory(rival: Rival, shape: Shape) -> dict:
 
     run()  # workspaces of libraries are there for good
     free_memory()
-    torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    output, grads = run()
-    torch.cuda.synchronize()
-    peak = torch.cuda.max_memory_allocated() - before
+    (output, grads), peak = peak_bytes(run)
     results = sum(x.nbytes for x in (output, *grads))
     necessary = results + sum(x.nbytes for x in (*leaves, grad))
-    return {"extra_bytes": peak - results, "necessary_bytes": necessary, "share": (peak - results) / necessary}
+    extra = peak - before - results
+    return {"extra_bytes": extra, "necessary_bytes": necessary, "share": extra / necessary}
 
 
-def measure_memory(report: Report, seconds: float) -> None:
+def measure_memory(results: Results, seconds: float) -> None:
     shape = same_tokens(4096)
     for name in (*GMA, *SDPA):
         key = {"part": "memory", "rival": name, **shape._asdict()}
-        if report.wants(**key):
-            report.add(key, peak_memory(RIVALS[name], shape))
+        results.measure(key, lambda name=name: peak_memory(name, shape))
 
 
-def measure_accuracy(report: Report, seconds: float) -> None:
+def measure_accuracy(results: Results, seconds: float) -> None:
     for dtype in DTYPES:
         for case in CASES:
             key = {"part": "accuracy", "case": case, "dtype": str(dtype).removeprefix("torch.")}
-            if report.wants(**key):
-                report.add(key, measure_case(case, dtype))
+            results.measure(key, lambda case=case, dtype=dtype: measure_case(case, dtype))
 
 
-def ratio(a: float | None, b: float | None) -> float | None:
-    return None if a is None or b is None else a / b
+PARTS = {
+    "speed": measure_speed,
+    "dims": measure_dims,
+    "length": measure_length,
+    "host": measure_host,
+    "memory": measure_memory,
+    "accuracy": measure_accuracy,
+    "fla": measure_fla,
+}
 
 
-def worst(values, select=max) -> float | None:
-    """The largest (or smallest) of what was measured."""
-    values = [value for value in values if value is not None]
-    return select(values) if values else None
+def softmax_rival(results: Results) -> str:
+    """The rival: SDPA as users call it; FlashAttention-2 in results from before both were measured."""
+    return "SDPA" if results.find(part="speed", rival="SDPA") else "SDPA flash"
 
 
-def microseconds_per_1000_tokens(row: dict) -> float:
-    return 1e6 * row["forward_backward_ms"] / (row["batch"] * row["length"])
+def rival_note(content: dict) -> str:
+    """What to know about results in which the rival, SDPA as users call it, was not measured."""
+    if softmax_rival(Results.of(content)) == "SDPA":
+        return ""
+    return (
+        "**To know:** SDPA was forced to FlashAttention-2 in this run. Its default was not measured; on Hopper that is cuDNN, "
+        "which is faster, so GMA is less far ahead of it than the tables of this device say."
+    )
 
 
-def flatness(report: Report, name: str) -> tuple[float | None, list[dict]]:
-    """By how much the time per token of the slowest length exceeds that of the fastest, and the rows by length."""
-    rows = [
-        row
-        for length in FLAT_LENGTHS
-        for row in report.rows(part="length", rival=name, **same_tokens(length)._asdict())
-    ]
-    times = [microseconds_per_1000_tokens(row) for row in rows]
-    return (max(times) / min(times) - 1 if len(times) > 1 else None), rows
+def summary(content: dict) -> str:
+    """Forward and backward pass by length, as the README shows it."""
+    results = Results.of(content)
+
+    def ms(name: str, length: int) -> float | None:
+        return results.get("forward_backward_ms", part="speed", rival=name, length=length)
+
+    softmax = softmax_rival(results)
+    others = [name for name in (*SDPA, "fla chunk_linear_attn") if any(ms(name, n) for n in LENGTHS)]
+    own = dict(zip(GMA_EXTREMES, ("GMA", "GMA with forgetting"), strict=True))
+    ratio = "SDPA / {}" if softmax == "SDPA" else "FlashAttention-2 / {}"
+    columns = ["tokens of a sequence", *(TITLES.get(name, name) for name in others)]
+    columns += [column for title in own.values() for column in (title, ratio.format(title))]
+    rows = []
+    for length in LENGTHS:
+        times = {name: ms(name, length) for name in (*others, *own)}
+        row = [f"{length:,}", *("" if times[name] is None else f"{times[name]:.1f} ms" for name in others)]
+        for name in own:
+            both = times[name] is not None and times.get(softmax) is not None
+            row += ["" if times[name] is None else f"{times[name]:.1f} ms"]
+            row += [f"{times[softmax] / times[name]:.1f}x" if both else ""]
+        if any(row[1:]):
+            rows.append(row)
+    return markdown(columns, rows)
 
 
-def targets(report: Report) -> list[tuple[str, float | None, str, float]]:
-    """What the kernels must reach: the worst of the variants counts. The times are meant for an H100."""
+def span(values: list[float]) -> str:
+    low, high = (f"{value:.2f}" if value < 10 else f"{value:.0f}" for value in (min(values), max(values)))
+    return low if low == high else f"{low} to {high}"
 
-    def speed(field: str, name: str, length: int) -> float | None:
-        return report.get(field, part="speed", rival=name, length=length)
 
-    found = []
-    for label, field, limit in (("forward", "forward_ms", 0.45), ("forward+backward", "forward_backward_ms", 2.3)):
-        for name in GMA:
-            slowest = worst(speed(field, name, length) for length in LENGTHS)
-            found.append((f"{label} in ms, {name}, slowest length", slowest, "<=", limit))
-    for length, limit in ((2048, 1.2), (4096, 2.0), (16384, 7.0)):
-        for name in GMA:
-            time, own = (speed("forward_backward_ms", rival, length) for rival in ("SDPA flash", name))
-            found.append((f"SDPA time / time of {name}, N = {length}", ratio(time, own), ">=", limit))
-    for length in DIM_LENGTHS:
-        for name in GMA_EXTREMES:
-            time, own = (
-                report.get("forward_backward_ms", part="dims", rival=rival, dim=128, length=length)
-                for rival in ("SDPA flash", name)
-            )
-            found.append((f"SDPA time / time of {name}, dim 128, N = {length}", ratio(time, own), ">=", 1.0))
-    for rival in list(FLA)[1:]:  # the first has neither features nor normaliser: a bound, not a target
-        for label, field in (("forward", "forward_ms"), ("forward+backward", "forward_backward_ms")):
-            ratios = [ratio(speed(field, rival, n), speed(field, name, n)) for name in GMA for n in LENGTHS]
-            found.append((f"{label} time of {rival} / GMA, worst", worst(ratios, min), ">=", 1.0))
+def comparison(content: dict) -> str:
+    """Two tables: where GMA takes less time than a rival, and where it takes more."""
+    results = Results.of(content)
+    ahead, behind = [], []
+    for own in GMA_EXTREMES:
+        for rival in (*SDPA, *FLA):
+            for field, title in FIELDS.items():
+                for part, dim, lengths in (("speed", 64, LENGTHS), ("dims", 128, DIM_LENGTHS)):
+                    key = {"part": part, "dim": dim}
+                    times = {
+                        n: [results.get(field, rival=name, length=n, **key) for name in (rival, own)] for n in lengths
+                    }
+                    ratios = {n: pair[0] / pair[1] for n, pair in times.items() if None not in pair}
+                    what = title if dim == 64 else f"{title}, dimension 128"
+                    for table, chosen in (
+                        (ahead, {n: x for n, x in ratios.items() if x >= 1}),
+                        (behind, {n: 1 / x for n, x in ratios.items() if x < 1}),
+                    ):
+                        if chosen:
+                            where = ", ".join(f"{n:,}" for n in chosen)
+                            table.append([own, TITLES.get(rival, rival), what, where, span(list(chosen.values()))])
+    columns = ["", "beside", "pass", "tokens of a sequence"]
+    parts = []
+    if ahead:
+        parts += ["Where GMA is ahead:", markdown([*columns, "times as fast"], ahead, left=4)]
+    if behind:
+        parts += ["Where others are ahead:", markdown([*columns, "GMA's time in theirs"], behind, left=4)]
+    return "\n\n".join([*parts, properties(results)]).strip()
+
+
+def properties(results: Results) -> str:
+    """Time per token, memory and accuracy, whoever else there is."""
+    lines = []
     for name in GMA_EXTREMES:
-        found.append((f"spread of the time per token over the length, {name}", flatness(report, name)[0], "<=", 0.1))
+        rows = [results.find(part="length", rival=name, **same_tokens(n)._asdict()) for n in FLAT_LENGTHS]
+        times = [per_1000_tokens(row[0]) for row in rows if row]
+        if len(times) > 1:
+            lines.append(
+                [f"{name}: longest time per token in the shortest, 2k to 512k", f"{max(times) / min(times):.2f}"]
+            )
     for name in GMA:
-        found.append((f"memory share, {name}", report.get("share", part="memory", rival=name), "<=", 0.2))
-    ratios = [
-        math.inf if row["worst_ratio"] is None else row["worst_ratio"]  # null: not a number
-        for row in report.rows(part="accuracy")
-    ]
-    found.append(("error / error of chunked, worst", worst(ratios), "<=", 2.0))
-    return found
+        share = results.get("share", part="memory", rival=name)
+        if share is not None:
+            lines.append([f"{name}: peak memory beyond the necessary", f"{share:.0%}"])
+    worst = [(row["worst_ratio"], row["case"], row["dtype"]) for row in results.find(part="accuracy")]
+    for is_extreme in (False, True):
+        chosen = [x for x in worst if (x[1] in ("plain", "gated") or x[1].startswith("padding")) != is_extreme]
+        if chosen:
+            value, case, dtype = max((x for x in chosen if x[0] is not None), default=chosen[0])
+            kind = "extreme inputs" if is_extreme else "ordinary inputs"
+            lines.append([f"largest error in that of `chunked`, {kind} ({case}, {dtype})", f"{value:.1f}"])
+    return markdown(["of GMA itself", ""], lines) if lines else ""
+
+
+def per_1000_tokens(row: dict) -> float:
+    """Microseconds of forward and backward pass."""
+    return 1e6 * row["forward_backward_ms"] / (row["batch"] * row["length"])
 
 
 def cell(row: dict | None, *fields: str) -> str:
@@ -240,24 +323,22 @@ def cell(row: dict | None, *fields: str) -> str:
     return " / ".join(times) if len(times) == len(fields) else " / ".join([*times, "refused"])
 
 
-def print_tables(report: Report) -> None:
-    """The measurements, a table per part."""
+def tables(content: dict) -> str:
+    """The measurements, a table per part, in plain text."""
+    results, found = Results.of(content), []
 
-    def table(title: str, columns: list, key, names, fields=("forward_ms", "forward_backward_ms")) -> None:
-        lines = {}
-        for name in names:
-            found = [report.rows(rival=name, **key(column)) for column in columns]
-            if any(found):
-                lines[name] = [cell(rows[0] if rows else None, *fields) for rows in found]
+    def table(title: str, columns: list, key, names, fields=tuple(FIELDS)) -> None:
+        rows = {name: [results.find(rival=name, **key(column)) for column in columns] for name in names}
+        lines = {
+            TITLES.get(name, name): [cell(row[0] if row else None, *fields) for row in own]
+            for name, own in rows.items()
+            if any(own)
+        }
         if lines:
-            print_table(title, columns, lines)
+            found.append(text(title, columns, lines))
 
-    table(
-        "forward / forward+backward in ms by N",
-        list(LENGTHS),
-        lambda n: {"part": "speed", "length": n},
-        [*GMA, *CHUNKED, *SDPA, *FLA],
-    )
+    every = [*GMA, *CHUNKED, *SDPA, *FLA]
+    table("forward / forward+backward in ms by N", list(LENGTHS), lambda n: {"part": "speed", "length": n}, every)
     table(
         "dim 128: forward / forward+backward in ms by N",
         list(DIM_LENGTHS),
@@ -276,60 +357,57 @@ def print_tables(report: Report) -> None:
     ):
         lines = {}
         for name in (*GMA_EXTREMES, *SDPA):
-            rows = [report.rows(part="length", rival=name, **shape(n)._asdict()) for n in FLAT_LENGTHS]
-            cells = [
-                f"{microseconds_per_1000_tokens(row[0]):.2f}" if row and "forward_backward_ms" in row[0] else ""
-                for row in rows
-            ]
+            rows = [results.find(part="length", rival=name, **shape(n)._asdict()) for n in FLAT_LENGTHS]
+            cells = [f"{per_1000_tokens(x[0]):.2f}" if x and "forward_backward_ms" in x[0] else "" for x in rows]
             if any(cells):
-                lines[name] = cells
+                lines[TITLES.get(name, name)] = cells
         if lines:
-            print_table(title, [f"{n // 1024}k" for n in FLAT_LENGTHS], lines)
+            found.append(text(title, [f"{n // 1024}k" for n in FLAT_LENGTHS], lines))
     table(
-        "peak memory beyond the necessary, as a share of it", [4096], lambda n: {"part": "memory"}, RIVALS, ["share"]
+        "one sequence of 8 heads: wall time of a call, forward / forward+backward in ms by N",
+        list(HOST_LENGTHS),
+        lambda n: {"part": "host", "length": n},
+        [*GMA_EXTREMES, *SDPA],
     )
-    dtypes = [str(dtype).removeprefix("torch.") for dtype in DTYPES]
-    accuracy = {
-        case: [cell((report.rows(part="accuracy", case=case, dtype=d) or [None])[0], "worst_ratio") for d in dtypes]
-        for case in CASES
-    }
-    if report.rows(part="accuracy"):
-        print_table("largest error / error of chunked in the same dtype", dtypes, accuracy)
-
-
-PARTS = {
-    "speed": measure_speed,
-    "dims": measure_dims,
-    "length": measure_length,
-    "memory": measure_memory,
-    "accuracy": measure_accuracy,
-    "fla": measure_fla,
-}
+    share = "peak memory beyond the necessary, as a share of it"
+    table(share, [4096], lambda n: {"part": "memory"}, RIVALS, ["share"])
+    if results.find(part="accuracy"):
+        dtypes = [str(dtype).removeprefix("torch.") for dtype in DTYPES]
+        lines = {
+            case: [
+                cell((results.find(part="accuracy", case=case, dtype=d) or [None])[0], "worst_ratio") for d in dtypes
+            ]
+            for case in CASES
+        }
+        found.append(text("largest error / error of chunked in the same dtype", dtypes, lines))
+    return "\n\n".join(found)
 
 
 def main() -> None:
-    """Measure, print the tables and the targets; every measurement goes to the JSON file at once."""
+    """Measure and print the tables; every measurement goes to the JSON file at once."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
-    parser.add_argument("--seconds", type=float, default=0.2, help="per measurement, after half as long a warm-up")
-    add_report_arguments(parser)
+    parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=[name for name in PARTS if name != "fla"])
+    parser.add_argument("--seconds", type=float, default=0.15, help="per measurement, after half as long a warm-up")
+    add_output_options(parser, "gpu_attention_*")
     options = parser.parse_args()
-    output = options.output or default_output("gpu_attention")
-    setting = {
-        "dtype": "bfloat16",
-        "tokens": TOKENS,
-        **Shape(0, 0)._asdict(),
-        "batch": "tokens / length, at least 1",
-        "length": list(LENGTHS),
-        "seconds": options.seconds,
-        "accuracy": ACCURACY_SHAPE._asdict(),
-    }
-    report = Report(output, "kernels.attention_gpu", setting, options.again)
-    for part in options.parts:
-        print(f"{part}:", flush=True)
-        PARTS[part](report, options.seconds)
-    print_tables(report)
-    report.print_targets(targets(report))
+    if not options.table:
+        need_gpu()
+        setting = {
+            "dtype": "bfloat16",
+            "tokens": TOKENS,
+            **Shape(0, 0)._asdict(),
+            "batch": "tokens / length, at least 1",
+            "length": list(LENGTHS),
+            "seconds": options.seconds,
+            "accuracy": ACCURACY_SHAPE._asdict(),
+        }
+        options.output = output_path(options)
+        results = Results(options.output, "kernels.attention_gpu", setting, one_device=True)
+        for part in options.parts:
+            PARTS[part](results, options.seconds)
+    for path in stored(options):
+        content = json.loads(path.read_text())
+        print(f"\n{path}\n\n{tables(content)}\n\n{summary(content)}\n\n{comparison(content)}")
 
 
 if __name__ == "__main__":

@@ -14,11 +14,10 @@ and on the position, not on the numbers in it. So the keys and values of the sof
 whose state has one size, gets the state of a short random prompt and is told the position. The static cache of softmax is
 full, so that its attention needs no mask and PyTorch may take its FlashAttention kernel; the one that `generate` makes is
 longer than the sequence and masked, which rules that kernel out.
-
-What the output file holds already is not measured again without `--again`.
 """
 
 import argparse
+import json
 import statistics
 import sys
 import time
@@ -32,7 +31,9 @@ import torch
 from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import Cache
 
-from benchmarks.lib.report import Report, add_report_arguments, default_output, first_line, free_memory, print_table
+from benchmarks.lib.results import Results, add_output_options, need_gpu, output_path, stored
+from benchmarks.lib.tables import text
+from benchmarks.lib.timing import first_line, free_memory
 from gma_hf import GMAConfig, GMAForCausalLM
 from gma_hf.modeling import GMACacheLayer
 
@@ -156,100 +157,85 @@ def cache_gib(config: GMAConfig, mode: str, batch: int, position: int) -> float:
 
 @torch.no_grad()
 def measure(
-    report: Report, model: GMAForCausalLM, name: str, mode: str, batch: int, positions, seconds: float
+    results: Results, model: GMAForCausalLM, name: str, mode: str, batch: int, positions, seconds: float
 ) -> None:
     """All positions of a model, mode and batch."""
-    cache = step = run = None
-    for position in positions:
-        key = {"model": name, "mode": mode, "batch": batch, "position": position}
-        if not report.wants(**key):
-            continue
+    run = None
+
+    def row(position: int) -> dict:
+        nonlocal run, cache
         if name not in GMA:
-            cache = step = run = None
+            cache = run = None
             free_memory()
         needed, free = cache_gib(model.config, mode, batch, position), torch.cuda.mem_get_info()[0] / 2**30
         if needed > 0.95 * free:
-            report.add(key, {"refused": f"keys and values need {needed:.0f} GiB, {free:.0f} GiB are free"})
-            continue
+            return {"refused": f"keys and values need {needed:.0f} GiB, {free:.0f} GiB are free"}
         try:
             if run is None:  # a GMA model goes on with the cache and the graph of the first position
                 cache = fill_cache(model, mode, batch, position)
                 set_position(cache, position - STEPS)
                 step = make_step(model, mode, cache, batch)
                 run = capture(step) if mode == "compiled" else step
-            milliseconds = time_step(run, lambda: set_position(cache, position - STEPS), seconds)  # noqa: B023
+            milliseconds = time_step(run, lambda: set_position(cache, position - STEPS), seconds)
         except torch.cuda.OutOfMemoryError as error:
-            cache = step = run = None
-            report.add(key, {"refused": first_line(error)})
-            continue
-        report.add(key, {"ms_per_token": milliseconds, "tokens_per_second": 1e3 * batch / milliseconds})
+            cache = run = None
+            return {"refused": first_line(error)}
+        return {"ms_per_token": milliseconds, "tokens_per_second": 1e3 * batch / milliseconds}
+
+    cache = None
+    for position in positions:
+        key = {"model": name, "mode": mode, "batch": batch, "position": position}
+        results.measure(key, lambda position=position: row(position))
 
 
-def print_tables(report: Report, batches: list[int], positions: list[int]) -> None:
+def tables(content: dict) -> str:
+    """A table per batch."""
+    results, found = Results.of(content), []
+    batches, positions = (sorted({row[name] for row in results.rows.values()}) for name in ("batch", "position"))
     for batch in batches:
         lines = {}
         for mode in MODES:
             for name in MODELS:
                 cells = []
                 for position in positions:
-                    rows = report.rows(model=name, mode=mode, batch=batch, position=position)
-                    row = rows[0] if rows else {}
+                    row = (results.find(model=name, mode=mode, batch=batch, position=position) or [{}])[0]
                     known = (
                         f"{row['ms_per_token']:.3f} ({row['tokens_per_second']:,.0f})" if "ms_per_token" in row else ""
                     )
                     cells.append("no memory" if "refused" in row else known)
                 if any(cells):
                     lines[f"{name}, {mode}"] = cells
-        print_table(f"batch {batch}: ms per token (tokens per second) at position", positions, lines)
-
-
-def targets(report: Report, batches: list[int], positions: list[int]) -> list[tuple[str, float | None, str, float]]:
-    """Time independent of the position, and below that of the faster softmax mode from 8k tokens on."""
-    found = []
-    for batch in batches:
-
-        def milliseconds(name: str, mode: str, position: int, batch: int = batch) -> float | None:
-            return report.get("ms_per_token", model=name, mode=mode, batch=batch, position=position)
-
-        for name in GMA:
-            times = [milliseconds(name, "compiled", position) for position in positions]
-            known = [x for x in times if x is not None]
-            spread = max(known) / min(known) - 1 if len(known) > 1 else None
-            found.append((f"spread over the position, {name}, batch {batch}", spread, "<=", 0.05))
-            for position, own in zip(positions, times, strict=True):
-                softmax = [milliseconds("softmax + RoPE", mode, position) for mode in MODES]
-                fastest = min((x for x in softmax if x is not None), default=None)
-                if position >= 8192:
-                    ratio = None if own is None or fastest is None else fastest / own
-                    found.append((f"softmax time / {name} time, batch {batch}, {position:,} tokens", ratio, ">=", 1.0))
-    return found
+        found.append(text(f"batch {batch}: ms per token (tokens per second) at position", positions, lines))
+    return "\n\n".join(found)
 
 
 def main() -> None:
-    """Measure, print the table and the targets; every measurement goes to the JSON file at once."""
+    """Measure and print the tables; every measurement goes to the JSON file at once."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
     parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 64])
     parser.add_argument("--positions", type=int, nargs="+", default=POSITIONS)
     parser.add_argument("--seconds", type=float, default=1.0, help="per measurement")
-    add_report_arguments(parser)
+    add_output_options(parser, "gpu_decode_*")
     options = parser.parse_args()
     positions, longest = sorted(options.positions), SIZES["max_position_embeddings"]
     if positions[0] < PROMPT + STEPS or positions[-1] > longest:
         parser.error(f"positions must lie between {PROMPT + STEPS} and {longest}, got {positions}")
-    output = options.output or default_output("gpu_decode")
-    setting = {**SIZES, "dtype": "bfloat16", "steps": STEPS, "seconds": options.seconds}
-    report = Report(output, "kernels.decoding_gpu", setting, options.again)
-    for name in options.models:
-        free_memory()
-        model = make_model(name)
-        for mode in options.modes:
-            for batch in options.batches:
-                measure(report, model, name, mode, batch, positions, options.seconds)
-        del model
-    print_tables(report, options.batches, positions)
-    report.print_targets(targets(report, options.batches, positions))
+    if not options.table:
+        need_gpu()
+        options.output = output_path(options)
+        setting = {**SIZES, "dtype": "bfloat16", "steps": STEPS, "seconds": options.seconds}
+        results = Results(options.output, "kernels.decoding_gpu", setting, one_device=True)
+        for name in options.models:
+            free_memory()
+            model = make_model(name)
+            for mode in options.modes:
+                for batch in options.batches:
+                    measure(results, model, name, mode, batch, positions, options.seconds)
+            del model
+    for path in stored(options):
+        print(f"\n{path}\n\n{tables(json.loads(path.read_text()))}")
 
 
 if __name__ == "__main__":

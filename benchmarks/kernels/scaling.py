@@ -1,23 +1,24 @@
-#!/usr/bin/env python
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
 """
 Time and peak memory of one sequence-mixing operator against the length of the sequence, from 1k to 1M tokens.
 
-    python benchmarks/kernels/scaling.py --plot                                        # on a GPU: bfloat16
-    python benchmarks/kernels/scaling.py --device cpu --plot                           # on a CPU: float32
+    python benchmarks/kernels/scaling.py --plot                                # on a GPU: bfloat16
+    python benchmarks/kernels/scaling.py --device cpu --plot                   # on a CPU: float32
 
-One causal sequence, 8 heads of dimension 64 (a layer of width 512), 64 components. Mamba-2 is the recurrence of its published
-layer of that width: 16 heads of dimension 64, state 128, one group. Linear attention (elu + 1) and Mamba-2 are chunked PyTorch
-programs here; where flash-linear-attention is installed, its Triton kernels are measured too (the one of linear attention
-without features and normaliser). Times are medians, of one call where a call takes longer than `--seconds`; on a CPU they are
-the CPU time of the process, to which other programs do not add. Peak memory is everything that a call allocates or is given:
-inputs, outputs, gradients and what lies between. What runs out of memory is recorded as refused, what would take longer than
-`--longest` is left out. Rows that the output file holds already are not repeated.
+One causal sequence, 8 heads of dimension 64 (a layer of width 512), 64 components. Softmax attention is PyTorch's
+`scaled_dot_product_attention` as users call it and, on a GPU, forced to FlashAttention-2. Mamba-2 is the recurrence of its
+published layer of that width: 16 heads of dimension 64, state 128, one group. Linear attention (elu + 1) and Mamba-2 are plain
+PyTorch here; where flash-linear-attention is installed, its Triton kernels are measured too (the one of linear attention without
+features and normaliser). Times are medians, of one call where a call takes longer than `--seconds`; on a CPU they are the CPU
+time of the process, to which other programs do not add. Peak memory is everything that a call allocates or is given: inputs,
+outputs, gradients and what lies between. What runs out of memory is kept as refused, what would take longer than `--longest` is
+left out. The figure is drawn beside the output file.
 """
 
 import argparse
 import ctypes
 import itertools
+import json
 import os
 import statistics
 import sys
@@ -33,13 +34,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.conversion.common import ROOT, Results
-from benchmarks.kernels.attention_cpu import check_correctness, cpu_model, resident_memory
-from benchmarks.kernels.scaling_report import plot, table
-from benchmarks.lib.report import default_output, first_line, free_memory, median_time
+from benchmarks.kernels.attention_cpu import check_correctness
+from benchmarks.kernels.scaling_report import plot, tables
+from benchmarks.lib.results import Results, add_output_options, output_path, stored
+from benchmarks.lib.timing import cpu_model, first_line, free_memory, median_time, resident_memory
 from benchmarks.rivals.linear_attention import linear_attention
 from benchmarks.rivals.mamba2 import state_space
-from benchmarks.rivals.operators import VARIANTS, Shape, fla, make_inputs, relative_error, sdpa
+from benchmarks.rivals.operators import QKV, VARIANTS, Shape, fla, flash_attention, make_inputs, relative_error, sdpa
 from gma_hf.ops import gaussian_mixture_attention
 
 
@@ -80,12 +81,6 @@ def gma(variant: str) -> Rival:
     return Rival(function, tokens_of_a_layer(names))
 
 
-def softmax(x: dict[str, Tensor]) -> Tensor:
-    if x["query"].is_cuda:
-        return sdpa(x)
-    return F.scaled_dot_product_attention(x["query"], x["key"], x["value"], is_causal=True)
-
-
 def elu_attention(x: dict[str, Tensor]) -> Tensor:
     query, key = (F.elu(x[name].float()) + 1 for name in ("query", "key"))
     return linear_attention(query, key, x["value"])
@@ -118,11 +113,11 @@ def mamba_in_triton(x: dict[str, Tensor]) -> Tensor:
     return chunk_simple_gla(query, key, value, g=-x["dt"] * x["rate"], scale=1.0)[0]
 
 
-QKV = ("query", "key", "value")
 RIVALS = {
     "GMA, paper": gma("normalised"),
     "GMA, gated": gma("un-normalised, decay"),
-    "softmax (SDPA)": Rival(softmax, tokens_of_a_layer(QKV), order=2),
+    "softmax (SDPA)": Rival(sdpa, tokens_of_a_layer(QKV), order=2),
+    "softmax (FlashAttention-2)": Rival(flash_attention, tokens_of_a_layer(QKV), order=2, needs_gpu=True),
     "linear attention": Rival(elu_attention, tokens_of_a_layer(QKV)),
     "Mamba-2": Rival(mamba, mamba_inputs),
     "linear attention, fla": Rival(
@@ -267,34 +262,31 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=0.5, help="per measurement")
     parser.add_argument("--longest", type=float, default=20.0, help="seconds that one call may take")
     parser.add_argument("--threads", type=int, default=1, help="of a CPU; their times are added")
-    parser.add_argument("--plot", action="store_true", help="draw docs/figures/scaling_*.png from the results")
-    parser.add_argument("--output", type=Path, help="JSON file; by default one in results/ named after the device")
+    parser.add_argument("--plot", action="store_true", help="draw the figure")
+    add_output_options(parser, "scaling_*")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     options.lengths = [length for length in options.lengths if length <= (options.max_length or max(options.lengths))]
     options.rivals = options.rivals or [
         name for name, rival in RIVALS.items() if options.device == "cuda" or not rival.needs_gpu
     ]
-    if options.device == "cpu":
-        output = options.output or ROOT / "benchmarks" / "results" / "scaling_cpu.json"
-        device = {
-            "device": f"{cpu_model()}, {options.threads} thread{'s' if options.threads > 1 else ''}",
-            "dtype": "float32",
-        }
-    else:
-        output = options.output or default_output("scaling")
-        device = {"device": torch.cuda.get_device_name(), "dtype": "bfloat16"}
-    sizes = {"batch": 1, "heads": HEADS, "dim": DIM, "components": COMPONENTS}
-    mamba = {"mamba2_heads": MAMBA_HEADS, "mamba2_state": MAMBA_STATE}
-    results = Results(output, "scaling", {**device, **sizes, **mamba})
-    check(options.device)
-    measure_all(results, options)
-    for field in ("ms", "peak_mib"):
-        for part in PASSES:
-            print(f"\n{part}, {field}\n\n{table(results.report, part, field)}")
-    if options.plot:
-        plot(results.report, ROOT / "docs" / "figures" / f"{output.stem}.png")
-    print(f"\nwritten to {output}")
+    if not options.table:
+        if options.device == "cpu":
+            options.output = options.output or Path("scaling_cpu.json")
+            threads = f"{options.threads} thread{'s' if options.threads > 1 else ''}"
+            device = {"device": f"{cpu_model()}, {threads}", "dtype": "float32"}
+        else:
+            options.output = output_path(options)
+            device = {"device": torch.cuda.get_device_name(), "dtype": "bfloat16"}
+        sizes = {"batch": 1, "heads": HEADS, "dim": DIM, "components": COMPONENTS}
+        mamba = {"mamba2_heads": MAMBA_HEADS, "mamba2_state": MAMBA_STATE}
+        check(options.device)
+        measure_all(Results(options.output, "scaling", {**device, **sizes, **mamba}), options)
+    for path in stored(options):
+        content = json.loads(path.read_text())
+        print(f"\n{path}\n\n{tables(content)}")
+        if options.plot:
+            plot(content, path.with_suffix(".png"))
 
 
 if __name__ == "__main__":

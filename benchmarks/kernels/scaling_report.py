@@ -4,7 +4,7 @@
 import math
 from pathlib import Path
 
-from benchmarks.lib.training import COLOURS
+from benchmarks.lib.tables import COLOURS, clean, markdown, pyplot, save_figure
 
 
 FITTED_POINTS = 4  # the slope is that of the longest lengths: short ones show the costs of launching
@@ -13,11 +13,16 @@ RIVAL_COLOURS = {
     "GMA, paper": COLOURS["gma_paper"],
     "GMA, gated": COLOURS["gma_gated"],
     "softmax (SDPA)": COLOURS["softmax"],
+    "softmax (FlashAttention-2)": COLOURS["softmax_gated"],
     "linear attention": COLOURS["elu"],
     "linear attention, fla": "#dcc385",
     "Mamba-2": COLOURS["mamba2"],
     "Mamba-2, fla": "#97c9a8",
 }
+
+
+# Programs in plain PyTorch, which fused ones would outdo
+TITLES = {name: f"{name} (plain PyTorch)" for name in ("linear attention", "Mamba-2")}
 
 
 def points(report: dict, name: str, part: str, field: str) -> dict[int, float]:
@@ -61,25 +66,29 @@ def table(report: dict, part: str = "forward_backward", field: str = "ms") -> st
     names = rivals_of(report)
     values = {name: points(report, name, part, field) for name in names}
     lengths = sorted({length for measured in values.values() for length in measured})
-    lines = ["| tokens | " + " | ".join(names) + " |", "|---:|" + "---:|" * len(names)]
-    for length in lengths:
-        cells = [shown(values[name].get(length), ".3g") for name in names]
-        lines.append(f"| {tokens(length)} | " + " | ".join(cells) + " |")
+    lines = [[tokens(length), *(shown(values[name].get(length), ".3g") for name in names)] for length in lengths]
     slopes = [slope(values[name]) for name in names]
-    cells = ["" if exponent is None else f"{exponent:.2f}" for exponent in slopes]
-    return "\n".join([*lines, "| exponent | " + " | ".join(cells) + " |"])
+    lines.append(["exponent", *("" if exponent is None else f"{exponent:.2f}" for exponent in slopes)])
+    return markdown(["tokens", *(TITLES.get(name, name) for name in names)], lines, left=0)
+
+
+def tables(report: dict) -> str:
+    """Time and memory of both passes."""
+    titles = {
+        ("forward_backward", "ms"): "Forward and backward pass, milliseconds:",
+        ("forward", "ms"): "Forward pass alone, milliseconds:",
+        ("forward_backward", "peak_mib"): "Peak memory of forward and backward pass, MiB:",
+        ("forward", "peak_mib"): "Peak memory of the forward pass alone, MiB:",
+    }
+    return "\n\n".join(f"{title}\n\n{table(report, *what)}" for what, title in titles.items())
 
 
 def plot(report: dict, path: Path) -> None:
     """Two log-log panels, forward and backward: time and peak memory, with the name and the exponent at each line's end."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
     names = rivals_of(report)
-    figure, axes = pyplot.subplots(1, 2, figsize=(12.5, 5), layout="constrained")
+    figure, axes = pyplot().subplots(1, 2, figsize=(12.5, 5), layout="constrained")
     for axis, (field, title, unit) in zip(
         axes,
         (("ms", "Time of forward and backward pass", "milliseconds"), ("peak_mib", "Peak memory", "MiB")),
@@ -94,7 +103,8 @@ def plot(report: dict, path: Path) -> None:
                 list(measured), list(measured.values()), "o-", color=RIVAL_COLOURS[name], markersize=3.5, linewidth=1.7
             )
             exponent = slope(measured)
-            label = name if exponent is None else f"{name}  (N^{exponent:.2f})"
+            title = TITLES.get(name, name)
+            label = title if exponent is None else f"{title}  (N^{exponent:.2f})"
             ends.append((max(measured), list(measured.values())[-1], label, RIVAL_COLOURS[name]))
         axis.set(xscale="log", yscale="log", title=title, xlabel="tokens", ylabel=unit)
         lengths = sorted({row["length"] for row in report["rows"].values()})
@@ -102,15 +112,12 @@ def plot(report: dict, path: Path) -> None:
         axis.xaxis.set_minor_locator(NullLocator())
         axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: tokens(round(x))))
         axis.grid(True, color="#e4e4e4", linewidth=0.6)
-        axis.spines[["top", "right"]].set_visible(False)
+        clean(axis)
         label_ends(axis, ends, lengths[-1])
     figure.suptitle(
         f"{report['setting']['device']}, {report['setting']['dtype']}, batch 1, width 512", fontsize=10, color="#555"
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130, facecolor="white", bbox_inches="tight")
-    pyplot.close(figure)
-    print(f"figure written to {path}")
+    save_figure(figure, path)
 
 
 def label_ends(axis, ends: list[tuple[float, float, str, str]], longest: float) -> None:

@@ -4,15 +4,16 @@
     python benchmarks/kernels/training_gpu.py
 
 12 layers of width 768 with 12 heads, 64 components, SwiGLU, 8,192 tokens of vocabulary; 65,536 tokens per step whatever the
-context; float32 weights under bfloat16 autocast, fused AdamW. Softmax attention is PyTorch's SDPA with RoPE. Of every model
+context; float32 weights under bfloat16 autocast, fused AdamW. Softmax attention is PyTorch's `scaled_dot_product_attention` with
+RoPE, as users call it (cuDNN on Hopper) and forced to FlashAttention-2. Of every model
 the blocks are compiled one by one, so that all share one compilation, and the head with the loss. A step is the forward
 pass, the backward pass and the update; the median of several counts. The GMA layers run on the backend that `--backend`
 names, never silently on another.
-
-What the output file holds already is not measured again without `--again`.
 """
 
 import argparse
+import contextlib
+import json
 import math
 import os
 import statistics
@@ -26,8 +27,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # so that `benchma
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.lib.report import Report, add_report_arguments, default_output, first_line, free_memory, print_table
+from benchmarks.lib.results import Results, add_output_options, need_gpu, output_path, stored
+from benchmarks.lib.tables import text
+from benchmarks.lib.timing import first_line, free_memory
 from gma_hf import GMAConfig, GMAForCausalLM
 from gma_hf.ops import available_backends
 from gma_hf.ops.dispatch import ENVIRONMENT_VARIABLE
@@ -44,6 +48,7 @@ MODELS = {
     "GMA gated": ("gated", "linear_attention"),
     "GMA paper": ("paper", "linear_attention"),
     "softmax + RoPE": ("gated", "full_attention"),
+    "softmax + RoPE, FlashAttention-2": ("gated", "full_attention"),
 }
 SOFTMAX = "softmax + RoPE"
 CONTEXTS = (1024, 4096, 16384, 65536)
@@ -115,12 +120,14 @@ def measure(name: str, context: int, micro_tokens: int) -> dict:
     model = make_model(name, context)
     training = Training(model, context, TOKENS, micro_tokens)
     times = []
-    for _ in range(WARMUP_STEPS + STEPS):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        loss = training.step()
-        torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
+    forced = sdpa_kernel(SDPBackend.FLASH_ATTENTION) if "FlashAttention" in name else contextlib.nullcontext()
+    with forced:
+        for _ in range(WARMUP_STEPS + STEPS):
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            loss = training.step()
+            torch.cuda.synchronize()
+            times.append(time.perf_counter() - start)
     if not math.isfinite(loss.item()):
         raise SystemExit(f"{name} at context {context} has the loss {loss.item()}; no speed is reported.")
     seconds = statistics.median(times[WARMUP_STEPS:])
@@ -134,27 +141,30 @@ def measure(name: str, context: int, micro_tokens: int) -> dict:
     }
 
 
-def print_tables(report: Report) -> None:
+def tables(content: dict) -> str:
     """Speed and memory by context, and where softmax is ahead."""
+    results, found = Results.of(content), []
+    names = [name for name in MODELS if results.find(model=name)]
     for title, field, form in (
         ("tokens per second", "tokens_per_second", "{:,.0f}"),
         ("peak memory in GiB", "peak_memory_gib", "{:.1f}"),
     ):
         lines = {}
-        for name in MODELS:
-            values = [report.get(field, model=name, context=context) for context in CONTEXTS]
+        for name in names:
+            values = [results.get(field, model=name, context=context) for context in CONTEXTS]
             lines[name] = ["" if value is None else form.format(value) for value in values]
-        print_table(f"{title} at context", list(CONTEXTS), lines)
-    for name in MODELS:
+        found.append(text(f"{title} at context", list(CONTEXTS), lines))
+    for name in names:
         speeds = {
-            context: [report.get("tokens_per_second", model=rival, context=context) for rival in (SOFTMAX, name)]
+            context: [results.get("tokens_per_second", model=rival, context=context) for rival in (SOFTMAX, name)]
             for context in CONTEXTS
         }
         both = {context: pair for context, pair in speeds.items() if None not in pair}
-        if name != SOFTMAX and both:
+        if name.startswith("GMA") and both:
             ratios = ", ".join(f"{own / softmax:.2f} at {context:,}" for context, (softmax, own) in both.items())
             lost = [context for context, (softmax, own) in both.items() if softmax > own]
-            print(f"{name}: speed / speed of softmax {ratios}; softmax is ahead at {lost or 'none of these'}")
+            found[-1] += f"\n{name}: speed / speed of softmax {ratios}; softmax is ahead at {lost or 'none of these'}"
+    return "\n\n".join(found)
 
 
 def main() -> None:
@@ -166,32 +176,34 @@ def main() -> None:
     parser.add_argument(
         "--backend", choices=["auto", *available_backends()], default="triton", help="of the GMA layers"
     )
-    add_report_arguments(parser)
+    add_output_options(parser, "gpu_training_*")
     options = parser.parse_args()
-    os.environ[ENVIRONMENT_VARIABLE] = options.backend
-    output = options.output or default_output("gpu_training")
-    setting = {
-        **SIZES,
-        "tokens_per_step": TOKENS,
-        "micro_tokens": options.micro_tokens,
-        "dtype": "float32 weights, bfloat16 autocast",
-        "backend": options.backend,
-        "steps": STEPS,
-    }
-    report = Report(output, "kernels.training_gpu", setting, options.again)
-    for context in sorted(options.contexts):
-        for name in options.models:
-            key = {"model": name, "context": context}
-            if not report.wants(**key):
-                continue
+    if not options.table:
+        need_gpu()
+        os.environ[ENVIRONMENT_VARIABLE] = options.backend
+        options.output = output_path(options)
+        setting = {
+            **SIZES,
+            "tokens_per_step": TOKENS,
+            "micro_tokens": options.micro_tokens,
+            "dtype": "float32 weights, bfloat16 autocast",
+            "backend": options.backend,
+            "steps": STEPS,
+        }
+        results = Results(options.output, "kernels.training_gpu", setting, one_device=True)
+
+        def row(name: str, context: int) -> dict:
             free_memory()
             try:
-                values = measure(name, context, options.micro_tokens)
+                return measure(name, context, options.micro_tokens)
             except torch.cuda.OutOfMemoryError as error:
-                values = {"refused": first_line(error)}
-            report.add(key, values)
-    print_tables(report)
-    print(f"\nwritten to {report.path}")
+                return {"refused": first_line(error)}
+
+        for context in sorted(options.contexts):
+            for name in options.models:
+                results.measure({"model": name, "context": context}, lambda n=name, c=context: row(n, c))
+    for path in stored(options):
+        print(f"\n{path}\n\n{tables(json.loads(path.read_text()))}")
 
 
 if __name__ == "__main__":

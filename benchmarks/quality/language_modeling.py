@@ -1,11 +1,11 @@
 #!/usr/bin/env python
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
 """
-Language modelling: the mixers of `mixers.py` with equal parameters, data, tokenizer and schedule, beside each other.
+Language modelling: the mixers of `rivals/mixers.py` with equal parameters, data, tokenizer and schedule, beside each other.
 
     python benchmarks/quality/language_modeling.py --data DATA --prepare lm.pt
-    python benchmarks/quality/language_modeling.py --prepared lm.pt --mixers softmax gma_gated mamba2 --contexts 1024 --seeds 0 1 2
-    python benchmarks/quality/language_modeling.py --prepared lm.pt --rows gma_gated:1024:128 gma_gated:1024:256
+    python benchmarks/quality/language_modeling.py --prepared lm.pt --mixers softmax gma_gated mamba2 --seeds 0 1 --rates 1e-3 2e-3 4e-3
+    python benchmarks/quality/language_modeling.py --prepared lm.pt --rows gma_gated:1024:128 gma_gated:4096
     python benchmarks/quality/language_modeling.py --table --plot
 
 DATA holds `wikipedia-long` and `wikitext-103`. Trained on 41 million words of Wikipedia, not on the training set of
@@ -15,17 +15,17 @@ trained on WikiText-103.
 
 8 layers of width 512 with 8 heads (Mamba-2: 16 layers without MLP, 36 million parameters; the MLPs of the others are as wide
 as makes them equally large). A step is 65,536 tokens, and no token is seen twice. Perplexity per word counts the published
-tokens, a word or the end of a line; windows are as long as in training and do not overlap. A row is
-mixer:context[:components[:seed]]; rows that the output file holds are not trained again. With `--steps` fewer tokens are seen.
+tokens, a word or the end of a line; windows are as long as in training and do not overlap. Perplexity is also split as in Zoology:
+tokens that complete a pair of tokens which the window has shown before, and all others. A row is
+mixer:context[:components[:seed[:rate]]]; rows that the output file holds are not trained again, and of several rates the tables
+show the best of each mixer. With `--steps` fewer tokens are seen.
 """
 
 import argparse
 import json
 import math
-import statistics
 import sys
-import tempfile
-import time
+from functools import partial
 from pathlib import Path
 
 
@@ -35,27 +35,28 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import Dataset
-from transformers import AutoTokenizer, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers import AutoTokenizer, PreTrainedModel, Trainer
 
-from benchmarks.conversion.common import ROOT, Results, device
 from benchmarks.kernels.training_gpu import NO_MASK, head_loss
-from benchmarks.lib.training import evaluating
+from benchmarks.lib.results import FIGURES, Results, add_output_options, device, output_path, stored
+from benchmarks.lib.runner import Row, add_run_options, run_rows
+from benchmarks.lib.training import compile_blocks, evaluating, train
 from benchmarks.quality.language_modeling_data import VOCAB_SIZE, load, prepare, tokenizer_folder, windows
 from benchmarks.quality.language_modeling_report import plot, table
-from benchmarks.rivals.mixers import MIXERS, equal_intermediate_size, make_config, make_model
+from benchmarks.rivals.mixers import MIXERS, equal_width, make_config, make_model, state_per_layer
 from gma_hf.training.intervals import bootstrap_perplexity
 
 
-OUTPUT = ROOT / "benchmarks" / "results" / "language_modeling.json"
-FIGURE = ROOT / "docs" / "figures" / "language_modeling.png"
 REFERENCE = "mamba2"  # whose size the others take
-COMPONENTS = 64
-CURVE_POINTS = 8
+COMPONENTS, RATE = 64, 1e-3
 CURVE_TOKENS = 131_072  # of the validation text
 LOGIT_TOKENS = 8192  # whose logits are in memory at a time
 BUCKETS = 16  # of positions, in the extrapolation
-SETTING = ("hidden_size", "layers", "heads", "steps", "tokens_per_step", "redraw_interval")  # of all rows
+SETTING = ("hidden_size", "layers", "heads", "steps", "tokens_per_step")  # of all rows
 EXTRAPOLATION = 4  # times the length of training
+
+
+LANGUAGE_MIXERS = [name for name, mixer in MIXERS.items() if mixer.only != "bidirectional"]
 
 
 class Blocks(Dataset):
@@ -91,41 +92,6 @@ class HeadLossTrainer(Trainer):
             return self.head_loss(hidden_states, model.lm_head.weight, tokens[:, 1:])
 
 
-class Watch(TrainerCallback):
-    """Validation perplexity at so many points of the training, and the speed between them."""
-
-    def __init__(self, validation: Tensor, context: int, tokens_per_step: int):
-        self.validation, self.context, self.tokens_per_step = validation[: CURVE_TOKENS + 1], context, tokens_per_step
-        self.points: list[tuple[int, float]] = []
-        self.speeds: list[float] = []
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.every = max(1, state.max_steps // CURVE_POINTS)
-        self.resume(state)
-
-    def resume(self, state) -> None:
-        self.start, self.first_step = time.perf_counter(), state.global_step
-
-    def on_step_end(self, args, state, control, model=None, **kwargs):
-        if state.global_step % self.every and state.global_step != state.max_steps:
-            return
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        seconds = time.perf_counter() - self.start
-        self.speeds.append(self.tokens_per_step * (state.global_step - self.first_step) / seconds)
-        nll, _ = token_nll(model, self.validation, self.context)
-        self.points.append((state.global_step, round(math.exp(nll.mean().item()), 3)))
-        print(
-            f"  step {state.global_step}: perplexity {self.points[-1][1]}, {self.speeds[-1]:,.0f} tokens/s", flush=True
-        )
-        self.resume(state)
-
-    @property
-    def tokens_per_second(self) -> float:
-        """The median over the stretches between two points but the first, in which everything is compiled."""
-        return statistics.median(self.speeds[1:] or self.speeds)
-
-
 @torch.no_grad()
 def token_nll(
     model: PreTrainedModel, tokens: Tensor, context: int, batch_tokens: int = 65_536
@@ -145,8 +111,7 @@ def token_nll(
     whole, rest = windows(tokens, context)
     batches = list(whole.split(max(1, batch_tokens // context))) + ([rest[None]] if len(rest) > 1 else [])
     found = []
-    # Evaluation is too short for a compilation of its own to pay
-    with evaluating(model), torch.compiler.set_stance("force_eager"):
+    with evaluating(model):
         for batch in batches:
             batch = batch.long().to(model.device)
             hidden_states = model.model(batch[:, :-1], attention_mask=NO_MASK, use_cache=False).last_hidden_state
@@ -172,6 +137,7 @@ def evaluate(model: PreTrainedModel, prepared: dict, context: int) -> dict:
         if len(last):
             sums, counts = [*sums, last.double().sum().item()], [*counts, len(last)]
         perplexity = math.exp(sum(sums) / sum(counts))
+        row |= by_pair(name, whole, tokens, context)
         low, high = bootstrap_perplexity(sums, counts)
         row[f"{name}_perplexity"] = perplexity
         row[f"{name}_perplexity_interval"] = [low, high]
@@ -186,6 +152,30 @@ def evaluate(model: PreTrainedModel, prepared: dict, context: int) -> dict:
     return row
 
 
+def repeated_pairs(window: Tensor) -> Tensor:
+    """
+    Where a window shows a pair of tokens again.
+
+    Args:
+        window (`Tensor` of shape `(windows, length + 1)`): tokens.
+
+    Returns:
+        `BoolTensor` of shape `(windows, length)`: true at a predicted token that followed the token before it already once.
+    """
+    pairs = window[:, :-1].long() * 2**32 + window[:, 1:].long()
+    ordered, order = pairs.sort(dim=1, stable=True)
+    again = F.pad(ordered[:, 1:] == ordered[:, :-1], (1, 0))
+    return torch.zeros_like(again).scatter(1, order, again)
+
+
+def by_pair(name: str, nll: Tensor, tokens: Tensor, context: int) -> dict:
+    """Perplexity of tokens that complete a pair which the window has shown before, and of all others."""
+    repeated = repeated_pairs(windows(tokens, context)[0])
+    parts = {"repeated": nll[repeated], "other": nll[~repeated]}
+    found = {f"{name}_{part}_perplexity": x.double().mean().exp().item() for part, x in parts.items() if len(x)}
+    return {**found, f"{name}_repeated_share": round(repeated.float().mean().item(), 4) if len(nll) else None}
+
+
 def extrapolate(model: PreTrainedModel, tokens: Tensor, context: int) -> dict:
     """Perplexity by position in windows four times as long as those of the training."""
     if model.config.position_embedding_type == "learned":
@@ -198,75 +188,38 @@ def extrapolate(model: PreTrainedModel, tokens: Tensor, context: int) -> dict:
     return {"extrapolation": [round(x, 3) for x in by_position.tolist()], "extrapolation_bucket": length // BUCKETS}
 
 
-def train(model: PreTrainedModel, prepared: dict, context: int, seed: int, learning_rate: float, options) -> dict:
+def train_one(model: PreTrainedModel, prepared: dict, context: int, seed: int, rate: float, options) -> dict:
     """One training; what it cost and how it went."""
-    on_gpu = torch.cuda.is_available()
     micro_tokens = min(options.micro_tokens, options.tokens_per_step)
     rows = max(1, micro_tokens // context)
     accumulation = options.tokens_per_step // (rows * context)
     if accumulation * rows * context != options.tokens_per_step:
-        raise SystemExit(
-            f"error: {options.tokens_per_step} tokens per step are no multiple of {rows} x {context} tokens."
-        )
+        sys.exit(f"error: {options.tokens_per_step} tokens per step are no multiple of {rows} x {context} tokens.")
     trainer_class = HeadLossTrainer
     if options.compile:
-        torch._dynamo.reset()  # every row has shapes of its own: do not compile for shapes in general
-        for module in (*model.model.layers, model.model.norm):
-            module.compile(dynamic=False)
-        trainer_class = type(
-            "CompiledHeadLossTrainer",
-            (HeadLossTrainer,),
-            {"head_loss": staticmethod(torch.compile(head_loss, dynamic=False))},
-        )
-    if on_gpu:
-        torch.cuda.reset_peak_memory_stats()
-    watch = Watch(prepared["tokens"]["wikipedia_valid"], context, options.tokens_per_step)
-    start = time.monotonic()
-    with tempfile.TemporaryDirectory() as folder:
-        arguments = TrainingArguments(
-            output_dir=folder,
-            max_steps=options.steps,
-            per_device_train_batch_size=rows,
-            gradient_accumulation_steps=accumulation,
-            learning_rate=learning_rate,
-            lr_scheduler_type="cosine_with_min_lr",
-            lr_scheduler_kwargs={"min_lr_rate": 0.1},
-            warmup_steps=min(100, max(1, options.steps // 8)),
-            weight_decay=0.1,
-            adam_beta2=0.95,
-            optim="adamw_torch_fused" if on_gpu else "adamw_torch",
-            bf16=on_gpu,
-            use_cpu=not on_gpu,
-            seed=seed,
-            save_strategy="no",
-            report_to="none",
-            logging_steps=max(1, options.steps // 40),
-            logging_nan_inf_filter=False,  # it waits for the GPU at every step
-            dataloader_drop_last=True,
-            dataloader_pin_memory=on_gpu,
-            remove_unused_columns=False,
-            disable_tqdm=True,
-        )
-        trainer = trainer_class(
-            model,
-            arguments,
-            train_dataset=Blocks(prepared["tokens"]["train"], context),
-            data_collator=lambda blocks: {"input_ids": blocks},
-            callbacks=[watch],
-        )
-        trainer.train()
-        losses = [[entry["step"], round(entry["loss"], 4)] for entry in trainer.state.log_history if "loss" in entry]
-    return {
-        "learning_rate": learning_rate,
-        "train_seconds": round(time.monotonic() - start, 1),
-        "tokens_per_second": round(watch.tokens_per_second),
-        "peak_memory_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2) if on_gpu else None,
-        "losses": losses,
-        "validation_curve": watch.points,
-    }
+        compile_blocks(model, dynamic=False)
+        compiled = {"head_loss": staticmethod(torch.compile(head_loss, dynamic=False))}
+        trainer_class = type("CompiledHeadLossTrainer", (HeadLossTrainer,), compiled)
+    validation = prepared["tokens"]["wikipedia_valid"][: CURVE_TOKENS + 1]
+    row = train(
+        model,
+        Blocks(prepared["tokens"]["train"], context),
+        lambda blocks: {"input_ids": blocks},
+        {"steps": options.steps, "batch_size": rows, "learning_rate": rate, "weight_decay": 0.1},
+        seed,
+        score=lambda: math.exp(token_nll(model, validation, context)[0].mean().item()),
+        trainer_class=trainer_class,
+        gradient_accumulation_steps=accumulation,
+        lr_scheduler_type="cosine_with_min_lr",
+        lr_scheduler_kwargs={"min_lr_rate": 0.1},
+        warmup_steps=min(100, max(1, options.steps // 8)),
+        adam_beta2=0.95,
+    )
+    speed = round(1e3 * options.tokens_per_step / row["ms_per_step"])
+    return {"learning_rate": rate, **row, "tokens_per_second": speed, "validation_curve": row.pop("curve")}
 
 
-def measure(mixer: str, context: int, components: int, seed: int, prepared: dict, options) -> dict:
+def measure(mixer: str, context: int, components: int, seed: int, rate: float, prepared: dict, options) -> dict:
     """Train and evaluate one row."""
     sizes = {
         "vocab_size": prepared["vocab_size"],
@@ -276,12 +229,11 @@ def measure(mixer: str, context: int, components: int, seed: int, prepared: dict
         "max_position_embeddings": context,
         "num_components": components,
     }
-    sizes["intermediate_size"] = equal_intermediate_size(mixer, reference=REFERENCE, **sizes)
+    sizes["intermediate_size"] = equal_width(mixer, sizes, REFERENCE, sizes)
     config = make_config(mixer, **sizes)
     torch.manual_seed(seed)
     with torch.device(device()):
-        model = make_model(mixer, config, redraw_interval=options.redraw_interval)
-    learning_rate = options.learning_rates.get(mixer, options.learning_rate)
+        model = make_model(mixer, config)
     row = {
         "mixer": mixer,
         "context": context,
@@ -289,9 +241,10 @@ def measure(mixer: str, context: int, components: int, seed: int, prepared: dict
         "seed": seed,
         "parameters": model.num_parameters(),
         "intermediate_size": config.intermediate_size,
+        "state_per_layer": state_per_layer(mixer, config),
     }
     try:
-        row |= train(model, prepared, context, seed, learning_rate, options)
+        row |= train_one(model, prepared, context, seed, rate, options)
     except torch.cuda.OutOfMemoryError as error:
         return {**row, "refused": str(error).split("\n")[0]}
     if not math.isfinite(row["losses"][-1][1]):
@@ -306,24 +259,26 @@ def measure(mixer: str, context: int, components: int, seed: int, prepared: dict
     return row
 
 
-def wanted_rows(options: argparse.Namespace) -> list[tuple[str, int, int, int]]:
-    """Mixer, context, components and seed of every row, seed by seed."""
-    if options.rows:
-        rows = []
-        for text in options.rows:
-            mixer, context, *rest = text.split(":")
-            if mixer not in MIXERS:
-                raise SystemExit(f"error: there is no mixer {mixer!r} in {text!r}. Choose one of {list(MIXERS)}.")
-            components, seed = (int(x) for x in (*rest, *(COMPONENTS, 0)[len(rest) :]))
-            rows.append((mixer, int(context), components, seed))
-        return rows
-    return [
-        (mixer, context, components, seed)
+def wanted_rows(options: argparse.Namespace) -> dict[str, tuple]:
+    """By name, the mixer, context, components, seed and rate of every row, seed by seed."""
+    rows = [
+        (mixer, context, components, seed, rate)
         for seed in options.seeds
         for context in options.contexts
         for components in options.components
         for mixer in options.mixers
+        for rate in options.rates
     ]
+    if options.rows:
+        rows = []
+        for text in options.rows:
+            mixer, context, *rest = text.split(":")
+            if mixer not in LANGUAGE_MIXERS:
+                sys.exit(f"error: there is no mixer {mixer!r} in {text!r}. Choose one of {LANGUAGE_MIXERS}.")
+            rest = [*rest, *(COMPONENTS, 0, RATE)[len(rest) :]]
+            rows.append((mixer, int(context), int(rest[0]), int(rest[1]), float(rest[2])))
+    # The rate of the committed rows is not in their names
+    return {":".join(map(str, row[:4])) + ("" if row[4] == RATE else f":{row[4]:g}"): row for row in rows}
 
 
 def run(options: argparse.Namespace) -> None:
@@ -336,14 +291,9 @@ def run(options: argparse.Namespace) -> None:
         "vocab_size": prepared["vocab_size"],
         "equal_parameters_with": REFERENCE,
     }
-    results = Results(options.output, "language_modeling", setting)
-    for row in wanted_rows(options):
-        results.measure(":".join(map(str, row)), lambda row=row: measure(*row, prepared, options))
-
-
-def learning_rates(words: list[str]) -> dict[str, float]:
-    """`mamba2=2e-3` and the like."""
-    return {mixer: float(rate) for mixer, _, rate in (word.partition("=") for word in words)}
+    options.output = output_path(options)
+    jobs = {name: Row(partial(measure, *row, prepared, options)) for name, row in wanted_rows(options).items()}
+    run_rows(Results(options.output, "language_modeling", setting), jobs, options)
 
 
 def main() -> None:
@@ -356,20 +306,15 @@ def main() -> None:
     parser.add_argument("--max_tokens", type=int, help="to train on, in the prepared file; default: all")
     parser.add_argument("--vocab_size", type=int, default=VOCAB_SIZE, help="of the tokenizer that --prepare trains")
     parser.add_argument("--prepared", type=Path, metavar="FILE", help="the file that --prepare wrote")
-    parser.add_argument("--output", type=Path, default=OUTPUT)
-    parser.add_argument("--rows", nargs="+", help="mixer:context[:components[:seed]], instead of the next four")
-    parser.add_argument("--mixers", nargs="+", choices=list(MIXERS), default=list(MIXERS))
+    parser.add_argument("--rows", nargs="+", help="mixer:context[:components[:seed[:rate]]], instead of the next five")
+    parser.add_argument("--mixers", nargs="+", choices=LANGUAGE_MIXERS, default=LANGUAGE_MIXERS)
     parser.add_argument("--contexts", type=int, nargs="+", default=[1024])
     parser.add_argument("--components", type=int, nargs="+", default=[COMPONENTS])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--steps", type=int, help="default: one pass over the training text")
     parser.add_argument("--tokens_per_step", type=int, default=65_536)
     parser.add_argument("--micro_tokens", type=int, default=65_536, help="per forward pass, but at least a sequence")
-    parser.add_argument("--learning_rate", type=float, default=1e-3)
-    parser.add_argument(
-        "--learning_rates", nargs="+", default=[], metavar="MIXER=RATE", help="where it is another one"
-    )
-    parser.add_argument("--redraw_interval", type=int, default=100, help="steps between draws of performer_redrawn")
+    parser.add_argument("--rates", type=float, nargs="+", default=[RATE], help="learning rates of every mixer")
     parser.add_argument("--hidden_size", type=int, default=512)
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--heads", type=int, default=8)
@@ -380,12 +325,11 @@ def main() -> None:
         help="the blocks, and the head with the loss; default: on a GPU",
     )
     parser.add_argument("--save", type=Path, help="folder for the trained models that the package can load")
-    parser.add_argument("--table", action="store_true", help="print the table of the output file, and train nothing")
-    parser.add_argument("--plot", action="store_true", help=f"draw {FIGURE.relative_to(ROOT)}, and train nothing")
-    parser.add_argument("--figure", type=Path, default=FIGURE)
+    parser.add_argument("--plot", action="store_true", help="draw the figure, and train nothing")
+    parser.add_argument("--figure", type=Path, default=FIGURES / "language_modeling.png")
+    add_run_options(parser)
+    add_output_options(parser, "language_modeling")
     options = parser.parse_args()
-    options.learning_rates = learning_rates(options.learning_rates)
-
     if options.prepare:
         if options.data is None:
             parser.error("--prepare needs --data, the folder with wikipedia-long and wikitext-103")
@@ -395,12 +339,11 @@ def main() -> None:
         if options.prepared is None:
             parser.error("training needs --prepared FILE; --prepare FILE --data DATA makes it")
         run(options)
-    if not options.output.exists():
-        parser.error(f"{options.output} does not exist: nothing was measured yet")
-    report = json.loads(options.output.read_text())
-    print(table(report))
-    if options.plot:
-        plot(report, options.figure)
+    for path in stored(options):
+        report = json.loads(path.read_text())
+        print(table(report))
+        if options.plot:
+            plot(report, options.figure)
 
 
 if __name__ == "__main__":

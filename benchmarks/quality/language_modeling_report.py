@@ -4,29 +4,43 @@
 import statistics
 from pathlib import Path
 
-from benchmarks.lib.training import COLOURS, save_figure
-from benchmarks.rivals.mixers import MIXERS
+from benchmarks.lib.tables import clean, colour, markdown, mean_and_spread, pyplot, save_figure
+from benchmarks.rivals.mixers import MIXERS, make_config, state_per_layer
 
 
+VALIDATION = "wikipedia_valid_perplexity"
 TEST = "wikitext_test_word_perplexity"
 DETOKENIZED = "wikitext_test_detokenized_word_perplexity"
-FIGURE_COLOURS = {**COLOURS, "gma_paper_wide": "#b5d3f0", "performer_redrawn": "#e8a27c", "hybrid": "#6a4fb3"}
 
 
 def groups(rows: dict[str, dict]) -> list[list[dict]]:
-    """The rows that differ in nothing but the seed, together: by context, then components, then mixer as in `MIXERS`."""
+    """
+    The rows that differ in nothing but the seed, together: by context, then components, then mixer as in `MIXERS`. Of several
+    learning rates the one with the best validation perplexity.
+    """
     order = list(MIXERS)
-    found: dict[tuple, list[dict]] = {}
+    found: dict[tuple, dict[float, list[dict]]] = {}
     for row in rows.values():
-        found.setdefault((row["context"], row["components"], order.index(row["mixer"])), []).append(row)
-    return [found[key] for key in sorted(found)]
+        key = (row["context"], row["components"], order.index(row["mixer"]))
+        found.setdefault(key, {}).setdefault(row.get("learning_rate"), []).append(row)
+
+    def score(own: list[dict]) -> float:
+        known = [row[VALIDATION] for row in own if VALIDATION in row]
+        return statistics.mean(known) if known else float("inf")
+
+    return [min(found[key].values(), key=score) for key in sorted(found)]
 
 
-def mean_and_spread(group: list[dict], name: str) -> str:
-    """`24.1 ± 0.2`: the mean over seeds and their standard deviation."""
-    values = [row[name] for row in group]
-    spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.2f}{spread}"
+def spread_of(group: list[dict], name: str) -> str:
+    return mean_and_spread([row[name] for row in group])
+
+
+def state(row: dict, setting: dict) -> str:
+    """Numbers that a layer keeps of what it has read."""
+    sizes = {"hidden_size": setting["hidden_size"], "num_attention_heads": setting["heads"]}
+    sizes |= {"num_hidden_layers": setting["layers"], "num_components": row["components"]}
+    number = state_per_layer(row["mixer"], make_config(row["mixer"], **sizes))
+    return "grows" if number is None else f"{number:,}"
 
 
 def label(group: list[dict], rows: dict[str, dict]) -> str:
@@ -37,34 +51,64 @@ def label(group: list[dict], rows: dict[str, dict]) -> str:
 
 
 def table(report: dict) -> str:
-    """Markdown: quality, speed and memory of every mixer; below it, perplexity by position past the length of training."""
+    """Markdown: quality, speed and memory of every mixer; below it, repeated pairs, and perplexity by position."""
     rows = report["rows"]
-    lines = [
-        "| mixer | context | parameters | seeds | Wikipedia validation | WikiText-103 valid, per word | test, per word | "
-        "test detokenised, per word | tokens/s | memory |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
-    ]
-    trained = []
+    columns = ["mixer", "context", "parameters", "state per layer", "seeds", "Wikipedia validation"]
+    columns += ["WikiText-103 valid, per word", "test, per word", "test detokenised, per word", "tokens/s", "memory"]
+    lines, trained = [], []
     for group in groups(rows):
-        head = f"| {label(group, rows)} | {group[0]['context']:,} | {group[0]['parameters'] / 1e6:.1f} M"
+        head = [label(group, rows), f"{group[0]['context']:,}", f"{group[0]['parameters'] / 1e6:.1f} M"]
+        head.append(state(group[0], report["setting"]))
         refused = [row["refused"] for row in group if "refused" in row]
         group = [row for row in group if "refused" not in row]
         if refused:
-            lines.append(f"{head} | {len(refused)} | refused: {refused[0]} |" + " |" * 5)
+            lines.append([*head, str(len(refused)), f"refused: {refused[0]}", *[""] * 5])
         if not group:
             continue
         trained.append(group)
-        scores = [
-            mean_and_spread(group, name)
-            for name in ("wikipedia_valid_perplexity", "wikitext_valid_word_perplexity", TEST, DETOKENIZED)
-        ]
         memory = group[0]["peak_memory_gib"]
+        speed = statistics.median(row["tokens_per_second"] for row in group)
         lines.append(
-            f"{head} | {len(group)} | {' | '.join(scores)} | "
-            f"{statistics.median(row['tokens_per_second'] for row in group):,.0f} | "
-            f"{'' if memory is None else f'{memory:.1f} GiB'} |"
+            [
+                *head,
+                str(len(group)),
+                *(
+                    spread_of(group, name)
+                    for name in (VALIDATION, "wikitext_valid_word_perplexity", TEST, DETOKENIZED)
+                ),
+                f"{speed:,.0f}",
+                "" if memory is None else f"{memory:.1f} GiB",
+            ]
         )
-    return "\n".join(lines + extrapolation_tables(trained, rows))
+    return "\n".join([markdown(columns, lines), *pair_table(trained, rows), *extrapolation_tables(trained, rows)])
+
+
+def pair_table(trained: list[list[dict]], rows: dict[str, dict]) -> list[str]:
+    """Perplexity of tokens that complete a pair which the window has shown before, and of all others."""
+    lines = []
+    for group in trained:
+        if all("wikipedia_valid_repeated_perplexity" in row for row in group):
+            names = [
+                f"{part}_{kind}_perplexity"
+                for part in ("wikipedia_valid", "wikitext_test_detokenized")
+                for kind in ("repeated", "other")
+            ]
+            rate = group[0].get("learning_rate")
+            cells = [
+                label(group, rows),
+                f"{group[0]['context']:,}",
+                f"{rate:g}",
+                *(spread_of(group, x) for x in names),
+            ]
+            lines.append(cells)
+    if not lines:
+        return []
+    columns = ["mixer", "context", "rate", "Wikipedia, repeated pairs", "other tokens"]
+    columns += ["WikiText-103 test, repeated pairs", "other tokens"]
+    title = (
+        "Perplexity per token, of tokens that complete a pair which the window has shown before, and of all others:"
+    )
+    return ["", title, "", markdown(columns, lines)]
 
 
 def summary(report: dict) -> str:
@@ -75,12 +119,12 @@ def summary(report: dict) -> str:
     lines = {}
     for group in groups({str(i): row for i, row in enumerate(rows)}):
         if (group[0]["context"], group[0]["components"]) == (context, fewest):
-            scores = " | ".join(mean_and_spread(group, name) for name in ("wikipedia_valid_perplexity", DETOKENIZED))
             speed = statistics.median(row["tokens_per_second"] for row in group)
-            line = f"| {MIXERS[group[0]['mixer']].title} | {len(group)} | {scores} | {speed:,.0f} |"
-            lines[statistics.mean(row["wikipedia_valid_perplexity"] for row in group)] = line
-    head = "| mixer | seeds | perplexity, Wikipedia | perplexity per word, WikiText-103 test | tokens/s in training |"
-    return "\n".join([head, "|---|---:|---:|---:|---:|", *(lines[score] for score in sorted(lines))])
+            scores = [spread_of(group, name) for name in (VALIDATION, DETOKENIZED)]
+            line = [MIXERS[group[0]["mixer"]].title, str(len(group)), *scores, f"{speed:,.0f}"]
+            lines[statistics.mean(row[VALIDATION] for row in group)] = line
+    columns = ["mixer", "seeds", "perplexity, Wikipedia", "perplexity per word, WikiText-103 test"]
+    return markdown([*columns, "tokens/s in training"], [lines[score] for score in sorted(lines)])
 
 
 def extrapolation_tables(trained: list[list[dict]], rows: dict[str, dict]) -> list[str]:
@@ -114,10 +158,6 @@ def extrapolation_tables(trained: list[list[dict]], rows: dict[str, dict]) -> li
 
 def plot(report: dict, path: Path) -> None:
     """Learning curves, and the test perplexity as bars, of the shortest context and the fewest components."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
     from matplotlib.ticker import LogLocator, NullLocator
 
     rows = {name: row for name, row in report["rows"].items() if "refused" not in row}
@@ -128,14 +168,19 @@ def plot(report: dict, path: Path) -> None:
     shown = [group for group in groups(rows) if (group[0]["context"], group[0]["components"]) == (context, components)]
     shown.sort(key=lambda group: statistics.mean(row[DETOKENIZED] for row in group))
     tokens_per_step = report["setting"]["tokens_per_step"]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), width_ratios=(1.25, 1), layout="constrained")
+    figure, (left, right) = pyplot().subplots(1, 2, figsize=(11, 4.2), width_ratios=(1.25, 1), layout="constrained")
 
     for group in shown:
-        colour = FIGURE_COLOURS[group[0]["mixer"]]
         curves = [row["validation_curve"] for row in group]
         steps = [step for step, _ in curves[0]]
         values = [statistics.mean(values) for values in zip(*([v for _, v in curve] for curve in curves), strict=True)]
-        left.plot([tokens_per_step * step / 1e6 for step in steps], values, color=colour, marker="o", markersize=3)
+        left.plot(
+            [tokens_per_step * step / 1e6 for step in steps],
+            values,
+            color=colour(group[0]["mixer"]),
+            marker="o",
+            markersize=3,
+        )
     left.set_yscale("log")
     left.set_xlabel("training tokens (millions)")
     left.set_ylabel("perplexity per token")
@@ -146,14 +191,13 @@ def plot(report: dict, path: Path) -> None:
     left.grid(axis="y", color="#dddddd", linewidth=0.6)
 
     means = [statistics.mean(row[DETOKENIZED] for row in group) for group in shown]
-    colours = [FIGURE_COLOURS[group[0]["mixer"]] for group in shown]
-    titles = [MIXERS[group[0]["mixer"]].title.split(":")[0] for group in shown]
+    colours = [colour(group[0]["mixer"]) for group in shown]
+    titles = [MIXERS[group[0]["mixer"]].name.split(":")[0] for group in shown]
     bars = right.barh(titles, means, color=colours, height=0.65)
     right.bar_label(bars, [f"{mean:.1f}" for mean in means], padding=3)
     right.invert_yaxis()
     right.set_xlim(0, 1.15 * max(means))
     right.set_xlabel("perplexity per word")
     right.set_title("WikiText-103 test, detokenised", loc="left", fontsize=11)
-    for axes in (left, right):
-        axes.spines[["top", "right"]].set_visible(False)
+    clean(left, right)
     save_figure(figure, path)

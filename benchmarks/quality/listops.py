@@ -1,9 +1,6 @@
-#!/usr/bin/env python
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
 """
 ListOps as in Long Range Arena (Tay et al., 2021, after Nangia and Bowman, 2018): nested lists of digits to evaluate.
-
-    python benchmarks/quality/listops.py --output listops --sizes 96000 2000 2000
 
     [MAX 2 9 [MIN 4 7 ] 0 ]  is  9
 
@@ -15,14 +12,7 @@ distribution and makes 100,000 of them a matter of seconds. The classes are not 
 and MAX favour 0 and 9.
 """
 
-import argparse
-import sys
-from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
-
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # so that `benchmarks` can be imported
 
 import numpy as np
 
@@ -180,24 +170,3 @@ def reduce_arguments(operators: np.ndarray, counts: np.ndarray, starts: np.ndarr
         [ordered[starts], ordered[starts + counts - 1], median],
         np.add.reduceat(values, starts) % 10,
     )
-
-
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True, help="folder for train.tsv, valid.tsv and test.tsv")
-    parser.add_argument("--sizes", type=int, nargs=3, default=[96_000, 2000, 2000], help="expressions in each")
-    parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    for index, (split, count) in enumerate(zip(("train", "valid", "test"), arguments.sizes, strict=True)):
-        tokens, lengths, values = generate(count, [arguments.seed, index])
-        with open(arguments.output / f"{split}.tsv", "w") as file:
-            file.write("Source\tTarget\n")
-            for row, value in zip(np.split(tokens, np.cumsum(lengths)[:-1]), values, strict=True):
-                file.write(f"{decode(row)}\t{value}\n")
-        shares = {int(value): round(n / count, 3) for value, n in sorted(Counter(values.tolist()).items())}
-        print(f"{split}: {count:,} expressions of {lengths.mean():.0f} symbols; shares of the values {shares}")
-
-
-if __name__ == "__main__":
-    main()

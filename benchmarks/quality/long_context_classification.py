@@ -4,7 +4,7 @@
 Long-context classification by bidirectional models: ListOps, bytes of movie reviews, 20 Newsgroups.
 
     python benchmarks/quality/long_context_classification.py --data DATA --prepare classification.pt.xz
-    python benchmarks/quality/long_context_classification.py --prepared classification.pt.xz
+    python benchmarks/quality/long_context_classification.py --prepared classification.pt.xz --seeds 0 1 2 --per_gpu 3
     python benchmarks/quality/long_context_classification.py --table --plot
 
 The same encoder (4 layers of width 256, 4 heads of dimension 64, 64 components) with each sequence mixer, from random weights,
@@ -18,16 +18,18 @@ trained on the same batches for the same number of steps. A model pools the mean
 
 DATA holds `imdb` and `20newsgroups`, files `train.jsonl.xz` and `test.jsonl.xz` with `text` and `label`. ListOps is generated.
 A thousand training examples (ListOps: expressions of their own) are held out for the curve; the test set is looked at once, at
-the end. Rows that the output file holds already are not measured again.
+the end. Rows that the output file holds already are not measured again; of several `--rates` the tables show the best of each mixer
+by the accuracy on the held-out examples.
 
 Batches hold examples of similar length, padded to a multiple of 256. The mask of the padding keeps SDPA from its
 FlashAttention kernel, which takes none: scaling.py compares the operators without padding.
 """
 
 import argparse
+import json
 import statistics
 import sys
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 
@@ -35,8 +37,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # so that `benchma
 
 import torch
 
-from benchmarks.conversion.common import ROOT, Results, device
-from benchmarks.lib.training import COLOURS, equal_width, evaluating, measure, save_figure, train
+from benchmarks.lib.results import FIGURES, Results, add_output_options, device, output_path, stored
+from benchmarks.lib.runner import Row, add_run_options, run_rows
+from benchmarks.lib.tables import colour, markdown, mean_and_spread, pyplot, save_figure
+from benchmarks.lib.training import compile_blocks, evaluating, train
 from benchmarks.quality.classification_data import (
     TASKS,
     Examples,
@@ -46,23 +50,34 @@ from benchmarks.quality.classification_data import (
     prepare,
     rounded_up,
 )
-from benchmarks.rivals.mixers import MIXERS, make_config, make_model
+from benchmarks.rivals.mixers import MIXERS, equal_width, make_config, make_model
 from gma_hf import GMAForSequenceClassification
 
 
 # What may be compared: a mixer and what its configuration has besides. Bidirectional, the gated block has no forgetting and
 # knows order by its convolution alone; the last two give it learned positions, or a window of exact softmax.
+BIDIRECTIONAL = [name for name, mixer in MIXERS.items() if mixer.only != "causal" and name != "hybrid"]
 CONTENDERS = {
-    **{name: (name, {}) for name in ("softmax", "elu", "performer", "performer_redrawn", "gma_paper", "gma_gated")},
+    **{name: (name, {}) for name in sorted(BIDIRECTIONAL, key=lambda name: name.startswith("gma"))},
     "gma_gated_positions": ("gma_gated", {"position_embedding_type": "learned"}),
     "gma_gated_window": ("gma_gated", {"window_size": 32}),
 }
-DEFAULT_CONTENDERS = ["softmax", "elu", "performer", "gma_paper", "gma_gated"]
+DEFAULT_CONTENDERS = [
+    "softmax",
+    "softmax_gated",
+    "linear_gated",
+    "linformer",
+    "elu",
+    "performer",
+    "gma_paper",
+    "gma_gated",
+]
 TITLES = {
     **{name: MIXERS[name].title for name in CONTENDERS if name in MIXERS},
     "gma_gated_positions": "GMA, gated block, learned positions",
     "gma_gated_window": "GMA, gated block, softmax window of 32 to each side",
 }
+RATE = 5e-4  # of the committed rows, whose names do not say it
 TOKENS_PER_EVALUATION = 65536
 
 
@@ -89,10 +104,12 @@ def run(task: str, contender: str, seed: int, recipe: dict, splits: dict[str, Ex
         "is_causal": False,
     }
     sizes = {**shared, **overrides}
-    sizes["intermediate_size"] = equal_width(mixer, sizes, "softmax", shared, GMAForSequenceClassification)
+    sizes["intermediate_size"] = equal_width(mixer, sizes, "softmax", shared, GMAForSequenceClassification, (8,))
     config = make_config(mixer, **sizes, hidden_dropout=recipe["dropout"])
     torch.manual_seed(seed)
     model = make_model(mixer, config, GMAForSequenceClassification)
+    if compile:
+        compile_blocks(model, dynamic=True)  # batches differ in length
     pad = partial(collate, pad_token_id=description.pad_token_id)
     row = train(
         model,
@@ -101,10 +118,10 @@ def run(task: str, contender: str, seed: int, recipe: dict, splits: dict[str, Ex
         recipe,
         seed,
         score=lambda: accuracy(model, splits["valid"]),
-        compile=compile,
         train_sampling_strategy="group_by_length",
     )
     return {
+        "recipe": recipe,
         "task": task,
         "contender": contender,
         "seed": seed,
@@ -122,22 +139,26 @@ def summarize(rows: list[dict]) -> dict[str, float]:
     """Mean and spread over the seeds of one task and contender."""
     accuracies = [100 * row["test_accuracy"] for row in rows]
     return {
+        "accuracies": accuracies,
         "accuracy": statistics.mean(accuracies),
         "spread": statistics.stdev(accuracies) if len(rows) > 1 else None,
-        "parameters": rows[0]["parameters"],
         "ms_per_step": statistics.mean(row["ms_per_step"] for row in rows),
-        "peak_memory_gib": rows[0]["peak_memory_gib"],
     }
 
 
 def by_task(rows: dict[str, dict]) -> dict[str, dict[str, list[dict]]]:
-    """The rows of every task and contender, in the order of both tables above."""
+    """The rows of every task and contender, in the order of both tables above; those of the best rate."""
     found = {}
     for task in TASKS:
         for contender in CONTENDERS:
-            own = [row for row in rows.values() if (row["task"], row["contender"]) == (task, contender)]
-            if own:
-                found.setdefault(task, {})[contender] = own
+            by_rate: dict[float, list[dict]] = {}
+            for row in rows.values():
+                if (row["task"], row["contender"]) == (task, contender):
+                    by_rate.setdefault(row["recipe"]["learning_rate"], []).append(row)
+            if by_rate:
+                found.setdefault(task, {})[contender] = max(
+                    by_rate.values(), key=lambda own: statistics.mean(row["curve"][-1][1] for row in own)
+                )
     return found
 
 
@@ -147,23 +168,20 @@ def table(rows: dict[str, dict]) -> str:
     for task, contenders in by_task(rows).items():
         first = next(iter(contenders.values()))[0]
         recipe = first["recipe"]
+        found = []
+        for contender, own in contenders.items():
+            values, memory = summarize(own), own[0]["peak_memory_gib"]
+            score = mean_and_spread(values["accuracies"], 1)
+            cells = [TITLES[contender], str(len(own)), f"{own[0]['parameters'] / 1e6:.2f} M", score]
+            found.append([*cells, f"{values['ms_per_step']:.1f}", "" if memory is None else f"{memory:.1f}"])
         lines += [
             f"**{TASKS[task].title}**: {first['train_examples']:,} training and {first['test_examples']:,} test examples of "
             f"{first['mean_length']:,.0f} tokens in the mean; {recipe['steps']:,} steps of {recipe['batch_size']}; always "
             f"guessing the commonest class gives {100 * first['majority_accuracy']:.1f} %.",
             "",
-            "| mixer | seeds | parameters | test accuracy, % | ms per step | peak memory, GiB |",
-            "|---|---:|---:|---:|---:|---:|",
+            markdown(["mixer", "seeds", "parameters", "test accuracy, %", "ms per step", "peak memory, GiB"], found),
+            "",
         ]
-        for contender, own in contenders.items():
-            values = summarize(own)
-            spread = "" if values["spread"] is None else f" ± {values['spread']:.1f}"
-            memory = "" if values["peak_memory_gib"] is None else f"{values['peak_memory_gib']:.1f}"
-            lines.append(
-                f"| {TITLES[contender]} | {len(own)} | {values['parameters'] / 1e6:.2f} M | "
-                f"{values['accuracy']:.1f}{spread} | {values['ms_per_step']:.1f} | {memory} |"
-            )
-        lines.append("")
     return "\n".join(lines)
 
 
@@ -181,27 +199,22 @@ def summary(rows: dict[str, dict]) -> str:
     """The accuracies alone, as one Markdown table."""
     tasks = of_all_tasks(rows)
     lines = [
-        f"| accuracy, % | {' | '.join(TASKS[task].title for task in tasks)} |",
-        "|---|" + "---:|" * len(tasks),
+        [TITLES[name], *(f"{summarize(contenders[name])['accuracy']:.1f}" for contenders in tasks.values())]
+        for name in next(iter(tasks.values()))
     ]
-    for contender in next(iter(tasks.values())):
-        cells = (f"{summarize(contenders[contender])['accuracy']:.1f}" for contenders in tasks.values())
-        lines.append(f"| {TITLES[contender]} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    return markdown(["accuracy, %", *(TASKS[task].title for task in tasks)], lines)
 
 
 def plot(rows: dict[str, dict], path: Path) -> None:
     """Accuracy and time per step, a column per task, of the contenders that all tasks have."""
-    import matplotlib.pyplot as plt
-
     tasks = of_all_tasks(rows)
     height = 0.32 * max(map(len, tasks.values())) + 0.7
-    figure, axes = plt.subplots(
+    figure, axes = pyplot().subplots(
         2, len(tasks), figsize=(1.8 + 3.4 * len(tasks), 2 * height), squeeze=False, sharey="col"
     )
     for column, (task, contenders) in enumerate(tasks.items()):
         values = {contender: summarize(own) for contender, own in contenders.items()}
-        colours = [COLOURS[CONTENDERS[contender][0].removesuffix("_redrawn")] for contender in contenders]
+        colours = [colour(CONTENDERS[contender][0]) for contender in contenders]
         for axis, field, form, title in (
             (axes[0, column], "accuracy", "{:.1f}", "test accuracy, %"),
             (axes[1, column], "ms_per_step", "{:.0f}", "milliseconds per training step"),
@@ -225,6 +238,41 @@ def plot(rows: dict[str, dict], path: Path) -> None:
     save_figure(figure, path)
 
 
+def wanted_rows(arguments: argparse.Namespace) -> dict[str, Row]:
+    """By name, what trains and tests a row."""
+    sizes = {
+        "hidden_size": arguments.hidden_size,
+        "num_hidden_layers": arguments.layers,
+        "num_attention_heads": arguments.heads,
+        "num_components": arguments.components,
+        "intermediate_size": arguments.intermediate_size,
+    }
+    rows = {}
+
+    @cache
+    def splits(task: str) -> dict[str, Examples]:
+        return load(task, arguments.prepared, arguments.listops_sizes, arguments.listops_lengths)
+
+    def row(task: str, contender: str, seed: int, recipe: dict) -> dict:
+        return run(task, contender, seed, recipe, splits(task), arguments.compile)
+
+    for task in arguments.tasks:
+        for seed in arguments.seeds:
+            for contender in arguments.contenders:
+                for rate in arguments.rates:
+                    recipe = {
+                        "steps": arguments.steps or TASKS[task].steps,
+                        "batch_size": arguments.batch_size,
+                        "learning_rate": rate,
+                        "weight_decay": 0.05,
+                        "dropout": TASKS[task].dropout,
+                        "sizes": sizes,
+                    }
+                    name = f"{task}, {contender}, seed {seed}" + ("" if rate == RATE else f", rate {rate:g}")
+                    rows[name] = Row(partial(row, task, contender, seed, recipe), recipe)
+    return rows
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="folder of the data sets, for --prepare")
@@ -235,7 +283,7 @@ def main():
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--steps", type=int, help="of every task instead of its own number")
     parser.add_argument("--batch_size", type=int, default=32, help="examples per step")
-    parser.add_argument("--learning_rate", type=float, default=5e-4)
+    parser.add_argument("--rates", type=float, nargs="+", default=[RATE], help="learning rates of every mixer")
     parser.add_argument("--hidden_size", type=int, default=256)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--heads", type=int, default=4)
@@ -244,55 +292,25 @@ def main():
     parser.add_argument("--listops_sizes", type=int, nargs=3, default=[96_000, 2000, 2000], help="train, valid, test")
     parser.add_argument("--listops_lengths", type=int, nargs=2, default=[500, 2000], help="between these, exclusive")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False, help="the blocks")
-    parser.add_argument("--table", action="store_true", help="only print the table of the output file")
-    parser.add_argument("--plot", action="store_true", help="only draw the figure from the output file")
-    parser.add_argument("--figures", type=Path, default=ROOT / "docs" / "figures")
-    parser.add_argument(
-        "--output", type=Path, default=ROOT / "benchmarks" / "results" / "long_context_classification.json"
-    )
+    parser.add_argument("--plot", action="store_true", help="only draw the figure")
+    parser.add_argument("--figures", type=Path, default=FIGURES)
+    add_run_options(parser)
+    add_output_options(parser, "long_context_classification")
     arguments = parser.parse_args()
     if arguments.prepare is not None:
         if arguments.data is None:
             parser.error("--prepare needs --data")
         prepare(arguments.data, arguments.prepare)
         return
-    results = Results(arguments.output, "long_context_classification", {})
     if not (arguments.table or arguments.plot):
-        sizes = {
-            "hidden_size": arguments.hidden_size,
-            "num_hidden_layers": arguments.layers,
-            "num_attention_heads": arguments.heads,
-            "num_components": arguments.components,
-            "intermediate_size": arguments.intermediate_size,
-        }
-        for task in arguments.tasks:
-            recipe = {
-                "steps": arguments.steps or TASKS[task].steps,
-                "batch_size": arguments.batch_size,
-                "learning_rate": arguments.learning_rate,
-                "weight_decay": 0.05,
-                "dropout": TASKS[task].dropout,
-                "sizes": sizes,
-            }
-            names = {
-                f"{task}, {contender}, seed {seed}": (contender, seed)
-                for seed in arguments.seeds
-                for contender in arguments.contenders
-            }
-            splits = None
-            for name, (contender, seed) in names.items():
-                if name not in results.rows and splits is None:
-                    splits = load(task, arguments.prepared, arguments.listops_sizes, arguments.listops_lengths)
-                measure(
-                    results,
-                    name,
-                    recipe,
-                    partial(run, task, contender, seed, recipe, splits, arguments.compile),
-                )
-    if arguments.plot:
-        plot(results.rows, arguments.figures / "long_context_classification.png")
-    else:
-        print("\n" + table(results.rows))
+        arguments.output = output_path(arguments)
+        results = Results(arguments.output, "long_context_classification", {})
+        run_rows(results, wanted_rows(arguments), arguments)
+    for path in stored(arguments):
+        rows = json.loads(path.read_text())["rows"]
+        print("\n" + table(rows))
+        if arguments.plot:
+            plot(rows, arguments.figures / "long_context_classification.png")
 
 
 if __name__ == "__main__":

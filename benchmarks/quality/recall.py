@@ -3,7 +3,7 @@
 """
 Recall: where a state of constant size loses against softmax attention, and how many softmax layers win it back.
 
-    python benchmarks/quality/recall.py --experiments recall needle
+    python benchmarks/quality/recall.py --experiments recall --per_gpu 8
     python benchmarks/quality/recall.py --table --plot
 
 - `recall`: multi-query associative recall (Zoology, Arora et al., 2024). Trained on a mix of 4 to 64 pairs in 64 to 256 tokens,
@@ -14,11 +14,13 @@ Recall: where a state of constant size loses against softmax attention, and how 
 The tasks are in recall_tasks.py. A contender is written mixer:layers:softmax layers:components, all but the mixer optional:
 `gma_gated:4:1,3` is a model of four gated GMA layers of which the second and the last are softmax attention instead, `gma_gated:2::256`
 has 256 components. Models of the same depth have as many parameters as Mamba-2, within 3% (`needle`: without the table of learned
-positions, which is as long as the longest test). Rows that the output file holds already are not measured again; with several
-`--learning_rates` the tables show the best of each contender, as Zoology does.
+positions, which is as long as the longest test). Rows that the output file holds already are not measured again. Every contender
+is trained with each of the `--rates` and `--seeds`; the tables show the best rate of each, as Zoology does, the mean over the
+seeds and the worst of them.
 """
 
 import argparse
+import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -32,8 +34,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.conversion.common import ROOT, Results, device
-from benchmarks.lib.training import equal_width, evaluating, measure, save_figure, train
+from benchmarks.lib.results import FIGURES, Results, add_output_options, device, output_path, stored
+from benchmarks.lib.runner import Row, add_run_options, run_rows
+from benchmarks.lib.tables import save_figure
+from benchmarks.lib.training import compile_blocks, evaluating, train
 from benchmarks.quality.recall_report import plot, tables
 from benchmarks.quality.recall_tasks import (
     IGNORE_INDEX,
@@ -45,25 +49,29 @@ from benchmarks.quality.recall_tasks import (
     multi_query_recall,
     needle,
 )
-from benchmarks.rivals.mamba2 import EXPAND, STATE_SIZE
-from benchmarks.rivals.mixers import MIXERS, make_config, make_model
+from benchmarks.rivals.mixers import MIXERS, equal_width, make_config, make_model, state_per_layer
 from gma_hf.training.trainer import GMATrainer
 
 
 REFERENCE = "mamba2"  # the one whose size cannot be chosen
 DEFAULT_CONTENDERS = {
     "recall": [
+        # The same state, 64 x 64 a head or a normaliser more: all but softmax and Mamba-2
         "softmax:2",
+        "softmax_gated:2",
         "elu:2",
-        "mamba2:2",
+        "linear_gated:2",
+        "step_gated:2",
+        "gated_delta_net:2",
         "gma_paper:2",
         "gma_gated:2",
+        # Larger states
+        "mamba2:2",
         "gma_gated:2::256",
-        "gma_gated:4",
         "gma_gated:4:2",
         "gma_gated:4:1,3",
     ],
-    "needle": ["softmax:2", "mamba2:2", "gma_gated:2", "gma_gated:4:2"],
+    "needle": ["softmax:2", "softmax_gated:2", "linear_gated:2", "mamba2:2", "gma_gated:2", "gma_gated:4:2"],
 }
 # (length, pairs), those of Zoology in its proportions: five batches of the easiest for one of each other. Without that surplus
 # softmax attention has not left the plateau of guessing among the values of the text after as many steps.
@@ -112,22 +120,13 @@ class Contender:
 
     @property
     def title(self) -> str:
-        name = MIXERS[self.mixer].title
+        name = MIXERS[self.mixer].name
         if self.softmax_layers:
             name = f"hybrid: {name}, {len(self.softmax_layers)} softmax of"
         if self.mixer.startswith("gma") and self.components != 64:
             name += f", {self.components} components"
         # Mamba-2 blocks have no MLP: two of them for one of the others
         return f"{name}, {MIXERS[self.mixer].layer_factor * self.layers} layers".replace("of,", "of")
-
-    def state_size(self, width: int) -> int | None:
-        """Numbers that all layers keep of what they have read; None if softmax layers keep everything."""
-        if self.softmax_layers or self.mixer in ("softmax", "hybrid"):
-            return None
-        if self.mixer == "mamba2":
-            return self.layers * MIXERS[self.mixer].layer_factor * EXPAND * width * STATE_SIZE
-        features = 64 if self.mixer == "elu" else self.components  # of a head; the normaliser is a column more
-        return self.layers * width * features + self.layers * max(1, width // 64) * features
 
     def overrides(self) -> dict:
         if not self.softmax_layers:
@@ -165,7 +164,7 @@ def recalled(model, tokens: Tensor, labels: Tensor) -> float:
     return correct.item() / int((labels != IGNORE_INDEX).sum())
 
 
-def run(
+def train_one(
     contender: Contender, recipe: dict, seed: int, vocab_size: int, max_length: int, data: Stream, score: Callable
 ):
     """Train one model; the row without its test."""
@@ -180,9 +179,14 @@ def run(
     }
     sizes = {**shared, **contender.overrides()}
     counted = {} if recipe["experiment"] == "recall" else {"max_position_embeddings": 1}
-    sizes["intermediate_size"] = equal_width(contender.mixer, {**sizes, **counted}, REFERENCE, {**shared, **counted})
+    sizes["intermediate_size"] = equal_width(
+        contender.mixer, {**sizes, **counted}, REFERENCE, {**shared, **counted}, multiples=(8,)
+    )
     torch.manual_seed(seed)
-    model = make_model(contender.mixer, make_config(contender.mixer, **sizes))
+    config = make_config(contender.mixer, **sizes)
+    model = make_model(contender.mixer, config)
+    if recipe["compile"]:
+        compile_blocks(model, dynamic=True)  # batches differ in length
     row = train(
         model,
         data,
@@ -191,14 +195,16 @@ def run(
         seed,
         score=lambda: score(model),
         trainer_class=RecallTrainer,
-        compile=recipe["compile"],
         dataloader_num_workers=recipe["workers"],
         accelerator_config={"dispatch_batches": False},
     )
+    state = state_per_layer(contender.mixer, config)
     description = {
+        "recipe": recipe,
         "contender": str(contender),
         "title": contender.title,
-        "state_size": contender.state_size(width),
+        "state_per_layer": state,
+        "state_size": None if state is None else state * contender.layers,
         "seed": seed,
         "intermediate_size": sizes["intermediate_size"],
     }
@@ -211,100 +217,85 @@ def run_recall(contender: Contender, recipe: dict, seed: int, test_rows: int) ->
     vocab_size = recipe["vocab_size"]
     tests = {segment: multi_query_recall(test_rows, *segment, generator, vocab_size) for segment in TEST_SEGMENTS}
     hardest = [part[: max(1, test_rows // 8)] for part in tests[TRAIN_SEGMENTS[-1]]]
-    tokens_per_batch = recipe["tokens_per_step"]
-    draw = partial(draw_recall, segments=TRAIN_SEGMENTS, tokens_per_batch=tokens_per_batch, vocab_size=vocab_size)
+    tokens = recipe["tokens_per_step"]
+    draw = partial(draw_recall, segments=TRAIN_SEGMENTS, tokens_per_batch=tokens, vocab_size=vocab_size)
     longest = max(length for length, _ in TEST_SEGMENTS)
-    model, row = run(
-        contender,
-        recipe,
-        seed,
-        vocab_size,
-        longest,
-        Stream(draw, seed),
-        lambda model: recalled(model, *hardest),
-    )
+    data = Stream(draw, seed)
+    model, row = train_one(contender, recipe, seed, vocab_size, longest, data, lambda model: recalled(model, *hardest))
     accuracy = [[length, pairs, round(recalled(model, *test), 4)] for (length, pairs), test in tests.items()]
     return {**row, "accuracy": accuracy}
 
 
 def run_needle(contender: Contender, recipe: dict, seed: int, test_rows: int) -> dict:
     """Needle in a haystack: the accuracy by length and depth."""
-    train_lengths = recipe["train_lengths"]
+    train_lengths, lengths = recipe["train_lengths"], recipe["lengths"]
     draw = partial(draw_needle, lengths=train_lengths, tokens_per_batch=recipe["tokens_per_step"])
 
     def test(model, length: int, depth: float) -> float:
         generator = torch.Generator().manual_seed(length)
         return recalled(model, *needle(test_rows, length, generator, recipe["facts"], depth))
 
-    model, row = run(
-        contender,
-        recipe,
-        seed,
-        NEEDLE_VOCAB_SIZE,
-        max(*recipe["lengths"], *train_lengths),
-        Stream(draw, seed),
-        lambda model: test(model, max(train_lengths), 0.0),
-    )
+    longest, data = max(*lengths, *train_lengths), Stream(draw, seed)
+    score = partial(test, length=max(train_lengths), depth=0.0)
+    model, row = train_one(contender, recipe, seed, NEEDLE_VOCAB_SIZE, longest, data, score)
     depths = [round(i / (recipe["depths"] - 1), 4) for i in range(recipe["depths"])]
-    accuracy = [
-        [length, depth, round(test(model, length, depth), 4)] for length in recipe["lengths"] for depth in depths
-    ]
+    accuracy = [[length, depth, round(test(model, length, depth), 4)] for length in lengths for depth in depths]
     return {**row, "accuracy": accuracy}
 
 
 RUNS = {"recall": run_recall, "needle": run_needle}
 
 
+def wanted_rows(arguments: argparse.Namespace) -> dict[str, Row]:
+    """By name, what trains and tests a row."""
+    rows = {}
+    for experiment in arguments.experiments:
+        contenders = arguments.contenders or [Contender.parse(text) for text in DEFAULT_CONTENDERS[experiment]]
+        names = ("steps", "tokens_per_step", "compile", "workers")
+        names += ("vocab_size",) if experiment == "recall" else ("lengths", "train_lengths", "facts", "depths")
+        shared = {"experiment": experiment, **{name: getattr(arguments, name) for name in names}, "weight_decay": 0.1}
+        test_rows = arguments.test_rows if experiment == "recall" else max(1, arguments.test_rows // 8)
+        for seed in arguments.seeds:
+            for width in arguments.widths:
+                for rate in arguments.rates:
+                    for contender in contenders:
+                        recipe = {**shared, "width": width, "learning_rate": rate}
+                        name = f"{experiment}, {contender}, width {width}, learning rate {rate:g}, seed {seed}"
+                        rows[name] = Row(partial(RUNS[experiment], contender, recipe, seed, test_rows), recipe)
+    return rows
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--experiments", nargs="+", choices=list(RUNS), default=list(RUNS))
     parser.add_argument("--contenders", nargs="+", type=Contender.parse, metavar="CONTENDER")
-    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--widths", type=int, nargs="+", default=[128], help="hidden sizes")
-    parser.add_argument("--learning_rates", type=float, nargs="+", default=[3e-3])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--rates", type=float, nargs="+", default=[1e-3, 2e-3, 5e-3], help="learning rates of each")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--vocab_size", type=int, default=RECALL_VOCAB_SIZE, help="of recall; more than 512")
-    parser.add_argument("--tokens_per_step", type=int, default=8192)
+    parser.add_argument("--tokens_per_step", type=int, default=16384)
     parser.add_argument("--lengths", type=int, nargs="+", default=[256, 512, 1024, 2048, 4096, 8192], help="of needle")
     parser.add_argument("--train_lengths", type=int, nargs="+", default=NEEDLE_TRAIN_LENGTHS, help="of needle")
     parser.add_argument("--facts", type=int, default=4, help="in the haystack")
     parser.add_argument("--depths", type=int, default=11, help="of the needle, from the beginning to the end")
     parser.add_argument("--test_rows", type=int, default=512, help="per segment; needle: an eighth of it per depth")
-    parser.add_argument("--workers", type=int, default=2, help="that draw batches")
+    parser.add_argument("--workers", type=int, default=1, help="processes that draw batches")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False, help="the blocks")
-    parser.add_argument("--table", action="store_true", help="only print the tables of the output file")
-    parser.add_argument("--plot", action="store_true", help="only draw the figures from the output file")
-    parser.add_argument("--figures", type=Path, default=ROOT / "docs" / "figures")
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "recall.json")
+    parser.add_argument("--plot", action="store_true", help="only draw the figures")
+    parser.add_argument("--figures", type=Path, default=FIGURES)
+    add_run_options(parser)
+    add_output_options(parser, "recall")
     arguments = parser.parse_args()
-    results = Results(arguments.output, "recall", {})
     if not (arguments.table or arguments.plot):
-        for experiment in arguments.experiments:
-            contenders = arguments.contenders or [Contender.parse(text) for text in DEFAULT_CONTENDERS[experiment]]
-            shared = {
-                "experiment": experiment,
-                **{name: getattr(arguments, name) for name in ("steps", "tokens_per_step", "compile", "workers")},
-                "weight_decay": 0.1,
-            }
-            test_rows = arguments.test_rows
-            if experiment == "recall":
-                shared["vocab_size"] = arguments.vocab_size
-            else:
-                shared |= {name: getattr(arguments, name) for name in ("lengths", "train_lengths", "facts", "depths")}
-                test_rows = max(1, test_rows // 8)
-            for seed in arguments.seeds:
-                for width in arguments.widths:
-                    for rate in arguments.learning_rates:
-                        for contender in contenders:
-                            recipe = {**shared, "width": width, "learning_rate": rate}
-                            name = f"{experiment}, {contender}, width {width}, learning rate {rate:g}, seed {seed}"
-                            run_one = partial(RUNS[experiment], contender, recipe, seed, test_rows)
-                            measure(results, name, recipe, run_one)
-    if arguments.plot:
-        for name, figure in plot(results.rows).items():
-            save_figure(figure, arguments.figures / f"{name}.png")
-    else:
-        print("\n" + tables(results.rows))
+        arguments.output = output_path(arguments)
+        run_rows(Results(arguments.output, "recall", {}), wanted_rows(arguments), arguments)
+    for path in stored(arguments):
+        rows = json.loads(path.read_text())["rows"]
+        print("\n" + tables(rows))
+        if arguments.plot:
+            for name, figure in plot(rows).items():
+                save_figure(figure, arguments.figures / f"{name}.png")
 
 
 if __name__ == "__main__":

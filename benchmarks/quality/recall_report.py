@@ -5,6 +5,8 @@ import statistics
 from collections.abc import Iterable
 from itertools import takewhile
 
+from benchmarks.lib.tables import markdown, pyplot
+
 
 RECALLED = 0.9  # the accuracy from which something counts as recalled
 
@@ -27,9 +29,20 @@ def best_rows(rows: Iterable[dict], experiment: str) -> dict[tuple[int, str], di
         for own in by_rate.values():
             cells = [{(a, b): accuracy for a, b, accuracy in row["accuracy"]} for row in own]
             means = {cell: statistics.mean(row[cell] for row in cells) for cell in cells[0]}
-            candidates.append({**own[0], "accuracy": means, "seeds": len(own)})
+            worst = {cell: min(row[cell] for row in cells) for cell in cells[0]}
+            candidates.append({**own[0], "accuracy": means, "worst": worst, "seeds": len(own), "rates": len(by_rate)})
         best[key] = max(candidates, key=lambda row: statistics.mean(row["accuracy"].values()))
     return dict(sorted(best.items(), key=lambda item: item[0][0]))
+
+
+def described(row: dict) -> list[str]:
+    """Mixer, parameters, state of all layers and of one, seeds and rates."""
+    layers, state = int(row.get("contender", ":1").split(":")[1]), row["state_size"]
+    numbers = ["grows"] * 2 if state is None else [f"{state:,}", f"{state // layers:,}"]
+    return [row["title"], f"{row['parameters'] / 1e6:.2f} M", *numbers, f"{row['seeds']} x {row['rates']}"]
+
+
+COLUMNS = ["width", "mixer", "parameters", "state", "state per layer", "seeds x rates"]
 
 
 def tables(rows: dict[str, dict]) -> str:
@@ -38,44 +51,56 @@ def tables(rows: dict[str, dict]) -> str:
     best = best_rows(rows.values(), "recall")
     if best:
         segments = list(next(iter(best.values()))["accuracy"])
+        several = any(row["seeds"] > 1 for row in best.values())
         lines += [
-            "Multi-query associative recall: accuracy in % by key-value pairs @ length.",
+            "Multi-query associative recall: accuracy in % by key-value pairs @ length"
+            + (", mean over the seeds (worst seed)." if several else "."),
             "",
-            f"| width | mixer | parameters | state | {' | '.join(f'{b} @ {a}' for a, b in segments)} | pairs at "
-            f"{RECALLED:.0%} |",
-            "|---:|---|---:|---:|" + "---:|" * (len(segments) + 1),
+            markdown(
+                [*COLUMNS, *(f"{b} @ {a}" for a, b in segments), f"pairs at {RECALLED:.0%}"],
+                [
+                    [
+                        str(width),
+                        *described(row),
+                        *(recall_cell(row, segment) for segment in segments),
+                        str(most_pairs(row["accuracy"])),
+                    ]
+                    for (width, _), row in best.items()
+                ],
+            ).replace("|---|---:|", "|---:|---|", 1),
+            "",
         ]
-        for (width, title), row in best.items():
-            accuracy = row["accuracy"]
-            recalled = [b for (a, b), value in takewhile(lambda item: item[1] >= RECALLED, accuracy.items())]
-            cells = " | ".join(f"{100 * accuracy[segment]:.1f}" for segment in segments)
-            lines.append(
-                f"| {width} | {title} | {row['parameters'] / 1e6:.2f} M | {state(row)} | {cells} | "
-                f"{recalled[-1] if recalled else 'none'} |"
-            )
-        lines.append("")
     best = best_rows(rows.values(), "needle")
     if best:
         first = next(iter(best.values()))
         lengths = list(dict.fromkeys(length for length, _ in first["accuracy"]))
+
+        def cell(row: dict, length: int) -> str:
+            part = [x for (a, _), x in row["accuracy"].items() if a == length]
+            return f"{100 * statistics.mean(part):.0f} / {100 * min(part):.0f}"
+
         lines += [
             f"Needle in a haystack of {first['recipe']['facts']} facts: accuracy in %, mean over the depths / at the worst depth, "
             f"by length. Trained on up to {max(first['recipe']['train_lengths']):,} tokens.",
             "",
-            f"| width | mixer | parameters | state | {' | '.join(f'{length:,}' for length in lengths)} |",
-            "|---:|---|---:|---:|" + "---:|" * len(lengths),
+            markdown(
+                [*COLUMNS, *(f"{length:,}" for length in lengths)],
+                [[str(w), *described(row), *(cell(row, n) for n in lengths)] for (w, _), row in best.items()],
+            ).replace("|---|---:|", "|---:|---|", 1),
+            "",
         ]
-        for (width, title), row in best.items():
-            by_length = [[x for (a, _), x in row["accuracy"].items() if a == length] for length in lengths]
-            cells = " | ".join(f"{100 * statistics.mean(part):.0f} / {100 * min(part):.0f}" for part in by_length)
-            lines.append(f"| {width} | {title} | {row['parameters'] / 1e6:.2f} M | {state(row)} | {cells} |")
-        lines.append("")
     return "\n".join(lines)
 
 
-def state(row: dict) -> str:
-    """The numbers that a model keeps of what it has read."""
-    return "grows" if row["state_size"] is None else f"{row['state_size']:,}"
+def recall_cell(row: dict, segment: tuple) -> str:
+    worst = f" ({100 * row['worst'][segment]:.1f})" if row["seeds"] > 1 else ""
+    return f"{100 * row['accuracy'][segment]:.1f}{worst}"
+
+
+def most_pairs(accuracy: dict) -> int | str:
+    """The largest number of pairs that is recalled, as are all smaller ones."""
+    recalled = [pairs for (_, pairs), _ in takewhile(lambda item: item[1] >= RECALLED, accuracy.items())]
+    return recalled[-1] if recalled else "none"
 
 
 def plot(rows: dict[str, dict]) -> dict:
@@ -91,11 +116,9 @@ def plot(rows: dict[str, dict]) -> dict:
 
 def recall_figure(best: dict[str, dict], width: int):
     """Accuracies as a table in colours, a line per contender and a column per number of pairs."""
-    import matplotlib.pyplot as plt
-
     segments = list(next(iter(best.values()))["accuracy"])
     values = [[100 * row["accuracy"][segment] for segment in segments] for row in best.values()]
-    figure, axis = plt.subplots(figsize=(4.2 + 0.75 * len(segments), 1.3 + 0.34 * len(best)))
+    figure, axis = pyplot().subplots(figsize=(4.2 + 0.75 * len(segments), 1.3 + 0.34 * len(best)))
     heat(axis, values)
     axis.set_xticks(range(len(segments)), [f"{b}\n{a:,}" for a, b in segments], fontsize=9)
     axis.set_yticks(range(len(best)), list(best), fontsize=9)
@@ -107,11 +130,9 @@ def recall_figure(best: dict[str, dict], width: int):
 
 def needle_figure(best: dict[str, dict], width: int):
     """Accuracy by length and depth, a map per contender."""
-    import matplotlib.pyplot as plt
-
     columns = min(3, len(best))
     lines = -(-len(best) // columns)
-    figure, axes = plt.subplots(lines, columns, figsize=(3.5 * columns, 0.6 + 2.5 * lines), squeeze=False)
+    figure, axes = pyplot().subplots(lines, columns, figsize=(3.5 * columns, 0.6 + 2.5 * lines), squeeze=False)
     for axis in axes.flat[len(best) :]:
         axis.set_visible(False)
     for index, (axis, (title, row)) in enumerate(zip(axes.flat, best.items(), strict=False)):

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModel, PreTrainedModel
 
-from benchmarks.conversion.common import ROOT, Results
+from benchmarks.lib.results import FIGURES, Results, add_output_options, output_path, stored
 from benchmarks.quality.language_modeling_data import detokenize
 from benchmarks.quality.responsibilities_report import ROLES, plot, table
 from gma_hf.analysis import AnalysisError, RoutingReport, analyze
@@ -35,8 +35,6 @@ from gma_hf.analysis.loading import load_model, load_tokenizer, read_texts
 from gma_hf.analysis.report import RoleReport
 
 
-OUTPUT = ROOT / "benchmarks" / "results" / "responsibilities.json"
-FIGURE = ROOT / "docs" / "figures" / "responsibilities.png"
 TEXT = "WikiText-103 test, tokenisation undone"
 NUM_SHUFFLES, SEED = 20, 0
 FREQUENT = 0.01  # of the tokens: a category with fewer is no example
@@ -145,6 +143,7 @@ def run(options: argparse.Namespace) -> None:
         "num_shuffles": NUM_SHUFFLES,
         "seed": SEED,
     }
+    options.output = output_path(options)
     results = Results(options.output, "responsibilities", setting)
     rows: dict[str, Callable[[], PreTrainedModel]] = {"trained": lambda: model, "untrained": lambda: untrained(model)}
     for name, make in rows.items():
@@ -159,10 +158,9 @@ def main() -> None:
     parser.add_argument("--max_tokens", type=int, default=100_000, help="of the text")
     parser.add_argument("--block_size", type=int, default=1024, help="tokens per forward pass: the length of training")
     parser.add_argument("--batch_size", type=int, default=4, help="blocks per forward pass")
-    parser.add_argument("--output", type=Path, default=OUTPUT)
-    parser.add_argument("--table", action="store_true", help="print the table of the output file, and measure nothing")
     parser.add_argument("--plot", action="store_true", help="draw the figure")
-    parser.add_argument("--figure", type=Path, default=FIGURE)
+    parser.add_argument("--figure", type=Path, default=FIGURES / "responsibilities.png")
+    add_output_options(parser, "responsibilities")
     options = parser.parse_args()
 
     if not options.table:
@@ -172,12 +170,11 @@ def main() -> None:
             run(options)
         except AnalysisError as error:
             sys.exit(f"error: {error}")
-    if not options.output.exists():
-        parser.error(f"{options.output} does not exist: nothing was measured yet")
-    report = json.loads(options.output.read_text(encoding="utf-8"))
-    print(table(report))
-    if options.plot:
-        plot(report, options.figure)
+    for path in stored(options):
+        report = json.loads(path.read_text(encoding="utf-8"))
+        print(table(report))
+        if options.plot:
+            plot(report, options.figure)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
 import statistics
 from pathlib import Path
 
-from benchmarks.lib.training import save_figure
+from benchmarks.lib.tables import clean, markdown, pyplot, save_figure
 
 
 ROLES = ("keys", "queries")
@@ -34,7 +34,7 @@ def heads(row: dict, role: str, name: str, layer: int | None = None) -> list[flo
 def table(report: dict) -> str:
     """Markdown: usage and alignment by layer, means over the heads; below it what the best aligned head tells apart."""
     trained, untrained = report["rows"]["trained"], report["rows"]["untrained"]
-    lines = ["| " + " | ".join(COLUMNS) + " |", "|---|---|" + "---:|" * (len(COLUMNS) - 2)]
+    lines = []
     places = [*((part["layer"], index) for index, part in enumerate(trained["layers"])), ("all", None)]
     for label, layer in places:
         for role in ROLES:
@@ -44,8 +44,8 @@ def table(report: dict) -> str:
             for name in ("nmi", "purity"):
                 found = ((trained, name), (untrained, name), (trained, f"{name}_shuffled"))
                 cells += [f"{statistics.mean(heads(row, role, key, layer)):.3f}" for row, key in found]
-            lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join([*lines, "", legend(trained, untrained), "", best_head(trained)])
+            lines.append(cells)
+    return "\n".join([markdown(COLUMNS, lines, left=2), "", legend(trained, untrained), "", best_head(trained)])
 
 
 def legend(trained: dict, untrained: dict) -> str:
@@ -98,14 +98,9 @@ def escaped(token: str) -> str:
 
 def plot(report: dict, path: Path) -> None:
     """Components in use, and alignment with the surface categories, of every head by layer."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
     trained, untrained = report["rows"]["trained"], report["rows"]["untrained"]
     labels = [part["layer"] for part in trained["layers"]]
-    figure, panels = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    figure, panels = pyplot().subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     for axes, name in zip(panels, ("usage_perplexity", "nmi"), strict=True):
         for shift, role in ((-0.13, "keys"), (0.13, "queries")):
             means = []
@@ -130,7 +125,7 @@ def plot(report: dict, path: Path) -> None:
         axes.plot(both, "-", color="#444444", linewidth=1.3, label="before training, mean")
         axes.set_xticks(range(len(labels)), labels)
         axes.set_xlabel("layer")
-        axes.spines[["top", "right"]].set_visible(False)
+        clean(axes)
         axes.grid(axis="y", color="#dddddd", linewidth=0.6)
         axes.set_axisbelow(True)
     left, right = panels

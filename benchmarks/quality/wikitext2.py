@@ -3,22 +3,18 @@
 """
 GMA against softmax attention as language models on WikiText-2: equal parameters, tokens, tokenizer and schedule.
 
-    python benchmarks/quality/wikitext2.py --data_dir wikitext-2 --output benchmarks/results/wikitext2.json
+    python benchmarks/quality/wikitext2.py --data_dir wikitext-2
 
-The folder holds `train.txt`, `valid.txt` and `test.txt` (or the same with `.gz` or `.xz`). Every run is one call of
-`scripts/train_clm.py`; the width of the MLP is what makes the models equally large. About 12 minutes on an H100. Runs that
-the output file already holds are not repeated.
+The folder holds `train.txt`, `valid.txt` and `test.txt` (or the same with `.gz` or `.xz`). Every row is one call of
+`scripts/train_clm.py`; the width of the MLP is what makes the models equally large. About 12 minutes on an H100.
 """
 
 import argparse
 import json
-import platform
 import shlex
-import statistics
 import subprocess
 import sys
 import tempfile
-from datetime import datetime, timezone
 from pathlib import Path
 
 
@@ -27,174 +23,113 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # so that `benchma
 import torch
 import transformers
 
-from gma_hf import GMAConfig, GMAForCausalLM, __version__
+from benchmarks.lib.results import ROOT, Results, add_output_options, output_path, stored
+from benchmarks.lib.tables import markdown, mean_and_spread
+from benchmarks.rivals.mixers import MIXERS, equal_width, number_of_parameters
 
 
-ROOT = Path(__file__).resolve().parents[2]
-NUM_LAYERS = 8
-# What the mixers share, and what each is: the preset and what differs from it
-SHARED = {
+SIZES = {
     "hidden_size": 384,
-    "num_hidden_layers": NUM_LAYERS,
+    "num_hidden_layers": 8,
     "num_attention_heads": 6,
     "num_components": 64,
     "max_position_embeddings": 1024,
     "hidden_dropout": 0.2,
 }
-HYBRID = ["full_attention" if index % 4 == 3 else "linear_attention" for index in range(NUM_LAYERS)]
-MIXERS = {
-    "softmax + RoPE": ("gated", {"layer_types": ["full_attention"] * NUM_LAYERS}),
-    "GMA, paper block": ("paper", {}),
-    "GMA, gated block": ("gated", {}),
-    "hybrid: 1 softmax layer in 4, others GMA gated": ("gated", {"layer_types": HYBRID}),
-}
+OURS = {MIXERS[name].title: name for name in ("softmax", "gma_paper", "gma_gated", "hybrid")}
 SOFTMAX_INTERMEDIATE_SIZE = 1024
 SCORES = ("test_perplexity", "test_word_perplexity", "eval_perplexity", "eval_word_perplexity")
+TRAINING = {
+    "block_size": 1024,
+    "per_device_train_batch_size": 16,
+    "per_device_eval_batch_size": 16,
+    "learning_rate": 1e-3,
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 100,
+    "weight_decay": 0.1,
+    "adam_beta2": 0.95,
+    "eval_strategy": "epoch",
+    "save_strategy": "no",
+    "logging_steps": 20,
+    "report_to": "none",
+    "dataloader_drop_last": True,
+}
 
 
-def number_of_parameters(preset: str, overrides: dict, intermediate_size: int, vocab_size: int) -> int:
-    config = GMAConfig.from_preset(
-        preset, **SHARED, **overrides, intermediate_size=intermediate_size, vocab_size=vocab_size
-    )
-    with torch.device("meta"):
-        return GMAForCausalLM(config).num_parameters()
-
-
-def equal_intermediate_size(mixer: str, vocab_size: int) -> int:
-    """The MLP width, a multiple of 8, that brings a mixer nearest to the size of the softmax model."""
-    target = number_of_parameters(*MIXERS["softmax + RoPE"], SOFTMAX_INTERMEDIATE_SIZE, vocab_size)
-    smallest, next_smallest = (number_of_parameters(*MIXERS[mixer], size, vocab_size) for size in (8, 16))
-    return 8 + 8 * round((target - smallest) / (next_smallest - smallest))
-
-
-def train(mixer: str, seed: int, arguments: argparse.Namespace, files: dict[str, str], work: Path) -> dict:
-    preset, overrides = MIXERS[mixer]
-    vocab_size = arguments.vocab_size
-    intermediate_size = equal_intermediate_size(mixer, vocab_size)
-    output_dir = work / f"{list(MIXERS).index(mixer)}-{seed}"
-    tokenizer = work / "tokenizer"
-    command = [
-        sys.executable,
-        str(ROOT / "scripts" / "train_clm.py"),
-        *(f"--{split}_file={path}" for split, path in files.items()),
-        f"--output_dir={output_dir}",
-        f"--preset={preset}",
-        f"--config_overrides={json.dumps({**SHARED, **overrides, 'intermediate_size': intermediate_size})}",
-        f"--tokenizer_vocab_size={vocab_size}",
-        f"--seed={seed}",
-        "--block_size=1024",
-        f"--num_train_epochs={arguments.epochs}",
-        "--per_device_train_batch_size=16",
-        "--per_device_eval_batch_size=16",
-        "--learning_rate=1e-3",
-        "--lr_scheduler_type=cosine",
-        "--warmup_steps=100",
-        "--weight_decay=0.1",
-        "--adam_beta2=0.95",
-        "--eval_strategy=epoch",
-        "--save_strategy=no",
-        "--logging_steps=20",
-        "--report_to=none",
-        "--dataloader_drop_last=True",
-    ]
-    if tokenizer.exists():  # all runs share the tokenizer that the first one trained
-        command.append(f"--tokenizer_name={tokenizer}")
+def train(title: str, seed: int, options: argparse.Namespace, files: dict[str, str], work: Path) -> dict:
+    mixer = MIXERS[OURS[title]]
+    sizes = {**SIZES, "vocab_size": options.vocab_size}
+    softmax = {**sizes, "intermediate_size": SOFTMAX_INTERMEDIATE_SIZE}
+    width = equal_width(OURS[title], sizes, "softmax", softmax, multiples=(8,))
+    overrides = {**SIZES, **mixer.overrides(SIZES["num_hidden_layers"]), "intermediate_size": width}
+    output_dir, tokenizer = work / f"{OURS[title]}-{seed}", work / "tokenizer"
+    words = {**{f"{split}_file": path for split, path in files.items()}, "output_dir": output_dir, **TRAINING}
+    words |= {"preset": mixer.preset, "config_overrides": json.dumps(overrides), "seed": seed}
+    words |= {"tokenizer_vocab_size": options.vocab_size, "num_train_epochs": options.epochs}
+    if tokenizer.exists():  # all rows share the tokenizer that the first one trained
+        words["tokenizer_name"] = tokenizer
     if torch.cuda.is_available():
-        command += ["--bf16", f"--torch_compile={arguments.compile}"]
-    print(f"\n=== {mixer}, seed {seed}\n{shlex.join(command)}", flush=True)
+        words |= {"bf16": True, "torch_compile": options.compile}
+    command = [sys.executable, str(ROOT / "scripts" / "train_clm.py"), *(f"--{k}={v}" for k, v in words.items())]
+    print(shlex.join(command), flush=True)
     subprocess.run(command, check=True)
     if not tokenizer.exists():
         transformers.AutoTokenizer.from_pretrained(output_dir).save_pretrained(tokenizer)
-
     metrics = json.loads((output_dir / "results.json").read_text())["metrics"]
     history = json.loads((output_dir / "trainer_state.json").read_text())["log_history"]
     return {
-        "mixer": mixer,
+        "mixer": title,
         "seed": seed,
-        "parameters": number_of_parameters(preset, overrides, intermediate_size, vocab_size),
-        "intermediate_size": intermediate_size,
+        "parameters": number_of_parameters(OURS[title], **{**sizes, "intermediate_size": width}),
+        "intermediate_size": width,
         **{name: metrics[name] for name in SCORES},
         "train_seconds": metrics["train_runtime"],
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor(),
-        "versions": {
-            "gma_hf": __version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "python": platform.python_version(),
-        },
-        "validation_curve": [
-            [entry["step"], entry["eval_perplexity"]] for entry in history if "eval_perplexity" in entry
-        ],
+        "validation_curve": [[x["step"], x["eval_perplexity"]] for x in history if "eval_perplexity" in x],
     }
 
 
-def table(runs: list[dict]) -> str:
-    lines = [
-        "| model | parameters | test perplexity | test perplexity per word | validation perplexity |",
-        "|---|---:|---:|---:|---:|",
-    ]
-    for mixer in dict.fromkeys(run["mixer"] for run in runs):
-        own = [run for run in runs if run["mixer"] == mixer]
-
-        def mean(name: str, own: list[dict] = own) -> str:
-            values = [run[name] for run in own]
-            spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-            return f"{statistics.mean(values):.1f}{spread}"
-
-        lines.append(
-            f"| {mixer} | {own[0]['parameters'] / 1e6:.2f} M | {mean('test_perplexity')} | "
-            f"{mean('test_word_perplexity')} | {mean('eval_perplexity')} |"
-        )
-    return "\n".join(lines)
+def table(content: dict) -> str:
+    rows = content["runs"] if "runs" in content else list(content["rows"].values())
+    lines = []
+    for title in dict.fromkeys(row["mixer"] for row in rows):
+        own = [row for row in rows if row["mixer"] == title]
+        scores = [mean_and_spread([row[name] for row in own], 1) for name in SCORES[:3]]
+        lines.append([title, f"{own[0]['parameters'] / 1e6:.2f} M", *scores])
+    columns = ["model", "parameters", "test perplexity", "test perplexity per word", "validation perplexity"]
+    return markdown(columns, lines)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data_dir", type=Path, required=True, help="folder with train, valid and test text")
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "wikitext2.json")
+    parser.add_argument("--data_dir", type=Path, help="folder with train, valid and test text")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--mixers", nargs="+", choices=list(MIXERS), default=list(MIXERS))
+    parser.add_argument("--mixers", nargs="+", choices=list(OURS), default=list(OURS))
     parser.add_argument("--epochs", type=float, default=6)
     parser.add_argument("--vocab_size", type=int, default=8192)
     parser.add_argument(
         "--compile", action=argparse.BooleanOptionalAction, default=True, help="torch.compile on a GPU"
     )
-    arguments = parser.parse_args()
-
-    files = {}
-    for split, stem in {"train": "train", "validation": "valid", "test": "test"}.items():
-        found = [
-            path for suffix in ("", ".gz", ".xz") if (path := arguments.data_dir / f"{stem}.txt{suffix}").exists()
-        ]
-        if not found:
-            parser.error(f"{arguments.data_dir} holds no {stem}.txt (nor .txt.gz, .txt.xz)")
-        files[split] = str(found[0])
-
-    words = ["wikitext-2" if word == str(arguments.data_dir) else word for word in sys.argv[1:]]
-    setting = {**SHARED, "vocab_size": arguments.vocab_size, "block_size": 1024, "epochs": arguments.epochs}
-    report = {
-        "benchmark": "wikitext2",
-        "command": shlex.join(["python", "benchmarks/quality/wikitext2.py", *words]),
-        "setting": setting,
-        "runs": [],
-    }
-    if arguments.output.exists():
-        earlier = json.loads(arguments.output.read_text())
-        if earlier["setting"] != setting:
-            parser.error(f"{arguments.output} holds runs of another setting; choose another --output")
-        report["runs"] = earlier["runs"]
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    done = {(run["mixer"], run["seed"]) for run in report["runs"]}
-    with tempfile.TemporaryDirectory() as work:
-        for seed in arguments.seeds:
-            for mixer in arguments.mixers:
-                if (mixer, seed) in done:
-                    continue
-                report["runs"].append(train(mixer, seed, arguments, files, Path(work)))
-                # After every run: a later call goes on where this one was stopped
-                arguments.output.write_text(json.dumps(report, indent=1) + "\n")
-    print(table(report["runs"]))
+    add_output_options(parser, "wikitext2")
+    options = parser.parse_args()
+    if not options.table:
+        files = {}
+        for split, stem in {"train": "train", "validation": "valid", "test": "test"}.items():
+            folder = options.data_dir or Path()
+            found = [path for end in ("", ".gz", ".xz") if (path := folder / f"{stem}.txt{end}").exists()]
+            if not found:
+                parser.error(f"--data_dir {folder} holds no {stem}.txt (nor .txt.gz, .txt.xz)")
+            files[split] = str(found[0])
+        options.output = output_path(options)
+        setting = {**SIZES, "vocab_size": options.vocab_size, "block_size": 1024, "epochs": options.epochs}
+        results = Results(options.output, "wikitext2", setting)
+        with tempfile.TemporaryDirectory() as work:
+            for seed in options.seeds:
+                for title in options.mixers:
+                    results.measure(
+                        f"{title}, seed {seed}", lambda t=title, s=seed: train(t, s, options, files, Path(work))
+                    )
+    for path in stored(options):
+        print(table(json.loads(path.read_text())))
 
 
 if __name__ == "__main__":

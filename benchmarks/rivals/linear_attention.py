@@ -156,10 +156,6 @@ class PerformerAttention(LinearAttention):
             return (exponents - exponents.amax(dim=(-2, -1), keepdim=True).detach()).exp()
 
 
-class RedrawnPerformerAttention(PerformerAttention):
-    """The same; `mixers.make_model` sees to it that the features are drawn anew during training."""
-
-
 def check_inputs(past_key_values, sequence_ids: Tensor | None) -> None:
     """The rivals are there to be trained and evaluated on whole sequences."""
     if past_key_values is not None or sequence_ids is not None:

@@ -4,7 +4,8 @@ Mamba-2 (Dao and Gu, 2024, arXiv:2405.21060), a rival of GMA in the benchmarks. 
 
     S_t = exp(-A dt_t) S_{t-1} + dt_t B_t x_t^T        y_t = C_t S_t + D x_t
 
-computed in chunks by matrix products (the paper's section 6): the recurrence of Transformers' `Mamba2Mixer`.
+computed in chunks by matrix products (the paper's section 6), in plain PyTorch: the recurrence of Transformers' `Mamba2Mixer`,
+whose own program in PyTorch needs memory by the token, the head and the state, too much to train with.
 """
 
 import math
@@ -27,25 +28,31 @@ EXPAND, HEAD_DIM, STATE_SIZE, CONV_KERNEL_SIZE = 2, 64, 128, 4
 
 def state_space(x: Tensor, dt: Tensor, rate: Tensor, B: Tensor, C: Tensor) -> Tensor:
     """
-    The recurrence above, without D. Products in the dtype of `x`; decays and states in float32 at least.
+    The recurrence above, without D.
 
     Args:
-        x: `[batch, length, heads, dim]`.
-        dt: `[batch, length, heads]`, steps, not negative; zero where a token is padding.
-        rate: `[heads]`, A, positive.
-        B: `[batch, length, state]`, shared by all heads.
-        C: the same.
+        x (`Tensor` of shape `(batch, length, heads, dim)`): inputs.
+        dt (`Tensor` of shape `(batch, length, heads)`): steps, not negative; zero where a token is padding.
+        rate (`Tensor` of shape `(heads,)`): A, positive.
+        B, C (`Tensor` of shape `(batch, length, state)`): what writes and what reads, shared by all heads.
 
     Returns:
-        y, `[batch, length, heads, dim]`.
+        `Tensor` of shape `(batch, length, heads, dim)`: y.
+    """
+    dt = dt.to(torch.promote_types(x.dtype, torch.float32))
+    return decayed_attention(C, B, (x.to(dt.dtype) * dt[..., None]).to(x.dtype), -rate.to(dt.dtype) * dt)
+
+
+def decayed_attention(C: Tensor, B: Tensor, x: Tensor, log_decay: Tensor) -> Tensor:
+    """
+    y_t = C_t S_t with S_t = exp(log_decay_t) S_{t-1} + B_t x_t^T. Products in the dtype of `x`, decays and states in float32 at
+    least; shapes as in `state_space`, `log_decay` like dt.
     """
     dtype = x.dtype
     accumulator = torch.promote_types(dtype, torch.float32)
     length, heads = x.shape[1:3]
     with torch.autocast(x.device.type, enabled=False):
-        dt = dt.to(accumulator)
-        log_decay = -rate.to(accumulator) * dt
-        x = (x.to(accumulator) * dt[..., None]).to(dtype)
+        log_decay = log_decay.to(accumulator)
         # Zero inputs at the end neither write nor decay
         padding = -length % CHUNK_SIZE
         x = F.pad(x, (0, 0, 0, 0, 0, padding)).unflatten(1, (-1, CHUNK_SIZE))
@@ -100,6 +107,29 @@ def states_before(states: Tensor, log_decay: Tensor) -> Tensor:
     return (decay @ states.transpose(1, 2)).transpose(1, 2)
 
 
+def short_convolution(x: Tensor, weight: Tensor, bias: Tensor | None = None, before: int | None = None) -> Tensor:
+    """
+    A depthwise convolution with SiLU, tap by tap: torch.compile makes one kernel of it.
+
+    Args:
+        x (`Tensor` of shape `(batch, length, channels)`): zero at padding.
+        weight (`Tensor` of shape `(channels, width)`): taps.
+        bias (`Tensor` of shape `(channels,)`, *optional*): added.
+        before (`int`, *optional*): how many tokens before its own an output sees; by default all but its own, causally.
+    """
+    length, width = x.shape[1], weight.shape[1]
+    before = width - 1 if before is None else before
+    padded = F.pad(x, (0, 0, before, width - 1 - before))
+    output = sum(padded[:, tap : tap + length] * weight[:, tap].to(x.dtype) for tap in range(width))
+    return F.silu(output if bias is None else output + bias.to(x.dtype))
+
+
+def step_bias_(bias: Tensor, low: float, high: float) -> None:
+    """So that softplus of it is log-uniform between `low` and `high`."""
+    step = torch.empty_like(bias).uniform_(math.log(low), math.log(high)).exp()
+    bias.copy_(step + torch.log(-torch.expm1(-step)))
+
+
 class Mamba2Mixer(nn.Module):
     """
     The mixer with the published sizes: twice as wide inside, heads of 64, a state of 128, one group, convolution of width 4
@@ -133,9 +163,7 @@ class Mamba2Mixer(nn.Module):
         bound = CONV_KERNEL_SIZE**-0.5
         self.conv_weight.uniform_(-bound, bound)
         self.conv_bias.uniform_(-bound, bound)
-        low, high = math.log(self.config.time_step_min), math.log(self.config.time_step_max)
-        step = torch.empty_like(self.dt_bias).uniform_(low, high).exp()
-        self.dt_bias.copy_(step + torch.log(-torch.expm1(-step)))  # so that softplus gives the step
+        step_bias_(self.dt_bias, self.config.time_step_min, self.config.time_step_max)
         self.A_log_bias.uniform_(1, 16).log_()
         self.D_bias.fill_(1)
 
@@ -155,7 +183,7 @@ class Mamba2Mixer(nn.Module):
         if mask is not None:
             hidden_states = hidden_states * mask
         gate, mixed, dt = self.in_proj(hidden_states).split(self.sizes, dim=-1)
-        mixed = self.convolve(mixed)
+        mixed = short_convolution(mixed, self.conv_weight, self.conv_bias)
         dt = F.softplus(dt.float() + self.dt_bias)
         if mask is not None:
             mixed, dt = mixed * mask.to(mixed.dtype), dt * mask
@@ -164,15 +192,6 @@ class Mamba2Mixer(nn.Module):
         output = state_space(x, dt, self.A_log_bias.float().exp(), B, C)
         output = (output + self.D_bias.to(x.dtype)[:, None] * x).flatten(2)
         return self.out_proj(self.norm(output.float() * F.silu(gate.float())).to(output.dtype)), None
-
-    def convolve(self, x: Tensor) -> Tensor:
-        """The causal depthwise convolution, tap by tap: torch.compile makes one kernel of it."""
-        length = x.shape[1]
-        padded = F.pad(x, (0, 0, CONV_KERNEL_SIZE - 1, 0))
-        taps = (
-            padded[:, tap : tap + length] * self.conv_weight[:, tap].to(x.dtype) for tap in range(CONV_KERNEL_SIZE)
-        )
-        return F.silu(sum(taps) + self.conv_bias.to(x.dtype))
 
 
 class Mamba2Layer(GradientCheckpointingLayer):

@@ -1,5 +1,5 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
-"""The operators that `attention_gpu.py` compares, and their inputs.
+"""The operators that the benchmarks of `kernels` compare, and their inputs.
 
 Every tensor has the shape [batch, heads, length, ...] that `gaussian_mixture_attention` and SDPA take, and lies in memory
 as projections leave it, [batch, length, heads, ...]: what flash-linear-attention takes is the transposed view.
@@ -83,8 +83,14 @@ def gma(names: tuple[str, ...], normalize: bool, backend: str = "triton") -> Riv
 
 
 def sdpa(x: dict[str, Tensor]) -> Tensor:
+    """`scaled_dot_product_attention` as users call it; PyTorch chooses the backend, on Hopper cuDNN's."""
+    return F.scaled_dot_product_attention(x["query"], x["key"], x["value"], is_causal=True)
+
+
+def flash_attention(x: dict[str, Tensor]) -> Tensor:
+    """The same, forced to PyTorch's FlashAttention-2 backend."""
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-        return F.scaled_dot_product_attention(x["query"], x["key"], x["value"], is_causal=True)
+        return sdpa(x)
 
 
 def fla(module: str, *names: str, **arguments) -> Rival:
@@ -109,8 +115,14 @@ VARIANTS = {
 }
 GMA = {f"GMA {name}": gma(*variant) for name, variant in VARIANTS.items()}
 GMA_EXTREMES = ("GMA normalised", "GMA un-normalised, decay")  # the paper's block and the gated block
-SDPA = {"SDPA flash": Rival(sdpa, QKV)}
+SDPA = {"SDPA": Rival(sdpa, QKV), "SDPA flash": Rival(flash_attention, QKV)}
 CHUNKED = {"GMA normalised, chunked": gma(*VARIANTS["normalised"], backend="chunked")}
+# How tables name what results call otherwise
+TITLES = {
+    "SDPA": "SDPA, default",
+    "SDPA flash": "SDPA forced to FlashAttention-2",
+    "GMA normalised, chunked": "GMA normalised, plain PyTorch",
+}
 # In the order of importance: the last may take minutes to tune themselves
 FLA = {
     "fla chunk_linear_attn": fla("linear_attn", normalize=False),

@@ -11,6 +11,7 @@ from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from ..compat import share_adapter_defaults
 from ..remote_code import add_remote_code
 from ..version import __version__
 from .errors import raises_value_errors, refuse_misspelt
@@ -375,6 +376,11 @@ class GMAConfig(PreTrainedConfig):
     @classmethod
     def register_for_auto_class(cls, auto_class="AutoConfig"):
         """Nothing to do: every folder that [`save_pretrained`] writes already loads with `trust_remote_code=True`."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The configuration as a dictionary, by which PEFT looks up the modules to adapt."""
+        share_adapter_defaults()
+        return super().to_dict()
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs):
         """

@@ -1,6 +1,7 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
 """The language-modelling experiment counts every token once, and its numbers are those of the model."""
 
+import itertools
 import json
 import lzma
 import math
@@ -12,10 +13,18 @@ import torch
 from transformers import AutoTokenizer
 
 from benchmarks.quality import language_modeling
-from benchmarks.quality.language_modeling import MIXERS, evaluate, extrapolate, main, token_nll, wanted_rows
+from benchmarks.quality.language_modeling import (
+    LANGUAGE_MIXERS,
+    evaluate,
+    extrapolate,
+    main,
+    repeated_pairs,
+    token_nll,
+    wanted_rows,
+)
 from benchmarks.quality.language_modeling_data import detokenize, load, prepare, tokenizer_folder, windows
 from benchmarks.quality.language_modeling_report import plot, table
-from benchmarks.rivals.mixers import make_config, make_model
+from benchmarks.rivals.mixers import MIXERS, make_config, make_model
 
 
 SIZES = {
@@ -123,19 +132,34 @@ def test_learned_positions_cannot_be_exceeded():
 
 
 def options(**values):
-    return type("Options", (), {"rows": None, **values})
+    sizes = {"mixers": [], "contexts": [], "components": [], "seeds": [], "rates": []}
+    return type("Options", (), {"rows": None, **sizes, **values})
 
 
 def test_rows_by_name_and_as_a_product():
-    assert wanted_rows(options(rows=["elu:1024", "gma_gated:4096:128", "mamba2:1024:64:2"])) == [
-        ("elu", 1024, 64, 0),
-        ("gma_gated", 4096, 128, 0),
-        ("mamba2", 1024, 64, 2),
-    ]
-    product = wanted_rows(options(mixers=["elu", "softmax"], contexts=[16, 32], components=[4], seeds=[0, 1]))
-    assert len(set(product)) == 8
-    with pytest.raises(SystemExit, match="no mixer"):
-        wanted_rows(options(rows=["rwkv:1024"]))
+    assert wanted_rows(options(rows=["elu:1024", "gma_gated:4096:128", "mamba2:1024:64:2", "elu:16:4:0:2e-3"])) == {
+        "elu:1024:64:0": ("elu", 1024, 64, 0, 1e-3),
+        "gma_gated:4096:128:0": ("gma_gated", 4096, 128, 0, 1e-3),
+        "mamba2:1024:64:2": ("mamba2", 1024, 64, 2, 1e-3),
+        "elu:16:4:0:0.002": ("elu", 16, 4, 0, 2e-3),
+    }
+    sizes = {"mixers": ["elu", "softmax"], "contexts": [16, 32], "components": [4], "seeds": [0, 1]}
+    assert len(wanted_rows(options(**sizes, rates=[1e-3, 2e-3]))) == 16
+    for text in ("rwkv:1024", "linformer:1024"):
+        with pytest.raises(SystemExit, match="no mixer"):
+            wanted_rows(options(rows=[text]))
+
+
+@pytest.mark.quick
+def test_repeated_pairs_are_those_that_the_window_has_shown():
+    torch.manual_seed(0)
+    windows_ = torch.randint(4, (5, 31))
+    found = repeated_pairs(windows_)
+    for row, marks in zip(windows_.tolist(), found.tolist(), strict=True):
+        seen = set()
+        for pair, mark in zip(itertools.pairwise(row), marks, strict=True):
+            assert mark == (pair in seen)
+            seen.add(pair)
 
 
 @pytest.fixture
@@ -155,7 +179,7 @@ def run(prepared_file, tmp_path, monkeypatch):
 
 def test_every_mixer_is_trained_and_no_row_twice(run, tmp_path, monkeypatch, capsys):
     report = run("results.json")
-    assert len(report["rows"]) == len(MIXERS)
+    assert len(report["rows"]) == len(LANGUAGE_MIXERS)
     for row in report["rows"].values():
         assert row["wikitext_test_detokenized_word_perplexity"] > 1
         assert row["losses"][0][1] == pytest.approx(math.log(300), rel=0.1)
@@ -163,7 +187,8 @@ def test_every_mixer_is_trained_and_no_row_twice(run, tmp_path, monkeypatch, cap
     assert max(sizes) < 1.03 * min(sizes)
     shown = capsys.readouterr().out
     assert table(report) in shown
-    assert all(mixer.title in shown for mixer in MIXERS.values())
+    assert all(MIXERS[name].title in shown for name in LANGUAGE_MIXERS)
+    assert "repeated pairs" in shown and "{'" not in shown
 
     monkeypatch.setattr(language_modeling, "measure", lambda *args: pytest.fail("a row was trained again"))
     assert run("results.json") == report

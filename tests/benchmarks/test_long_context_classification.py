@@ -9,11 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.lib.training import equal_width
 from benchmarks.quality import listops
 from benchmarks.quality.classification_data import Examples, batches_by_length, collate, load, prepare, without_hints
 from benchmarks.quality.long_context_classification import CONTENDERS, accuracy, main, table
-from benchmarks.rivals.mixers import make_config, make_model, number_of_parameters
+from benchmarks.rivals.mixers import equal_width, make_config, make_model, number_of_parameters
 from gma_hf import GMAForSequenceClassification
 
 
@@ -54,7 +53,7 @@ def test_padding_is_masked_and_nothing_is_lost():
     assert sorted(seen) == sorted(examples.labels.tolist())
 
 
-@pytest.mark.parametrize("contender", [name for name in CONTENDERS if name != "performer_redrawn"])
+@pytest.mark.parametrize("contender", list(CONTENDERS))
 def test_logits_do_not_depend_on_the_padding(contender):
     """An example alone and among longer ones: the same logits, up to the order of float32 sums."""
     model = tiny_model(contender)
@@ -95,7 +94,7 @@ def test_models_are_equally_large(contender):
     }
     mixer, overrides = CONTENDERS[contender]
     sizes = {**shared, **overrides}
-    width = equal_width(mixer, sizes, "softmax", shared, GMAForSequenceClassification)
+    width = equal_width(mixer, sizes, "softmax", shared, GMAForSequenceClassification, (8,))
     own, softmax = (
         number_of_parameters(name, GMAForSequenceClassification, **fields)
         for name, fields in ((mixer, {**sizes, "intermediate_size": width}), ("softmax", shared))
@@ -161,6 +160,6 @@ def test_the_script_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
     assert table(rows) in shown
     # Rows of another recipe are not mixed with these
     with pytest.raises(SystemExit, match="Choose another --output"):
-        call("--contenders", "softmax", "--learning_rate", "1e-2")
+        call("--contenders", "softmax", "--batch_size", "4")
     call("--plot")
     assert (tmp_path / "long_context_classification.png").stat().st_size > 0

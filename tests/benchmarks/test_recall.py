@@ -2,7 +2,9 @@
 """The recall tasks can be solved, ask only for what was read before, and count right answers."""
 
 import json
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -136,7 +138,18 @@ def test_rows_are_written_kept_and_shown(tmp_path, monkeypatch, capsys):
     output = tmp_path / "recall.json"
     options = ["--contenders", "softmax:2", "gma_gated:2:1", "--steps", "2", "--widths", "64", "--output", str(output)]
     options += ["--tokens_per_step", "256", "--test_rows", "8", "--lengths", "64", "128", "--train_lengths", "64"]
-    options += ["--depths", "2", "--experiments", "needle", "--figures", str(tmp_path)]
+    options += [
+        "--depths",
+        "2",
+        "--experiments",
+        "needle",
+        "--figures",
+        str(tmp_path),
+        "--seeds",
+        "0",
+        "--rates",
+        "1e-3",
+    ]
 
     def call(*extra: str) -> str:
         monkeypatch.setattr(sys, "argv", ["recall.py", *options, *extra])
@@ -175,4 +188,24 @@ def test_tables_show_the_best_learning_rate_and_the_most_pairs():
     }
     best = best_rows(rows.values(), "recall")[64, "some mixer, 2 layers"]
     assert best["accuracy"] == pytest.approx({(64, 4): 0.95, (256, 64): 0.3}) and best["seeds"] == 2
-    assert "| 64 | some mixer, 2 layers | 1.00 M | 4,096 | 95.0 | 30.0 | 4 |" in tables(rows)
+    assert "| 64 | some mixer, 2 layers | 1.00 M | 4,096 | 4,096 | 2 x 2 | 95.0 (90.0) | 30.0 (20.0) | 4 |" in tables(
+        rows
+    )
+
+
+def test_rows_side_by_side_are_the_rows_of_one_after_the_other(tmp_path):
+    """Two processes at a time, as on one GPU: the same rows, each trained by the same command."""
+    root = Path(recall.__file__).parents[2]
+    command = [sys.executable, str(root / "benchmarks" / "quality" / "recall.py"), "--experiments", "recall"]
+    command += ["--contenders", "softmax:1", "linear_gated:1", "--steps", "2", "--widths", "64", "--seeds", "0"]
+    command += ["--rates", "1e-3", "--tokens_per_step", "256", "--test_rows", "1", "--workers", "0"]
+    found = []
+    for places in ("1", "2"):
+        output = tmp_path / f"{places}.json"
+        subprocess.run([*command, "--output", str(output), "--per_gpu", places], check=True, capture_output=True)
+        found.append(json.loads(output.read_text())["rows"])
+    assert sorted(found[0]) == sorted(found[1]) and len(found[0]) == 2
+    for name, row in found[0].items():
+        for field in ("accuracy", "losses", "parameters", "recipe", "command", "state_per_layer"):
+            assert found[1][name][field] == row[field], field
+        assert found[1][name]["rows_per_gpu"] == 2

@@ -1,6 +1,7 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
 """`benchmarks/kernels/scaling.py` and the page of results: what they say is what was measured."""
 
+import argparse
 import json
 import re
 import sys
@@ -10,7 +11,10 @@ import pytest
 import torch
 
 from benchmarks import results_page
-from benchmarks.kernels import scaling, scaling_report
+from benchmarks.conversion.minilm import table as minilm_table
+from benchmarks.conversion.smollm2 import table as smollm2_table
+from benchmarks.kernels import attention_gpu, decoding_gpu, scaling, scaling_report
+from benchmarks.lib.results import Results, add_output_options, output_path
 
 
 ROOT = Path(__file__).parents[2]
@@ -70,7 +74,6 @@ def test_what_would_take_too_long_or_too_much_memory_is_not_tried():
 def test_a_run_goes_on_where_it_was_stopped_and_draws_its_figure(tmp_path, monkeypatch, capsys):
     output = tmp_path / "scaling_toy.json"
     monkeypatch.setattr(scaling, "check", lambda device: None)
-    monkeypatch.setattr(scaling, "ROOT", tmp_path)
     words = ["--device", "cpu", "--seconds", "0.001", "--rivals", "GMA, paper", "linear attention"]
 
     def run(*more):
@@ -85,7 +88,7 @@ def test_a_run_goes_on_where_it_was_stopped_and_draws_its_figure(tmp_path, monke
     assert len(rows) == 2 * 2 * 3
     assert all(row["ms"] > 0 and row["peak_mib"] >= 0 for row in rows.values())
     assert "| exponent |" in capsys.readouterr().out
-    assert (tmp_path / "docs" / "figures" / "scaling_toy.png").stat().st_size > 10_000
+    assert (tmp_path / "scaling_toy.png").stat().st_size > 10_000
 
 
 @pytest.mark.quick
@@ -107,7 +110,7 @@ def test_the_committed_page_is_what_the_committed_results_say():
 
 @pytest.mark.quick
 def test_experiments_without_results_have_no_section(tmp_path):
-    assert results_page.page(tmp_path, tmp_path) == results_page.HEAD + "\n"
+    assert results_page.page(tmp_path, tmp_path) == results_page.parts()[0] + "\n"
     report = report_of({"GMA, paper": {1024: 2.0, 2048: 4.0, 4096: 8.0}})
     for row in report["rows"].values():
         row.update(
@@ -142,12 +145,48 @@ def test_numbers_of_other_benchmarks_are_shown_as_they_were_stored(tmp_path):
     minilm = {
         "all": {"cosine": {"before": {}, "after": {"WikiText-103": 0.97, "IMDB": 0.96}}, "newsgroups": [70.0, 72.0]}
     }
-    assert "| window: distilled | 21.00 | 1.050 | 0.0500 |" in results_page.conversion_smollm2({"rows": smollm2})
-    assert "| all | 0.9700 | 0.9600 | 71.00 ± 1.41 |" in results_page.conversion_minilm({"rows": minilm})
-    aims = [{"target": "a <= 1", "measured": 2.0, "met": False}, {"target": "b <= 1", "measured": 0.5, "met": True}]
-    assert results_page.targets({"targets": aims}).startswith("1 of 2 targets") and "- a <= 1: 2" in (
-        results_page.targets({"targets": aims})
-    )
+    assert "| window: distilled | 21.00 | 1.050 | 0.0500 |" in smollm2_table({"rows": smollm2})
+    assert "| all | 0.9700 | 0.9600 | 71.00 ± 1.41 |" in minilm_table({"rows": minilm})
     decode = {"model": "softmax + RoPE", "mode": "eager", "batch": 1, "position": 1024}
     rows = [{**decode, "ms_per_token": 1.5, "tokens_per_second": 666.7}]
-    assert "1.500 (667)" in results_page.gpu_decode({"rows": rows, "targets": []})
+    assert "1.500 (667)" in decoding_gpu.tables({"rows": rows})
+
+
+@pytest.mark.quick
+def test_speed_is_compared_with_softmax_as_users_call_it():
+    """SDPA's default is the rival where it was measured, and both tables together hold every comparison once."""
+
+    def row(name: str, forward: float, both: float, length: int = 2048) -> dict:
+        shape = {"batch": 32, "length": length, "heads": 16, "dim": 64, "components": 64}
+        times = {"forward_ms": forward, "forward_backward_ms": both}
+        return {"part": "speed", "rival": name, **shape, **times}
+
+    rows = [row("GMA normalised", 0.5, 2.0), row("SDPA flash", 1.0, 5.0)]
+    summary = attention_gpu.summary({"rows": rows})
+    assert "| 2,048 | 5.0 ms | 2.0 ms | 2.5x |" in summary and "FlashAttention-2 / GMA" in summary
+    rows += [row("SDPA", 0.75, 3.0), row("fla chunk_linear_attn", 0.25, 1.0)]
+    summary = attention_gpu.summary({"rows": rows})
+    assert "| 2,048 | 3.0 ms | 5.0 ms | 1.0 ms | 2.0 ms | 1.5x |" in summary and "SDPA / GMA" in summary
+    ahead, behind = attention_gpu.comparison({"rows": rows}).split("Where others are ahead:")
+    assert "| GMA normalised | SDPA, default | forward and backward | 2,048 | 1.50 |" in ahead
+    assert "| GMA normalised | fla chunk_linear_attn | forward | 2,048 | 2.00 |" in behind
+    assert "chunk_linear_attn" not in ahead and "SDPA" not in behind
+
+
+@pytest.mark.quick
+def test_committed_results_are_not_overwritten(tmp_path, monkeypatch):
+    """Without `--output` a run writes to the current folder; rows of another setting or device are refused."""
+    parser = argparse.ArgumentParser()
+    add_output_options(parser, "scaling_*")
+    path = output_path(parser.parse_args([]))
+    assert path.parent == Path() and path.name.startswith("scaling_")
+    monkeypatch.setattr(sys, "argv", ["benchmarks/kernels/some.py", "--seconds", "1", "--output", "a/b.json"])
+    results = Results(tmp_path / "a.json", "toy", {"size": 1}, one_device=True)
+    results.measure({"rival": "a", "length": 2}, lambda: {"ms": float("nan")})
+    content = json.loads((tmp_path / "a.json").read_text())
+    assert content["rows"] == {"a, 2": {"rival": "a", "length": 2, "ms": None}}
+    assert {"device", "versions", "date"} <= set(content) and content["command"].endswith("some.py --seconds 1")
+    again = Results(tmp_path / "a.json", "toy", {"size": 1}, one_device=True)
+    again.measure({"rival": "a", "length": 2}, lambda: pytest.fail("a row was measured again"))
+    with pytest.raises(SystemExit, match="another setting"):
+        Results(tmp_path / "a.json", "toy", {"size": 2}, one_device=True)

@@ -21,7 +21,13 @@ import transformers
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ...compat import attention_implementation, auto_classes_of, is_initialized, mark_initialized
+from ...compat import (
+    attention_implementation,
+    auto_classes_of,
+    is_initialized,
+    mark_initialized,
+    share_adapter_defaults,
+)
 from ...modeling.step_loss import as_part_of_step
 from ...modeling.window import LACKING_BEFORE
 from ...remote_code import write_remote_code
@@ -71,6 +77,11 @@ class ConvertedConfigMixin:
             self._output_attentions = value
         else:
             PreTrainedConfig.output_attentions.fset(self, value)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The configuration as a dictionary, by which PEFT looks up the modules to adapt."""
+        share_adapter_defaults()
+        return super().to_dict()
 
     def validate_output_attentions(self):
         """Part of the `@strict` validation."""

@@ -1,27 +1,17 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
-"""What the benchmarks of converted models share: a training that ends on time, and results that are written row by row."""
+"""A training of converted models that ends on time."""
 
-import json
 import math
-import platform
-import shlex
-import sys
 import tempfile
 import time
-from collections.abc import Callable
-from datetime import datetime, timezone
-from pathlib import Path
 
 import torch
-import transformers
 from transformers import TrainerCallback
 
-from gma_hf import __version__
 from gma_hf.conversion.distillation.arguments import GMADistillationArguments
 from gma_hf.conversion.distillation.trainer import GMADistillationTrainer, undo_preparation
 
 
-ROOT = Path(__file__).resolve().parents[2]
 WARMUP = 0.03  # of the time
 
 
@@ -91,56 +81,3 @@ def train(model, stage: str, minutes: float, batch_size: int, learning_rate: flo
         "seconds": round(time.monotonic() - start, 1),
         "losses": [round(loss, 5) for loss in losses[:: max(1, len(losses) // 20)]],
     }
-
-
-class Results:
-    """A JSON file with one row per configuration; rows that it holds already are not measured again."""
-
-    def __init__(self, path: Path, benchmark: str, setting: dict):
-        self.path = path
-        self.report = {"benchmark": benchmark, "setting": setting, "rows": {}}
-        if path.exists():
-            earlier = json.loads(path.read_text())
-            if earlier["setting"] != setting:
-                sys.exit(f"error: {path} holds rows of another setting. Choose another --output.")
-            self.report = earlier
-
-    @property
-    def rows(self) -> dict[str, dict]:
-        return self.report["rows"]
-
-    def measure(self, name: str, function: Callable[[], dict]) -> dict:
-        """The row of that name, measured now if it is not there."""
-        if name not in self.rows:
-            print(f"\n=== {name}", flush=True)
-            start = time.monotonic()
-            row = function()
-            row["total_seconds"] = round(time.monotonic() - start, 1)
-            self.rows[name] = {**row, **circumstances()}
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.path.write_text(json.dumps(self.report, indent=1) + "\n")
-        return self.rows[name]
-
-
-def circumstances() -> dict:
-    """When, where and by which command something was measured."""
-    script = Path(sys.argv[0]).resolve()
-    script = script.relative_to(ROOT) if script.is_relative_to(ROOT) else Path(script.name)
-    words = [Path(word).name if "/" in word else word for word in sys.argv[1:]]
-    return {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": shlex.join(["python", script.as_posix(), *words]),
-        "device": torch.cuda.get_device_name()
-        if torch.cuda.is_available()
-        else f"CPU, {torch.get_num_threads()} threads",
-        "versions": {
-            "gma_hf": __version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "python": platform.python_version(),
-        },
-    }
-
-
-def device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,0 +1,73 @@
+# Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
+"""How results are shown: tables in Markdown and in plain text, colours, figures."""
+
+import statistics
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+
+# One colour per mixer, the same in every figure: GMA in blue, softmax in black, the rivals between
+COLOURS = {
+    "softmax": "#222222",
+    "softmax_gated": "#777777",
+    "elu": "#b8860b",
+    "linear_gated": "#dcc385",
+    "performer": "#c2571a",
+    "linformer": "#d1495b",
+    "mamba2": "#2e7d4f",
+    "gated_delta_net": "#97c9a8",
+    "gma_paper": "#7fb2e5",
+    "gma_paper_wide": "#b5d3f0",
+    "gma_gated": "#1f5fa8",
+    "hybrid": "#6a4fb3",
+}
+
+
+def colour(mixer: str) -> str:
+    """Grey for a mixer that has no colour of its own."""
+    return COLOURS.get(mixer, "#9e9e9e")
+
+
+def markdown(columns: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> str:
+    """A table in Markdown, the first `left` columns to the left and the others to the right."""
+    rule = "|" + "---|" * left + "---:|" * (len(columns) - left)
+    return "\n".join(["| " + " | ".join(columns) + " |", rule, *("| " + " | ".join(row) + " |" for row in rows)])
+
+
+def text(title: str, columns: Sequence, rows: dict[str, Sequence[str]]) -> str:
+    """A table in plain text with one line per row name."""
+    widths = [max(len(str(cell)) for cell in cells) + 2 for cells in zip(columns, *rows.values(), strict=True)]
+    label = max(map(len, rows), default=0)
+    lines = [title, " " * label + "".join(f"{column:>{n}}" for column, n in zip(columns, widths, strict=True))]
+    for name, cells in rows.items():
+        lines.append(f"{name:<{label}}" + "".join(f"{cell:>{n}}" for cell, n in zip(cells, widths, strict=True)))
+    return "\n".join(lines)
+
+
+def mean_and_spread(values: Sequence[float], digits: int = 2) -> str:
+    """`24.10 ± 0.20`: the mean over the seeds and their standard deviation."""
+    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{spread}"
+
+
+def pyplot():
+    """Matplotlib without a screen."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def clean(*axes) -> None:
+    """No frame but the lines that carry numbers."""
+    for axis in axes:
+        axis.spines[["top", "right"]].set_visible(False)
+
+
+def save_figure(figure, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150, facecolor="white", bbox_inches="tight")
+    pyplot().close(figure)
+    print(f"written to {path}")

@@ -1,0 +1,55 @@
+# Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
+"""Times and memory of calls."""
+
+import gc
+import platform
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+
+def free_memory() -> None:
+    """Give back what unreachable tensors held."""
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def median_time(function: Callable[[], object], seconds: float) -> float:
+    """Median milliseconds of `function` on the GPU, measured for `seconds` after half as long a warm-up.
+
+    Inputs are evicted from the level 2 cache before every evaluation.
+    """
+    from triton.testing import do_bench
+
+    return do_bench(function, warmup=500 * seconds, rep=1000 * seconds, return_mode="median")
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in a line."""
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+
+
+def peak_bytes(function: Callable[[], object]) -> tuple[object, int]:
+    """What a function returns, and the bytes on the GPU that were in use at most while it ran."""
+    free_memory()
+    torch.cuda.reset_peak_memory_stats()
+    result = function()
+    torch.cuda.synchronize()
+    return result, torch.cuda.max_memory_allocated()
+
+
+def resident_memory(field: str) -> float:
+    """MiB of resident memory of this process: VmRSS now, VmHWM at most since the mark was reset (Linux)."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) / 1024
+    raise SystemExit(f"error: /proc/self/status has no {field}: peak memory is measured on Linux only.")
+
+
+def cpu_model() -> str:
+    """The name of the processor."""
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.processor()
