@@ -1,84 +1,11 @@
 #!/usr/bin/env python
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
-"""Replace the softmax attention of a pretrained model by Gaussian Mixture Attention, with mixtures fitted to a text.
+"""The command `gma-hf convert`: replace the softmax of a pretrained model by Gaussian mixtures. See `gma_hf/commands/convert.py`."""
 
-    python scripts/convert_attention.py MODEL --train_file corpus.txt --window_size 64 --output_dir converted
-    python scripts/convert_attention.py scripts/configs/convert_attention.yaml MODEL --train_file corpus.txt \
-        --output_dir converted
-
-Arguments come from the command line, or from a JSON or YAML file that stands first; `--help` lists them. The folder gets
-the model, its tokenizer, `results.json` and a model card. `scripts/distill.py` recovers what the conversion costs.
-"""
-
-import logging
 import sys
-from dataclasses import dataclass, field
-from datetime import datetime, timezone
-from pathlib import Path
 
-import torch
-import transformers
-from transformers import TrainingArguments
-
-from gma_hf.conversion.distillation.card import write_conversion_card
-from gma_hf.conversion.distillation.recipe import (
-    AUTO_CLASSES,
-    ConversionArguments,
-    SourceArguments,
-    check_output,
-    convert_and_calibrate,
-    load_source,
-    parse_model_arguments,
-    prepare_data,
-)
-from gma_hf.training.arguments import LanguageModelingArguments
-from gma_hf.training.cards.model_card import describe_command, describe_data, device_name, versions, without_folder
-from gma_hf.training.files import write_json
-from gma_hf.training.workflow import check_length, run_script, set_up_logging
-
-
-@dataclass
-class OutputArguments:
-    """Where the result goes."""
-
-    output_dir: str = field(metadata={"help": "Folder of the converted model."})
-    seed: int = field(default=0, metadata={"help": "Seed of the data's order, the samples and the mixtures."})
-    device: str = field(
-        default="cuda" if torch.cuda.is_available() else "cpu", metadata={"help": "Where the model runs."}
-    )
-    disable_tqdm: bool = field(default=False, metadata={"help": "No progress bars."})
-
-
-def main():
-    source, conversion, data_args, output = parse_model_arguments(
-        [SourceArguments, ConversionArguments, LanguageModelingArguments, OutputArguments]
-    )
-    set_up_logging()
-    transformers.set_seed(output.seed)
-    check_output(source, output.output_dir)
-    model, tokenizer = load_source(source)
-    check_length(model, data_args.block_size, "--block_size")
-    data = prepare_data(data_args, source, tokenizer, output.seed)
-    model.to(output.device)
-    report = convert_and_calibrate(model, data, conversion, output.seed, progress=not output.disable_tqdm)
-
-    folder = Path(output.output_dir)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    results = {
-        "base_model": without_folder(source.model_name_or_path),
-        "task": source.task,
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": describe_command(sys.argv),
-        "conversion": report,
-        "data": describe_data(data_args),
-        "device": device_name(TrainingArguments(output_dir=str(folder), use_cpu=output.device == "cpu")),
-        "versions": versions(),
-    }
-    write_json(folder / "results.json", results)
-    write_conversion_card(folder, model, source.task, AUTO_CLASSES[source.task], results)
-    logging.getLogger("gma_hf").info("Model, README.md and results.json are in %s.", folder)
+from gma_hf_command import run_verb
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_verb("convert", sys.argv[1:])

@@ -1,93 +1,11 @@
 #!/usr/bin/env python
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
-"""Train a text classifier, from scratch or from a checkpoint (a causal one, too).
+"""The command `gma-hf train-classification`: train or fine-tune a text classifier. See `gma_hf/commands/train_classification.py`."""
 
-    python scripts/train_classification.py scripts/configs/train_classification.yaml \
-        --train_file train.jsonl --validation_file valid.jsonl --output_dir runs/classifier
+import sys
 
-Arguments come from the command line, or from a JSON or YAML file that stands first; `--help` lists them.
-"""
-
-from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding
-
-from gma_hf.training.arguments import ClassificationArguments, ModelArguments, parse_arguments
-from gma_hf.training.cards.model_card import TrainingRecord, describe_data, without_folder
-from gma_hf.training.metrics import classification_metrics, predicted_classes
-from gma_hf.training.text.data import load_labelled_splits, tokenize_texts
-from gma_hf.training.trainer import GMATrainer, GMATrainingArguments
-from gma_hf.training.workflow import (
-    build_model,
-    check_length,
-    limit,
-    prepare_tokenizer,
-    run_script,
-    start,
-    train_and_report,
-)
-
-
-def main():
-    model_args, data_args, args = parse_arguments([ModelArguments, ClassificationArguments, GMATrainingArguments])
-    checkpoint = start(args)
-
-    with args.main_process_first(desc="loading the data"):
-        splits, names = load_labelled_splits(data_args, args.seed, model_args.trust_remote_code)
-    tokenizer = prepare_tokenizer(model_args, args, splits["train"], checkpoint)
-    model = build_model(
-        AutoModelForSequenceClassification,
-        model_args,
-        tokenizer,
-        id2label=dict(enumerate(names)),
-        label2id={name: i for i, name in enumerate(names)},
-    )
-    check_length(model, data_args.max_length, "--max_length")
-    limits = {"train": data_args.max_train_samples}
-    with args.main_process_first(desc="tokenizing the data"):
-        tokenized = {
-            split: tokenize_texts(
-                # Files are often sorted by class: a part is taken at random
-                limit(dataset, limits.get(split, data_args.max_eval_samples), shuffle_seed=args.seed),
-                tokenizer,
-                data_args.max_length,
-                split,
-                data_args.preprocessing_num_workers,
-            )
-            for split, dataset in splits.items()
-        }
-
-    trainer = GMATrainer(
-        model=model,
-        args=args,
-        train_dataset=tokenized["train"],
-        eval_dataset=tokenized["validation"],
-        processing_class=tokenizer,
-        data_collator=DataCollatorWithPadding(tokenizer, pad_to_multiple_of=8 if args.fp16 or args.bf16 else None),
-        compute_metrics=classification_metrics,
-        preprocess_logits_for_metrics=predicted_classes,
-    )
-
-    def record(metrics):
-        return TrainingRecord(
-            task="text-classification",
-            auto_class="AutoModelForSequenceClassification",
-            data={
-                **describe_data(data_args),
-                "text_column": data_args.text_column,
-                "label_column": data_args.label_column,
-                "classes": names,
-                **{f"{split}_texts": len(dataset) for split, dataset in tokenized.items()},
-            },
-            details={
-                "steps": trainer.state.global_step,
-                "max_length": data_args.max_length,
-                "preset": None if model_args.model_name_or_path or model_args.config_name else model_args.preset,
-            },
-            metrics=metrics,
-            base_model=model_args.model_name_or_path and without_folder(model_args.model_name_or_path),
-        )
-
-    train_and_report(trainer, checkpoint, tokenized.get("test"), lambda metrics, split: metrics, record)
+from gma_hf_command import run_verb
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_verb("train-classification", sys.argv[1:])

@@ -1,87 +1,11 @@
 #!/usr/bin/env python
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
-"""Train a causal language model, from scratch or from a checkpoint.
+"""The command `gma-hf train-clm`: train a causal language model. See `gma_hf/commands/train_clm.py`."""
 
-    python scripts/train_clm.py scripts/configs/train_clm.yaml --train_file corpus.txt --output_dir runs/clm
-    accelerate launch scripts/train_clm.py scripts/configs/train_clm.yaml --train_file corpus.txt --output_dir runs/clm
+import sys
 
-Arguments come from the command line, or from a JSON or YAML file that stands first; `--help` lists them.
-"""
-
-from transformers import AutoModelForCausalLM
-
-from gma_hf.training.arguments import LanguageModelingArguments, ModelArguments, parse_arguments
-from gma_hf.training.cards.model_card import TrainingRecord, describe_data, without_folder
-from gma_hf.training.metrics import language_model_metrics, text_metrics, token_statistics
-from gma_hf.training.text.data import load_text_splits
-from gma_hf.training.text.packing import PackedCollator, pack_splits
-from gma_hf.training.trainer import GMATrainer, GMATrainingArguments
-from gma_hf.training.workflow import (
-    build_model,
-    check_length,
-    limit,
-    prepare_tokenizer,
-    run_script,
-    start,
-    train_and_report,
-)
-
-
-def main():
-    model_args, data_args, args = parse_arguments([ModelArguments, LanguageModelingArguments, GMATrainingArguments])
-    checkpoint = start(args)
-
-    with args.main_process_first(desc="loading the data"):
-        splits = load_text_splits(data_args, args.seed, model_args.trust_remote_code)
-    tokenizer = prepare_tokenizer(model_args, args, splits["train"], checkpoint)
-    model = build_model(AutoModelForCausalLM, model_args, tokenizer)
-    check_length(model, data_args.block_size, "--block_size")
-    with args.main_process_first(desc="packing the data"):
-        packed = pack_splits(splits, tokenizer, data_args)
-    train_blocks = limit(packed["train"].blocks, data_args.max_train_samples)
-    eval_blocks = {
-        split: limit(packed[split].blocks, data_args.max_eval_samples) for split in packed if split != "train"
-    }
-
-    trainer = GMATrainer(
-        model=model,
-        args=args,
-        train_dataset=train_blocks,
-        eval_dataset=eval_blocks["validation"],
-        processing_class=tokenizer,
-        data_collator=PackedCollator(tokenizer.pad_token_id),
-        compute_metrics=language_model_metrics,
-        preprocess_logits_for_metrics=token_statistics(shift_labels=True),
-    )
-
-    def finish_metrics(metrics, split):
-        text = packed["validation" if split == "eval" else split]
-        if data_args.max_eval_samples is not None and data_args.max_eval_samples < len(text.blocks):
-            return metrics  # not all of the text was read, so its size says nothing
-        scores = text_metrics(metrics[f"{split}_loss"], metrics[f"{split}_num_tokens"], text)
-        return {**metrics, **{f"{split}_{name}": value for name, value in scores.items()}}
-
-    def record(metrics):
-        return TrainingRecord(
-            task="text-generation",
-            auto_class="AutoModelForCausalLM",
-            data={
-                **describe_data(data_args),
-                "train_documents": packed["train"].num_documents,
-                "train_tokens": len(train_blocks) * data_args.block_size,
-            },
-            details={
-                "steps": trainer.state.global_step,
-                "block_size": data_args.block_size,
-                "isolate_documents": data_args.isolate_documents,
-                "preset": None if model_args.model_name_or_path or model_args.config_name else model_args.preset,
-            },
-            metrics=metrics,
-            base_model=model_args.model_name_or_path and without_folder(model_args.model_name_or_path),
-        )
-
-    train_and_report(trainer, checkpoint, eval_blocks.get("test"), finish_metrics, record)
+from gma_hf_command import run_verb
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_verb("train-clm", sys.argv[1:])

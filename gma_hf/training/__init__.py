@@ -2,10 +2,11 @@
 """Training: data, tokenizers, the trainer and its reports. The scripts in `scripts/` only put these together."""
 
 from .callbacks import MixtureHealth, MixtureHealthCallback, measure_mixture_health
+from .checkpoints import find_last_checkpoint
 from .errors import NonFiniteTrainingError, TrainingInputError
 from .text.packing import PackedCollator, PackedText, pack_documents
 from .text.tokenization import train_tokenizer
-from .trainer import GMATrainer, GMATrainingArguments, find_last_checkpoint, mixture_parameters
+from .trainer import GMATrainer, GMATrainingArguments, mixture_parameters
 
 
 __all__ = [

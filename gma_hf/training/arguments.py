@@ -5,10 +5,12 @@ A file is turned into the command line it stands for, so all three go through th
 the file override it: `train_clm.py config.yaml --learning_rate 1e-3`.
 """
 
+import argparse
 import dataclasses
 import difflib
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -161,35 +163,112 @@ class ClassificationArguments(DataArguments):
             raise TrainingInputError(f"--max_length must be at least 1, got {self.max_length}.")
 
 
-def parse_arguments(dataclass_types: list[type], argv: list[str] | None = None) -> tuple:
+class CommandParser(HfArgumentParser):
+    """`HfArgumentParser` with a help of one screen, and errors that are one line.
+
+    Args:
+        dataclass_types: the dataclasses to fill.
+        command: what the user typed, such as `gma-hf train-clm`.
+        description: what the command does, in a sentence.
+        common: names of the options that `--help` shows; `--help-all` shows all.
+        positional: a name and its explanation, for an argument without an option.
+    """
+
+    def __init__(
+        self,
+        dataclass_types: list[type],
+        command: str | None = None,
+        description: str | None = None,
+        common: Sequence[str] = (),
+        positional: tuple[str, str] | None = None,
+    ):
+        self.actions: list[argparse.Action] = []
+        self.common = common
+        usage = f"{command} [FILE.yaml] {positional[0].upper() + ' ' if positional else ''}[--option value ...]"
+        super().__init__(
+            dataclass_types,
+            allow_abbrev=False,
+            add_help=False,
+            prog=command,
+            usage=usage if command else None,
+            description=description,
+        )
+        if positional is not None:
+            self.add_argument(positional[0], metavar=positional[0].upper(), help=positional[1])
+
+    def add_argument(self, *args, **kwargs) -> argparse.Action:
+        self.actions.append(super().add_argument(*args, **kwargs))
+        return self.actions[-1]
+
+    def error(self, message: str):
+        raise TrainingInputError(f"{message}. --help explains the options.")
+
+    def expect_known(self, argv: list[str]) -> None:
+        """Check the names of all options first, so that a misspelt one is not hidden by what it should have given."""
+        known = {name for action in self.actions for name in action.option_strings}
+        for word in argv:
+            name = word.split("=")[0]
+            if name.startswith("--") and len(name) > 2 and name not in known:
+                raise TrainingInputError(_unknown_argument(name.lstrip("-"), [n.lstrip("-") for n in known]))
+
+    def show_help(self, everything: bool) -> None:
+        """Print the common options, or all of them."""
+        hidden = [] if everything else [a for a in self.actions if a.option_strings and a.dest not in self.common]
+        if self.common:
+            for action in hidden:
+                action.help = argparse.SUPPRESS
+            if hidden:
+                self.epilog = (
+                    f"--help-all shows {len(hidden)} more options, those of transformers.TrainingArguments among them."
+                )
+        # Names are written with an underscore and with a hyphen; one is enough to read
+        for action in self.actions:
+            action.option_strings = action.option_strings[:1]
+        self.print_help()
+
+
+def parse_arguments(
+    dataclass_types: list[type],
+    argv: list[str] | None = None,
+    command: str | None = None,
+    description: str | None = None,
+    common: Sequence[str] = (),
+    positional: tuple[str, str] | None = None,
+) -> tuple:
     """Parse a command line, or a JSON/YAML file followed by overrides, into dataclasses.
 
     Args:
         dataclass_types: the dataclasses to fill.
         argv: the arguments, default `sys.argv[1:]`. If the first one is a .json, .yaml or .yml file, its keys are
             arguments; a list means several values, `null` means the default.
+        command, description, common, positional: see `CommandParser`.
 
     Returns:
-        One instance per dataclass, in their order.
+        One instance per dataclass, in their order; with `positional` also a namespace that holds its value.
 
     Raises:
         TrainingInputError: for an unreadable file, an unknown argument, or values that a dataclass refuses.
+        SystemExit: after `--help` or `--help-all`.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
+    parser = CommandParser(dataclass_types, command, description, common, positional)
+    if {"-h", "--help", "--help-all"} & set(argv):
+        parser.show_help("--help-all" in argv)
+        raise SystemExit(0)
     known = [f.name for cls in dataclass_types for f in dataclasses.fields(cls) if f.init]
     if argv and Path(argv[0]).suffix.lower() in (".json", ".yaml", ".yml"):
         argv = _read_arguments_file(argv[0], known) + argv[1:]
-    parser = HfArgumentParser(dataclass_types, allow_abbrev=False)
+    parser.expect_known(argv)
     try:
         *instances, unknown = parser.parse_args_into_dataclasses(
             argv, return_remaining_strings=True, look_for_args_file=False
         )
     except TrainingInputError:
         raise
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise TrainingInputError(str(error)) from error
     if unknown:
-        raise TrainingInputError(_unknown_argument(unknown[0].lstrip("-").split("=")[0], known))
+        raise TrainingInputError(f"There is no place for {unknown[0]!r} among the arguments. --help lists them.")
     return tuple(instances)
 
 

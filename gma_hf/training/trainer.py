@@ -5,16 +5,17 @@ A stock `transformers.Trainer` trains GMA models too: the mixtures get no weight
 """
 
 import os
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import nn
 from transformers import Trainer, TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..modeling import GMAMixture
 from .callbacks import MixtureHealthCallback
+from .checkpoints import STATE_FILE, all_checkpoints, find_last_checkpoint
 from .errors import NonFiniteTrainingError, TrainingInputError
 
 
@@ -118,11 +119,38 @@ class GMATrainer(Trainer):
             )
         config = getattr(self.accelerator.unwrap_model(self.model), "config", None)
         use_cache_in_training = getattr(config, "use_cache", None)
+        target = Path(output_dir or self.args.output_dir)
+        # A disk that is full halfway, or Ctrl-C, must not leave half a model under the name of a whole one
+        written = target / ".saving"
         if self._use_cache is not None:
             config.use_cache = self._use_cache
-        super().save_model(output_dir, _internal_call)
-        if self._use_cache is not None:
-            config.use_cache = use_cache_in_training
+        try:
+            if hasattr(config, "_expect_no_original"):
+                config._expect_no_original(target)
+            super().save_model(str(written), _internal_call=True)
+            if self.is_fsdp_enabled or self.is_deepspeed_enabled:  # every process takes part
+                self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                move_files(written, target)
+        finally:
+            if self.args.should_save:
+                shutil.rmtree(written, ignore_errors=True)
+            if self._use_cache is not None:
+                config.use_cache = use_cache_in_training
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def train(self, *args, **kwargs):
+        """Train as `Trainer` does; a checkpoint whose writing fails, or is interrupted, is removed."""
+        before = set(all_checkpoints(self.args.output_dir))
+        try:
+            return super().train(*args, **kwargs)
+        except BaseException:
+            if self.args.should_save:
+                for folder in set(all_checkpoints(self.args.output_dir)) - before:
+                    if not (folder / STATE_FILE).is_file():
+                        shutil.rmtree(folder, ignore_errors=True)
+            raise
 
     def _last_good_checkpoint(self) -> str:
         checkpoint = find_last_checkpoint(self.args.output_dir)
@@ -143,20 +171,6 @@ def mixture_parameters(model: nn.Module) -> list[nn.Parameter]:
     return list({id(parameter): parameter for parameter in found}.values())
 
 
-def find_last_checkpoint(output_dir: str | os.PathLike) -> str | None:
-    """Return the newest complete checkpoint of a folder, or None.
-
-    A checkpoint is complete when the Trainer's state, which is written last, lies in it.
-    """
-    folder = Path(output_dir)
-    candidates = [
-        path
-        for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*")
-        if path.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-").isdigit() and (path / "trainer_state.json").is_file()
-    ]
-    return str(max(candidates, key=lambda path: int(path.name.rsplit("-", 1)[1]))) if candidates else None
-
-
 def give_own_learning_rate(
     optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], learning_rate: float
 ) -> None:
@@ -175,6 +189,15 @@ def give_own_learning_rate(
     for group in optimizer.param_groups:
         group["params"] = [parameter for parameter in group["params"] if id(parameter) not in moved]
     optimizer.add_param_group({"params": parameters, "lr": learning_rate, "weight_decay": 0.0})
+
+
+def move_files(source: Path, target: Path) -> None:
+    """Move every file below a folder to the same place below another one, each in one step."""
+    for path in sorted(source.rglob("*")):
+        if path.is_file():
+            place = target / path.relative_to(source)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(path, place)
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:

@@ -1,11 +1,9 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
-"""What the training scripts have in common: start, model, and the run from training to the model card."""
+"""What the training commands have in common: start, model, and the run from training to the model card."""
 
 import logging
-import os
 import re
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,25 +14,20 @@ import transformers
 from datasets import Dataset
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..configuration import GMAConfig
-from .arguments import ModelArguments, parse_config_overrides
+from .arguments import DataArguments, ModelArguments, parse_config_overrides
 from .cards.model_card import TrainingRecord, write_model_card, write_results
-from .errors import NonFiniteTrainingError, TrainingInputError
+from .checkpoints import all_checkpoints, checkpoint_to_resume, expect_resumable, find_last_checkpoint
+from .errors import TrainingInputError
+from .files import resolve_files
+from .fingerprint import differences, fingerprint
+from .run_folder import RunFolder, read_run
 from .text.tokenization import get_tokenizer
-from .trainer import GMATrainer, GMATrainingArguments, find_last_checkpoint
+from .trainer import GMATrainer, GMATrainingArguments
 
 
 logger = logging.getLogger(__name__)
-
-
-def run_script(main: Callable[[], None]) -> None:
-    """Run a script's `main`; input errors and NaNs end it with one message and exit code 1, without a traceback."""
-    try:
-        main()
-    except (TrainingInputError, NonFiniteTrainingError) as error:
-        sys.exit(f"error: {error}")
 
 
 def set_up_logging(is_main: bool = True) -> None:
@@ -43,72 +36,101 @@ def set_up_logging(is_main: bool = True) -> None:
     logging.getLogger("gma_hf").setLevel(logging.INFO if is_main else logging.ERROR)
 
 
-def start(args: GMATrainingArguments) -> str | None:
-    """Set up logging and seeds, and find out where to resume.
+def start(
+    command: str, model_args: ModelArguments, data_args: DataArguments, args: GMATrainingArguments
+) -> tuple[RunFolder, str | None]:
+    """Set up logging and seeds, look at the output folder, and find out where to resume.
 
     Args:
+        command: name of the command.
+        model_args: see `ModelArguments`.
+        data_args: see `DataArguments`.
         args: the training arguments.
 
     Returns:
-        The checkpoint to resume from, or None to start anew: the one asked for, otherwise the last complete one in
-        `output_dir`, unless `overwrite_output_dir`: then the old checkpoints are deleted, so that none of them can
-        be taken for one of the new run.
+        The folder of the run, and the checkpoint to resume from, or None to start anew: the one asked for, otherwise the
+        last one in `output_dir` that is whole, unless `overwrite_output_dir`.
 
     Raises:
-        TrainingInputError: if there is no such checkpoint, or a trained model without checkpoints would be overwritten.
+        TrainingInputError: if there is no such checkpoint, or the folder holds something other than this run.
     """
     is_main = args.process_index == 0
     set_up_logging(is_main)
     datasets.utils.logging.set_verbosity_warning() if is_main else datasets.utils.logging.set_verbosity_error()
     transformers.set_seed(args.seed)
 
+    paths = {
+        f"{split}_file": files and resolve_files(files)
+        for split in ("train", "validation", "test")
+        for files in [getattr(data_args, f"{split}_file")]
+    }
+    run = fingerprint(
+        command,
+        (model_args, data_args, args),
+        {**paths, "model_name_or_path": model_args.model_name_or_path},
+        num_processes=args.world_size,
+    )
     asked = args.resume_from_checkpoint
-    last = find_last_checkpoint(args.output_dir)
     if isinstance(asked, str) and asked.lower() in ("true", "false"):
         asked = asked.lower() == "true"
     if isinstance(asked, str):
-        if not os.path.isfile(os.path.join(asked, "trainer_state.json")):
-            raise TrainingInputError(
-                f"{asked!r} is not a complete checkpoint (it has no trainer_state.json)."
-                + (f" The last one in the output folder is {last!r}." if last else "")
-            )
-        return asked
-    if asked is True and last is None:
+        return _resume_from(Path(asked), run, args)
+    folder = RunFolder(args.output_dir, run, args.overwrite_output_dir, is_main)
+    last = None if args.overwrite_output_dir or folder.is_finished else checkpoint_to_resume(args.output_dir)
+    if asked is True and last is None and not folder.is_finished:
         raise TrainingInputError(f"There is no checkpoint to resume from in {args.output_dir!r}.")
-    if asked is False:
-        return None
-    if args.overwrite_output_dir:
-        if is_main:
-            _delete_checkpoints(args.output_dir)
-        return None
-    if last is None and os.path.isfile(os.path.join(args.output_dir, "config.json")):
+    if asked is False and last is not None:
         raise TrainingInputError(
-            f"{args.output_dir!r} already holds a trained model. Choose another --output_dir, or pass "
-            "--overwrite_output_dir."
+            f"{args.output_dir!r} holds checkpoints of this run. Leave out --resume_from_checkpoint to go on from the last "
+            "one, or pass --overwrite_output_dir to start anew."
         )
     if last is not None:
         logger.info("Resuming from %s; pass --overwrite_output_dir to start anew.", last)
-    return last
+    return folder, last
+
+
+def _resume_from(checkpoint: Path, run: dict[str, Any], args: GMATrainingArguments) -> tuple[RunFolder, str]:
+    """The folder of a run that goes on from the checkpoint that the user named."""
+    try:
+        expect_resumable(checkpoint)
+    except TrainingInputError as error:
+        last = find_last_checkpoint(args.output_dir)
+        raise TrainingInputError(
+            f"{error}" + (f" The last one in the output folder is {last!r}." if last else "")
+        ) from error
+    before = read_run(checkpoint.resolve().parent)
+    if before is None:
+        logger.warning("%s does not say of which run it is, so its options and data cannot be compared.", checkpoint)
+    elif found := differences(before, run):
+        raise TrainingInputError(
+            f"{str(checkpoint)!r} belongs to another run: {'; '.join(found)}. Give the same options and data, or start a new "
+            f"training with --model_name_or_path {checkpoint} and another --output_dir."
+        )
+    is_inside = checkpoint.resolve().parent == Path(args.output_dir).resolve()
+    is_main = args.process_index == 0
+    return RunFolder(args.output_dir, run, args.overwrite_output_dir or is_inside, is_main), str(checkpoint)
 
 
 def prepare_tokenizer(
     model_args: ModelArguments,
     args: GMATrainingArguments,
     dataset: Dataset,
+    run: RunFolder,
     checkpoint: str | None,
     with_mask: bool = False,
 ) -> PreTrainedTokenizerBase:
-    """Load the tokenizer asked for, or that of the checkpoint, or train one and keep it in `output_dir`."""
+    """Load the tokenizer asked for, or that of the checkpoint, or train one."""
     name = model_args.tokenizer_name or checkpoint or model_args.model_name_or_path
     options = {"trust_remote_code": model_args.trust_remote_code}
     if name == model_args.model_name_or_path:
         options["revision"] = model_args.revision
     if name is None:
+        folder = run.beside("tokenizer")
         with args.main_process_first(desc="training the tokenizer"):
             if args.local_process_index == 0:
                 trained = get_tokenizer(None, dataset, model_args.tokenizer_vocab_size, with_mask)
-                trained.save_pretrained(args.output_dir)
-        name, options = args.output_dir, {}
+                trained.save_pretrained(folder)
+        name, options = str(folder), {}
     return get_tokenizer(name, dataset, model_args.tokenizer_vocab_size, with_mask, **options)
 
 
@@ -192,6 +214,7 @@ def limit(dataset: Dataset, num_samples: int | None, shuffle_seed: int | None = 
 
 def train_and_report(
     trainer: GMATrainer,
+    run: RunFolder,
     checkpoint: str | None,
     test_dataset: Dataset | None,
     finish_metrics: Callable[[dict[str, float], str], dict[str, float]],
@@ -201,6 +224,7 @@ def train_and_report(
 
     Args:
         trainer: with everything set up.
+        run: the folder of the run.
         checkpoint: where to resume, or None.
         test_dataset: evaluated at the end, if there is one.
         finish_metrics: adds to the metrics of a split (`eval` or `test`) what the trainer cannot know.
@@ -210,7 +234,15 @@ def train_and_report(
         All metrics.
     """
     args = trainer.args
-    trained = trainer.train(resume_from_checkpoint=checkpoint)
+    if args.overwrite_output_dir and run.is_main and checkpoint is None:
+        _delete_checkpoints(args.output_dir)
+    run.begin()
+    try:
+        trained = trainer.train(resume_from_checkpoint=checkpoint)
+    except KeyboardInterrupt as error:
+        last = find_last_checkpoint(args.output_dir)
+        where = f"from {last}" if last else "from the beginning, for no checkpoint had been written"
+        raise KeyboardInterrupt(f"The same command goes on {where}.") from error
     trainer.save_model()
     trainer.save_state()
     metrics = dict(trained.metrics)
@@ -225,6 +257,7 @@ def train_and_report(
         model = trainer.accelerator.unwrap_model(trainer.model)
         write_results(args.output_dir, args, model, record(metrics))
         write_model_card(args.output_dir, args, model, record(metrics))
+        run.finish()
         logger.info("Model, README.md and results.json are in %s.", args.output_dir)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
@@ -232,10 +265,9 @@ def train_and_report(
 
 
 def _delete_checkpoints(output_dir: str) -> None:
-    for folder in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
-        if (folder / "trainer_state.json").is_file():
-            logger.info("Deleting %s, a checkpoint of an earlier run.", folder)
-            shutil.rmtree(folder)
+    for folder in all_checkpoints(output_dir):
+        logger.info("Deleting %s, a checkpoint of an earlier run.", folder)
+        shutil.rmtree(folder)
 
 
 def _new_config(

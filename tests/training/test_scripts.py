@@ -77,28 +77,32 @@ def test_a_yaml_file_trains_the_same_model_as_the_command_line(run_script, tiny_
     assert logged(tmp_path / "from_yaml") == logged(tiny_run["output_dir"])
 
 
-@pytest.mark.parametrize("how", ["asked", "found"])
-def test_a_resumed_run_has_the_same_loss_curve(run_script, tiny_run, tmp_path, how):
+def test_a_run_resumed_from_a_named_checkpoint_has_the_same_loss_curve(run_script, tiny_run, tmp_path):
     # Dropout makes the curve depend on the random state, too
     run = {**tiny_run, "config_overrides": TINY_CONFIG + ",hidden_dropout=0.1", "mixture_learning_rate": 1e-2}
     run.update(max_steps=6, save_steps=3, eval_strategy="steps", eval_steps=3)
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     run_script("train_clm", *command_line(run, output_dir=whole))
-    shutil.copytree(whole / "checkpoint-3", resumed / "checkpoint-3")
-    asked = {"resume_from_checkpoint": resumed / "checkpoint-3"} if how == "asked" else {}
-    run_script("train_clm", *command_line(run, output_dir=resumed, **asked))
-    assert logged(resumed) == logged(whole)
-    assert logged(resumed, "eval_loss")[-1] == logged(whole, "eval_loss")[-1]
-    first, second = (AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in (whole, resumed))
-    assert all(torch.equal(first[name], second[name]) for name in first)
+    for checkpoint in (whole / "checkpoint-3", resumed / "checkpoint-3"):
+        if not checkpoint.exists():
+            shutil.rmtree(resumed)
+            shutil.copytree(whole / "checkpoint-3", checkpoint)  # alone: it does not say of which run it is
+        run_script("train_clm", *command_line(run, output_dir=resumed, resume_from_checkpoint=checkpoint))
+        assert logged(resumed) == logged(whole)
+        assert logged(resumed, "eval_loss")[-1] == logged(whole, "eval_loss")[-1]
+        first, second = (AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in (whole, resumed))
+        assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_a_trained_model_is_not_overwritten_unasked(run_script, tiny_run, capsys):
-    run = {**tiny_run, "save_strategy": "no"}
-    run_script("train_clm", *command_line(run))
-    with pytest.raises(SystemExit, match=r"already holds a trained model.*--overwrite_output_dir"):
-        run_script("train_clm", *command_line(run))
-    run_script("train_clm", *command_line(run, overwrite_output_dir=True))
+def test_a_trained_model_is_overwritten_only_when_asked(run_script, tiny_run, tmp_path):
+    run_script("train_clm", *command_line(tiny_run, save_strategy="no"))
+    before = (tmp_path / "out" / "model.safetensors").read_bytes()
+    changed = {**tiny_run, "save_strategy": "no", "seed": 1}
+    with pytest.raises(SystemExit, match=r"--seed was 42, and is 1.*--overwrite_output_dir"):
+        run_script("train_clm", *command_line(changed))
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == before
+    run_script("train_clm", *command_line(changed, overwrite_output_dir=True))
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() != before
 
 
 def test_a_new_run_cannot_mistake_an_old_checkpoint_for_its_own(run_script, tiny_run, tmp_path):

@@ -21,7 +21,12 @@ SCORES = {
 
 
 def write_conversion_card(
-    output_dir: str | Path, model: PreTrainedModel, task: str, auto_class: str, results: dict[str, Any]
+    output_dir: str | Path,
+    model: PreTrainedModel,
+    task: str,
+    auto_class: str,
+    results: dict[str, Any],
+    name: str | None = None,
 ) -> None:
     """
     Write `README.md`.
@@ -34,8 +39,9 @@ def write_conversion_card(
         results (`dict`): `base_model`, `data`, `date`, `command`, `device`, `versions`; `conversion`, as
             [`convert_and_calibrate`] returns it; and, where they were measured, `evaluations`, from the name of a state to its
             scores, and `samples`, likewise to generated texts.
+        name (`str`, *optional*): the model's name; by default that of the folder.
     """
-    name = Path(output_dir).resolve().name
+    name = name or Path(output_dir).resolve().name
     evaluations = results.get("evaluations", {})
     last = list(evaluations.values())[-1] if evaluations else {}
     data_name = str(results["data"].get("dataset") or ", ".join(results["data"].get("train_files", ["local files"])))

@@ -1,5 +1,5 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
-"""What `scripts/convert_attention.py` and `scripts/distill.py` share: arguments, models, data, and the initial conversion."""
+"""What the commands `convert` and `distill` share: arguments, models, data, and the initial conversion."""
 
 import copy
 import logging
@@ -16,6 +16,8 @@ from transformers import AutoTokenizer, DataCollatorWithPadding, PreTrainedModel
 
 from ...training.arguments import LanguageModelingArguments, parse_arguments
 from ...training.errors import TrainingInputError
+from ...training.files import resolve_files
+from ...training.fingerprint import fingerprint
 from ...training.text.data import load_text_splits
 from ...training.text.packing import PackedCollator, pack_splits
 from ...training.workflow import limit
@@ -126,14 +128,16 @@ class PreparedData(NamedTuple):
     test: Dataset | None = None
 
 
-def parse_model_arguments(dataclass_types: Sequence[type], argv: list[str] | None = None) -> tuple[Any, ...]:
+def parse_model_arguments(
+    dataclass_types: Sequence[type], argv: list[str] | None = None, **options: Any
+) -> tuple[Any, ...]:
     """As `parse_arguments`; a model's name may stand first, or behind the arguments file."""
     argv = list(sys.argv[1:] if argv is None else argv)
     is_file = bool(argv) and Path(argv[0]).suffix.lower() in (".json", ".yaml", ".yml")
     place = 1 if is_file else 0
     if len(argv) > place and not argv[place].startswith("-"):
         argv[place : place + 1] = ["--model_name_or_path", argv[place]]
-    return parse_arguments(list(dataclass_types), argv)
+    return parse_arguments(list(dataclass_types), argv, **options)
 
 
 def load_source(source: SourceArguments) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -166,6 +170,16 @@ def check_output(source: SourceArguments, output_dir: str) -> None:
         raise TrainingInputError(
             f"The converted model would overwrite {source.model_name_or_path!r}. Choose another --output_dir."
         )
+
+
+def run_of(
+    command: str, arguments: Sequence[Any], source: SourceArguments, data: LanguageModelingArguments
+) -> dict[str, Any]:
+    """What makes a run of a command the run that it is, see [`fingerprint`]."""
+    splits = ("train", "validation", "test")
+    paths = {f"{split}_file": getattr(data, f"{split}_file") for split in splits}
+    paths = {name: patterns and resolve_files(patterns) for name, patterns in paths.items()}
+    return fingerprint(command, arguments, {**paths, "model_name_or_path": source.model_name_or_path})
 
 
 def prepare_data(

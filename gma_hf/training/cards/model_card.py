@@ -89,11 +89,13 @@ def describe_data(arguments: DataArguments) -> dict[str, Any]:
 
 def describe_command(argv: list[str]) -> str:
     """Write the command as it was given, but for the folders of this machine."""
-    words = [f"scripts/{Path(argv[0]).name}"]
+    program = Path(argv[0]).name
+    is_script = program.endswith(".py") and program != "__main__.py"
+    words = ["python", f"scripts/{program}"] if is_script else ["gma-hf"]
     for word in argv[1:]:
         name, equals, value = word.partition("=")
         words.append(f"{name}={without_folder(value)}" if equals and name.startswith("--") else without_folder(word))
-    return shlex.join(["python", *words])
+    return shlex.join(words)
 
 
 def without_folder(name: str) -> str:

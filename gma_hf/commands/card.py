@@ -1,0 +1,104 @@
+# Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
+"""Measure a language model on texts, with confidence intervals, and write its card from the measurements.
+
+    gma-hf card model_cards/gma-wikitext103 --model outputs/wikitext103 \
+        --evaluate "WikiText-103 test=test.txt" "WikiText-103 validation=valid.txt"
+
+    gma-hf card model_cards/gma-gated-wikipedia-36m --model outputs/gma_gated-1024-64-0 \
+        --benchmark benchmarks/results/language_modeling.json --row gma_gated:1024:64:0
+
+CARD is a folder with `card.yaml` (what the model is for, its data, its limits) and `recipe.yaml` (arguments of the
+training script). With --model, `results.json` becomes that of the model's folder (or what a benchmark says that trained the
+model) with the measurements added, and config.json is copied; `README.md` is always written anew. `--help` lists the options.
+"""
+
+import json
+import logging
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from ..training.arguments import parse_arguments
+from ..training.cards.published_card import results_of_row, write_published_card
+from ..training.errors import TrainingInputError
+from ..training.files import write_json
+from ..training.intervals import evaluate_text
+from ..training.workflow import set_up_logging
+from .running import expect_one_process
+
+
+@dataclass
+class CardArguments:
+    """What is measured."""
+
+    model: str | None = field(
+        default=None, metadata={"help": "Folder of the model. Default: measure nothing, write the card anew."}
+    )
+    evaluate: list[str] = field(
+        default_factory=list, metadata={"help": "Texts to measure on, NAME=FILE each; FILE may be a pattern."}
+    )
+    benchmark: str | None = field(
+        default=None,
+        metadata={"help": "JSON file of the benchmark that trained the model, if no training script did."},
+    )
+    row: str | None = field(default=None, metadata={"help": "Its row of the model."})
+    repo_id: str | None = field(default=None, metadata={"help": "Name on the hub, for the example that loads it."})
+    block_size: int = field(default=1024, metadata={"help": "Tokens per window."})
+    batch_size: int = field(default=8, metadata={"help": "Windows per forward pass."})
+    device: str = field(
+        default="cuda" if torch.cuda.is_available() else "cpu", metadata={"help": "Where the model runs."}
+    )
+    bf16: bool = field(default=False, metadata={"help": "Compute in bfloat16 (autocast)."})
+
+
+def measure(card: Path, args: CardArguments) -> None:
+    """Write `results.json` and `config.json` into the card's folder."""
+    texts = {}
+    for word in args.evaluate:
+        name, equals, pattern = word.partition("=")
+        if not (name and equals and pattern):
+            raise TrainingInputError(f"--evaluate takes NAME=FILE, got {word!r}.")
+        texts[name] = pattern
+    folder = Path(args.model)
+    if not (folder / "config.json").is_file():
+        raise TrainingInputError(f"{folder} has no config.json. Give the folder that save_pretrained wrote.")
+    results = {}
+    if args.benchmark is not None:
+        results = results_of_row(json.loads(Path(args.benchmark).read_text(encoding="utf-8")), args.row)
+    elif (folder / "results.json").is_file():
+        results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    model = AutoModelForCausalLM.from_pretrained(folder).to(args.device)
+    results["num_parameters"] = model.num_parameters()
+    evaluations = results.setdefault("evaluations", {})
+    for name, pattern in texts.items():
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        with torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.bf16):
+            evaluations[name] = evaluate_text(model, tokenizer, [pattern], args.block_size, args.batch_size)
+        logging.getLogger("gma_hf").info("%s: %s", name, evaluations[name])
+    write_json(card / "results.json", results)
+    shutil.copyfile(folder / "config.json", card / "config.json")
+
+
+def main(argv: list[str] | None = None) -> None:
+    args, positional = parse_arguments(
+        [CardArguments],
+        argv,
+        command="gma-hf card",
+        description=__doc__.splitlines()[0],
+        positional=("card", "Folder of the card."),
+    )
+    set_up_logging()
+    expect_one_process()
+    card = Path(positional.card)
+    if not card.is_dir():
+        raise TrainingInputError(f"There is no folder {card}. It holds card.yaml and recipe.yaml.")
+    if args.evaluate and args.model is None:
+        raise TrainingInputError("--evaluate needs --model, the model that is measured.")
+    if (args.benchmark is None) != (args.row is None):
+        raise TrainingInputError("--benchmark and --row belong together: a file, and the row of the model in it.")
+    if args.model is not None:
+        measure(card, args)
+    print(write_published_card(card, args.repo_id))

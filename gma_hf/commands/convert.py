@@ -1,0 +1,119 @@
+# Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
+"""Replace the softmax attention of a pretrained model by Gaussian Mixture Attention, with mixtures fitted to a text.
+
+    gma-hf convert MODEL --train_file corpus.txt --window_size 64 --output_dir converted
+    gma-hf convert scripts/configs/convert_attention.yaml MODEL --train_file corpus.txt \
+        --output_dir converted
+
+Arguments come from the command line, or from a JSON or YAML file that stands first; `--help` and `--help-all` list them. The folder gets
+the model, its tokenizer, `results.json` and a model card. `gma-hf distill` recovers what the conversion costs.
+"""
+
+import logging
+import sys
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import TrainingArguments
+
+from ..conversion.distillation.card import write_conversion_card
+from ..conversion.distillation.recipe import (
+    AUTO_CLASSES,
+    ConversionArguments,
+    SourceArguments,
+    check_output,
+    convert_and_calibrate,
+    load_source,
+    parse_model_arguments,
+    prepare_data,
+    run_of,
+)
+from ..training.arguments import LanguageModelingArguments
+from ..training.cards.model_card import describe_command, describe_data, device_name, versions, without_folder
+from ..training.errors import TrainingInputError
+from ..training.files import write_json
+from ..training.run_folder import RunFolder
+from ..training.workflow import check_length, set_up_logging
+from .running import expect_one_process
+
+
+# What `--help` shows
+COMMON = (
+    "model_name_or_path",
+    "train_file",
+    "dataset_name",
+    "output_dir",
+    "task",
+    "layers",
+    "keep",
+    "keep_every",
+    "num_components",
+    "window_size",
+    "num_sink_tokens",
+    "use_forgetting",
+    "calibration_tokens",
+    "block_size",
+    "seed",
+    "device",
+)
+
+
+@dataclass
+class OutputArguments:
+    """Where the result goes."""
+
+    output_dir: str = field(metadata={"help": "Folder of the converted model."})
+    seed: int = field(default=0, metadata={"help": "Seed of the data's order, the samples and the mixtures."})
+    device: str = field(
+        default="cuda" if torch.cuda.is_available() else "cpu", metadata={"help": "Where the model runs."}
+    )
+    disable_tqdm: bool = field(default=False, metadata={"help": "No progress bars."})
+
+    def __post_init__(self):
+        if self.seed < 0:
+            raise TrainingInputError(f"--seed must not be negative, got {self.seed}.")
+
+
+def main(argv: list[str] | None = None) -> None:
+    source, conversion, data_args, output = parse_model_arguments(
+        [SourceArguments, ConversionArguments, LanguageModelingArguments, OutputArguments],
+        argv,
+        command="gma-hf convert",
+        description=__doc__.splitlines()[0],
+        common=COMMON,
+    )
+    set_up_logging()
+    expect_one_process()
+    transformers.set_seed(output.seed)
+    check_output(source, output.output_dir)
+    run = RunFolder(output.output_dir, run_of("convert", (source, conversion, data_args, output), source, data_args))
+    if run.is_finished:
+        return
+    with run:
+        model, tokenizer = load_source(source)
+        check_length(model, data_args.block_size, "--block_size")
+        data = prepare_data(data_args, source, tokenizer, output.seed)
+        model.to(output.device)
+        report = convert_and_calibrate(model, data, conversion, output.seed, progress=not output.disable_tqdm)
+
+        folder = run.beside("converted")
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        results = {
+            "base_model": without_folder(source.model_name_or_path),
+            "task": source.task,
+            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "command": describe_command(sys.argv),
+            "conversion": report,
+            "data": describe_data(data_args),
+            "device": device_name(TrainingArguments(output_dir=str(folder), use_cpu=output.device == "cpu")),
+            "versions": versions(),
+        }
+        write_json(folder / "results.json", results)
+        name = Path(output.output_dir).resolve().name
+        write_conversion_card(folder, model, source.task, AUTO_CLASSES[source.task], results, name)
+        run.put_in_place(folder)
+    logging.getLogger("gma_hf").info("Model, README.md and results.json are in %s.", output.output_dir)

@@ -1,0 +1,78 @@
+# Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
+"""Publish a trained model on the Hugging Face Hub: weights, tokenizer, remote code, model card, recipe, results.
+
+    gma-hf publish outputs/wikipedia --repo_id user/gma-wikipedia --card model_cards/gma-gated-wikipedia-36m
+    gma-hf publish outputs/wikipedia --repo_id user/gma-wikipedia --upload
+
+MODEL is a folder that a training script or save_pretrained wrote; it is only read. Without --upload nothing leaves this
+machine: the folder is assembled and checked, and the script says what would happen. `--help` lists the options.
+"""
+
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..training import publishing
+from ..training.arguments import parse_arguments
+from ..training.publishing import Assembly, assemble, check_repo_id, read_card
+from .running import expect_one_process
+
+
+@dataclass
+class PublishingArguments:
+    """What is published, and where."""
+
+    repo_id: str = field(metadata={"help": "Name on the hub, user/name.", "required": True})
+    card: str | None = field(
+        default=None,
+        metadata={"help": "Folder with README.md, recipe.yaml and results.json, in place of the model's own."},
+    )
+    license: str | None = field(default=None, metadata={"help": "Licence to write into the card, such as apache-2.0."})
+    language: str | None = field(default=None, metadata={"help": "Language to write into the card, such as en."})
+    output: str | None = field(
+        default=None, metadata={"help": "Keep the assembled folder here. Default: a temporary one."}
+    )
+    upload: bool = field(default=False, metadata={"help": "Upload. Without it, nothing leaves this machine."})
+    private: bool = field(default=False, metadata={"help": "Make a new repository private."})
+    revision: str | None = field(
+        default=None, metadata={"help": "Branch to upload to, made if it is missing. Default: the main one."}
+    )
+    max_total_gb: float = field(default=100.0, metadata={"help": "Refuse to publish more than this."})
+
+
+def describe(assembly: Assembly) -> str:
+    """The files with their sizes, and what stays behind."""
+    width = max(map(len, assembly.files))
+    lines = [f"  {name:<{width}}  {size:>15,} bytes" for name, size in assembly.files.items()]
+    lines.append(f"{len(assembly.files)} files, {assembly.num_bytes / 1e6:,.1f} MB")
+    lines += [f"stays behind: {name} ({reason})" for name, reason in assembly.left_behind.items()]
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args, positional = parse_arguments(
+        [PublishingArguments],
+        argv,
+        command="gma-hf publish",
+        description=__doc__.splitlines()[0],
+        positional=("model", "Folder of the trained model."),
+    )
+    expect_one_process()
+    check_repo_id(args.repo_id)
+    with tempfile.TemporaryDirectory() as work:
+        metadata = {name: getattr(args, name) for name in ("license", "language") if getattr(args, name)}
+        folder = args.output or Path(work) / "model"
+        assembly = assemble(positional.model, folder, args.card, args.max_total_gb, metadata)
+        print(describe(assembly))
+        print(f"model: {publishing.check_loading(positional.model, assembly.folder)}")
+        data = read_card(assembly.folder / "README.md").data
+        print(f"card: {data.pipeline_tag}, licence {data.license}, {len(data.eval_results or [])} results")
+        if args.upload:
+            print(f"published: {publishing.publish(assembly, args.repo_id, args.private, args.revision)}")
+            return
+        visibility = "private" if args.private else "public"
+        branch = f", branch {args.revision}" if args.revision else ""
+        print(
+            f"Dry run: --upload would create the {visibility} model repository {args.repo_id} if it is missing, and upload "
+            f"these {len(assembly.files)} files{branch}. The hub itself validates the card then."
+        )

@@ -1,0 +1,126 @@
+# Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
+"""Train a causal language model, from scratch or from a checkpoint.
+
+    gma-hf train-clm scripts/configs/train_clm.yaml --train_file corpus.txt --output_dir runs/clm
+    accelerate launch scripts/train_clm.py scripts/configs/train_clm.yaml --train_file corpus.txt --output_dir runs/clm
+
+Arguments come from the command line, or from a JSON or YAML file that stands first; `--help` and `--help-all` list them.
+"""
+
+from transformers import AutoModelForCausalLM
+
+from ..training.arguments import LanguageModelingArguments, ModelArguments, parse_arguments
+from ..training.cards.model_card import TrainingRecord, describe_data, without_folder
+from ..training.metrics import language_model_metrics, text_metrics, token_statistics
+from ..training.run_folder import RunFolder
+from ..training.text.data import load_text_splits
+from ..training.text.packing import PackedCollator, pack_splits
+from ..training.trainer import GMATrainer, GMATrainingArguments
+from ..training.workflow import (
+    build_model,
+    check_length,
+    limit,
+    prepare_tokenizer,
+    start,
+    train_and_report,
+)
+
+
+# What `--help` shows
+COMMON = (
+    "train_file",
+    "validation_file",
+    "test_file",
+    "dataset_name",
+    "dataset_config_name",
+    "output_dir",
+    "model_name_or_path",
+    "preset",
+    "config_overrides",
+    "tokenizer_vocab_size",
+    "block_size",
+    "isolate_documents",
+    "max_steps",
+    "num_train_epochs",
+    "learning_rate",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "bf16",
+    "torch_compile",
+    "overwrite_output_dir",
+)
+
+
+def main(argv: list[str] | None = None) -> None:
+    model_args, data_args, args = parse_arguments(
+        [ModelArguments, LanguageModelingArguments, GMATrainingArguments],
+        argv,
+        command="gma-hf train-clm",
+        description=__doc__.splitlines()[0],
+        common=COMMON,
+    )
+    run, checkpoint = start("train-clm", model_args, data_args, args)
+    if not run.is_finished:
+        with run:
+            train(model_args, data_args, args, run, checkpoint)
+
+
+def train(
+    model_args: ModelArguments,
+    data_args: LanguageModelingArguments,
+    args: GMATrainingArguments,
+    run: RunFolder,
+    checkpoint: str | None,
+) -> None:
+    """Load the data, make tokenizer and model, train, and report."""
+
+    with args.main_process_first(desc="loading the data"):
+        splits = load_text_splits(data_args, args.seed, model_args.trust_remote_code)
+    tokenizer = prepare_tokenizer(model_args, args, splits["train"], run, checkpoint)
+    model = build_model(AutoModelForCausalLM, model_args, tokenizer)
+    check_length(model, data_args.block_size, "--block_size")
+    with args.main_process_first(desc="packing the data"):
+        packed = pack_splits(splits, tokenizer, data_args)
+    train_blocks = limit(packed["train"].blocks, data_args.max_train_samples)
+    eval_blocks = {
+        split: limit(packed[split].blocks, data_args.max_eval_samples) for split in packed if split != "train"
+    }
+
+    trainer = GMATrainer(
+        model=model,
+        args=args,
+        train_dataset=train_blocks,
+        eval_dataset=eval_blocks["validation"],
+        processing_class=tokenizer,
+        data_collator=PackedCollator(tokenizer.pad_token_id),
+        compute_metrics=language_model_metrics,
+        preprocess_logits_for_metrics=token_statistics(shift_labels=True),
+    )
+
+    def finish_metrics(metrics, split):
+        text = packed["validation" if split == "eval" else split]
+        if data_args.max_eval_samples is not None and data_args.max_eval_samples < len(text.blocks):
+            return metrics  # not all of the text was read, so its size says nothing
+        scores = text_metrics(metrics[f"{split}_loss"], metrics[f"{split}_num_tokens"], text)
+        return {**metrics, **{f"{split}_{name}": value for name, value in scores.items()}}
+
+    def record(metrics):
+        return TrainingRecord(
+            task="text-generation",
+            auto_class="AutoModelForCausalLM",
+            data={
+                **describe_data(data_args),
+                "train_documents": packed["train"].num_documents,
+                "train_tokens": len(train_blocks) * data_args.block_size,
+            },
+            details={
+                "steps": trainer.state.global_step,
+                "block_size": data_args.block_size,
+                "isolate_documents": data_args.isolate_documents,
+                "preset": None if model_args.model_name_or_path or model_args.config_name else model_args.preset,
+            },
+            metrics=metrics,
+            base_model=model_args.model_name_or_path and without_folder(model_args.model_name_or_path),
+        )
+
+    train_and_report(trainer, run, checkpoint, eval_blocks.get("test"), finish_metrics, record)

@@ -1,0 +1,130 @@
+# Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
+"""Checkpoints of a training: which are complete, which are damaged, and from which one a training can go on."""
+
+import json
+import logging
+import os
+import zipfile
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from .errors import TrainingInputError
+
+
+logger = logging.getLogger(__name__)
+
+STATE_FILE = "trainer_state.json"
+# The optimizer's state as Trainer, FSDP and DeepSpeed write it
+OPTIMIZER_STATES = ("optimizer.pt", "optimizer.bin", "optimizer_*", "global_step*")
+
+
+def complete_checkpoints(output_dir: str | os.PathLike) -> list[Path]:
+    """Return the checkpoints of a folder that hold the Trainer's state, which is written last; the newest first."""
+    found = [path for path in all_checkpoints(output_dir) if (path / STATE_FILE).is_file()]
+    return sorted(found, key=_step, reverse=True)
+
+
+def all_checkpoints(output_dir: str | os.PathLike) -> list[Path]:
+    """Return every folder of a checkpoint, complete or not."""
+    prefix = f"{PREFIX_CHECKPOINT_DIR}-"
+    return [path for path in Path(output_dir).glob(f"{prefix}*") if path.name.removeprefix(prefix).isdigit()]
+
+
+def find_last_checkpoint(output_dir: str | os.PathLike) -> str | None:
+    """Return the newest complete checkpoint of a folder that is not damaged, or None.
+
+    A checkpoint is complete when the Trainer's state, which is written last, lies in it.
+    """
+    return next((str(path) for path in complete_checkpoints(output_dir) if damage_of(path) is None), None)
+
+
+def damage_of(checkpoint: str | os.PathLike) -> str | None:
+    """Say which file of a checkpoint cannot be read, as one that a full disk cut short; None if all can."""
+    folder = Path(checkpoint)
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="pt"):
+                pass  # the header says how long the file must be
+        except (SafetensorError, OSError):
+            return path.name
+    for path in sorted(folder.glob("*.index.json")):
+        try:
+            shards = set(json.loads(path.read_text("utf-8"))["weight_map"].values())
+        except (ValueError, KeyError, OSError):
+            return path.name
+        missing = sorted(name for name in shards if not (folder / name).is_file())
+        if missing:
+            return missing[0]
+    for path in sorted([*folder.glob("*.pt"), *folder.glob("*.pth"), *folder.glob("optimizer.bin")]):
+        # torch.save writes a zip archive, whose table of contents stands at the end
+        if not zipfile.is_zipfile(path):
+            return path.name
+    try:
+        json.loads((folder / STATE_FILE).read_text("utf-8"))
+    except (ValueError, OSError):
+        return STATE_FILE
+    return None
+
+
+def lacks_optimizer(checkpoint: str | os.PathLike) -> str | None:
+    """Name the state of the optimization that a checkpoint lacks, so that `Trainer` would start it anew; None if it has all."""
+    folder = Path(checkpoint)
+    if not any(any(folder.glob(pattern)) for pattern in OPTIMIZER_STATES):
+        return "optimizer.pt"
+    if not any(folder.glob("global_step*")) and not (folder / "scheduler.pt").is_file():
+        return "scheduler.pt"
+    return None
+
+
+def expect_resumable(checkpoint: str | os.PathLike) -> None:
+    """Check that a training can go on from a checkpoint as if it had not stopped.
+
+    Raises:
+        TrainingInputError: if the checkpoint is incomplete, damaged, or lacks the state of the optimizer.
+    """
+    if not (Path(checkpoint) / STATE_FILE).is_file():
+        raise TrainingInputError(f"{str(checkpoint)!r} is not a complete checkpoint (it has no {STATE_FILE}).")
+    damaged, lacking = damage_of(checkpoint), lacks_optimizer(checkpoint)
+    if damaged is not None:
+        raise TrainingInputError(f"The checkpoint {str(checkpoint)!r} is damaged: {damaged} cannot be read.")
+    if lacking is not None:
+        raise TrainingInputError(_without_optimizer(checkpoint, lacking))
+
+
+def checkpoint_to_resume(output_dir: str | os.PathLike) -> str | None:
+    """Return the newest checkpoint that a training can go on from. Damaged ones are passed over, with a warning.
+
+    Args:
+        output_dir: folder of the run.
+
+    Returns:
+        The checkpoint, or None if the folder has none.
+
+    Raises:
+        TrainingInputError: if every checkpoint that can be read lacks the state of the optimizer.
+    """
+    without_optimizer = None
+    for path in complete_checkpoints(output_dir):
+        damaged, lacking = damage_of(path), lacks_optimizer(path)
+        if damaged is not None:
+            logger.warning("%s is damaged (%s cannot be read); looking for the checkpoint before.", path, damaged)
+        elif lacking is not None:
+            without_optimizer = without_optimizer or _without_optimizer(path, lacking)
+        else:
+            return str(path)
+    if without_optimizer is not None:
+        raise TrainingInputError(without_optimizer)
+    return None
+
+
+def _without_optimizer(checkpoint: str | os.PathLike, lacking: str) -> str:
+    return (
+        f"{str(checkpoint)!r} has no {lacking}, so training cannot go on from it as if it had not stopped. To start with its "
+        f"weights and a new optimizer, pass --model_name_or_path {checkpoint} and another --output_dir."
+    )
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.rsplit("-", 1)[1])
