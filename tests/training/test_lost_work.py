@@ -131,7 +131,7 @@ def test_other_options_or_data_are_refused_by_name(
     (tmp_path / "another.txt").write_text("quiet farms and old mills run past the river.\n" * 300)
     changes = {name: tmp_path / value if name.endswith("file") else value for name, value in changes.items()}
     before = contents(out)
-    with pytest.raises(SystemExit, match=rf"out holds another run: .*{message}"):
+    with pytest.raises(SystemExit, match=f"out holds another run: .*{message}"):
         run_script("train_clm", *command_line(tiny_run, **changes))
     assert contents(out) == before
 
@@ -265,7 +265,7 @@ def test_distillation_with_other_options_is_refused_by_name(run_script, distilla
     other = save_source(tmp_path / "other", "llama")
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-3}))
-    with pytest.raises(SystemExit, match="--model_name_or_path was config.json"):
+    with pytest.raises(SystemExit, match=r"--model_name_or_path was config\.json"):
         run_script("distill", other, *command_line(distillation))
     assert contents(tmp_path / "out") == before
 
