@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from gma_hf import convert_to_gma
 from gma_hf.conversion import GMAConversion, GMAConversionConfig
+from gma_hf.conversion.config import RECIPES
 from tests.conversion.tiny_models import make_converted_model, make_inputs, make_softmax_model, output_of
 
 
@@ -23,7 +24,6 @@ WRONG = [
     ("num_components", True, "must be a whole number, got True"),
     ("window_size", -3, "must not be negative, got -3. 0 means no window."),
     ("window_size", 2.5, "must be a whole number, got 2.5"),
-    ("window_size", None, "must be a whole number, got None"),
     ("num_sink_tokens", -1, "must not be negative, got -1"),
     ("num_sink_tokens", math.nan, "must be a whole number, got nan"),
     ("use_routing_projections", "yes", "must be True or False, got 'yes'"),
@@ -76,7 +76,9 @@ def edited(saved, tmp_path):
     return edit
 
 
-@pytest.mark.parametrize(("name", "value", "message"), WRONG)
+@pytest.mark.parametrize(
+    ("name", "value", "message"), [*WRONG, ("window_size", None, "must be a whole number, got None")]
+)
 def test_loading_a_folder_with_a_wrong_value_names_it_too(name, value, message, edited):
     folder = edited(lambda gma: gma.update({name: value}))
     for load in (AutoConfig.from_pretrained, AutoModelForCausalLM.from_pretrained):
@@ -138,9 +140,17 @@ def test_whole_numbers_for_real_ones_are_taken_and_saved(tmp_path):
 
 def test_every_option_of_the_dataclass_is_a_keyword_of_convert_to_gma_with_the_same_default():
     keywords = inspect.signature(convert_to_gma).parameters
+    from_recipes = {name for options in RECIPES.values() for name in options}
     for option in dataclasses.fields(GMAConversionConfig):
         if option.name not in ("layers", "softmax_layers"):
-            assert keywords[option.name].default == option.default, option.name
+            default = keywords[option.name].default
+            # `None` where a recipe may say something else
+            assert default == option.default or (default is None and option.name in from_recipes), option.name
+    model = convert_to_gma(make_softmax_model("llama"))
+    defaults = {option.name: option.default for option in dataclasses.fields(GMAConversionConfig)}
+    assert {name: value for name, value in model.config.gma.items() if "layers" not in name} == {
+        name: value for name, value in defaults.items() if "layers" not in name
+    }
 
 
 def test_every_option_reaches_the_layer():

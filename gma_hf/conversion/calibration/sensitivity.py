@@ -61,6 +61,9 @@ def rank_layers(
     candidates = find_attention_layers(model, conversion_options.get("example_inputs"))
     names = (layer.full_name for layer in candidates if layer.is_self_attention)
     indices = {name: index for index, name in enumerate(names)}
+    if "recipe" in conversion_options:
+        # Every layer is ranked, also those that the recipe would keep
+        conversion_options.setdefault("layers", list(range(len(indices))))
     with unchanged_on_error(model):
         convert_to_gma(model, **conversion_options)
         # Layers see the hidden states of the unconverted model, so one calibration serves for each of them alone

@@ -67,13 +67,18 @@ class ConversionArguments:
         default=None, metadata={"help": "With --layers auto: how many of the most sensitive layers stay softmax."}
     )
     keep_every: int | None = field(default=None, metadata={"help": "Every n-th of the layers stays softmax."})
-    num_components: int = field(default=64, metadata={"help": "Gaussian components per head."})
-    window_size: int = field(
-        default=0, metadata={"help": "How many of the nearest tokens are seen exactly, by softmax; 0 for none."}
+    recipe: Literal["hybrid", "window", "linear"] | None = field(
+        default=None,
+        metadata={"help": "Options that belong together, see docs/conversion.md; what is given here overrides them."},
     )
-    num_sink_tokens: int = field(
-        default=0,
-        metadata={"help": "How many first tokens stay exactly visible behind the window; causal models only."},
+    num_components: int = field(default=64, metadata={"help": "Gaussian components per head."})
+    window_size: int | None = field(
+        default=None,
+        metadata={"help": "How many of the nearest tokens are seen exactly, by softmax; 0 for none. Default: 0."},
+    )
+    num_sink_tokens: int | None = field(
+        default=None,
+        metadata={"help": "How many first tokens stay visible behind the window; causal models only. Default: 0."},
     )
     use_routing_projections: bool = field(
         default=False, metadata={"help": "Learned maps of queries and keys before they are routed."}
@@ -108,7 +113,10 @@ class ConversionArguments:
     def options(self) -> dict[str, Any]:
         """Arguments of `convert_to_gma` that do not choose layers."""
         names = ("num_components", "window_size", "num_sink_tokens", "use_routing_projections", "use_forgetting")
-        return {name: getattr(self, name) for name in (*names, "undo_rotation", "undo_rotation_beyond")}
+        names = (*names, "undo_rotation", "undo_rotation_beyond", *(("recipe",) if self.recipe else ()))
+        options = {name: getattr(self, name) for name in names}
+        # A flag that is not given says nothing against the recipe
+        return {name: None if value is False and name.startswith("use_") else value for name, value in options.items()}
 
     def chosen_layers(self) -> Any:
         """`layers` as `convert_to_gma` takes it."""
