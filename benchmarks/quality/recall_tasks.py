@@ -37,7 +37,7 @@ def multi_query_recall(
     Args:
         rows, length: shape of the tokens; `length` is even.
         pairs: number of keys, at most a quarter of `length`.
-        generator: of the draw.
+        generator: of the draw; tokens and labels lie on its device.
         vocab_size: the first half of the vocabulary are keys, the second values.
         power: of the law of the gaps; 1 is uniform.
 
@@ -47,7 +47,7 @@ def multi_query_recall(
     Raises:
         ValueError: if the pairs and questions do not fit.
     """
-    half, slots = vocab_size // 2, length // 2 - pairs
+    half, slots, device = vocab_size // 2, length // 2 - pairs, generator.device
     if length % 2 or pairs > slots or pairs > half - 1:
         raise ValueError(
             f"{pairs} pairs and their questions do not fit into {length} tokens of {vocab_size}: give an even length of at "
@@ -55,16 +55,16 @@ def multi_query_recall(
         )
 
     def distinct(first: int, count: int) -> Tensor:
-        return first + torch.rand(rows, count, generator=generator).topk(pairs, dim=1).indices
+        return first + torch.rand(rows, count, generator=generator, device=device).topk(pairs, dim=1).indices
 
     keys, values = distinct(1, half - 1), distinct(half, vocab_size - half)
     # The Gumbel trick: the largest of noisy log-probabilities are a draw without replacement
-    log_probabilities = (power - 1) * torch.arange(1, slots + 1).log()
-    uniform = torch.rand(rows, slots, generator=generator).clamp(1e-10, 1 - 1e-7)
+    log_probabilities = (power - 1) * torch.arange(1, slots + 1, device=device).log()
+    uniform = torch.rand(rows, slots, generator=generator, device=device).clamp(1e-10, 1 - 1e-7)
     chosen = (log_probabilities - (-uniform.log()).log()).topk(pairs, dim=1).indices
     asked = 2 * pairs + 2 * chosen
 
-    tokens = torch.randint(vocab_size, (rows, length), generator=generator)
+    tokens = torch.randint(vocab_size, (rows, length), generator=generator, device=device)
     tokens[:, : 2 * pairs] = torch.stack([keys, values], dim=-1).flatten(1)
     tokens.scatter_(1, asked, keys)
     labels = torch.full_like(tokens, IGNORE_INDEX).scatter_(1, asked + 1, values)
@@ -84,7 +84,7 @@ def needle(
 
     Args:
         rows, length: shape of the tokens.
-        generator: of the draw.
+        generator: of the draw; tokens and labels lie on its device.
         facts: number of facts, with different keys.
         depth: where the needle stands, 0 at the beginning of the haystack and 1 at its end.
 
@@ -98,14 +98,16 @@ def needle(
     slots = length // 2 - questions  # a fact and a question take two tokens each
     if slots < facts or facts > NUM_KEYS:
         raise ValueError(f"{facts} facts and {questions} questions do not fit into {length} tokens.")
-    keys = torch.rand(rows, NUM_KEYS, generator=generator).topk(facts, dim=1).indices
-    values = torch.randint(FIRST_VALUE, FIRST_HAY, (rows, facts), generator=generator)
-    order = torch.rand(rows, slots, generator=generator)
+    device = generator.device
+    keys = torch.rand(rows, NUM_KEYS, generator=generator, device=device).topk(facts, dim=1).indices
+    values = torch.randint(FIRST_VALUE, FIRST_HAY, (rows, facts), generator=generator, device=device)
+    order = torch.rand(rows, slots, generator=generator, device=device)
     if depth is not None:
         order[:, round(depth * (slots - 1))] = 2.0  # the first fact gets this slot
     chosen = order.topk(facts, dim=1).indices
 
-    hay = torch.randint(FIRST_HAY, NEEDLE_VOCAB_SIZE, (rows, length - 2 * questions), generator=generator)
+    hay_shape = (rows, length - 2 * questions)
+    hay = torch.randint(FIRST_HAY, NEEDLE_VOCAB_SIZE, hay_shape, generator=generator, device=device)
     hay.scatter_(1, 2 * chosen, keys).scatter_(1, 2 * chosen + 1, values)
     # Facts already stand in random places, so asking in their order asks in random order
     asked = torch.stack([keys, values], dim=-1)[:, :questions].flatten(1)
