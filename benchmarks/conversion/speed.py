@@ -19,7 +19,6 @@ tokens, and with a window and one sink token.
 
 import argparse
 import contextlib
-import itertools
 import json
 import sys
 from pathlib import Path
@@ -34,7 +33,7 @@ from transformers.cache_utils import Cache
 
 from benchmarks.kernels.decoding_gpu import STEPS, capture, fill_softmax_layers, set_position, time_step
 from benchmarks.lib.results import Results, add_output_options, need_gpu, output_path, stored
-from benchmarks.lib.tables import text
+from benchmarks.lib.tables import pivot
 from benchmarks.lib.timing import first_line, free_memory, median_time, peak_bytes
 from gma_hf import convert_to_gma
 from gma_hf.modeling import GMACacheLayer
@@ -176,34 +175,29 @@ def measure_all(results: Results, shape: str, name: str, options: argparse.Names
             measure({"part": "decode", "mode": mode, "position": position}, measure_decode, mode, position)
 
 
-def shown(row: dict, field: str) -> str:
-    if "refused" in row:
-        return "no memory" if "OutOfMemory" in row["refused"] else "refused"
-    return f"{row[field]:.4g}" if field in row else ""
-
-
 def tables(content: dict) -> str:
     """A table per shape and quantity, with a line per model and mode."""
     results, found = Results.of(content), []
+    names = {(name, mode): f"{name}, {mode}" for name in MODELS for mode in MODES}
 
     def table(title: str, field: str, column: str, rows: list[dict]) -> None:
-        columns, lines = sorted({row[column] for row in rows}), {}
-        for name, mode in itertools.product(MODELS, MODES):
-            own = {row[column]: row for row in rows if (row["model"], row["mode"]) == (name, mode)}
-            if own:
-                lines[f"{name}, {mode}"] = [shown(row, field) for row in (own.get(x, {}) for x in columns)]
-        if lines:
-            found.append(text(title, columns, lines))
+        def cell(key: tuple[str, str], value: int) -> str:
+            for row in rows:
+                if (row["model"], row["mode"], row[column]) == (*key, value):
+                    refused = "no memory" if "OutOfMemory" in row.get("refused", "") else "refused"
+                    return f"{row[field]:.4g}" if field in row else refused
+            return ""
+
+        found.extend(pivot(title, sorted({row[column] for row in rows}), names, cell))
 
     for shape in dict.fromkeys(row["shape"] for row in results.find()):
         rows = results.find(part="prefill", shape=shape)
-        kinds = {
-            "one sequence": [row for row in rows if row["batch"] == 1],
-            f"{TOKENS:,} tokens": [row for row in rows if row["batch"] * row["length"] == TOKENS],
-        }
-        for kind, chosen in kinds.items():
-            table(f"{shape}, prefill of {kind}: ms by length", "prefill_ms", "length", chosen)
-            table(f"{shape}, prefill of {kind}: peak memory in GiB by length", "peak_gib", "length", chosen)
+        one, many = "one sequence", f"{TOKENS:,} tokens"
+        chosen = {one: [row for row in rows if row["batch"] == 1]}
+        chosen[many] = [row for row in rows if row["batch"] * row["length"] == TOKENS]
+        for kind, own in chosen.items():
+            table(f"{shape}, prefill of {kind}: ms by length", "prefill_ms", "length", own)
+            table(f"{shape}, prefill of {kind}: peak memory in GiB by length", "peak_gib", "length", own)
         rows = results.find(part="decode", shape=shape)
         table(f"{shape}, decoding: ms per token by position", "ms_per_token", "position", rows)
         table(f"{shape}, decoding: cache in MiB by position", "cache_mib", "position", rows)

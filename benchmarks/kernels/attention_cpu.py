@@ -24,30 +24,21 @@ from torch import Tensor
 from benchmarks.lib.results import Results, add_output_options, output_path, stored
 from benchmarks.lib.tables import markdown
 from benchmarks.lib.timing import cpu_model, resident_memory
-from benchmarks.rivals.operators import GATES, MIXTURE, QKV, sdpa
-from gma_hf.ops import gaussian_mixture_attention
+from benchmarks.rivals import operators
+from benchmarks.rivals.operators import Shape, evaluate, make_inputs
 
 
-HEADS, DIM, COMPONENTS = 8, 64, 64
+SHAPE = Shape(batch=1, length=0, heads=8)
 TOLERANCE = 1e-5  # relative error of float32 against float64: some tens of roundings of 6e-8
-# Name of the rival: what it computes, and which inputs it uses
 RIVALS = {
-    "sdpa": (sdpa, QKV),
-    "gma": (lambda x: gaussian_mixture_attention(**x, backend="chunked"), QKV + MIXTURE),
-    "gma, decay": (lambda x: gaussian_mixture_attention(**x, backend="chunked"), QKV + MIXTURE + GATES),
+    title: operators.RIVALS[name]
+    for title, name in {"sdpa": "SDPA", "gma": "GMA normalised", "gma, decay": "GMA normalised, decay"}.items()
 }
 
 
-def make_inputs(length: int, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    """Random inputs of one layer; the mixture as at the start of training, decays and weights as in a gated block."""
-    torch.manual_seed(length)
-    inputs = {name: torch.randn(1, HEADS, length, DIM) for name in QKV}
-    inputs["means"] = torch.randn(HEADS, COMPONENTS, DIM)
-    inputs["raw_variances"] = torch.zeros(HEADS, COMPONENTS, DIM)
-    inputs["prior_logits"] = torch.zeros(HEADS, COMPONENTS)
-    inputs["write_weight"] = torch.rand(1, HEADS, length) * 0.1
-    inputs["log_decay"] = -torch.rand(1, HEADS, length) * 0.1 * torch.linspace(1, 16, HEADS).view(1, HEADS, 1)
-    return {name: x.to(dtype).requires_grad_() for name, x in inputs.items()}
+def inputs_of(name: str, length: int, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    inputs = make_inputs(RIVALS[name].names, SHAPE._replace(length=length), torch.float32, "cpu")
+    return {key: x.detach().to(dtype).requires_grad_() for key, x in inputs.items()}
 
 
 def check_correctness() -> float:
@@ -56,41 +47,40 @@ def check_correctness() -> float:
     for name in ("gma", "gma, decay"):
         found = []
         for dtype, backend in ((torch.float64, "reference"), (torch.float32, "chunked")):
-            inputs = {key: x for key, x in make_inputs(300, dtype).items() if key in RIVALS[name][1]}
-            output = gaussian_mixture_attention(**inputs, backend=backend)
-            torch.manual_seed(0)
-            grad = torch.randn(output.shape).to(dtype)
-            found.append([output, *torch.autograd.grad(output, list(inputs.values()), grad)])
-        for expected, actual in zip(*found, strict=True):
-            worst = max(worst, ((actual.double() - expected).norm() / expected.norm()).item())
+            rival = operators.gma(RIVALS[name].names, True, backend)
+            found.append(evaluate(rival, inputs_of(name, 300, dtype), random_grad(300).to(dtype)))
+        for key, expected in found[0].items():
+            worst = max(worst, ((found[1][key].double() - expected).norm() / expected.norm()).item())
     if not worst < TOLERANCE:
         sys.exit(f"error: chunked differs from the float64 reference by {worst:.1e}; no speed is reported.")
     return worst
 
 
+def random_grad(length: int) -> Tensor:
+    return operators.random_grad(SHAPE._replace(length=length), torch.float32, "cpu")
+
+
 def run(name: str, inputs: dict[str, Tensor], grad: Tensor, backward: bool) -> float:
     """Seconds of one evaluation."""
-    function, names = RIVALS[name]
-    used = {key: inputs[key] for key in names}
     start = time.perf_counter()
     if backward:
-        torch.autograd.grad(function(used), list(used.values()), grad)
+        evaluate(RIVALS[name], inputs, grad)
     else:
         with torch.no_grad():
-            function(used)
+            RIVALS[name].function(inputs)
     return time.perf_counter() - start
 
 
 def measure_speed(length: int, seconds: float, rounds: int) -> dict[str, dict[str, float]]:
     """Milliseconds of every rival, fastest of at least `rounds` interleaved rounds and about `seconds` seconds."""
-    inputs, grad = make_inputs(length), torch.randn(1, HEADS, length, DIM)
+    inputs, grad = {name: inputs_of(name, length) for name in RIVALS}, random_grad(length)
     times = {(name, backward): [] for name in RIVALS for backward in (False, True)}
     for name, backward in times:
-        run(name, inputs, grad, backward)  # warm-up
+        run(name, inputs[name], grad, backward)  # warm-up
     start = time.perf_counter()
     while len(times["gma", True]) < rounds or time.perf_counter() - start < seconds:
         for (name, backward), measured in times.items():
-            measured.append(run(name, inputs, grad, backward))
+            measured.append(run(name, inputs[name], grad, backward))
     return {
         name: {"forward_ms": 1e3 * min(times[name, False]), "forward_backward_ms": 1e3 * min(times[name, True])}
         for name in RIVALS
@@ -99,11 +89,11 @@ def measure_speed(length: int, seconds: float, rounds: int) -> dict[str, dict[st
 
 def print_peaks(name: str, lengths: list[int]) -> None:
     """Peak resident memory in MiB of forward and backward at every length, as one line of JSON."""
-    run(name, make_inputs(64), torch.randn(1, HEADS, 64, DIM), True)
+    run(name, inputs_of(name, 64), random_grad(64), True)
     base, peaks = resident_memory("VmRSS"), []
     for length in lengths:
         Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
-        run(name, make_inputs(length), torch.randn(1, HEADS, length, DIM), True)
+        run(name, inputs_of(name, length), random_grad(length), True)
         peaks.append(resident_memory("VmHWM") - base)
     print(json.dumps(peaks))
 
@@ -144,7 +134,13 @@ def main() -> None:
         print_peaks(options.probe, lengths)
         return
     if not options.table:
-        setting = {"batch": 1, "heads": HEADS, "dim": DIM, "components": COMPONENTS, "dtype": "float32"}
+        setting = {
+            "batch": 1,
+            "heads": SHAPE.heads,
+            "dim": SHAPE.dim,
+            "components": SHAPE.components,
+            "dtype": "float32",
+        }
         setting |= {"device": cpu_model(), "threads": options.threads}
         options.output = output_path(options)
         results = Results(options.output, "kernels.attention_cpu", setting, one_device=True)

@@ -20,6 +20,7 @@ import argparse
 import json
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 
@@ -30,7 +31,7 @@ import torch
 from benchmarks.kernels.attention_accuracy import CASES, DTYPES, measure_case
 from benchmarks.kernels.attention_accuracy import SHAPE as ACCURACY_SHAPE
 from benchmarks.lib.results import Results, add_output_options, need_gpu, output_path, stored
-from benchmarks.lib.tables import markdown, text
+from benchmarks.lib.tables import markdown, pivot
 from benchmarks.lib.timing import first_line, free_memory, median_time, peak_bytes
 from benchmarks.rivals.operators import (
     CHUNKED,
@@ -316,71 +317,46 @@ def per_1000_tokens(row: dict) -> float:
     return 1e6 * row["forward_backward_ms"] / (row["batch"] * row["length"])
 
 
-def cell(row: dict | None, *fields: str) -> str:
-    if row is None:
-        return ""
-    times = [f"{row[field]:.2f}" for field in fields if row.get(field) is not None]
-    return " / ".join(times) if len(times) == len(fields) else " / ".join([*times, "refused"])
-
-
 def tables(content: dict) -> str:
     """The measurements, a table per part, in plain text."""
     results, found = Results.of(content), []
 
-    def table(title: str, columns: list, key, names, fields=tuple(FIELDS)) -> None:
-        rows = {name: [results.find(rival=name, **key(column)) for column in columns] for name in names}
-        lines = {
-            TITLES.get(name, name): [cell(row[0] if row else None, *fields) for row in own]
-            for name, own in rows.items()
-            if any(own)
-        }
-        if lines:
-            found.append(text(title, columns, lines))
+    def table(title: str, columns, key, names, show=None) -> None:
+        def cell(name: str, column) -> str:
+            rows = results.find(rival=name, **key(column))
+            return (show or times)(rows[0]) if rows else ""
 
+        found.extend(pivot(title, columns, {name: TITLES.get(name, name) for name in names}, cell))
+
+    def times(row: dict) -> str:
+        known = [f"{row[field]:.2f}" for field in FIELDS if row.get(field) is not None]
+        return " / ".join(known if len(known) == len(FIELDS) else [*known, "refused"])
+
+    def per_token(row: dict) -> str:
+        return f"{per_1000_tokens(row):.2f}" if "forward_backward_ms" in row else ""
+
+    ours, title = [*GMA_EXTREMES, *SDPA], "forward / forward+backward in ms by"
     every = [*GMA, *CHUNKED, *SDPA, *FLA]
-    table("forward / forward+backward in ms by N", list(LENGTHS), lambda n: {"part": "speed", "length": n}, every)
-    table(
-        "dim 128: forward / forward+backward in ms by N",
-        list(DIM_LENGTHS),
-        lambda n: {"part": "dims", "length": n, "dim": 128},
-        [*GMA_EXTREMES, *SDPA],
-    )
-    table(
-        "N = 4096: forward / forward+backward in ms by components",
-        list(MORE_COMPONENTS),
-        lambda n: {"part": "dims", "components": n},
-        GMA_EXTREMES,
-    )
-    for title, shape in (
-        ("65,536 tokens or one sequence: forward+backward, microseconds per 1,000 tokens", same_tokens),
-        ("one sequence: forward+backward, microseconds per 1,000 tokens", lambda n: Shape(1, n)),
-    ):
-        lines = {}
-        for name in (*GMA_EXTREMES, *SDPA):
-            rows = [results.find(part="length", rival=name, **shape(n)._asdict()) for n in FLAT_LENGTHS]
-            cells = [f"{per_1000_tokens(x[0]):.2f}" if x and "forward_backward_ms" in x[0] else "" for x in rows]
-            if any(cells):
-                lines[TITLES.get(name, name)] = cells
-        if lines:
-            found.append(text(title, [f"{n // 1024}k" for n in FLAT_LENGTHS], lines))
-    table(
-        "one sequence of 8 heads: wall time of a call, forward / forward+backward in ms by N",
-        list(HOST_LENGTHS),
-        lambda n: {"part": "host", "length": n},
-        [*GMA_EXTREMES, *SDPA],
-    )
-    share = "peak memory beyond the necessary, as a share of it"
-    table(share, [4096], lambda n: {"part": "memory"}, RIVALS, ["share"])
-    if results.find(part="accuracy"):
-        dtypes = [str(dtype).removeprefix("torch.") for dtype in DTYPES]
-        lines = {
-            case: [
-                cell((results.find(part="accuracy", case=case, dtype=d) or [None])[0], "worst_ratio") for d in dtypes
-            ]
-            for case in CASES
-        }
-        found.append(text("largest error / error of chunked in the same dtype", dtypes, lines))
-    return "\n\n".join(found)
+    table(f"{title} N", LENGTHS, lambda n: {"part": "speed", "length": n}, every)
+    table(f"dim 128: {title} N", DIM_LENGTHS, lambda n: {"part": "dims", "length": n, "dim": 128}, ours)
+    table(f"N = 4096: {title} components", MORE_COMPONENTS, lambda n: {"part": "dims", "components": n}, GMA_EXTREMES)
+    title = "forward+backward, microseconds per 1,000 tokens"
+    for what, shape in (("65,536 tokens or one sequence", same_tokens), ("one sequence", lambda n: Shape(1, n))):
+        lengths = {f"{n // 1024}k": shape(n)._asdict() for n in FLAT_LENGTHS}
+        key = partial(lambda name, lengths: {"part": "length", **lengths[name]}, lengths=lengths)
+        table(f"{what}: {title}", list(lengths), key, ours, per_token)
+    title = "one sequence of 8 heads: wall time of a call, forward / forward+backward in ms by N"
+    table(title, HOST_LENGTHS, lambda n: {"part": "host", "length": n}, ours)
+    title = "peak memory beyond the necessary, as a share of it"
+    table(title, [4096], lambda n: {"part": "memory"}, RIVALS, lambda row: f"{row['share']:.2f}")
+
+    def ratio(case: str, dtype: str) -> str:
+        worst = results.get("worst_ratio", part="accuracy", case=case, dtype=dtype)
+        return "" if worst is None else f"{worst:.2f}"
+
+    dtypes = [str(dtype).removeprefix("torch.") for dtype in DTYPES]
+    title = "largest error / error of chunked in the same dtype"
+    return "\n\n".join([*found, *pivot(title, dtypes, {case: case for case in CASES}, ratio)])
 
 
 def main() -> None:

@@ -32,7 +32,7 @@ from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import Cache
 
 from benchmarks.lib.results import Results, add_output_options, need_gpu, output_path, stored
-from benchmarks.lib.tables import text
+from benchmarks.lib.tables import pivot
 from benchmarks.lib.timing import first_line, free_memory
 from gma_hf import GMAConfig, GMAForCausalLM
 from gma_hf.modeling import GMACacheLayer
@@ -192,20 +192,16 @@ def tables(content: dict) -> str:
     """A table per batch."""
     results, found = Results.of(content), []
     batches, positions = (sorted({row[name] for row in results.rows.values()}) for name in ("batch", "position"))
+    names = {(name, mode): f"{name}, {mode}" for mode in MODES for name in MODELS}
     for batch in batches:
-        lines = {}
-        for mode in MODES:
-            for name in MODELS:
-                cells = []
-                for position in positions:
-                    row = (results.find(model=name, mode=mode, batch=batch, position=position) or [{}])[0]
-                    known = (
-                        f"{row['ms_per_token']:.3f} ({row['tokens_per_second']:,.0f})" if "ms_per_token" in row else ""
-                    )
-                    cells.append("no memory" if "refused" in row else known)
-                if any(cells):
-                    lines[f"{name}, {mode}"] = cells
-        found.append(text(f"batch {batch}: ms per token (tokens per second) at position", positions, lines))
+
+        def cell(key: tuple[str, str], position: int, batch: int = batch) -> str:
+            rows = results.find(model=key[0], mode=key[1], batch=batch, position=position)
+            if not rows or "refused" in rows[0]:
+                return "no memory" if rows else ""
+            return f"{rows[0]['ms_per_token']:.3f} ({rows[0]['tokens_per_second']:,.0f})"
+
+        found += pivot(f"batch {batch}: ms per token (tokens per second) at position", positions, names, cell)
     return "\n\n".join(found)
 
 

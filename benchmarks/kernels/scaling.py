@@ -25,105 +25,35 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # so that `benchmarks` can be imported
 
 import torch
-from torch import Tensor
-from torch.nn import functional as F
 
 from benchmarks.kernels.attention_cpu import check_correctness
 from benchmarks.kernels.scaling_report import plot, tables
 from benchmarks.lib.results import Results, add_output_options, output_path, stored
 from benchmarks.lib.timing import cpu_model, first_line, free_memory, median_time, resident_memory
-from benchmarks.rivals.linear_attention import linear_attention
-from benchmarks.rivals.mamba2 import state_space
-from benchmarks.rivals.operators import QKV, VARIANTS, Shape, fla, flash_attention, make_inputs, relative_error, sdpa
-from gma_hf.ops import gaussian_mixture_attention
+from benchmarks.rivals import operators
+from benchmarks.rivals.operators import MAMBA_STATE, Shape, make_inputs, relative_error
 
 
-HEADS, DIM, COMPONENTS = 8, 64, 64
-MAMBA_HEADS, MAMBA_STATE = 16, 128
+SHAPE = Shape(batch=1, length=0, heads=8)
 LENGTHS = tuple(2**n for n in range(10, 21))
 PASSES = ("forward", "forward_backward")
-
-
-class Rival(NamedTuple):
-    """An operator.
-
-    Attributes:
-        function: of the inputs.
-        inputs: makes them as leaves, given length, dtype and device.
-        order: of the growth of its time with the length.
-        needs_gpu: whether it runs on a GPU only.
-    """
-
-    function: Callable[[dict[str, Tensor]], Tensor]
-    inputs: Callable[[int, torch.dtype, str], dict[str, Tensor]]
-    order: int = 1
-    needs_gpu: bool = False
-
-
-def tokens_of_a_layer(names: tuple[str, ...]) -> Callable[[int, torch.dtype, str], dict[str, Tensor]]:
-    return lambda length, dtype, device: make_inputs(names, Shape(1, length, HEADS, DIM, COMPONENTS), dtype, device)
-
-
-def gma(variant: str) -> Rival:
-    names, normalize = VARIANTS[variant]
-
-    def function(x: dict[str, Tensor]) -> Tensor:
-        # A backend by its name, so that nothing falls back unnoticed
-        backend = "triton" if x["query"].is_cuda else "chunked"
-        return gaussian_mixture_attention(**x, normalize=normalize, backend=backend)
-
-    return Rival(function, tokens_of_a_layer(names))
-
-
-def elu_attention(x: dict[str, Tensor]) -> Tensor:
-    query, key = (F.elu(x[name].float()) + 1 for name in ("query", "key"))
-    return linear_attention(query, key, x["value"])
-
-
-def mamba_inputs(length: int, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
-    """Inputs of the recurrence `h_t = exp(-rate dt_t) h_{t-1} + dt_t B_t x_t^T`, `y_t = C_t h_t`."""
-    torch.manual_seed(1)
-    inputs = {
-        "x": torch.randn(1, length, MAMBA_HEADS, DIM, device=device),
-        "B": torch.randn(1, length, MAMBA_STATE, device=device),
-        "C": torch.randn(1, length, MAMBA_STATE, device=device),
-    }
-    inputs = {name: x.to(dtype) for name, x in inputs.items()}
-    inputs["dt"] = 0.1 * torch.rand(1, length, MAMBA_HEADS, device=device)
-    inputs["rate"] = torch.linspace(1, 16, MAMBA_HEADS, device=device)
-    return {name: x.requires_grad_() for name, x in inputs.items()}
-
-
-def mamba(x: dict[str, Tensor]) -> Tensor:
-    return state_space(**x)
-
-
-def mamba_in_triton(x: dict[str, Tensor]) -> Tensor:
-    """The same recurrence as decayed linear attention: C reads, B writes, dt x is written."""
-    from fla.ops.simple_gla import chunk_simple_gla
-
-    query, key = (x[name][:, :, None].expand(-1, -1, MAMBA_HEADS, -1) for name in ("C", "B"))
-    value = x["x"] * x["dt"][..., None].to(x["x"].dtype)
-    return chunk_simple_gla(query, key, value, g=-x["dt"] * x["rate"], scale=1.0)[0]
-
-
 RIVALS = {
-    "GMA, paper": gma("normalised"),
-    "GMA, gated": gma("un-normalised, decay"),
-    "softmax (SDPA)": Rival(sdpa, tokens_of_a_layer(QKV), order=2),
-    "softmax (FlashAttention-2)": Rival(flash_attention, tokens_of_a_layer(QKV), order=2, needs_gpu=True),
-    "linear attention": Rival(elu_attention, tokens_of_a_layer(QKV)),
-    "Mamba-2": Rival(mamba, mamba_inputs),
-    "linear attention, fla": Rival(
-        fla("linear_attn", normalize=False).function, tokens_of_a_layer(QKV), needs_gpu=True
-    ),
-    "Mamba-2, fla": Rival(mamba_in_triton, mamba_inputs, needs_gpu=True),
+    title: operators.RIVALS[name]
+    for title, name in {
+        "GMA, paper": "GMA normalised",
+        "GMA, gated": "GMA un-normalised, decay",
+        "softmax (SDPA)": "SDPA",
+        "softmax (FlashAttention-2)": "SDPA flash",
+        "linear attention": "linear attention",
+        "Mamba-2": "Mamba-2",
+        "linear attention, fla": "fla chunk_linear_attn",
+        "Mamba-2, fla": "Mamba-2, fla",
+    }.items()
 }
 
 
@@ -171,7 +101,8 @@ def measure(name: str, length: int, part: str, device: str, seconds: float) -> d
     """Median time and peak memory of one pass; or the reason why it was refused."""
     rival, memory, inputs = RIVALS[name], Memory(device), None
     try:
-        inputs = rival.inputs(length, torch.bfloat16 if device == "cuda" else torch.float32, device)
+        dtype = torch.bfloat16 if device == "cuda" else torch.float32
+        inputs = make_inputs(rival.names, SHAPE._replace(length=length), dtype, device)
 
         def forward():
             with torch.no_grad():
@@ -250,7 +181,7 @@ def check(device: str) -> None:
         check_correctness()
     else:
         for variant in ("normalised", "un-normalised, decay"):
-            relative_error(variant, Shape(1, 4096, HEADS, DIM, COMPONENTS))
+            relative_error(variant, SHAPE._replace(length=4096))
 
 
 def main() -> None:
@@ -278,8 +209,8 @@ def main() -> None:
         else:
             options.output = output_path(options)
             device = {"device": torch.cuda.get_device_name(), "dtype": "bfloat16"}
-        sizes = {"batch": 1, "heads": HEADS, "dim": DIM, "components": COMPONENTS}
-        mamba = {"mamba2_heads": MAMBA_HEADS, "mamba2_state": MAMBA_STATE}
+        sizes = {"batch": 1, "heads": SHAPE.heads, "dim": SHAPE.dim, "components": SHAPE.components}
+        mamba = {"mamba2_heads": 2 * SHAPE.heads, "mamba2_state": MAMBA_STATE}
         check(options.device)
         measure_all(Results(options.output, "scaling", {**device, **sizes, **mamba}), options)
     for path in stored(options):

@@ -89,56 +89,27 @@ def plot(report: dict, path: Path) -> None:
 
     names = rivals_of(report)
     figure, axes = pyplot().subplots(1, 2, figsize=(12.5, 5), layout="constrained")
-    for axis, (field, title, unit) in zip(
+    for axis, (field, heading, unit) in zip(
         axes,
         (("ms", "Time of forward and backward pass", "milliseconds"), ("peak_mib", "Peak memory", "MiB")),
         strict=True,
     ):
-        ends = []
         for name in names:
             measured = points(report, name, "forward_backward", field)
-            if not measured:
-                continue
-            axis.plot(
-                list(measured), list(measured.values()), "o-", color=RIVAL_COLOURS[name], markersize=3.5, linewidth=1.7
-            )
-            exponent = slope(measured)
-            title = TITLES.get(name, name)
-            label = title if exponent is None else f"{title}  (N^{exponent:.2f})"
-            ends.append((max(measured), list(measured.values())[-1], label, RIVAL_COLOURS[name]))
-        axis.set(xscale="log", yscale="log", title=title, xlabel="tokens", ylabel=unit)
+            if measured:
+                exponent, title = slope(measured), TITLES.get(name, name)
+                label = title if exponent is None else f"{title}  (N^{exponent:.2f})"
+                x, y = list(measured), list(measured.values())
+                axis.plot(x, y, "o-", color=RIVAL_COLOURS[name], markersize=3.5, linewidth=1.7, label=label)
+        axis.set(xscale="log", yscale="log", title=heading, xlabel="tokens", ylabel=unit)
         lengths = sorted({row["length"] for row in report["rows"].values()})
         axis.xaxis.set_major_locator(FixedLocator(lengths[::2]))
         axis.xaxis.set_minor_locator(NullLocator())
         axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: tokens(round(x))))
         axis.grid(True, color="#e4e4e4", linewidth=0.6)
         clean(axis)
-        label_ends(axis, ends, lengths[-1])
+        axis.legend(frameon=False, fontsize=9)
     figure.suptitle(
         f"{report['setting']['device']}, {report['setting']['dtype']}, batch 1, width 512", fontsize=10, color="#555"
     )
     save_figure(figure, path)
-
-
-def label_ends(axis, ends: list[tuple[float, float, str, str]], longest: float) -> None:
-    """Names to the right of the lines, moved apart where they would overlap, and not above the axis."""
-    low, high = (math.log10(limit) for limit in axis.get_ylim())
-    least = 0.06 * (high - low)
-    ends = sorted(ends, key=lambda end: end[1])
-    positions: list[float] = []
-    for _, y, _, _ in ends:
-        positions.append(max(math.log10(y), positions[-1] + least if positions else low))
-    for index in range(len(positions) - 1, -1, -1):
-        above = positions[index + 1] - least if index + 1 < len(positions) else high
-        positions[index] = min(positions[index], above)
-    for (x, y, label, colour), position in zip(ends, positions, strict=True):
-        axis.annotate(
-            label,
-            (x, y),
-            (longest * 1.35, 10**position),
-            color=colour,
-            va="center",
-            fontsize=9,
-            annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.6, "alpha": 0.5},
-        )

@@ -30,7 +30,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.lib.results import Results, add_output_options, need_gpu, output_path, stored
-from benchmarks.lib.tables import text
+from benchmarks.lib.tables import pivot
 from benchmarks.lib.timing import first_line, free_memory
 from gma_hf import GMAConfig, GMAForCausalLM
 from gma_hf.ops import available_backends
@@ -144,16 +144,17 @@ def measure(name: str, context: int, micro_tokens: int) -> dict:
 def tables(content: dict) -> str:
     """Speed and memory by context, and where softmax is ahead."""
     results, found = Results.of(content), []
-    names = [name for name in MODELS if results.find(model=name)]
+    names = {name: name for name in MODELS if results.find(model=name)}
     for title, field, form in (
         ("tokens per second", "tokens_per_second", "{:,.0f}"),
         ("peak memory in GiB", "peak_memory_gib", "{:.1f}"),
     ):
-        lines = {}
-        for name in names:
-            values = [results.get(field, model=name, context=context) for context in CONTEXTS]
-            lines[name] = ["" if value is None else form.format(value) for value in values]
-        found.append(text(f"{title} at context", list(CONTEXTS), lines))
+
+        def cell(name: str, context: int, field: str = field, form: str = form) -> str:
+            value = results.get(field, model=name, context=context)
+            return "" if value is None else form.format(value)
+
+        found += pivot(f"{title} at context", CONTEXTS, names, cell)
     for name in names:
         speeds = {
             context: [results.get("tokens_per_second", model=rival, context=context) for rival in (SOFTMAX, name)]

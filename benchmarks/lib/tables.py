@@ -2,7 +2,7 @@
 """How results are shown: tables in Markdown and in plain text, colours, figures."""
 
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 
@@ -42,6 +42,13 @@ def text(title: str, columns: Sequence, rows: dict[str, Sequence[str]]) -> str:
     for name, cells in rows.items():
         lines.append(f"{name:<{label}}" + "".join(f"{cell:>{n}}" for cell, n in zip(cells, widths, strict=True)))
     return "\n".join(lines)
+
+
+def pivot(title: str, columns: Sequence, names: dict[str, str], cell: Callable[[str, object], str]) -> list[str]:
+    """A table in plain text of `cell(name, column)`, without empty lines; none at all if nothing is left."""
+    lines = {shown: [cell(name, column) for column in columns] for name, shown in names.items()}
+    lines = {name: cells for name, cells in lines.items() if any(cells)}
+    return [text(title, columns, lines)] if lines else []
 
 
 def mean_and_spread(values: Sequence[float], digits: int = 2) -> str:

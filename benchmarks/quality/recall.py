@@ -21,6 +21,7 @@ seeds and the worst of them.
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -98,35 +99,32 @@ class Contender:
         Raises:
             ValueError: for anything else.
         """
-        mixer, layers, softmax_layers, components, *rest = [*text.split(":"), "", "", ""][
-            : max(4, text.count(":") + 1)
-        ]
-        try:
-            chosen = tuple(int(index) for index in softmax_layers.split(",")) if softmax_layers else ()
-            contender = cls(mixer, int(layers or 2), chosen, int(components or 64))
-        except ValueError as error:
-            raise ValueError(f"{text!r} is no contender: write mixer:layers:softmax layers:components.") from error
-        if mixer not in MIXERS or rest:
-            raise ValueError(f"{text!r} is no contender: its mixer must be one of {list(MIXERS)}.")
-        if chosen and (not mixer.startswith("gma_gated") or not set(chosen) <= set(range(contender.layers))):
+        found = re.fullmatch(r"(\w+)(?::(\d*))?(?::([\d,]*))?(?::(\d*))?", text)
+        if found is None or found[1] not in MIXERS:
+            raise ValueError(
+                f"{text!r} is no contender: write mixer:layers:softmax layers:components, the mixer one of {list(MIXERS)}."
+            )
+        chosen = tuple(int(index) for index in (found[3] or "").split(",") if index)
+        contender = cls(found[1], int(found[2] or 2), chosen, int(found[4] or 64))
+        if chosen and (found[1] != "gma_gated" or not set(chosen) <= set(range(contender.layers))):
             raise ValueError(
                 f"{text!r} is no contender: layers 0 to {contender.layers - 1} of a gma_gated model can be softmax."
             )
         return contender
 
     def __str__(self) -> str:
-        softmax_layers = ",".join(map(str, self.softmax_layers))
-        return f"{self.mixer}:{self.layers}:{softmax_layers}:{self.components}"
+        return f"{self.mixer}:{self.layers}:{','.join(map(str, self.softmax_layers))}:{self.components}"
 
     @property
     def title(self) -> str:
-        name = MIXERS[self.mixer].name
-        if self.softmax_layers:
-            name = f"hybrid: {name}, {len(self.softmax_layers)} softmax of"
+        mixer = MIXERS[self.mixer]
+        # Mixers may take two layers for one of the others
+        name, layers = mixer.name, f"{mixer.layer_factor * self.layers} layers"
         if self.mixer.startswith("gma") and self.components != 64:
             name += f", {self.components} components"
-        # Mamba-2 blocks have no MLP: two of them for one of the others
-        return f"{name}, {MIXERS[self.mixer].layer_factor * self.layers} layers".replace("of,", "of")
+        if self.softmax_layers:
+            return f"hybrid: {name}, {len(self.softmax_layers)} softmax of {layers}"
+        return f"{name}, {layers}"
 
     def overrides(self) -> dict:
         if not self.softmax_layers:

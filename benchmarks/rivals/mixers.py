@@ -140,11 +140,8 @@ def make_config(mixer: str, *, is_causal: bool = True, **sizes) -> GMAConfig:
         sizes: fields of `GMAConfig`; they win over what the mixer needs. Mamba-2 gets twice the `num_hidden_layers`, has no
             use for `intermediate_size`, and its heads and state have the published sizes.
 
-    Returns:
-        The configuration.
-
     Raises:
-        ValueError: for an unknown mixer, or a bidirectional one that is causal only.
+        ValueError: for an unknown mixer, or one that cannot be what is asked for.
     """
     if mixer not in MIXERS:
         raise ValueError(f"There is no mixer {mixer!r}. Choose one of {list(MIXERS)}.")

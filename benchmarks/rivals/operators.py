@@ -15,12 +15,16 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from benchmarks.rivals.linear_attention import linear_attention
+from benchmarks.rivals.mamba2 import state_space
 from gma_hf.ops import gaussian_mixture_attention
 
 
 QKV = ("query", "key", "value")
 MIXTURE = ("means", "raw_variances", "prior_logits")
 GATES = ("write_weight", "log_decay")
+IN_FLOAT32 = (*MIXTURE, *GATES, "dt", "rate")
+MAMBA_STATE = 128
 # Relative to the norm: some three roundings to bfloat16 of at most 2^-8 each
 TOLERANCE = 1e-2
 
@@ -61,25 +65,42 @@ def make_inputs(names: tuple[str, ...], shape: Shape, dtype: torch.dtype, device
         "slots": lambda: tokens(components).sigmoid(),
         "slot_gate": lambda: F.logsigmoid(tokens(components)) / 8,
         "beta": lambda: tokens().sigmoid(),
+        # Of Mamba-2's layer of the same width: twice as many heads of the dimension, a state of 128, one group
+        "x": lambda: torch.randn(batch, length, 2 * heads, dim, device=device),
+        "B": lambda: torch.randn(batch, length, MAMBA_STATE, device=device),
+        "C": lambda: torch.randn(batch, length, MAMBA_STATE, device=device),
+        "dt": lambda: 0.1 * torch.rand(batch, length, 2 * heads, device=device),
+        "rate": lambda: torch.linspace(1, 16, 2 * heads, device=device),
     }
     inputs = {}
     for seed, name in enumerate(make, start=1):
         if name in names:
             torch.manual_seed(seed)
             x = make[name]()
-            inputs[name] = (x if name in MIXTURE + GATES else x.to(dtype)).detach().requires_grad_()
+            inputs[name] = (x if name in IN_FLOAT32 else x.to(dtype)).detach().requires_grad_()
     return inputs
 
 
 class Rival(NamedTuple):
-    """An operator and the names of the inputs that it uses, in which it is differentiated."""
+    """
+    An operator, the names of the inputs that it uses, in which it is differentiated, the order of the growth of its time with the
+    length, and whether it needs a GPU.
+    """
 
     function: Callable[[dict[str, Tensor]], Tensor]
     names: tuple[str, ...]
+    order: int = 1
+    needs_gpu: bool = False
 
 
-def gma(names: tuple[str, ...], normalize: bool, backend: str = "triton") -> Rival:
-    return Rival(lambda x: gaussian_mixture_attention(**x, normalize=normalize, backend=backend), names)
+def gma(names: tuple[str, ...], normalize: bool, backend: str | None = None) -> Rival:
+    """On a backend by its name, so that nothing falls back unnoticed: the kernels on a GPU, `chunked` on a CPU."""
+
+    def function(x: dict[str, Tensor]) -> Tensor:
+        chosen = backend or ("triton" if x["query"].is_cuda else "chunked")
+        return gaussian_mixture_attention(**x, normalize=normalize, backend=chosen)
+
+    return Rival(function, names)
 
 
 def sdpa(x: dict[str, Tensor]) -> Tensor:
@@ -103,7 +124,21 @@ def fla(module: str, *names: str, **arguments) -> Rival:
         operator = getattr(importlib.import_module(f"fla.ops.{module}"), f"chunk_{module}")
         return operator(*(x[name].transpose(1, 2) for name in QKV + names), **arguments)[0].transpose(1, 2)
 
-    return Rival(function, QKV + names)
+    return Rival(function, QKV + names, needs_gpu=True)
+
+
+def elu_attention(x: dict[str, Tensor]) -> Tensor:
+    query, key = (F.elu(x[name].float()) + 1 for name in ("query", "key"))
+    return linear_attention(query, key, x["value"])
+
+
+def mamba_by_fla(x: dict[str, Tensor]) -> Tensor:
+    """The recurrence of Mamba-2 as decayed linear attention: C reads, B writes, dt x is written."""
+    from fla.ops.simple_gla import chunk_simple_gla
+
+    query, key = (x[name][:, :, None].expand(-1, -1, x["x"].shape[2], -1) for name in ("C", "B"))
+    value = x["x"] * x["dt"][..., None].to(x["x"].dtype)
+    return chunk_simple_gla(query, key, value, g=-x["dt"] * x["rate"], scale=1.0)[0]
 
 
 # The four ways to call the operator: which inputs, and whether the read is normalised
@@ -115,7 +150,10 @@ VARIANTS = {
 }
 GMA = {f"GMA {name}": gma(*variant) for name, variant in VARIANTS.items()}
 GMA_EXTREMES = ("GMA normalised", "GMA un-normalised, decay")  # the paper's block and the gated block
-SDPA = {"SDPA": Rival(sdpa, QKV), "SDPA flash": Rival(flash_attention, QKV)}
+SDPA = {
+    "SDPA": Rival(sdpa, QKV, order=2),
+    "SDPA flash": Rival(flash_attention, QKV, order=2, needs_gpu=True),
+}
 CHUNKED = {"GMA normalised, chunked": gma(*VARIANTS["normalised"], backend="chunked")}
 # How tables name what results call otherwise
 TITLES = {
@@ -131,7 +169,13 @@ FLA = {
     "fla chunk_gated_delta_rule": fla("gated_delta_rule", "log_decay", "beta", use_qk_l2norm_in_kernel=True),
     "fla chunk_gsa": fla("gsa", "slots", "slot_gate"),
 }
-RIVALS = {**GMA, **SDPA, **FLA, **CHUNKED}
+RECURRENCE = ("x", "dt", "rate", "B", "C")
+PLAIN = {  # in plain PyTorch
+    "linear attention": Rival(elu_attention, QKV),
+    "Mamba-2": Rival(lambda x: state_space(**x), RECURRENCE),
+}
+MAMBA_BY_FLA = {"Mamba-2, fla": Rival(mamba_by_fla, RECURRENCE, needs_gpu=True)}
+RIVALS = {**GMA, **SDPA, **FLA, **CHUNKED, **PLAIN, **MAMBA_BY_FLA}
 
 
 def evaluate(rival: Rival, inputs: dict[str, Tensor], grad: Tensor) -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ from benchmarks.conversion.minilm import table as minilm_table
 from benchmarks.conversion.smollm2 import table as smollm2_table
 from benchmarks.kernels import attention_gpu, decoding_gpu, scaling, scaling_report
 from benchmarks.lib.results import Results, add_output_options, output_path
+from benchmarks.rivals.operators import make_inputs
 
 
 ROOT = Path(__file__).parents[2]
@@ -47,10 +48,11 @@ def test_rivals_compute_causal_sequence_mixers_of_the_same_width():
     for name, rival in scaling.RIVALS.items():
         if rival.needs_gpu:
             continue
-        inputs = rival.inputs(160, torch.float32, "cpu")
+        shape = scaling.SHAPE._replace(length=160)
+        inputs = make_inputs(rival.names, shape, torch.float32, "cpu")
         output = rival.function(inputs)
         tokens = output.shape.index(160)
-        assert output.numel() == 160 * scaling.HEADS * scaling.DIM * (2 if name == "Mamba-2" else 1)
+        assert output.numel() == 160 * shape.heads * shape.dim * (2 if name == "Mamba-2" else 1)
         gradients = torch.autograd.grad(output.narrow(tokens, 0, 100).square().sum(), list(inputs.values()))
         for key, gradient in zip(inputs, gradients, strict=True):
             assert gradient.abs().sum() > 0, (name, key)
