@@ -34,12 +34,16 @@ class Problem:
     causal: bool = True
     normalize: bool = True
     normalizer: bool = False  # also an output, where the read is normalised
+    correlate: bool = False  # which is not normalised
     weights: bool = False
     decay: bool = False
     state: bool = False
     packed: bool = False
     query_length: int | None = None
     seed: int = 0
+
+    def __post_init__(self):
+        self.normalize = self.normalize and not self.correlate
 
     @property
     def mixtures(self) -> int:
@@ -95,6 +99,7 @@ class Problem:
             initial_state=state,
             output_final_state=with_state,
             output_normalizer=with_normalizer,
+            correlate=self.correlate,
             eps=EPS,
             **options,
         )
@@ -140,7 +145,7 @@ def assert_close(
     assert not wrong, wrong
 
 
-def problems(max_length: int = 150, **fixed) -> st.SearchStrategy[Problem]:
+def problems(max_length: int = 150, allow_correlated: bool = True, **fixed) -> st.SearchStrategy[Problem]:
     """Calls of every kind: grouped heads, odd sizes, weights, decays, states, packing."""
     free = {
         "length": st.integers(1, max_length),
@@ -159,4 +164,8 @@ def problems(max_length: int = 150, **fixed) -> st.SearchStrategy[Problem]:
         "packed": st.booleans(),
         "seed": st.integers(0, 1000),
     }
-    return st.builds(Problem, **(free | {name: st.just(value) for name, value in fixed.items()}))
+    chosen = free | {name: st.just(value) for name, value in fixed.items()}
+    # Routes correlate over two components or more
+    correlated = {"correlate": st.just(True), "components": st.integers(2, 7)}
+    plain = st.builds(Problem, **chosen)
+    return st.one_of(plain, st.builds(Problem, **(chosen | correlated))) if allow_correlated else plain

@@ -2,6 +2,7 @@
 """What a caller is told when arguments do not fit, how backends are chosen, and that calls compile."""
 
 import logging
+import math
 
 import pytest
 import torch
@@ -26,6 +27,30 @@ def call(**changes):
 
 
 WRONG = {
+    "no tensor": ({"means": None}, "means is NoneType, expected a tensor"),
+    "causal": ({"causal": "no"}, "causal is 'no', expected True or False"),
+    "normalize": ({"normalize": 1}, "normalize is 1, expected True or False"),
+    "eps": ({"eps": -1.0}, "eps is -1.0, expected a finite number that is not negative"),
+    "eps nan": ({"eps": math.nan}, "eps is nan"),
+    "eps inf": ({"eps": math.inf}, "eps is inf"),
+    "eps text": ({"eps": "small"}, "eps is 'small', expected a number"),
+    "floor": ({"variance_floor": -5}, "variance_floor is -5, expected a finite number"),
+    "floor nan": ({"variance_floor": math.nan}, "variance_floor is nan"),
+    "one component": (
+        {
+            "correlate": True,
+            "normalize": False,
+            "means": torch.zeros(2, 1, 4),
+            "raw_variances": torch.zeros(2, 1, 4),
+            "prior_logits": torch.zeros(2, 1),
+        },
+        "correlate is given with one component.*use 2 or more",
+    ),
+    "correlation": ({"correlate": True}, "correlate is given with normalize=True.*use normalize=False"),
+    "mixture of integers": (
+        {"prior_logits": torch.zeros(2, 5, dtype=torch.long)},
+        "prior_logits has dtype torch.int64",
+    ),
     "query": ({"query": torch.zeros(2, 2, 20)}, r"query has shape \[2, 2, 20\]"),
     "integers": ({"query": torch.zeros(2, 2, 20, 4, dtype=torch.long)}, "query has dtype torch.int64"),
     "key": ({"key": torch.zeros(2, 2, 20, 5)}, r"key has shape .* = \[2, 2, 20, 4\]"),
@@ -162,6 +187,8 @@ CASES = {
     "causal": {},
     "everything": {"weights": True, "decay": True, "state": True, "packed": True},
     "normaliser": {"normalizer": True},
+    "correlated": {"correlate": True, "weights": True, "decay": True},
+    "correlated bidirectional": {"correlate": True, "causal": False},
     "bidirectional, normaliser": {"causal": False, "weights": True, "normalizer": True},
     "packed bidirectional": {"causal": False, "packed": True},
 }
@@ -180,7 +207,13 @@ def test_compiles_into_one_graph_forward_and_backward(case):
         state = {"initial_state": (leaves["S"], leaves["z"])} if problem.state else {}
         arguments = {name: x for name, x in leaves.items() if name not in ("S", "z")}
         output = function(
-            **arguments, **state, causal=problem.causal, sequence_ids=ids, output_normalizer=problem.normalizer
+            **arguments,
+            **state,
+            causal=problem.causal,
+            sequence_ids=ids,
+            output_normalizer=problem.normalizer,
+            normalize=problem.normalize,
+            correlate=problem.correlate,
         )
         outputs = output if problem.normalizer else (output,)
         grads = torch.autograd.grad(sum(x.sin().sum() for x in outputs), list(leaves.values()))

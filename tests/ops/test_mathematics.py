@@ -56,7 +56,7 @@ def test_bidirectional_is_permutation_equivariant(backend):
 
 
 @few_examples
-@given(problems(normalize=True, state=False, packed=False))
+@given(problems(normalize=True, allow_correlated=False, state=False, packed=False))
 def test_normalised_read_stays_inside_the_range_of_the_values(problem):
     """o is a convex combination of values, shrunk towards 0 by d / (d + eps)."""
     tensors = problem.tensors()
@@ -73,11 +73,15 @@ def test_affinity_times_values_is_the_output(problem):
     output = problem.run(tensors, backend="chunked")["output"]
     value = tensors.pop("value")
     affinity = gaussian_mixture_affinity(
-        **tensors, sequence_ids=problem.sequence_ids(), normalize=problem.normalize, eps=EPS
+        **tensors,
+        sequence_ids=problem.sequence_ids(),
+        normalize=problem.normalize,
+        eps=EPS,
+        correlate=problem.correlate,
     )
     heads = output.shape[1] // value.shape[1]
     torch.testing.assert_close(affinity @ value.repeat_interleave(heads, dim=1), output, rtol=1e-9, atol=1e-11)
-    assert (affinity >= 0).all()
+    assert problem.correlate or (affinity >= 0).all()
     assert (affinity.triu(1) == 0).all()
 
 
@@ -246,3 +250,55 @@ def test_bfloat16_counts_do_not_saturate():
     weight = torch.full((1, 1, tokens), 1 / 64, dtype=torch.bfloat16)
     _, (_, z) = attend(tensors, write_weight=weight, output_final_state=True)
     torch.testing.assert_close(z, torch.full((1, 1, 1), tokens / 64), rtol=1e-5, atol=0)
+
+
+def correlations(problem: Problem) -> Tensor:
+    """The affinity by correlation, of one sequence without weights."""
+    tensors = problem.tensors()
+    del tensors["value"]
+    return gaussian_mixture_affinity(**tensors, causal=problem.causal, normalize=False, correlate=True)
+
+
+def test_the_correlated_affinity_is_the_correlation_of_two_routes():
+    """By Pearson's formula, computed by another library."""
+    problem = Problem(length=12, batch=1, causal=False, components=6)
+    tensors = problem.tensors()
+    mixture = [tensors[name] for name in MIXTURE]
+    routes = [gaussian_mixture_responsibilities(tensors[name], *mixture)[0, 0] for name in ("query", "key")]
+    expected = torch.corrcoef(torch.cat(routes))[:12, 12:]
+    torch.testing.assert_close(
+        correlations(problem)[0, 0], expected, rtol=0, atol=1e-6
+    )  # 1e-8 beside lengths of 0.1 and more
+
+
+def test_a_token_correlates_with_itself_and_least_with_its_opposite():
+    problem = Problem(length=30, batch=1, causal=False, components=2)
+    tensors = problem.tensors()
+    tensors["key"] = tensors["query"]
+    affinity = gaussian_mixture_affinity(
+        *(tensors[name] for name in ("query", "key", *MIXTURE)), causal=False, normalize=False, correlate=True
+    )[0, 0]
+    torch.testing.assert_close(affinity.diagonal(), torch.ones(30, dtype=torch.float64), rtol=0, atol=1e-4)
+    # Of two components every token prefers the one or the other
+    assert ((affinity.abs() - 1).abs() < 1e-4).all() and (affinity < 0).any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_correlation_needs_no_z(backend):
+    problem = Problem(length=70, state=True, weights=True, decay=True, correlate=True)
+    tensors = problem.tensors()
+    expected = problem.run(tensors, backend=backend)
+    tensors["z"] = tensors["z"] * 7
+    actual = problem.run(tensors, backend=backend)
+    assert torch.equal(expected["output"], actual["output"]) and torch.equal(expected["S"], actual["S"])
+    assert not expected["z"].any() and not actual["z"].any()
+
+
+def test_correlated_routes_do_not_depend_on_what_all_tokens_share():
+    """A constant added to every value is read as it would be from routes alone: nothing of it where routes cancel."""
+    problem = Problem(length=1, batch=1, components=4, correlate=True)
+    tensors = problem.tensors()
+    tensors["means"][:] = 0.0
+    tensors["raw_variances"][:] = 0.0
+    tensors["prior_logits"][:] = 0.0
+    assert not problem.run(tensors)["output"].any()  # every component is the average component

@@ -23,6 +23,15 @@ CASES = {
     "everything": {**EVERYTHING, "normalizer": True},
     "one sequence": {**EVERYTHING, "batch": 1, "normalizer": True},
     "one sequence, gated": {**EVERYTHING, "batch": 1, "normalize": False},
+    "correlated": {**EVERYTHING, "correlate": True},
+    "correlated, one sequence, grouped": {
+        **EVERYTHING,
+        "correlate": True,
+        "batch": 1,
+        "key_heads": 2,
+        "mixtures_per_key_head": 2,
+        "queries_per_mixture": 3,
+    },
     "one component": {**EVERYTHING, "components": 1},
     "one dimension": {**EVERYTHING, "routing_dim": 1, "value_dim": 1},
     "grouped": {
@@ -55,6 +64,7 @@ def take_step(problem: Problem, tensors: dict[str, torch.Tensor]) -> dict[str, t
             normalize=problem.normalize,
             eps=EPS,
             output_normalizer=problem.normalizer,
+            correlate=problem.correlate,
         )
     named = {"output": result.output, "S": result.state[0], "z": result.state[1]}
     return named | ({"normalizer": result.normalizer} if problem.normalizer else {})
@@ -66,6 +76,8 @@ def tensors_of(problem: Problem, dtype: torch.dtype = torch.float64) -> dict[str
     if problem.decay and problem.key_heads > 1:
         tensors["log_decay"] = tensors["log_decay"].repeat_interleave(problem.mixtures_per_key_head, dim=1)
     state = {name: tensors.pop(name) for name in ("S", "z") if name in tensors}
+    if problem.correlate:
+        state["z"] = torch.zeros_like(state["z"])  # as every step with correlation leaves it
     return {name: x.to(dtype) for name, x in tensors.items()} | {
         name: x.to(torch.promote_types(dtype, torch.float32)) for name, x in state.items()
     }

@@ -35,6 +35,7 @@ class AttentionCall(NamedTuple):
     initial_state: State | None
     output_final_state: bool
     output_normalizer: bool = False  # only where the read is normalised
+    correlate: bool = False  # rho instead of gamma, where the read is not normalised
 
     @property
     def state_dtype(self) -> torch.dtype:

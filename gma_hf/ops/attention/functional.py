@@ -33,6 +33,7 @@ def gaussian_mixture_attention(
     initial_state: State | None = None,
     output_final_state: bool = False,
     output_normalizer: bool = False,
+    correlate: bool = False,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, State] | tuple[Tensor, Tensor] | tuple[Tensor, Tensor, State]:
     """Gaussian mixture attention: tokens write values to mixture components, queries read them back.
@@ -43,9 +44,17 @@ def gaussian_mixture_attention(
         z_t = a_t z_{t-1} + w_t gamma(k_t)
         o_t = gamma(q_t) S_t / (gamma(q_t) z_t + eps)        or gamma(q_t) S_t with normalize=False
 
-    Bidirectional, every query reads the S and z that all keys wrote. Source: Y. Huang and H. Raza, "Gaussian Mixture
-    Attention", arXiv:2606.18283; `write_weight` w and `log_decay` log a are this package's generalisation (1 and 0 in
-    the paper).
+    Bidirectional, every query reads the S and z that all keys wrote. With `correlate`, rho stands for gamma:
+
+        delta = gamma - 1/C,    rho = sqrt(C) delta / sqrt(C |delta|^2 + 1e-8)
+
+    and rho(q) . rho(k) is the correlation of two routes over the C components: a token's route is compared with the average
+    component. Two tokens that are routed alike have an affinity of +1, unrelated routes 0, opposite routes -1. So a query reads
+    what was written along its own route, and what everything else wrote cancels out instead of adding up.
+
+    Source: Y. Huang and H. Raza, "Gaussian Mixture
+    Attention", arXiv:2606.18283; `write_weight` w, `log_decay` log a and `correlate` are this package's
+    generalisation (1, 0 and False in the paper).
 
     Args:
         query: `[batch, query_heads, query_length, routing_dim]`, any floating dtype, any strides.
@@ -69,6 +78,8 @@ def gaussian_mixture_attention(
             returned by an earlier call. Never modified.
         output_final_state: also return `(S, z)` after the last token.
         output_normalizer: also return what the read is divided by, `D = gamma(q_t) z_t + eps`; only with `normalize`.
+        correlate: write and read by the correlation of routes; only with normalize=False and two
+            components or more. z is not needed, and stays 0.
         backend: "auto", or a name of `available_backends()`.
 
     Returns:
@@ -97,6 +108,7 @@ def gaussian_mixture_attention(
         initial_state=initial_state,
         output_final_state=output_final_state,
         output_normalizer=output_normalizer,
+        correlate=correlate,
     )
     validate_call(call, sequence_ids)
     call = with_mixture_heads(call)
@@ -106,6 +118,9 @@ def gaussian_mixture_attention(
         else:
             call = with_resets(call, sequence_ids)
             result = AttentionResult(*choose("call", WAYS, call, backend=backend).run(call))
+    if correlate and result.state is not None:
+        S, z = result.state
+        result = result._replace(state=(S, torch.zeros_like(z)))
     asked_for = (result.output,)
     if output_normalizer:
         asked_for += (result.normalizer,)
@@ -128,16 +143,18 @@ def gaussian_mixture_affinity(
     normalize: bool = True,
     eps: float = 1e-6,
     variance_floor: float = 1e-4,
+    correlate: bool = False,
 ) -> Tensor:
     """The matrix A with A @ value = output: quadratic, for looking at what a short sequence attends to.
 
     A = diag(Gamma^Q z + eps)^-1 Gamma^Q (Gamma^K)^T, its lower triangle if causal, with write weights and decays
     multiplied in; without the diagonal factor when not normalised. Non-negative; with `normalize` rows sum to
-    d / (d + eps), d being the accumulated weight.
+    d / (d + eps), d being the accumulated weight. With `correlate`, rho stands for gamma: A is signed, and its entries lie in
+    [-w, w].
 
     Args:
         query, key, means, raw_variances, prior_logits, causal, write_weight, log_decay, sequence_ids, normalize, eps,
-            variance_floor: as in `gaussian_mixture_attention`.
+            variance_floor, correlate: as in `gaussian_mixture_attention`.
 
     Returns:
         `[batch, query_heads, query_length, key_length]`, in float32 (float64 when an input is float64).
@@ -161,6 +178,7 @@ def gaussian_mixture_affinity(
         variance_floor=variance_floor,
         initial_state=None,
         output_final_state=False,
+        correlate=correlate,
     )
     validate_call(call, sequence_ids)
     with without_autocast(query.device.type):

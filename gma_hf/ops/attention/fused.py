@@ -74,6 +74,8 @@ def cannot_run(call: AttentionCall) -> str | None:
         return f"components times dimension are above {MAX_STATE}."
     if 0 in (call.query.numel(), call.key.numel(), call.value.numel()):
         return "a tensor is empty."
+    if call.correlate:
+        return "they do not know the correlation of routes."
     return missing(call.query.device.type, call.query.device.index)
 
 

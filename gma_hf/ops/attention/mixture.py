@@ -30,6 +30,9 @@ from torch.nn import functional as F
 # Coordinates further than this from the mixture's centre are clipped, so that their squares (times precisions up to
 # 1e12) stay finite in float32: an arbitrarily large key then has a one-hot responsibility, never NaN.
 MAX_DISTANCE = 1e12
+# Added to C times the squared length of a route relative to the average component: tokens that prefer next to nothing count for
+# less, instead of being blown up to full length
+CORRELATION_EPS = 1e-8
 
 
 class MixtureCoefficients(NamedTuple):
@@ -80,20 +83,51 @@ def component_logits(x: Tensor, coefficients: MixtureCoefficients) -> Tensor:
     return logits.unflatten(1, x.shape[1:-1])
 
 
-def posterior(x: Tensor, coefficients: MixtureCoefficients) -> Tensor:
-    """Responsibilities of centred tokens, in the logits' memory and without autograd: shapes of `component_logits`."""
+class Route(NamedTuple):
+    """How tokens are routed: what they write to and read from the components with, and the posterior behind it."""
+
+    weights: Tensor  # gamma, or rho
+    gamma: Tensor
+
+
+def correlated(gamma: Tensor) -> Tensor:
+    """
+    The route relative to the average component and of unit length: the product of two is the correlation of two routes.
+
+        delta = gamma - 1/C         rho = sqrt(C) delta / sqrt(C |delta|^2 + CORRELATION_EPS)
+
+    Above 0 is what a token prefers more than the average component. A token that prefers none is 0 everywhere.
+    """
+    delta = gamma - 1.0 / gamma.shape[-1]
+    return delta * inverse_length(delta)
+
+
+def inverse_length(delta: Tensor) -> Tensor:
+    """sqrt(C) / sqrt(C |delta|^2 + CORRELATION_EPS), [..., C] -> [..., 1]."""
+    return (delta.square().sum(dim=-1, keepdim=True) + CORRELATION_EPS / delta.shape[-1]).rsqrt()
+
+
+def route(x: Tensor, coefficients: MixtureCoefficients, correlate: bool) -> Route:
+    """The route of centred tokens, in the logits' memory and without autograd: shapes of `component_logits`."""
     gamma = component_logits(x, coefficients).exp_()
-    return gamma.div_(gamma.sum(dim=-1, keepdim=True))
+    gamma.div_(gamma.sum(dim=-1, keepdim=True))
+    return Route(correlated(gamma) if correlate else gamma, gamma)
 
 
-def posterior_backward(
-    grad: Tensor, gamma: Tensor, x: Tensor, coefficients: MixtureCoefficients
+def route_backward(
+    grad: Tensor, routed: Route, x: Tensor, coefficients: MixtureCoefficients
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of `posterior` with respect to x, linear, quadratic and bias. Overwrites `grad` (of gamma) and `x`.
+    """Gradients of `route` with respect to x, linear, quadratic and bias. Overwrites `grad` (of the weights) and `x`.
 
     d logit_c = gamma_c (d gamma_c - sum_j gamma_j d gamma_j), and the logits are linear in x, in x * x and in the
-    coefficients. Together this is the paper's responsibility-modulated gradient.
+    coefficients. Together this is the paper's responsibility-modulated gradient. With correlation,
+    d gamma = (d rho - rho (rho . d rho)) sqrt(C) / sqrt(C |delta|^2 + CORRELATION_EPS).
     """
+    weights, gamma = routed
+    if weights is not gamma:
+        grad = grad.addcmul_(weights, (weights * grad).sum(dim=-1, keepdim=True), value=-1)
+        delta = gamma - 1.0 / gamma.shape[-1]
+        grad = grad.mul_(inverse_length(delta))
     weighted = grad.mul_(gamma)
     grad_logits = weighted.addcmul_(gamma, weighted.sum(dim=-1, keepdim=True), value=-1).flatten(1, -2)
     rows = x.flatten(1, -2)
@@ -104,15 +138,16 @@ def posterior_backward(
     return grad_rows.view_as(x), grad_linear, grad_quadratic, grad_logits.sum(dim=1, keepdim=True)
 
 
-def responsibilities(x: Tensor, coefficients: MixtureCoefficients) -> Tensor:
+def responsibilities(x: Tensor, coefficients: MixtureCoefficients, correlate: bool = False) -> Tensor:
     """Posterior over the components: [batch, heads, length, routing_dim] -> [batch, heads, length, components].
 
-    With a multiple of the mixtures' heads, neighbouring heads share a mixture.
+    With a multiple of the mixtures' heads, neighbouring heads share a mixture. `correlate` gives rho instead.
     """
     heads, mixtures = x.shape[1], coefficients.centre.shape[0]
     x = x.unflatten(1, (mixtures, heads // mixtures)).transpose(0, 1)
     x = centred(x, coefficients.centre[:, :, None, None])
-    return component_logits(x, coefficients).softmax(dim=-1).transpose(0, 1).flatten(1, 2)
+    gamma = component_logits(x, coefficients).softmax(dim=-1).transpose(0, 1).flatten(1, 2)
+    return correlated(gamma) if correlate else gamma
 
 
 def repeat_heads(x: Tensor, heads: int) -> Tensor:

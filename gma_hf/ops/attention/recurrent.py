@@ -6,7 +6,7 @@
     o_t = gamma^Q_t S_t / D_t, D_t = gamma^Q_t z_t + eps          or gamma^Q_t S_t when the read is not normalised
 
 query [B, Hq, N, d], key [B, Hk, N, d], value [B, Hk, N, dv], mixtures M -> output [B, Hq, N, dv],
-S [B, M, C, dv], z [B, M, C], D [B, Hq, N].
+S [B, M, C, dv], z [B, M, C], D [B, Hq, N]. With correlation, rho stands for gamma, and the read is not normalised.
 """
 
 from typing import NamedTuple
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .call import AttentionCall, AttentionResult, State
-from .mixture import MAX_DISTANCE, MixtureCoefficients, repeat_heads, responsibilities, smallest_share
+from .mixture import MAX_DISTANCE, MixtureCoefficients, correlated, repeat_heads, responsibilities, smallest_share
 
 
 SHORT = 8  # tokens: up to here stepping beats the set-up of chunks
@@ -47,6 +47,7 @@ def step(
     normalize: bool = True,
     eps: float = 1e-6,
     output_normalizer: bool = False,
+    correlate: bool = False,
 ) -> AttentionResult:
     """
     One token of the recurrence, without gradients: every line is a call into PyTorch, and their number is what a decoding
@@ -63,6 +64,8 @@ def step(
         normalize (`bool`, *optional*, defaults to `True`): whether the read is divided by the accumulated weight.
         eps (`float`, *optional*, defaults to 1e-06): added to the accumulated weight.
         output_normalizer (`bool`, *optional*, defaults to `False`): whether D is returned; only with `normalize`.
+        correlate (`bool`, *optional*, defaults to `False`): whether tokens write and read by the correlation of routes; only
+            without `normalize`. z stays as it is.
 
     Returns:
         `AttentionResult`: the output in the values' dtype, the state after the token, and D.
@@ -82,6 +85,8 @@ def step(
     x = x.squeeze(0) if batch == 1 else x.transpose(0, 1).reshape(mixtures, -1, routing_dim)
     gamma = torch.baddbmm(coefficients.bias, torch.cat([x, x * x], dim=-1), coefficients.joined)
     gamma = gamma.softmax(dim=-1).clamp_(min=smallest_share(dtype))
+    if correlate:
+        gamma = correlated(gamma)
     if batch > 1:
         gamma = gamma.view(mixtures, batch, repeats + 1, components).transpose(0, 1).flatten(0, 1)
     gamma_query, gamma_key = gamma.narrow(1, 0, repeats), gamma.select(1, repeats)  # [B * M, R, C], [B * M, C]
@@ -95,13 +100,15 @@ def step(
     written = gamma_key.unsqueeze(-1)
     if state is None:
         S, z = written * value, gamma_key.view(batch, mixtures, components)
+        z = torch.zeros_like(z) if correlate else z
         S = S.view(batch, mixtures, components, value_dim)
     elif log_decay is None:
-        S, z = torch.addcmul(state[0], written, value), state[1] + gamma_key
+        S = torch.addcmul(state[0], written, value)
+        z = state[1] if correlate else state[1] + gamma_key
     else:
         decay = log_decay.to(dtype).exp()
         S = torch.addcmul(written * value, state[0], decay.unsqueeze(-1))
-        z = torch.addcmul(gamma_key, state[1], decay)
+        z = state[1] if correlate else torch.addcmul(gamma_key, state[1], decay)
 
     # o = gamma^Q S / D
     output, normalizer = torch.bmm(gamma_query, S.reshape(-1, components, value_dim)), None
@@ -135,9 +142,12 @@ def recurrent_attention(call: AttentionCall) -> AttentionResult:
             normalize=call.normalize,
             eps=call.eps,
             output_normalizer=call.output_normalizer,
+            correlate=call.correlate,
         )
-    gamma_query = responsibilities(call.query, coefficients).unflatten(1, (mixtures, -1))  # [B, M, Hq / M, N, C]
-    gamma_key = responsibilities(repeat_heads(call.key, mixtures), coefficients)  # [B, M, N, C]
+    gamma_query = responsibilities(call.query, coefficients, call.correlate).unflatten(
+        1, (mixtures, -1)
+    )  # [B, M, Hq / M, N, C]
+    gamma_key = responsibilities(repeat_heads(call.key, mixtures), coefficients, call.correlate)  # [B, M, N, C]
     value = repeat_heads(call.value.to(dtype), mixtures)
     if call.write_weight is not None:
         gamma_key = gamma_key * call.write_weight.to(dtype).unsqueeze(-1)

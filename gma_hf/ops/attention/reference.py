@@ -7,6 +7,8 @@
     S_N  = sum_j exp(sum_{j < l <= N} log a_l) w_j gamma^K_j v_j^T + d_N S_0,     z_N likewise with v_j = 1
     d_i  = exp(sum_{l <= i} log a_l)
 
+With correlation, rho stands for gamma, and the read is not normalised.
+
 query [B, Hq, Nq, d], key [B, Hk, N, d], value [B, Hk, N, dv], mixtures M -> output [B, Hq, Nq, dv],
 S [B, M, C, dv], z [B, M, C], D [B, Hq, Nq].
 """
@@ -39,8 +41,9 @@ def pair_weights(call: AttentionCall) -> Tensor:
     coefficients = call.coefficients()
     query_heads = call.query.shape[1]
     mixtures = call.means.shape[0]
-    gamma_query = responsibilities(call.query, coefficients).unflatten(1, (mixtures, query_heads // mixtures))
-    gamma_key = responsibilities(repeat_heads(call.key, mixtures), coefficients)
+    gamma_query = responsibilities(call.query, coefficients, call.correlate)
+    gamma_query = gamma_query.unflatten(1, (mixtures, query_heads // mixtures))
+    gamma_key = responsibilities(repeat_heads(call.key, mixtures), coefficients, call.correlate)
     if call.write_weight is not None:
         gamma_key = gamma_key * call.write_weight.to(gamma_key.dtype).unsqueeze(-1)
     pairs = gamma_query @ gamma_key.transpose(-1, -2).unsqueeze(2)
@@ -65,7 +68,7 @@ def reference_attention(call: AttentionCall) -> AttentionResult:
     denominator = pairs.sum(dim=-1, keepdim=True)
 
     coefficients = call.coefficients()
-    written = responsibilities(repeat_heads(call.key, mixtures), coefficients)
+    written = responsibilities(repeat_heads(call.key, mixtures), coefficients, call.correlate)
     if call.write_weight is not None:
         written = written * call.write_weight.to(dtype).unsqueeze(-1)
     log_decay = log_decay_or_zero(call)
@@ -78,7 +81,7 @@ def reference_attention(call: AttentionCall) -> AttentionResult:
     z = written.sum(dim=-2)
     if call.initial_state is not None:
         S_0, z_0 = (part.to(dtype) for part in call.initial_state)
-        gamma_query = responsibilities(call.query, coefficients).unflatten(1, (mixtures, -1))
+        gamma_query = responsibilities(call.query, coefficients, call.correlate).unflatten(1, (mixtures, -1))
         if call.causal:
             gamma_query = gamma_query * from_start[:, :, None, :, None]
             remaining = from_start[..., -1:].unsqueeze(-1) if log_decay.shape[-1] else 1.0

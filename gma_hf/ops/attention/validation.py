@@ -1,11 +1,17 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
 """Checks of what a caller passes: shapes and combinations only, never values, so that calls can be compiled."""
 
+import math
+
 import torch
 from torch import Tensor
 
+from ..operators import expect_one_device
 from .call import AttentionCall
 
+
+TENSORS = ("query", "key", "value", "means", "raw_variances", "prior_logits", "write_weight", "log_decay")
+OPTIONAL = ("write_weight", "log_decay", "sequence_ids")
 
 # Messages are formatted only when they are raised: formatting a size would fix it to a constant in a compiled graph.
 
@@ -24,6 +30,8 @@ def expect_floating(name: str, x: Tensor) -> None:
 
 def validate_mixture(means: Tensor, raw_variances: Tensor, prior_logits: Tensor, routing_dim: int) -> None:
     """The mixture's tensors fit each other and the tokens."""
+    for name, x in (("means", means), ("raw_variances", raw_variances), ("prior_logits", prior_logits)):
+        expect_floating(name, x)
     if means.ndim != 3 or means.shape[-1] != routing_dim:
         raise ValueError(
             f"means has shape {list(means.shape)}, expected [mixtures, components, routing_dim] with routing_dim = "
@@ -33,9 +41,32 @@ def validate_mixture(means: Tensor, raw_variances: Tensor, prior_logits: Tensor,
     expect_shape("prior_logits", prior_logits, "[mixtures, components]", *means.shape[:2])
 
 
+def validate_numbers(call: AttentionCall) -> None:
+    """Constants and flags are such; their values are known before anything is computed."""
+    for name in ("causal", "normalize", "output_final_state", "output_normalizer", "correlate"):
+        if not isinstance(getattr(call, name), bool):
+            raise ValueError(f"{name} is {getattr(call, name)!r}, expected True or False.")
+    for name in ("eps", "variance_floor"):
+        number = getattr(call, name)
+        if isinstance(number, bool) or not isinstance(number, int | float):
+            raise ValueError(f"{name} is {number!r}, expected a number.")
+        if not 0.0 <= number < math.inf:
+            raise ValueError(f"{name} is {number}, expected a finite number that is not negative.")
+    if call.correlate and call.normalize:
+        raise ValueError(
+            "correlate is given with normalize=True, but the weights of correlated routes may sum to 0 or less; use "
+            "normalize=False."
+        )
+
+
 def validate_call(call: AttentionCall, sequence_ids: Tensor | None) -> None:
-    """Every argument of the operator has the shape and dtype that the others imply."""
+    """Every argument of the operator has the shape, dtype and device that the others imply."""
     query, key, value = call.query, call.key, call.value
+    validate_numbers(call)
+    tensors = {name: getattr(call, name) for name in TENSORS} | {"sequence_ids": sequence_ids}
+    for name, x in tensors.items():
+        if not isinstance(x, Tensor) and (x is not None or name not in OPTIONAL):
+            raise ValueError(f"{name} is {type(x).__name__}, expected a tensor.")
     for name, x in (("query", query), ("key", key), ("value", value)):
         if x.ndim != 4:
             raise ValueError(f"{name} has shape {list(x.shape)}, expected [batch, heads, length, dim].")
@@ -55,6 +86,10 @@ def validate_call(call: AttentionCall, sequence_ids: Tensor | None) -> None:
             f"query has {query_heads} heads, means {mixtures} mixtures, key and value {key_heads} heads; expected the "
             "heads of key and value to divide the mixtures, and the mixtures to divide the heads of query."
         )
+    if call.correlate and components < 2:
+        raise ValueError(
+            "correlate is given with one component, beside which no token can prefer anything; use 2 or more."
+        )
     for name, x in (("write_weight", call.write_weight), ("log_decay", call.log_decay)):
         if x is not None:
             expect_floating(name, x)
@@ -69,8 +104,10 @@ def validate_call(call: AttentionCall, sequence_ids: Tensor | None) -> None:
             raise ValueError(f"initial_state has {len(call.initial_state)} parts, expected the pair (S, z).")
         S, z = call.initial_state
         layout = "[batch, mixtures, components"
+        tensors |= {"initial_state S": S, "initial_state z": z}
         expect_shape("initial_state S", S, f"{layout}, value_dim]", batch, mixtures, components, value.shape[3])
         expect_shape("initial_state z", z, f"{layout}]", batch, mixtures, components)
+    expect_one_device(tensors.items())
     validate_mode(call, sequence_ids)
 
 

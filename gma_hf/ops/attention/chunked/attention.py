@@ -4,7 +4,8 @@
     causal:         o_i = (sum_{j in chunk, j <= i} P_ij v_j + e_i gamma^Q_i S_n) / (the same with v_j = 1, z_n; + eps)
     bidirectional:  o_i = gamma^Q_i S / (gamma^Q_i z + eps)
 
-with S_n, z_n the state before the chunk (`chunked_causal`) and S, z what all keys wrote (`chunked_bidirectional`).
+with S_n, z_n the state before the chunk (`causal`) and S, z what all keys wrote (`bidirectional`). With correlation, rho
+stands for gamma.
 
 query [B, Hq, Nq, d], key [B, Hk, N, d], value [B, Hk, N, dv], mixtures M -> output [B, Hq, Nq, dv],
 S [B, M, C, dv], z [B, M, C], denominators [B, Hq, Nq].
@@ -12,7 +13,7 @@ S [B, M, C, dv], z [B, M, C], denominators [B, Hq, Nq].
 
 from ..call import AttentionCall, AttentionResult
 from .bidirectional import ReadState, WriteState
-from .causal import CausalChunks
+from .causal_operators import CausalChunks
 
 
 def chunked_attention(call: AttentionCall) -> AttentionResult:
@@ -29,14 +30,14 @@ def chunked_attention(call: AttentionCall) -> AttentionResult:
     S, z = S.transpose(0, 1), z.transpose(0, 1)
     eps = call.eps if call.normalize else None
     if call.causal:
-        output, normalizer, S, z = CausalChunks.apply(
+        output, normalizer, S, z, *_ = CausalChunks.apply(
             call.query, call.key, call.value, *coefficients, call.write_weight, call.log_decay, S, z, eps, call.strict,
-            call.output_normalizer,
+            call.output_normalizer, call.correlate,
         )  # fmt: skip
     else:
-        S, z = WriteState.apply(call.key, call.value, *coefficients, call.write_weight, S, z)
+        S, z = WriteState.apply(call.key, call.value, *coefficients, call.write_weight, S, z, call.correlate)
         output, normalizer = ReadState.apply(
-            call.query, *coefficients, S, z, eps, call.value.dtype, call.output_normalizer
+            call.query, *coefficients, S, z, eps, call.value.dtype, call.output_normalizer, call.correlate
         )
     state = (S.transpose(0, 1), z.transpose(0, 1))
     return AttentionResult(output, state, normalizer if call.output_normalizer else None)

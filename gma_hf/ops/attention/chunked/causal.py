@@ -1,5 +1,5 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
-"""Causal attention in chunks, forward and backward.
+"""Causal attention in chunks, forward and backward: the arithmetic of a block of chunks. `causal_operators` walks over the blocks.
 
 Positions i, j are in chunk n of T tokens; S_n, z_n is the state before the chunk, A_n the decay over all of it:
 
@@ -15,19 +15,18 @@ state after chunk n (the states' recurrence, run from right to left):
     dgamma^Q = decayed dP @ (w gamma^K) + dr               d(w gamma^K) = (decayed dP)^T @ gamma^Q + t (v G_n^T + g_n)
     dv       = P^T dn + t w gamma^K G_n
 
-Only the inputs and one state per block are kept; responsibilities and pair weights are computed again. Shapes as in
-`chunked_blocks`.
+With correlation, rho stands for gamma. Only the inputs and one state per block are kept; responsibilities and pair weights
+are computed again. Shapes as in `blocks`.
 """
 
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from ..mixture import MixtureCoefficients, posterior, posterior_backward
-from .blocks import Block, add_product_, causal_blocks, contiguous_clone, empty_reads, state_slots
-from .decay import Decays, block_decays, forget_, log_decay_gradient
+from ..mixture import MixtureCoefficients, Route, route, route_backward
+from .blocks import Block, add_product_
+from .decay import Decays, block_decays, forget, log_decay_gradient
 
 
 class BlockTerms(NamedTuple):
@@ -37,8 +36,8 @@ class BlockTerms(NamedTuple):
     query: Tensor  # [M, B, n, R * T, d], centred
     key: Tensor  # [M, B, n, T, d], centred
     value: Tensor  # [M, B, n, T, dv]
-    gamma_query: Tensor  # [M, B, n, R * T, C]
-    gamma_key: Tensor  # [M, B, n, T, C]
+    read: Route  # [M, B, n, R * T, C], gamma^Q
+    write: Route  # [M, B, n, T, C], gamma^K
     write_weight: Tensor | None  # [h, B, n, T, 1]
     written: Tensor  # [M, B, n, T, C], w_j gamma^K_j
     kept: Tensor  # [M, B, n, T, C], t_j w_j gamma^K_j
@@ -62,19 +61,20 @@ def block_terms(
     S: Tensor,
     z: Tensor,
     strict: bool,
+    correlate: bool,
 ) -> BlockTerms:
     """Responsibilities, pair weights and states of a block, from the state S [M, B, C, dv], z [M, B, C] before it."""
     mixtures, dtype = S.shape[0], S.dtype
     query = block.centred_queries(query, coefficients.centre)
     key = block.centred_keys(key, coefficients.centre)
     value = block.of_keys(value, mixtures).to(dtype).contiguous()
-    gamma_query, gamma_key = posterior(query, coefficients), posterior(key, coefficients)
+    read, write = route(query, coefficients, correlate), route(key, coefficients, correlate)
 
-    written = gamma_key
+    written = write.weights
     if write_weight is not None:
         write_weight = block.of(write_weight).to(dtype).unsqueeze(-1)
-        written = gamma_key * write_weight
-    pairs = gamma_query @ written.transpose(-1, -2)
+        written = written * write_weight
+    pairs = read.weights @ written.transpose(-1, -2)
     chunks, repeats = value.shape[2], query.shape[3] // block.chunk
     if log_decay is None:
         decays, kept = None, written
@@ -83,7 +83,7 @@ def block_terms(
     else:
         decays = block_decays(block.of(log_decay).to(dtype), strict, repeats)
         kept = written * decays.to_end
-        forget_(pairs, decays)
+        pairs = forget(pairs, decays, signed=correlate)
         chunk_decays = decays.chunks
 
     # S_{n+1} = A_n S_n + writes_n, unrolled over the block's chunks into one matrix product.
@@ -94,8 +94,8 @@ def block_terms(
         query,
         key,
         value,
-        gamma_query,
-        gamma_key,
+        read,
+        write,
         write_weight,
         written,
         kept,
@@ -121,7 +121,7 @@ def propagate_back(decays: Tensor, reads: Tensor, last: Tensor) -> Tensor:
 
 def block_read(terms: BlockTerms, eps: float | None) -> tuple[Tensor, Tensor | None]:
     """o of the equations, [M, B, n, R * T, dv], and D, if the read is normalised."""
-    read = terms.gamma_query @ terms.S
+    read = terms.read.weights @ terms.S
     if terms.decays is not None:
         read.mul_(terms.decays.from_start)
     add_product_(read, terms.pairs, terms.value)
@@ -133,156 +133,10 @@ def block_read(terms: BlockTerms, eps: float | None) -> tuple[Tensor, Tensor | N
 
 def denominator(terms: BlockTerms, eps: float) -> Tensor:
     """D of the equations, [M, B, n, R * T, 1]."""
-    from_state = terms.gamma_query @ terms.z.unsqueeze(-1)
+    from_state = terms.read.weights @ terms.z.unsqueeze(-1)
     if terms.decays is not None:
         from_state = from_state * terms.decays.from_start
     return terms.pairs.sum(dim=-1, keepdim=True) + from_state + eps
-
-
-# The two passes are opaque operators to torch.compile and torch.export: lengths stay dynamic, and a model of many
-# layers is not traced block by block.
-
-
-@torch.library.custom_op(
-    "gma_hf::chunked_causal",
-    mutates_args=(),
-    schema="(Tensor query, Tensor key, Tensor value, Tensor[] coefficients, Tensor? write_weight, Tensor? log_decay, "
-    "Tensor S, Tensor z, float? eps, bool strict, bool output_normalizer) -> (Tensor, Tensor, Tensor, Tensor)",
-)
-def causal_forward(query, key, value, coefficients, write_weight, log_decay, S, z, eps, strict, output_normalizer):
-    """Output, D (of size 0 unless `output_normalizer`), and S and z before every block and, in what slots remain, after the
-    last: [slots, M, B, ...]."""
-    coefficients = MixtureCoefficients(*coefficients)
-    output, normalizer = empty_reads(query, S, value.dtype, output_normalizer)
-    cover = causal_blocks(query.shape[2])
-    slots = state_slots(query.shape[2])
-    block_S, block_z = S.new_empty(slots, *S.shape), z.new_empty(slots, *z.shape)
-    block_S[0], block_z[0] = S, z
-    for i, block in enumerate(cover):
-        S, z = block_S[i], block_z[i]
-        terms = block_terms(block, query, key, value, coefficients, write_weight, log_decay, S, z, strict)
-        read, total = block_read(terms, eps)
-        block.put_queries(output, read)
-        if output_normalizer:
-            block.put_queries(normalizer.unsqueeze(-1), total)
-        block_S[i + 1], block_z[i + 1] = terms.last_S, terms.last_z
-        del terms, read, total  # so that the next block finds its memory, still in the cache
-    block_S[len(cover) :], block_z[len(cover) :] = block_S[len(cover)].clone(), block_z[len(cover)].clone()
-    return output, normalizer, block_S, block_z
-
-
-@causal_forward.register_fake
-def _(query, key, value, coefficients, write_weight, log_decay, S, z, eps, strict, output_normalizer):
-    slots = state_slots(query.shape[2])
-    reads = empty_reads(query, S, value.dtype, output_normalizer)
-    return *reads, S.new_empty(slots, *S.shape), z.new_empty(slots, *z.shape)
-
-
-@torch.library.custom_op(
-    "gma_hf::chunked_causal_backward",
-    mutates_args=(),
-    schema="(Tensor query, Tensor key, Tensor value, Tensor[] coefficients, Tensor? write_weight, Tensor? log_decay, "
-    "Tensor block_S, Tensor block_z, Tensor grad_output, Tensor? grad_normalizer, Tensor grad_S, Tensor grad_z, "
-    "float? eps, bool strict) -> Tensor[]",
-)
-def causal_backward(
-    query,
-    key,
-    value,
-    coefficients,
-    write_weight,
-    log_decay,
-    block_S,
-    block_z,
-    grad_output,
-    grad_normalizer,
-    grad_S,
-    grad_z,
-    eps,
-    strict,
-):
-    """Gradients of query, key, value, S, z, linear, quadratic, bias and, where given, write_weight and log_decay."""
-    coefficients = MixtureCoefficients(*coefficients)
-    grads = [torch.empty_like(x) for x in (query, key, value)]
-    grad_coefficients = [torch.zeros_like(x) for x in coefficients[1:]]
-    grad_weight = None if write_weight is None else torch.empty_like(write_weight)
-    grad_decay = None if log_decay is None else torch.empty_like(log_decay)
-    grad_S, grad_z = contiguous_clone(grad_S), contiguous_clone(grad_z)
-    with torch.autocast(device_type=query.device.type, enabled=False):
-        for i, block in reversed(list(enumerate(causal_blocks(query.shape[2])))):
-            S, z = block_S[i], block_z[i]
-            terms = block_terms(block, query, key, value, coefficients, write_weight, log_decay, S, z, strict)
-            grad_read = block.of_queries(grad_output, S.shape[0]).to(S.dtype).flatten(3, 4)
-            grad_total = None
-            if grad_normalizer is not None:
-                grad_total = block.of_queries(grad_normalizer.unsqueeze(-1), S.shape[0]).flatten(3, 4)
-            gradient = block_backward(terms, grad_read, grad_total, grad_S, grad_z, eps)
-            block.put_queries(grads[0], gradient.query)
-            block.put_keys(grads[1], gradient.key)
-            block.put_keys(grads[2], gradient.value)
-            for total, part in zip(grad_coefficients, gradient.coefficients, strict=True):
-                total.add_(part)
-            if grad_weight is not None:
-                block.put_keys(grad_weight, gradient.write_weight)
-            if grad_decay is not None:
-                block.put_keys(grad_decay, gradient.log_decay)
-            grad_S, grad_z = gradient.S, gradient.z
-            del terms, grad_read, grad_total, gradient
-    optional = [grad for grad in (grad_weight, grad_decay) if grad is not None]
-    return [*grads, grad_S, grad_z, *grad_coefficients, *optional]
-
-
-@causal_backward.register_fake
-def _(
-    query,
-    key,
-    value,
-    coefficients,
-    write_weight,
-    log_decay,
-    block_S,
-    block_z,
-    grad_output,
-    grad_normalizer,
-    grad_S,
-    grad_z,
-    eps,
-    strict,
-):
-    optional = [x for x in (write_weight, log_decay) if x is not None]
-    states = grad_S.new_empty(grad_S.shape), grad_z.new_empty(grad_z.shape)
-    gradients = [torch.empty_like(x) for x in (query, key, value, *coefficients[1:], *optional)]
-    return [*gradients[:3], *states, *gradients[3:]]
-
-
-class CausalChunks(torch.autograd.Function):
-    """Causal attention on query, key, value [B, heads, N, dim] and a state S [M, B, C, dv], z [M, B, C]."""
-
-    @staticmethod
-    def forward(
-        ctx, query, key, value, centre, linear, quadratic, bias, write_weight, log_decay, S, z, eps, strict,
-        output_normalizer,
-    ):  # fmt: skip
-        coefficients = [centre, linear, quadratic, bias]
-        output, normalizer, block_S, block_z = causal_forward(
-            query, key, value, coefficients, write_weight, log_decay, S, z, eps, strict, output_normalizer
-        )
-        ctx.save_for_backward(query, key, value, *coefficients, write_weight, log_decay, block_S, block_z)
-        ctx.eps, ctx.strict, ctx.output_normalizer = eps, strict, output_normalizer
-        return output, normalizer, block_S[-1].clone(), block_z[-1].clone()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_output, grad_normalizer, grad_S, grad_z):
-        query, key, value, *coefficients, write_weight, log_decay, block_S, block_z = ctx.saved_tensors
-        grads = causal_backward(
-            query, key, value, coefficients, write_weight, log_decay, block_S, block_z, grad_output,
-            grad_normalizer if ctx.output_normalizer else None, grad_S, grad_z, ctx.eps, ctx.strict,
-        )  # fmt: skip
-        optional = list(grads[8:])
-        grad_weight = None if write_weight is None else optional.pop(0)
-        grad_decay = None if log_decay is None else optional.pop(0)
-        return *grads[:3], None, *grads[5:8], grad_weight, grad_decay, *grads[3:5], None, None, None
 
 
 class BlockGradient(NamedTuple):
@@ -307,7 +161,7 @@ def block_backward(
     eps: float | None,
 ) -> BlockGradient:
     """Gradients of a block from those of its output [M, B, n, R * T, dv], of D as an output and of the state after it."""
-    decays, gamma_query = terms.decays, terms.gamma_query
+    decays, gamma_query = terms.decays, terms.read.weights
     normalize = eps is not None
     if normalize:
         total = denominator(terms, eps)
@@ -359,11 +213,11 @@ def block_backward(
 
     grad_weight = None
     if terms.write_weight is not None:
-        grad_weight = (grad_written * terms.gamma_key).sum(dim=-1)
+        grad_weight = (grad_written * terms.write.weights).sum(dim=-1)
         grad_written.mul_(terms.write_weight)
     coefficients = terms.coefficients
-    grad_query, *from_query = posterior_backward(grad_query, gamma_query, terms.query, coefficients)
-    grad_key, *from_key = posterior_backward(grad_written, terms.gamma_key, terms.key, coefficients)
+    grad_query, *from_query = route_backward(grad_query, terms.read, terms.query, coefficients)
+    grad_key, *from_key = route_backward(grad_written, terms.write, terms.key, coefficients)
     grad_coefficients = [a + b for a, b in zip(from_query, from_key, strict=True)]
     return BlockGradient(
         grad_query, grad_key, grad_value, grad_coefficients, grad_weight, grad_decay, first_S, first_z

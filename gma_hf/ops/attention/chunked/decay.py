@@ -66,9 +66,10 @@ def block_decays(log_decay: Tensor, strict: bool, repeats: int) -> Decays:
     )
 
 
-def forget_(pairs: Tensor, decays: Decays) -> Tensor:
-    """Multiply pair weights [M, B, n, R * T, T] by their decays, in place; denormal products become zero."""
-    return F.threshold_(pairs.mul_(decays.pairs), torch.finfo(pairs.dtype).tiny ** 0.8, 0.0)
+def forget(pairs: Tensor, decays: Decays, signed: bool) -> Tensor:
+    """Pair weights [M, B, n, R * T, T] times their decays, in their memory if not signed; denormal products become zero."""
+    pairs, smallest = pairs.mul_(decays.pairs), torch.finfo(pairs.dtype).tiny ** 0.8
+    return F.hardshrink(pairs, smallest) if signed else F.threshold_(pairs, smallest, 0.0)
 
 
 def log_decay_gradient(at_read: Tensor, at_write: Tensor, kept: Tensor, carried: Tensor, decays: Decays) -> Tensor:

@@ -1,0 +1,78 @@
+# Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
+"""What every registered operator of the package (`torch.ops.gma_hf`) shares: tensors of one device, and a rule for `torch.vmap`."""
+
+import functools
+import inspect
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def expect_one_device(named: Iterable[tuple[str, Any]]) -> None:
+    """
+    All tensors are on one device; none is on "meta" beside tensors that have values.
+
+    Args:
+        named (`Iterable[tuple[str, Any]]`): names with tensors, lists of tensors, or anything else, which is passed over.
+
+    Raises:
+        ValueError: with the first name whose device is another than that of the first tensor.
+    """
+    first_name = device = None
+    for name, x in named:
+        for part in x if isinstance(x, list | tuple) else (x,):
+            if not isinstance(part, Tensor):
+                continue
+            if device is None:
+                first_name, device = name, part.device
+            elif part.device != device:
+                missing = name if part.device.type == "meta" else first_name if device.type == "meta" else None
+                advice = "Move all to one device" if missing is None else f"Load the values of {missing} first"
+                raise ValueError(f"{name} is on {part.device}, but {first_name} is on {device}. {advice}.")
+
+
+def on_one_device(function: Callable) -> Callable:
+    """
+    Check the tensors of an operator's implementation, real or fake, before it runs. PyTorch calls the fake one, which returns
+    memory that nobody has written, whenever one tensor is on "meta".
+    """
+    names = tuple(inspect.signature(function).parameters)
+
+    @functools.wraps(function)
+    def checked(*arguments):
+        expect_one_device(zip(names, arguments, strict=False))
+        return function(*arguments)
+
+    return checked
+
+
+def vmapped_by_loops(operator: Callable, name: str | None = None) -> None:
+    """
+    Give an operator a rule for `torch.vmap`: it is called once for every index of the mapped dimension.
+
+    Args:
+        operator (`Callable`): what `torch.library.custom_op` returned, or the operator itself.
+        name (`str`, *optional*): the qualified name, where `operator` is not what `custom_op` returned.
+    """
+
+    def rule(info, in_dims, *arguments):
+        results = [
+            operator(*(part_of(argument, dim, i) for argument, dim in zip(arguments, in_dims, strict=True)))
+            for i in range(info.batch_size)
+        ]
+        if isinstance(results[0], Tensor):
+            return torch.stack(results), 0
+        stacked = [torch.stack(parts) for parts in zip(*results, strict=True)]
+        return type(results[0])(stacked), type(results[0])([0] * len(stacked))
+
+    torch.library.register_vmap(name or operator, rule)
+
+
+def part_of(argument: Any, dim: Any, index: int) -> Any:
+    """One index of the mapped dimension of an argument, or of every tensor in a list."""
+    if isinstance(argument, list | tuple):
+        dims = dim if isinstance(dim, list | tuple) else [dim] * len(argument)
+        return [part_of(x, d, index) for x, d in zip(argument, dims, strict=True)]
+    return argument if dim is None else argument.select(dim, index)
