@@ -72,6 +72,16 @@ def distillation(conversion):
     }
 
 
+def continuation(folder, tokenizer_folder):
+    """Five greedy tokens after the prompt of the recipe."""
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(tokenizer_folder)
+    inputs = tokenizer("the river", return_tensors="pt", return_token_type_ids=False)
+    prompt = inputs["input_ids"].shape[1]
+    tokens = model.generate(**inputs, max_new_tokens=5, do_sample=False)
+    assert prompt < tokens.shape[1] <= prompt + 5
+    return tokenizer.decode(tokens[0], skip_special_tokens=True)
+
+
 def results(folder):
     return json.loads((folder / "results.json").read_text("utf-8"))
 
@@ -118,7 +128,9 @@ def test_a_model_is_distilled_evaluated_and_described(run_script, distillation, 
     assert scores["original, softmax"]["eval_kl"] == pytest.approx(0.0, abs=1e-5)
     assert scores["after attention transfer"]["eval_kl"] < scores["after initialisation"]["eval_kl"]
     assert "after fine-tuning" in written["samples"]
-    assert written["samples"]["original, softmax"][0].startswith("the river")
+    # The texts are what the models write: the original, and the one that the folder holds
+    assert written["samples"]["original, softmax"] == [continuation(source, out)]
+    assert written["samples"]["after fine-tuning"] == [continuation(out, out)]
     assert "| after distillation |" in capsys.readouterr().out
     assert "| after distillation |" in ModelCard.load(out / "README.md").text
     model = AutoModelForCausalLM.from_pretrained(out)
@@ -144,7 +156,9 @@ def test_an_encoder_is_distilled_by_its_embeddings(run_script, distillation, tmp
     run_script("distill", source, *command_line({**distillation, **options}, text_documents="line"))
     scores = results(tmp_path / "out")["evaluations"]
     assert scores["original, softmax"]["eval_embedding_cosine"] == pytest.approx(1.0)
-    assert 0 < scores["after distillation"]["eval_embedding_cosine"] < 1
+    # A random model hardly uses its attention: any softmax in a layer's place gives nearly the same embeddings. Seven steps
+    # that learn something else lose more
+    assert 0.999 < scores["after distillation"]["eval_embedding_cosine"] < 1
 
 
 def test_two_processes_learn_what_one_does(run_script, distillation, tmp_path):  # noqa: F811
