@@ -3,15 +3,17 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 OLDEST := .venv-oldest
+SERVING := .venv-serving
 DOCS := .venv-docs
 
-.PHONY: help demo test test-oldest docs lint clean
+.PHONY: help demo test test-oldest docs test-serving lint clean
 
 help:
 	@echo "make demo         train a small GMA language model, generate, reload it, plot its components (3 minutes)"
 	@echo "make test         run the tests"
 	@echo "make test-oldest  run a quick part of the tests against the oldest supported versions"
 	@echo "make docs         build the documentation into site/, with all links checked"
+	@echo "make test-serving run the tests of the vLLM plugin, on a CPU"
 	@echo "make lint         check style and formatting"
 	@echo "make clean        remove the environments and what the demo wrote"
 
@@ -35,6 +37,14 @@ $(DOCS)/.ready: requirements/docs.txt
 	$(DOCS)/bin/python -m pip install --quiet -r requirements/docs.txt
 	@touch $@
 
+$(SERVING)/.ready: pyproject.toml requirements/serving.txt
+	$(PYTHON) -m venv $(SERVING)
+	$(SERVING)/bin/python -m pip install --quiet --upgrade pip
+	$(SERVING)/bin/python -m pip install --quiet "$$(grep '^torch==' requirements/serving.txt)"
+	$(SERVING)/bin/python -m pip install --quiet --no-deps -r requirements/serving.txt
+	$(SERVING)/bin/python -m pip install --quiet --no-deps --editable .
+	@touch $@
+
 demo: $(VENV)/.ready
 	$(BIN)/python scripts/demo.py
 
@@ -47,9 +57,12 @@ test-oldest: $(OLDEST)/.ready
 docs: $(DOCS)/.ready
 	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --quiet
 
+test-serving: $(SERVING)/.ready
+	$(SERVING)/bin/python -m pytest tests/serving
+
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
 clean:
-	rm -rf $(VENV) $(OLDEST) $(DOCS) outputs site
+	rm -rf $(VENV) $(OLDEST) $(SERVING) $(DOCS) outputs site
