@@ -130,8 +130,3 @@ def test_language_models_train_and_are_tested(tmp_path):
     row = training.train_language_model(CORRELATED, path, 1e-2, 0, 60, 64, 20_000, 512, sizes, "cpu")
     assert abs(row["parameters"] - 20_000) < 500
     assert row["wikipedia_valid"]["all"] < 7  # guessing among the seven
-
-
-def test_pairs_that_the_window_has_shown():
-    rows = torch.tensor([[1, 2, 3, 1, 2, 1, 2]])
-    assert training.completes_a_pair(rows).tolist() == [[False, False, False, True, False, True]]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from benchmarks.quality.language_modeling import repeated_pairs
 from benchmarks.quality.language_modeling_data import load, windows
 from benchmarks.quality.recall import NEEDLE_TRAIN_LENGTHS, TRAIN_SEGMENTS
 from benchmarks.quality.recall_tasks import (
@@ -231,18 +232,9 @@ def perplexities(parameters, tokens: Tensor, context: int, block: Block, sizes: 
         x = rms_norm(x, parameters["norm"][0]).to(product_dtype(device))
         logits = (x @ parameters["embedding"][0].to(x.dtype).T).float()
         nll = F.cross_entropy(logits.flatten(0, 1), part[:, 1:].flatten(), reduction="none").view(len(part), -1)
-        repeated = completes_a_pair(part)
+        repeated = repeated_pairs(part)
         for name, chosen in (("all", torch.ones_like(repeated)), ("repeated", repeated), ("others", ~repeated)):
             nats[name] += nll[chosen].double().sum().item()
             counts[name] += int(chosen.sum())
     found = {name: round(math.exp(nats[name] / max(1, counts[name])), 3) for name in nats}
     return {**found, "share_repeated": round(counts["repeated"] / counts["all"], 4)}
-
-
-def completes_a_pair(rows: Tensor) -> Tensor:
-    """Whether each token but the first of a row makes a pair with the one before that the row has shown before."""
-    pairs = rows[:, :-1] * 2**20 + rows[:, 1:]
-    ordered, index = pairs.sort(dim=1, stable=True)
-    again = torch.zeros_like(ordered, dtype=torch.bool)
-    again[:, 1:] = ordered[:, 1:] == ordered[:, :-1]
-    return torch.zeros_like(again).scatter(1, index, again)
