@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from ..training.errors import why_not_loaded
 from .collection import find_mixtures
 from .errors import AnalysisError
 
@@ -79,7 +80,7 @@ def load_model(
             name, dtype=dtype if dtype == "auto" else getattr(torch, dtype), trust_remote_code=trust_remote_code
         )
     except (OSError, ValueError) as error:
-        raise AnalysisError(f"Cannot load the model {name!r}: {error}") from error
+        raise AnalysisError(f"Cannot load the model {name!r}: {why_not_loaded(name, error)}") from error
     find_mixtures(model)
     try:
         return model.to(device).eval()
@@ -101,7 +102,9 @@ def load_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedToke
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise AnalysisError(f"Cannot load a tokenizer from {name!r}: {error}\n{advice}") from error
+        raise AnalysisError(
+            f"Cannot load a tokenizer from {name!r}: {why_not_loaded(name, error)}\n{advice}"
+        ) from error
     if len(tokenizer) <= len(tokenizer.all_special_ids):
         raise AnalysisError(f"The tokenizer of {name!r} has no tokens but special ones. {advice}")
     return tokenizer

@@ -19,7 +19,7 @@ from ..configuration import GMAConfig
 from .arguments import DataArguments, ModelArguments, parse_config_overrides
 from .cards.model_card import TrainingRecord, write_model_card, write_results
 from .checkpoints import all_checkpoints, checkpoint_to_resume, expect_resumable, find_last_checkpoint
-from .errors import TrainingInputError
+from .errors import TrainingInputError, why_not_loaded
 from .files import resolve_files
 from .fingerprint import differences, fingerprint
 from .run_folder import RunFolder, read_run
@@ -173,7 +173,8 @@ def build_model(
                 load_options["attn_implementation"] = model_args.attn_implementation
             model = auto_class.from_config(config, **load_options)
     except (OSError, ValueError, TypeError) as error:
-        raise TrainingInputError(f"Cannot make the model: {error}") from error
+        reason = error if source is None else why_not_loaded(source, error)
+        raise TrainingInputError(f"Cannot make the model: {reason}") from error
     except Exception as error:
         # `@strict` configurations wrap the reason in exceptions of huggingface_hub that are no ValueErrors
         if type(error).__module__.startswith("huggingface_hub"):

@@ -194,7 +194,17 @@ def test_two_processes_learn_what_one_does(run_script, distillation, tmp_path): 
         ({"keep": 1}, "go together"),
         ({"layers": "9"}, "has 2 self-attention layers"),
         ({"window_size": 40}, "nothing ever leaves the window"),
-        ({"model_name_or_path": "no/such_model"}, "Cannot load 'no/such_model'"),
+        (
+            {"model_name_or_path": "no/such_model"},
+            "Cannot load 'no/such_model': There is no folder 'no/such_model' here",
+        ),
+        (
+            {"model_name_or_path": "./models/llama"},
+            "Cannot load './models/llama': There is no folder './models/llama'. Give",
+        ),
+        ({"model_name_or_path": "/a/b/c"}, "Cannot load '/a/b/c': There is no folder '/a/b/c'. Give the folder"),
+        ({"model_name_or_path": __file__}, "is a file. Give the folder that `save_pretrained` wrote"),
+        ({"tokenizer_name": "./tokenizers/x"}, "Cannot load './tokenizers/x': There is no folder"),
         ({"learning_rat": 1}, "There is no argument --learning_rat"),
     ],
 )
@@ -205,3 +215,16 @@ def test_bad_input_ends_the_script_with_one_message(run_script, conversion, tmp_
     with pytest.raises(SystemExit, match=message):
         arguments = {"model_name_or_path": source, **conversion, "device": "cpu", **changes}
         run_script("convert_attention", *command_line(arguments))
+
+
+def test_the_tokenizer_of_another_model_is_refused(run_script, conversion, tmp_path):  # noqa: F811
+    source, other = save_source(tmp_path / "source"), save_source(tmp_path / "other")
+    tokenizer = json.loads((other / "tokenizer.json").read_text("utf-8"))
+    words = tokenizer["model"]["vocab"]
+    first, second = list(words)[-2:]
+    words[first], words[second] = words[second], words[first]
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer), "utf-8")
+    arguments = {**conversion, "device": "cpu", "tokenizer_name": other}
+    with pytest.raises(SystemExit, match=r"differs from that of .*the same number means different tokens"):
+        run_script("convert_attention", source, *command_line(arguments))
+    run_script("convert_attention", source, *command_line({**arguments, "tokenizer_name": source}))

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, DataCollatorWithPadding, PreTrainedModel, PreTrainedTokenizerBase
 
 from ...training.arguments import LanguageModelingArguments, parse_arguments
-from ...training.errors import TrainingInputError
+from ...training.errors import TrainingInputError, why_not_loaded
 from ...training.files import resolve_files
 from ...training.fingerprint import fingerprint
 from ...training.text.data import load_text_splits
@@ -157,16 +157,44 @@ def load_source(source: SourceArguments) -> tuple[PreTrainedModel, PreTrainedTok
     """
     auto_class = getattr(transformers, AUTO_CLASSES[source.task])
     options = {"revision": source.revision, "trust_remote_code": source.trust_remote_code}
+    name = source.model_name_or_path
     try:
         model = auto_class.from_pretrained(
-            source.model_name_or_path, dtype=source.dtype, attn_implementation=source.attn_implementation, **options
+            name, dtype=source.dtype, attn_implementation=source.attn_implementation, **options
         )
-        tokenizer = AutoTokenizer.from_pretrained(source.tokenizer_name or source.model_name_or_path, **options)
+        name = source.tokenizer_name or source.model_name_or_path
+        tokenizer = AutoTokenizer.from_pretrained(name, **options)
     except (OSError, ValueError) as error:
-        raise TrainingInputError(f"Cannot load {source.model_name_or_path!r}: {error}") from error
+        reason = why_not_loaded(name, error)
+        raise TrainingInputError(f"Cannot load {name!r}: {reason}") from error
+    check_tokenizer(source, model, tokenizer)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model, tokenizer
+
+
+def check_tokenizer(source: SourceArguments, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """
+    Raises:
+        TrainingInputError: if the tokenizer is not that of the model: the same number would mean another token.
+    """
+    num_tokens = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > num_tokens:
+        raise TrainingInputError(
+            f"The tokenizer has {len(tokenizer)} tokens, the model {num_tokens}. Give the tokenizer that the model was trained "
+            "with."
+        )
+    if source.tokenizer_name is None:
+        return
+    try:
+        own = AutoTokenizer.from_pretrained(source.model_name_or_path, trust_remote_code=source.trust_remote_code)
+    except Exception:
+        return  # the model comes without a tokenizer
+    if own.get_vocab() != tokenizer.get_vocab():
+        raise TrainingInputError(
+            f"The tokenizer of {source.tokenizer_name!r} differs from that of {source.model_name_or_path!r}: the same number "
+            "means different tokens. Leave --tokenizer_name out."
+        )
 
 
 def check_output(source: SourceArguments, output_dir: str) -> None:

@@ -8,7 +8,7 @@ from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from ..errors import TrainingInputError
+from ..errors import TrainingInputError, why_not_loaded
 
 
 logger = logging.getLogger(__name__)
@@ -79,7 +79,7 @@ def get_tokenizer(
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
     except (OSError, ValueError) as error:
-        raise TrainingInputError(f"Cannot load the tokenizer {name!r}: {error}") from error
+        raise TrainingInputError(f"Cannot load the tokenizer {name!r}: {why_not_loaded(name, error)}") from error
     if with_mask and tokenizer.mask_token_id is None:
         raise TrainingInputError(
             f"The tokenizer {name!r} has no mask token, which masked language modelling needs. Choose another, or leave "
