@@ -12,7 +12,8 @@ PyTorch here; where flash-linear-attention is installed, its Triton kernels are 
 features and normaliser). Times are medians, of one call where a call takes longer than `--seconds`; on a CPU they are the CPU
 time of the process, to which other programs do not add. Peak memory is everything that a call allocates or is given: inputs,
 outputs, gradients and what lies between. What runs out of memory is kept as refused, what would take longer than `--longest` is
-left out. The figure is drawn beside the output file.
+left out. The figure is drawn beside the output file,
+that of committed results in docs/figures.
 """
 
 import argparse
@@ -33,7 +34,7 @@ import torch
 
 from benchmarks.kernels.attention_cpu import check_correctness
 from benchmarks.kernels.scaling_report import plot, tables
-from benchmarks.lib.results import Results, add_output_options, output_path, stored
+from benchmarks.lib.results import COMMITTED, FIGURES, Results, add_output_options, output_path, stored
 from benchmarks.lib.timing import cpu_model, first_line, free_memory, median_time, resident_memory
 from benchmarks.rivals import operators
 from benchmarks.rivals.operators import MAMBA_STATE, Shape, make_inputs, relative_error
@@ -217,7 +218,7 @@ def main() -> None:
         content = json.loads(path.read_text())
         print(f"\n{path}\n\n{tables(content)}")
         if options.plot:
-            plot(content, path.with_suffix(".png"))
+            plot(content, (FIGURES if path.parent == COMMITTED else path.parent) / f"{path.stem}.png")
 
 
 if __name__ == "__main__":
