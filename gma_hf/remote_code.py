@@ -7,14 +7,22 @@ from pathlib import Path
 
 REMOTE_CODE_MODULE = "gma_remote"
 
-# Transformers checks the imports of such a file before it runs it, and names a missing package in its error together with
-# the command that installs it. So a few lines that import the package are all a checkpoint needs; the code itself stays in
-# one place.
+# What the project offers. No package index has a gma_hf of this project: whoever registers the name there could run code on
+# the machines of those who are told to install it from there.
+HOW_TO_INSTALL = "in a clone of the repository of gma_hf, run `pip install .`"
+
+# Transformers checks the imports of such a file before it runs the file, and would tell the reader to `pip install` what is
+# missing. It does not look into `try`, so that the file itself says where the package comes from.
 REMOTE_CODE = """\
-# Loads this checkpoint in programs that do not import gma_hf themselves. It needs the package: pip install gma_hf
-from {module} import (
-    {class_names},
-)
+# Loads this checkpoint in programs that do not import gma_hf themselves. The package must be installed.
+try:
+    from {module} import (
+        {class_names},
+    )
+except ModuleNotFoundError as error:
+    if error.name is None or error.name.split(".")[0] != "gma_hf":
+        raise
+    raise ImportError("This checkpoint needs the package gma_hf: {how_to_install}.") from error
 """
 
 AUTO_CLASSES = {
@@ -55,7 +63,7 @@ def write_remote_code(save_directory: str | os.PathLike, module: str, auto_class
     if folder.is_file():
         raise ValueError(f"{folder} is a file. Give a folder to save the checkpoint to.")
     folder.mkdir(parents=True, exist_ok=True)
-    class_names = ",\n    ".join(sorted(set(auto_classes.values())))
-    source = REMOTE_CODE.format(module=module, class_names=class_names)
+    class_names = ",\n        ".join(sorted(set(auto_classes.values())))
+    source = REMOTE_CODE.format(module=module, class_names=class_names, how_to_install=HOW_TO_INSTALL)
     (folder / f"{REMOTE_CODE_MODULE}.py").write_text(source, encoding="utf-8")
     return {auto_class: f"{REMOTE_CODE_MODULE}.{name}" for auto_class, name in auto_classes.items()}

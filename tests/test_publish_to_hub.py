@@ -154,6 +154,74 @@ def test_remote_code_that_is_missing_is_written(trained, tmp_path):
     assert contents(trained) == before
 
 
+def test_code_of_the_folder_is_neither_run_nor_passed_on(trained, tmp_path):
+    mark = tmp_path / "has run"
+    for name in ("gma_remote.py", "modeling_other.py"):
+        with (trained / name).open("a") as file:
+            file.write(f"\nimport pathlib; pathlib.Path({str(mark)!r}).touch()\n")
+    config = json.loads((trained / "config.json").read_text())
+    config["auto_map"] = {"AutoConfig": "someone/else--modeling_other.Config", "AutoModel": "modeling_other.Model"}
+    (trained / "config.json").write_text(json.dumps(config))
+    assembly = assemble(trained, tmp_path / "out")
+    check_loading(trained, assembly.folder)
+    assert not mark.exists()
+    assert [path.name for path in assembly.folder.glob("*.py")] == ["gma_remote.py"]
+    assert "touch" not in (assembly.folder / "gma_remote.py").read_text()
+    published = json.loads((assembly.folder / "config.json").read_text())["auto_map"]
+    assert {value.split(".")[0] for value in published.values()} == {"gma_remote"}
+    assert "not what this version of gma_hf writes" in assembly.left_behind["gma_remote.py"]
+    assert "modeling_other.py" in assembly.left_behind
+
+
+def test_a_tokenizer_with_code_of_its_own_is_refused(trained, tmp_path):
+    config = json.loads((trained / "tokenizer_config.json").read_text())
+    config["auto_map"] = {"AutoTokenizer": ["tokenization_other.Tokenizer", None]}
+    (trained / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(TrainingInputError, match=r"tokenizer_config\.json names code of its own"):
+        assemble(trained, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["LICENSE", "README.md", "model.safetensors"])
+def test_a_link_that_leaves_the_folder_is_refused(trained, tmp_path, name):
+    secret = tmp_path / "secret"
+    secret.write_bytes((trained / name).read_bytes() if (trained / name).exists() else b"private")
+    (trained / name).unlink(missing_ok=True)
+    (trained / name).symlink_to(secret)
+    with pytest.raises(TrainingInputError, match=rf"{name} is a link to .*secret, outside of the folder"):
+        assemble(trained, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_publication_that_failed_can_be_tried_again(trained, tmp_path, hub, monkeypatch, capsys):
+    """The same command, into the same folder: after a wrong licence, after a dry run, after an upload that broke off."""
+    monkeypatch.setattr("gma_hf.training.publishing.check_loading", lambda *folders: "equal bit for bit")
+    monkeypatch.setattr("gma_hf.training.publishing.HfApi", lambda: hub)
+    words = [trained, "--repo_id", "user/toy", "--output", tmp_path / "out"]
+    with pytest.raises(SystemExit, match="no identifier"):
+        run(monkeypatch, *words, "--license", "Apache 2")
+    assert not (tmp_path / "out").exists()
+    run(monkeypatch, *words)
+    before = contents(tmp_path / "out")
+
+    def break_off(**options):
+        raise ConnectionError("the network is gone")
+
+    monkeypatch.setattr(hub, "upload_folder", break_off)
+    with pytest.raises(SystemExit, match=r"broke off: the network is gone.*give the same command again"):
+        run(monkeypatch, *words, "--upload")
+    monkeypatch.undo()
+    monkeypatch.setattr(ModelCard, "validate", lambda self, repo_type: None)
+    monkeypatch.setattr("gma_hf.training.publishing.check_loading", lambda *folders: "equal bit for bit")
+    monkeypatch.setattr("gma_hf.training.publishing.HfApi", lambda: hub)
+    run(monkeypatch, *words, "--upload")
+    assert contents(tmp_path / "out") == contents(hub.folder / "user" / "toy") == before
+    with pytest.raises(SystemExit, match=r"not empty and differs from what would be published \(README\.md\)"):
+        run(monkeypatch, *words, "--license", "mit")
+    assert contents(tmp_path / "out") == before
+    assert {path.name for path in tmp_path.iterdir()} == {"trained", "out", "hub"}
+
+
 def test_a_folder_that_computes_something_else_is_refused(trained, tmp_path):
     assembly = assemble(trained, tmp_path / "out")
     other = make_model(gma_hf.GMAForCausalLM, gma_hf.GMAConfig.from_pretrained(trained), seed=1)
@@ -223,7 +291,7 @@ def test_errors_say_what_to_do(trained, card, tmp_path, monkeypatch):
     refused("checkpoint")
     (trained / "optimizer.pt").unlink()
     (trained / "README.md").unlink()
-    refused("write_model_card.py")
+    refused("gma-hf card")
     (trained / "model.safetensors").unlink()
     torch.save({}, trained / "pytorch_model.bin")
     refused("safetensors")

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import gma_hf
+from gma_hf.remote_code import HOW_TO_INSTALL
 from tests.conftest import make_model, tiny_config
 
 
@@ -67,7 +68,16 @@ def test_without_gma_hf_the_error_says_to_install_it(checkpoint, tmp_path):
     source = f"from transformers import AutoModelForCausalLM\nAutoModelForCausalLM.from_pretrained({str(checkpoint)!r}, trust_remote_code=True)"
     result = run_program(source, tmp_path, hide_gma_hf=True)
     assert result.returncode != 0
-    assert "pip install gma_hf" in result.stderr
+    assert f"This checkpoint needs the package gma_hf: {HOW_TO_INSTALL}." in result.stderr
+    # A name that nobody of this project has registered
+    assert "pip install gma_hf" not in result.stderr + (checkpoint / "gma_remote.py").read_text()
+
+
+def test_an_error_inside_the_package_is_not_taken_for_a_missing_package(checkpoint, tmp_path):
+    folder = str(checkpoint)
+    source = f"import sys\nsys.modules['safetensors.torch'] = None\nexec(open({folder + '/gma_remote.py'!r}).read())"
+    result = run_program(source, tmp_path)
+    assert result.returncode != 0 and "needs the package" not in result.stderr
 
 
 def test_without_trust_the_error_says_to_trust(checkpoint, tmp_path):

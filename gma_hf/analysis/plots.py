@@ -30,7 +30,7 @@ def import_pyplot():
     try:
         from matplotlib import pyplot
     except ImportError as error:
-        raise ImportError("Plots need matplotlib, which is not installed: pip install gma_hf[plots]") from error
+        raise ImportError("Plots need matplotlib, which is not installed: pip install matplotlib") from error
     return pyplot
 
 

@@ -14,7 +14,8 @@ from pathlib import Path
 
 from ..training import publishing
 from ..training.arguments import parse_arguments
-from ..training.publishing import Assembly, assemble, check_repo_id, read_card
+from ..training.errors import TrainingInputError
+from ..training.publishing import Assembly, assemble, check_repo_id, keep, read_card
 from .running import expect_one_process
 
 
@@ -59,12 +60,13 @@ def main(argv: list[str] | None = None) -> None:
     )
     expect_one_process()
     check_repo_id(args.repo_id)
-    with tempfile.TemporaryDirectory() as work:
+    with tempfile.TemporaryDirectory(dir=beside(args.output)) as work:
         metadata = {name: getattr(args, name) for name in ("license", "language") if getattr(args, name)}
-        folder = args.output or Path(work) / "model"
-        assembly = assemble(positional.model, folder, args.card, args.max_total_gb, metadata)
+        assembly = assemble(positional.model, Path(work) / "model", args.card, args.max_total_gb, metadata)
         print(describe(assembly))
         print(f"model: {publishing.check_loading(positional.model, assembly.folder)}")
+        if args.output is not None:
+            assembly = keep(assembly, args.output)
         data = read_card(assembly.folder / "README.md").data
         print(f"card: {data.pipeline_tag}, licence {data.license}, {len(data.eval_results or [])} results")
         if args.upload:
@@ -76,3 +78,14 @@ def main(argv: list[str] | None = None) -> None:
             f"Dry run: --upload would create the {visibility} model repository {args.repo_id} if it is missing, and upload "
             f"these {len(assembly.files)} files{branch}. The hub itself validates the card then."
         )
+
+
+def beside(output: str | None) -> Path | None:
+    """The folder that temporary files go to: the one that the output lies in, so that large files need not be copied."""
+    if output is None:
+        return None
+    parent = Path(output).expanduser().resolve().parent
+    if Path(output).is_file() or not parent.is_dir():
+        problem = "is a file" if Path(output).is_file() else f"lies in {parent}, which does not exist"
+        raise TrainingInputError(f"--output {output} {problem}. Give a folder to fill.")
+    return parent

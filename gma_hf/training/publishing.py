@@ -2,9 +2,11 @@
 """From a trained model's folder to one that can be published: what belongs there is copied, everything is checked.
 
 The folder that a model was trained in is only read. Nothing goes along that this module does not know by name:
-optimizer states, checkpoints, logs and files of other programs stay behind, and the user is told.
+optimizer states, checkpoints, logs and files of other programs stay behind, and the user is told. Code of the folder is
+never run and never passed on: the remote-code file is written anew.
 """
 
+import filecmp
 import json
 import os
 import shutil
@@ -17,7 +19,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import HfApi, ModelCard
-from huggingface_hub.utils import HFValidationError, validate_repo_id
+from huggingface_hub.utils import HfHubHTTPError, HFValidationError, validate_repo_id
 from transformers import AutoConfig
 
 from ..remote_code import REMOTE_CODE_MODULE
@@ -32,7 +34,6 @@ PUBLISHED = (
     *WEIGHTS,
     "config.json",
     "generation_config.json",
-    f"{REMOTE_CODE_MODULE}.py",
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -159,25 +160,60 @@ def assemble(
         chosen.update(from_card)
     if "README.md" not in chosen:
         raise TrainingInputError(
-            f"Neither {source} nor --card has a README.md. scripts/write_model_card.py writes one from measurements."
+            f"Neither {source} nor --card has a README.md. gma-hf card writes one from measurements."
         )
     _check_sizes(chosen, max_total_gb)
+    _check_names_no_code(chosen)
 
-    target.mkdir(parents=True, exist_ok=True)
-    for name, path in chosen.items():
-        shutil.copyfile(path, target / name)
-    config = AutoConfig.from_pretrained(target)
-    if is_gma(config) and not (getattr(config, "auto_map", None) and (target / f"{REMOTE_CODE_MODULE}.py").exists()):
-        config.save_pretrained(target)  # writes the remote-code file, and points to it
-    model_card = read_card(target / "README.md")
-    if metadata:
-        for name, value in metadata.items():
-            setattr(model_card.data, name, value)
-        model_card.save(target / "README.md")
-    check_metadata(model_card)
-    _check_no_folders(target, source)
+    was_there = target.exists()
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        for name, path in chosen.items():
+            shutil.copyfile(path, target / name)
+        _write_remote_code(source, target, left_behind)
+        model_card = read_card(target / "README.md")
+        if metadata:
+            for name, value in metadata.items():
+                setattr(model_card.data, name, value)
+            model_card.save(target / "README.md")
+        check_metadata(model_card)
+        _check_no_folders(target, source)
+    except BaseException:
+        shutil.rmtree(target, ignore_errors=True)
+        if was_there:
+            target.mkdir()
+        raise
     files = {path.name: path.stat().st_size for path in sorted(target.iterdir())}
     return Assembly(target, files, left_behind)
+
+
+def keep(assembly: Assembly, folder: str | Path) -> Assembly:
+    """Move an assembled folder to its final place. One that is there already and is the same to the bit is taken as it is.
+
+    Args:
+        assembly: the folder.
+        folder: where it shall lie.
+
+    Raises:
+        TrainingInputError: if the place holds something else.
+    """
+    folder = Path(folder).expanduser().resolve()
+    if folder.is_dir() and any(folder.iterdir()):
+        names = {path.name for path in folder.iterdir()}
+        differing = sorted(names ^ set(assembly.files)) or [
+            name for name in assembly.files if not filecmp.cmp(folder / name, assembly.folder / name, shallow=False)
+        ]
+        if differing:
+            raise TrainingInputError(
+                f"{folder} is not empty and differs from what would be published ({differing[0]}). Choose another output "
+                "folder, or empty this one."
+            )
+        return Assembly(folder, assembly.files, assembly.left_behind)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    if folder.is_dir():
+        folder.rmdir()
+    shutil.move(assembly.folder, folder)
+    return Assembly(folder, assembly.files, assembly.left_behind)
 
 
 def read_card(path: Path) -> ModelCard:
@@ -231,7 +267,7 @@ def publish(
         Address of the repository.
 
     Raises:
-        TrainingInputError: if the hub refuses the card.
+        TrainingInputError: if the hub refuses the card, or the upload breaks off.
     """
     check_repo_id(repo_id)
     api = api or HfApi()
@@ -239,17 +275,22 @@ def publish(
         read_card(assembly.folder / "README.md").validate(repo_type="model")
     except ValueError as error:
         raise TrainingInputError(f"The hub refuses the model card: {error}") from error
-    url = api.create_repo(repo_id, repo_type="model", private=private, exist_ok=True)
-    if revision is not None:
-        api.create_branch(repo_id, branch=revision, repo_type="model", exist_ok=True)
-    api.upload_folder(
-        repo_id=repo_id,
-        repo_type="model",
-        folder_path=assembly.folder,
-        revision=revision,
-        commit_message="Model, card and recipe",
-        allow_patterns=list(assembly.files),
-    )
+    try:
+        url = api.create_repo(repo_id, repo_type="model", private=private, exist_ok=True)
+        if revision is not None:
+            api.create_branch(repo_id, branch=revision, repo_type="model", exist_ok=True)
+        api.upload_folder(
+            repo_id=repo_id,
+            repo_type="model",
+            folder_path=assembly.folder,
+            revision=revision,
+            commit_message="Model, card and recipe",
+            allow_patterns=list(assembly.files),
+        )
+    except (HfHubHTTPError, OSError) as error:
+        raise TrainingInputError(
+            f"The upload to {repo_id} broke off: {error}. What is on the hub by then stays there; give the same command again."
+        ) from error
     return str(url)
 
 
@@ -298,6 +339,11 @@ def _choose(folder: Path, patterns: tuple[str, ...]) -> tuple[dict[str, Path], d
     chosen, left_behind = {}, {}
     for path in sorted(folder.iterdir()):
         if path.is_file() and any(fnmatch(path.name, pattern) for pattern in patterns):
+            if not path.resolve().is_relative_to(folder):
+                raise TrainingInputError(
+                    f"{path} is a link to {path.resolve()}, outside of the folder. Copy the file into the folder if it is to "
+                    "be published."
+                )
             chosen[path.name] = path
         else:
             reasons = (reason for pattern, reason in LEFT_BEHIND.items() if fnmatch(path.name, pattern))
@@ -318,6 +364,44 @@ def _check_sizes(files: dict[str, Path], max_total_gb: float) -> None:
             f"The files have {sum(sizes.values()) / GB:.2f} GB, more than --max_total_gb {max_total_gb:g}. Raise it if that is "
             "meant."
         )
+
+
+def _check_names_no_code(chosen: dict[str, Path]) -> None:
+    """Refuse files beside the model's configuration that make others run code which is not published."""
+    for name, path in chosen.items():
+        if not fnmatch(name, "*config.json") or name == "config.json":
+            continue
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise TrainingInputError(f"{path} is no JSON: {error}.") from error
+        if isinstance(values, dict) and values.get("auto_map"):
+            raise TrainingInputError(
+                f"{name} names code of its own (auto_map: {values['auto_map']}), which is not published. Save the tokenizer or "
+                "processor with a class of Transformers."
+            )
+
+
+def _write_remote_code(source: Path, target: Path, left_behind: dict[str, str]) -> None:
+    """Write the remote-code file of a GMA model, and point its configuration to nothing else."""
+    config = AutoConfig.from_pretrained(target, trust_remote_code=False)
+    name = f"{REMOTE_CODE_MODULE}.py"
+    values = json.loads((target / "config.json").read_text(encoding="utf-8"))
+    auto_map = None
+    if is_gma(config):
+        with tempfile.TemporaryDirectory() as work:
+            config.save_pretrained(work)
+            auto_map = config.auto_map
+            shutil.copyfile(Path(work) / name, target / name)
+    if values.get("auto_map") != auto_map:
+        values.pop("auto_map", None)
+        values |= {} if auto_map is None else {"auto_map": auto_map}
+        (target / "config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    left_behind.pop(name, None)
+    if (source / name).exists() and (
+        not (target / name).exists() or not filecmp.cmp(source / name, target / name, shallow=False)
+    ):
+        left_behind[name] = "not what this version of gma_hf writes; it was not run, and is written anew"
 
 
 def _check_no_folders(folder: Path, source: Path) -> None:

@@ -201,7 +201,7 @@ def test_plots_are_figures_for_notebooks(report):
 @pytest.mark.quick
 def test_plots_without_matplotlib_say_how_to_install_it(report, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(ImportError, match=r"pip install gma_hf\[plots\]"):
+    with pytest.raises(ImportError, match="pip install matplotlib"):
         plot_usage(report)
 
 
