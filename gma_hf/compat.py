@@ -137,6 +137,7 @@ OVERRIDDEN = (
     ),
     PrivateName("transformers:PreTrainedModel", "_tp_plan", "tensor parallelism of the output layer"),
     PrivateName("transformers:PreTrainedModel", "_pp_plan", "pipeline parallelism of the output layer"),
+    PrivateName("torch.nn:Module", "_apply", "a cast of the model must not round the frequencies of rotary positions"),
     PrivateName(
         "transformers:GenerationMixin", "_prepare_cache_for_generation", "`generate` makes a cache of GMA states"
     ),
@@ -252,6 +253,11 @@ def is_exporting() -> bool:
     `torch.compiler.is_exporting()` for true, therefore the flag itself is read.
     """
     return getattr(torch.compiler, "_is_exporting_flag", False)
+
+
+def version_of(tensor: Tensor) -> int:
+    """How often a tensor was changed in place. Autograd counts the changes, and no public name tells the number."""
+    return tensor._version
 
 
 def mark_static_address(tensor: Tensor) -> None:

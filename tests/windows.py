@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import torch
 
-from gma_hf.modeling import GMAMixture, GMAWindow
+from gma_hf.modeling import GMAMemory, GMAMixture, GMAWindow, Layout
 
 
 # Sums of a few hundred float64 terms of order one, in two orders
@@ -47,7 +47,24 @@ def problem(
 
 def attend(p, tokens: dict | None = None, **arguments):
     tokens = p.tokens if tokens is None else tokens
-    return p.window(p.mixture, scaling=HEAD_DIM**-0.5, **tokens, **arguments)
+    """The output, with `output_history` also what is to be remembered."""
+    output, _, history = GMAMemory()(p.mixture, p.window, scaling=HEAD_DIM**-0.5, **tokens, **with_layout(arguments))
+    return (output, history) if arguments.get("output_history") else output
+
+
+def implied(p, **arguments) -> torch.Tensor:
+    """The matrix that the attention implies."""
+    return GMAMemory().affinity(p.mixture, p.window, scaling=HEAD_DIM**-0.5, **with_layout(arguments))
+
+
+def with_layout(arguments: dict) -> dict:
+    """`padding_mask` and `sequence_ids` as a layout."""
+    arguments = dict(arguments)
+    layout = Layout(BATCH, 0, arguments.pop("padding_mask", None), arguments.pop("sequence_ids", None))
+    some = next((x for x in (layout.padding_mask, layout.sequence_ids) if x is not None), None)
+    if some is not None:
+        arguments["layout"] = Layout(*some.shape, layout.padding_mask, layout.sequence_ids)
+    return arguments
 
 
 def reference(

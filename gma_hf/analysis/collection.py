@@ -11,14 +11,17 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..modeling import GMAMixture
-from ..modeling.window import GMAWindow
+from ..modeling import GMAMemory, GMAMixture
 from .errors import AnalysisError
 
 
-# Of the operator's arguments those that the affinity takes, and of a window's those that its affinity does not
+# The positional arguments of a memory, and of the other arguments those that say what attends to what
+MEMORY_ARGUMENTS = ("mixture", "window", "query", "key", "value")
 AFFINITY_ARGUMENTS = ("causal", "write_weight", "log_decay", "sequence_ids", "normalize")
-NOT_OF_WINDOW_AFFINITY = ("mixture", "query", "key", "value", "history", "output_history")
+MEMORY_AFFINITY_ARGUMENTS = (
+    *("layout", "causal", "normalize", "scaling", "routing_query", "routing_key", "weigh_by_routing"),
+    *("write_weight", "log_decay", "softcap", "sinks"),
+)
 
 
 class MixtureCall(NamedTuple):
@@ -30,6 +33,11 @@ class MixtureCall(NamedTuple):
     key: Tensor  # [batch, key_value_heads, length, routing_dim]
     real: Tensor | None  # [batch, length], True at tokens that write; None if all do
     affinity: Callable[[], Tensor]  # gives the matrix that the layer's attention implies
+
+
+def expect_mixture(module: nn.Module) -> GMAMixture:
+    """The mixture itself, where an adapter has put a wrapper around it: the last one, which is trained."""
+    return [inner for inner in module.modules() if isinstance(inner, GMAMixture)][-1]
 
 
 class LayerResponsibilities(NamedTuple):
@@ -60,39 +68,40 @@ def watch_mixtures(model: nn.Module, callback: Callable[[MixtureCall], None]) ->
 
     mixtures = find_mixtures(model)
     names = {mixture: name for name, mixture in mixtures.items()}
-    windows: list[tuple[GMAWindow, dict]] = []  # the one that is running, with its arguments
+    running: list[GMAMemory] = []
 
-    def before_mixture(mixture: GMAMixture, positional: tuple, named: dict) -> None:
-        if windows:
-            # It hands the mixture delayed and invalid tokens: those of the text are what it was given itself
-            window, given = windows[-1]
-            query, key = given["query"], given["key"]
-            routed = [given.get("routing_query"), given.get("routing_key")]
-            routed = [
-                state if state is not None else default for state, default in zip(routed, (query, key), strict=True)
-            ]
-            known = {name: given[name] for name in given if name not in NOT_OF_WINDOW_AFFINITY}
-            real, affinity = given.get("padding_mask"), partial(window.affinity, mixture, query, key, **known)
-        else:
-            given = dict(zip(("query", "key", "value"), positional, strict=False)) | named
-            routed = [given["query"], given["key"]]
-            known = {name: given[name] for name in AFFINITY_ARGUMENTS if name in given}
-            weight = given.get("write_weight")
-            real = None if weight is None else (weight > 0).any(dim=1)
-            affinity = partial(mixture.affinity, *routed, **known)
+    def before_memory(memory: GMAMemory, positional: tuple, named: dict) -> None:
+        # What it hands its mixture may be delayed, and invalid: the tokens of the text are what it was given itself
+        given = dict(zip(MEMORY_ARGUMENTS, positional, strict=False)) | named
+        mixture, window, query, key = (given[name] for name in MEMORY_ARGUMENTS[:4])
+        routed = [given.get("routing_query"), given.get("routing_key")]
+        routed = [state if state is not None else default for state, default in zip(routed, (query, key), strict=True)]
+        known = {name: given[name] for name in given if name in MEMORY_AFFINITY_ARGUMENTS}
+        layout = given.get("layout")
+        real = None if layout is None else layout.padding_mask
+        running.append(memory)
+        mixture = expect_mixture(mixture)
+        affinity = partial(memory.affinity, mixture, window, query, key, **known)
         callback(MixtureCall(names[mixture], mixture, *routed, real, affinity))
 
-    def before_window(window: GMAWindow, positional: tuple, named: dict) -> None:
-        windows.append((window, dict(zip(("mixture", "query", "key", "value"), positional, strict=False)) | named))
+    def after_memory(memory: GMAMemory, positional: tuple, output: object) -> None:
+        running.pop()
 
-    def after_window(window: GMAWindow, positional: tuple, output: object) -> None:
-        windows.pop()
+    def before_mixture(mixture: GMAMixture, positional: tuple, named: dict) -> None:
+        if running:
+            return
+        given = dict(zip(("query", "key", "value"), positional, strict=False)) | named
+        known = {name: given[name] for name in AFFINITY_ARGUMENTS if name in given}
+        weight = given.get("write_weight")
+        real = None if weight is None else (weight > 0).any(dim=1)
+        affinity = partial(mixture.affinity, given["query"], given["key"], **known)
+        callback(MixtureCall(names[mixture], mixture, given["query"], given["key"], real, affinity))
 
     handles = [mixture.register_forward_pre_hook(before_mixture, with_kwargs=True) for mixture in mixtures.values()]
-    for window in model.modules():
-        if isinstance(window, GMAWindow):
-            handles.append(window.register_forward_pre_hook(before_window, with_kwargs=True))
-            handles.append(window.register_forward_hook(after_window))
+    for memory in model.modules():
+        if isinstance(memory, GMAMemory):
+            handles.append(memory.register_forward_pre_hook(before_memory, with_kwargs=True))
+            handles.append(memory.register_forward_hook(after_memory, always_call=True))
     try:
         yield
     finally:

@@ -1,6 +1,5 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
-from ..ops.window.tokens import GMAWindowHistory
-from .cache_gma import GMACacheLayer, StaticGMACacheLayer, adopt_cache, load_cache, save_cache
+from .cache_gma import GMACacheLayer, StaticGMACacheLayer, adopt_cache
 from .heads_gma import (
     GMAForCausalLM,
     GMAForMaskedLM,
@@ -8,11 +7,16 @@ from .heads_gma import (
     GMAForSequenceClassification,
     GMAForTokenClassification,
 )
+from .layout import Layout
+from .memory import GMAMemory, MemoryState
 from .mixture import GMAMixture
 from .modeling_gma import GMAModel, GMAPreTrainedModel
+from .saved_cache import load_cache, save_cache
 from .short_convolution import GMAShortConvolution
 from .window import GMAWindow
 
+
+GMAWindowHistory = MemoryState  # its name in version 0.1
 
 __all__ = [
     "GMACacheLayer",
@@ -21,12 +25,15 @@ __all__ = [
     "GMAForQuestionAnswering",
     "GMAForSequenceClassification",
     "GMAForTokenClassification",
+    "GMAMemory",
     "GMAMixture",
     "GMAModel",
     "GMAPreTrainedModel",
     "GMAShortConvolution",
     "GMAWindow",
     "GMAWindowHistory",
+    "Layout",
+    "MemoryState",
     "StaticGMACacheLayer",
     "adopt_cache",
     "load_cache",

@@ -16,7 +16,8 @@ from transformers.utils import TransformersKwargs
 
 from ..compat import attention_implementation
 from ..configuration import GMAConfig
-from .cache_gma import GMACacheLayer
+from .layout import Layout
+from .memory import NO_AFFINITY_BEHIND_CACHE, GMAMemory, KeptValues
 from .mixture import GMAMixture
 from .short_convolution import GMAShortConvolution
 from .window import GMAWindow
@@ -70,6 +71,16 @@ class GMARotaryEmbedding(nn.Module):
         exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float, device=device) / config.head_dim
         return 1.0 / config.rope_parameters["rope_theta"] ** exponents, 1.0
 
+    def _apply(self, fn, recurse=True):
+        # A cast of the model (`.to(torch.bfloat16)`) would round the frequencies
+        exact = dict(self.named_buffers(recurse=False))
+        super()._apply(fn, recurse)
+        for name, buffer in exact.items():
+            cast = getattr(self, name)
+            if cast.dtype != buffer.dtype:
+                setattr(self, name, buffer.to(cast.device))
+        return self
+
     @torch.no_grad()
     @dynamic_rope_update
     def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -119,6 +130,8 @@ class GMAAttention(nn.Module):
         if config.window_size > 0:
             self.window_norm = GMAWindow(num_heads, self.routing_dim, config.window_size, config.num_sink_tokens)
 
+        self.memory = GMAMemory()
+
         self.conv = None
         if config.conv_kernel_size > 0:
             self.projection_sizes = [proj.out_features for proj in (self.q_proj, self.k_proj, self.v_proj)]
@@ -149,16 +162,23 @@ class GMAAttention(nn.Module):
     def forward(
         self,
         hidden_states: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         past_key_values: Cache | None = None,
-        sequence_ids: torch.Tensor | None = None,
+        layout: Layout | None = None,
         is_causal: bool = True,
         output_attentions: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if kwargs.get("attention_mask") is not None:
+            raise ValueError(
+                "A GMA layer takes no `attention_mask`: pass `layout=Layout(batch, length, padding_mask)`."
+            )
         input_shape = hidden_states.shape[:-1]
         cache_layer = past_key_values.layers[self.layer_idx] if past_key_values is not None else None
+        history = cache_layer.history if cache_layer is not None else None
+        kept = cache_layer.kept if cache_layer is not None else None
+        if output_attentions and history is not None:
+            raise ValueError(NO_AFFINITY_BEHIND_CACHE)
 
         # 1. Queries and keys, the points that are routed, and values
         query_states = self.q_proj(hidden_states)
@@ -169,9 +189,9 @@ class GMAAttention(nn.Module):
             mixed_states, conv_history = self.conv(
                 torch.cat([query_states, key_states, value_states], dim=-1),
                 causal=is_causal,
-                padding_mask=attention_mask,
-                sequence_ids=sequence_ids,
-                history=cache_layer.conv_history if cache_layer is not None else None,
+                layout=layout,
+                history=history.convolution if history is not None else None,
+                output_history=cache_layer is not None,
             )
             query_states, key_states, value_states = mixed_states.split(self.projection_sizes, dim=-1)
         query_states = query_states.view(*input_shape, -1, self.routing_dim).transpose(1, 2)
@@ -181,110 +201,62 @@ class GMAAttention(nn.Module):
             query_states, key_states = apply_rotary_pos_emb(query_states, key_states, *position_embeddings)
 
         # 2. How much each token writes, and how much of the past it keeps
-        write_weight, log_decay = self.write_and_forget(hidden_states, attention_mask)
+        write_weight, log_decay = self.write_and_forget(hidden_states, kept)
 
         # 3. Write and read
-        if output_attentions and cache_layer is not None and cache_layer.state is not None:
-            raise ValueError(
-                "`output_attentions=True` needs all tokens at once: a GMA state no longer knows the single tokens it was "
-                "built from. Run without a cache (`use_cache=False`)."
-            )
-        attend = self.attend if self.window_norm is None else self.attend_behind_window
-        attn_output, attn_weights = attend(
+        normalize = self.config.normalize_read or self.window_norm is not None
+        value_dtype = value_states.dtype
+        if not normalize and value_dtype == torch.float16:
+            # A sum over many tokens leaves the range of float16 before the norm per head brings it back
+            value_states = value_states.float()
+        attn_output, attn_weights, history = self.memory(
+            self.mixture_norm,
+            self.window_norm,
             query_states,
             key_states,
             value_states,
-            attention_mask,
-            cache_layer,
-            output_attentions,
+            layout=layout,
             causal=is_causal,
+            normalize=normalize,
             write_weight=write_weight,
             log_decay=log_decay,
-            sequence_ids=sequence_ids,
+            history=history,
+            output_history=cache_layer is not None,
+            output_affinity=output_attentions,
+            kept=kept,
         )
         if cache_layer is not None:
-            attn_output, state = attn_output
-            cache_layer.update(state, conv_history, input_shape[1])
+            is_plain = layout is None or layout.is_plain
+            cache_layer.advance(history._replace(convolution=conv_history), input_shape[1], is_plain)
 
         # 4. Norm per head, gate, output projection
         attn_output = attn_output.transpose(1, 2)
         if self.o_norm is not None:
             attn_output = self.o_norm(attn_output)
-        attn_output = attn_output.reshape(*input_shape, -1)
+        attn_output = attn_output.reshape(*input_shape, -1).to(value_dtype)
         if self.config.use_output_gate:
             attn_output = attn_output * nn.functional.silu(self.g_proj(hidden_states))
         return self.o_proj(attn_output), attn_weights
 
-    def attend(
-        self,
-        query_states: torch.Tensor,
-        key_states: torch.Tensor,
-        value_states: torch.Tensor,
-        padding_mask: torch.Tensor | None,
-        cache_layer: GMACacheLayer | None,
-        output_attentions: bool,
-        **recurrence,
-    ) -> tuple[torch.Tensor | tuple, torch.Tensor | None]:
-        """The mixture alone: what it reads, with a cache as a pair with the new state; the implied affinity, if asked."""
-        recurrence["normalize"] = self.config.normalize_read
-        if recurrence["write_weight"] is None and padding_mask is not None:
-            recurrence["write_weight"] = padding_mask[:, None].to(torch.float32)
-        attn_weights = None
-        if output_attentions:
-            attn_weights = self.mixture_norm.affinity(query_states, key_states, **recurrence)
-        attn_output = self.mixture_norm(
-            query_states,
-            key_states,
-            value_states,
-            initial_state=cache_layer.state if cache_layer is not None else None,
-            output_final_state=cache_layer is not None,
-            **recurrence,
-        )
-        return attn_output, attn_weights
-
-    def attend_behind_window(
-        self,
-        query_states: torch.Tensor,
-        key_states: torch.Tensor,
-        value_states: torch.Tensor,
-        padding_mask: torch.Tensor | None,
-        cache_layer: GMACacheLayer | None,
-        output_attentions: bool,
-        **recurrence,
-    ) -> tuple[torch.Tensor | tuple, torch.Tensor | None]:
-        """The same with the nearest tokens seen by softmax; one normaliser for both, whatever `normalize_read` says."""
-        arguments = {"scaling": self.routing_dim**-0.5, "padding_mask": padding_mask, **recurrence}
-        attn_weights = None
-        if output_attentions:
-            attn_weights = self.window_norm.affinity(self.mixture_norm, query_states, key_states, **arguments)
-        attn_output = self.window_norm(
-            # A method: accelerate's hooks move what a module gets to its device, and parameters on disk cannot move
-            self.mixture_norm.__call__,
-            query_states,
-            key_states,
-            value_states,
-            history=cache_layer.window_history if cache_layer is not None else None,
-            output_history=cache_layer is not None,
-            **arguments,
-        )
-        return attn_output, attn_weights
-
     def write_and_forget(
-        self, hidden_states: torch.Tensor, padding_mask: torch.Tensor | None
+        self, hidden_states: torch.Tensor, kept: KeptValues | None = None
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """The learned write weights w_t and log decays log a_t, `(batch, heads, length)`; padding neither writes nor forgets."""
-        write_weight = log_decay = None
-        if self.config.use_write_weight or self.config.use_decay:
-            step = self.dt_proj(hidden_states).float() + self.dt_bias.float()
-            # Tokens last in memory too, as in the gradient: torch.compile takes the layout of the one for the other's
-            step = nn.functional.softplus(step.transpose(1, 2).contiguous())
-            if padding_mask is not None:
-                step = step * padding_mask[:, None]
-            if self.config.use_write_weight:
-                write_weight = step
-            if self.config.use_decay:
-                log_decay = -self.A_log_bias.float().exp()[:, None] * step
-        return write_weight, log_decay
+        """The learned write weights w_t and log decays log a_t, `(batch, heads, length)`."""
+        if not (self.config.use_write_weight or self.config.use_decay):
+            return None, None
+        step = self.dt_proj(hidden_states).float() + self.dt_bias.float()
+        # Tokens last in memory too, as in the gradient: torch.compile takes the layout of the one for the other's
+        step = nn.functional.softplus(step.transpose(1, 2).contiguous())
+        log_decay = None
+        if self.config.use_decay:
+            rate = (KeptValues() if kept is None else kept).get("decay rate", (self.A_log_bias,), decay_rate)
+            log_decay = rate * step
+        return step if self.config.use_write_weight else None, log_decay
+
+
+def decay_rate(A_log_bias: torch.Tensor) -> torch.Tensor:
+    """By how much a step of one multiplies log a_t, `(heads, 1)`."""
+    return -A_log_bias.float().exp()[:, None]
 
 
 def repeat_kv(hidden_states: torch.Tensor, n_rep: int) -> torch.Tensor:
@@ -340,7 +312,7 @@ class GMASoftmaxAttention(nn.Module):
         attention_mask: torch.Tensor | None = None,
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         past_key_values: Cache | None = None,
-        sequence_ids: torch.Tensor | None = None,
+        layout: Layout | None = None,
         output_attentions: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:

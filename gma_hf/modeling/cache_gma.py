@@ -7,12 +7,11 @@ The layer takes the place of Transformers' own recurrent layer in a `DynamicCach
 cannot be repeated or selected along the batch, and would keep S and z in the model's dtype.
 """
 
-import os
+import weakref
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
-from transformers import DynamicCache, PreTrainedConfig
+from torch import nn
+from transformers import PreTrainedConfig
 from transformers.cache_utils import (
     Cache,
     CacheLayerMixin,
@@ -20,27 +19,37 @@ from transformers.cache_utils import (
     LinearAttentionCacheLayerMixin,
     StaticCache,
 )
-from transformers.utils import is_torchdynamo_compiling
+from transformers.utils import is_torchdynamo_compiling, is_tracing
 
 from ..compat import mark_static_address
-from ..ops.window.tokens import GMAWindowHistory
+from .memory import KeptValues, MemoryState
 
 
-# The recurrent states of a cache layer are the fields of a `GMAWindowHistory`; without a window, its first two alone
-STATE, NORMALIZER = 0, 1
+class Owner:
+    """The model that fills a cache layer, as long as the model lives and the layer is not pickled."""
+
+    def __init__(self, model: nn.Module | None = None, fingerprint: str | None = None):
+        self.model = (lambda: None) if model is None else weakref.ref(model)
+        self.fingerprint = fingerprint  # of a cache from a file, until the first call has compared it
+
+    def __deepcopy__(self, copied: dict) -> "Owner":
+        return Owner(self.model(), self.fingerprint)
+
+    def __reduce__(self):
+        return Owner, (None, self.fingerprint)
 
 
 class GMACacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
     """
-    The state of one GMA layer in a `DynamicCache`.
+    The state of one GMA layer, native or converted, in a cache that grows.
 
     Attributes:
-        recurrent_states (`dict[int, torch.Tensor]`): S `(batch, heads, components, head_dim)` and z
-            `(batch, heads, components)`, in float32; with a softmax window also the tokens that are still in it, the
-            sink tokens and how many tokens were summed, the further fields of [`GMAWindowHistory`].
-        conv_states (`dict[int, torch.Tensor]`): at index 0, the last inputs of the short convolution
-            `(batch, kernel_size - 1, channels)`, if the layer has one.
+        memory ([`MemoryState`] or `None`): what the layer remembers.
+        kept ([`KeptValues`]): what the layer computed of its parameters, for the next step.
+        owner ([`Owner`]): the model that fills the layer.
         cumulative_length (`int`): number of tokens seen.
+        num_plain (`int`): how many tokens came last of which it is known, without a look at their values, that all rows
+            had them and that no sequence began.
     """
 
     is_compileable = False
@@ -49,84 +58,91 @@ class GMACacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
     is_croppable = False
 
     def __init__(self):
-        LinearAttentionCacheLayerMixin.__init__(self, number_of_states=len(GMAWindowHistory._fields))
-        # The attributes of a layer of keys and values, which generic code asks for
-        self.keys = self.values = None
+        # Not of `LinearAttentionCacheLayerMixin`, whose states are tensors with numbers for names
+        self.memory = None
+        self.kept = KeptValues()
+        self.owner = Owner()
+        self.device = self.dtype = None
         self.is_initialized = False
+        self.has_previous_state = {0: False}
+        self.record_past = False
         self.cumulative_length = 0
+        self.num_plain = 0
 
     @property
     def has_seen_tokens(self) -> bool:
         """Whether there is something to go on from; after a reset a static cache holds zeros, which are nothing."""
-        return self.is_initialized and all(self.has_previous_state.values())
+        return self.is_initialized and self.has_previous_state[0]
+
+    @property
+    def history(self) -> MemoryState | None:
+        """What the layer goes on from, or `None` before the first token. It says so if window and sinks are full."""
+        if not self.has_seen_tokens:
+            return None
+        memory = self.memory
+        if memory.valid is not None and self.num_plain > 0:
+            num_places = sum(x.shape[2] for x in (memory.keys, memory.sink_keys) if x is not None)
+            if self.num_plain >= num_places:
+                return memory._replace(valid=None, sink_valid=None)
+        return memory
 
     @property
     def state(self) -> tuple[torch.Tensor, torch.Tensor] | None:
         """(S, z), or `None` before the first token."""
-        if not self.has_seen_tokens:
-            return None
-        return self.recurrent_states[STATE], self.recurrent_states[NORMALIZER]
+        return self.memory[:2] if self.has_seen_tokens else None
 
-    @property
-    def window_history(self) -> GMAWindowHistory | None:
-        """What a layer with a softmax window goes on from, or `None` before the first token."""
-        if not self.has_seen_tokens:
-            return None
-        return GMAWindowHistory(*self.recurrent_states.values())
+    # A model of Transformers calls `cache.update(keys, values, layer_idx)` before its attention function. The keys and values of
+    # the current tokens are what a converted layer needs; its state advances when that function has computed it
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
+        """Nothing is stored: returns the keys and values as they are."""
+        return key_states, value_states
 
-    @property
-    def conv_history(self) -> torch.Tensor | None:
-        """The last inputs of the short convolution, or `None` before the first token or without convolution."""
-        return self.conv_states[0]
-
-    def update(
-        self,
-        state: tuple[torch.Tensor, torch.Tensor] | GMAWindowHistory,
-        conv_history: torch.Tensor | None,
-        num_tokens: int,
-    ) -> None:
+    def advance(self, memory: MemoryState, num_tokens: int, is_plain: bool = False) -> None:
         """
-        Replace the state by the one after `num_tokens` further tokens.
+        Replace what is remembered by what is remembered after further tokens.
 
         Args:
-            state (`tuple[torch.Tensor, torch.Tensor]` or `GMAWindowHistory`): the new S and z, or with a softmax window
-                its whole history.
-            conv_history (`torch.Tensor`, *optional*): the new last inputs of the short convolution.
+            memory ([`MemoryState`]): the new state.
             num_tokens (`int`): how many tokens were processed.
+            is_plain (`bool`): whether none of them is padding and none begins a sequence of its own.
         """
-        self.lazy_initialization(state, conv_history)
-        for index, tensor in enumerate(state):
-            if tensor is not None:
-                self._store(self.recurrent_states, index, tensor)
-        if conv_history is not None:
-            self._store(self.conv_states, 0, conv_history)
+        self.lazy_initialization(memory)
+        self._store(memory)
         self.cumulative_length += num_tokens
-        self.has_previous_state = dict.fromkeys(self.has_previous_state, True)
+        self.num_plain = self.num_plain + num_tokens if is_plain else 0
+        self.has_previous_state[0] = True
 
-    def _store(self, states: dict[int, torch.Tensor], index: int, new_state: torch.Tensor):
-        # A new tensor, not a copy into the old one: gradients may flow through a dynamic cache, from one segment to the
-        # next. A clone, not a view: the last tokens of a long prompt would keep all of it in memory.
-        states[index] = new_state.clone()
+    def _store(self, memory: MemoryState) -> None:
+        # New tensors, not copies into the old ones: gradients may flow through a dynamic cache, from one segment to the next
+        self.memory = memory.map(unshared)
 
-    def lazy_initialization(
-        self, state: tuple[torch.Tensor, torch.Tensor] | GMAWindowHistory, conv_history: torch.Tensor | None = None
-    ) -> None:
-        if self.is_initialized:
-            return
-        self.device, self.dtype = state[STATE].device, state[STATE].dtype
-        for index, tensor in enumerate(state):
-            if tensor is not None:
-                self.recurrent_states[index] = torch.zeros_like(tensor)
-                self.is_recurrent_states_initialized[index] = True
-        if conv_history is not None:
-            self.conv_states[0] = torch.zeros_like(conv_history)
-            self.is_conv_states_initialized[0] = True
-        self.is_initialized = True
+    def lazy_initialization(self, memory: MemoryState, value_states: None = None) -> None:
+        if not self.is_initialized:
+            self.device, self.dtype = memory.state.device, memory.state.dtype
+            self.is_initialized = True
+
+    # Code that takes finished caches apart, row by row (Whisper's `generate`), finds the rows of S and z here
+    @property
+    def keys(self) -> torch.Tensor | None:
+        return None if self.memory is None else self.memory.state
+
+    @property
+    def values(self) -> torch.Tensor | None:
+        return None if self.memory is None else self.memory.normalizer
+
+    @property
+    def batch_size(self) -> int:
+        return -1 if self.memory is None else self.memory.state.shape[0]
 
     def update_conv_state(self, *args, **kwargs):
-        raise TypeError("A GMA layer updates its whole state at once: call `update`.")
+        raise TypeError("A GMA layer replaces its whole state at once: call `advance`.")
 
     update_recurrent_state = update_conv_state
+
+    def offload(self) -> None:
+        """The state is small and stays where it is."""
+
+    prefetch = offload
 
     def get_seq_length(self) -> int:
         """Number of tokens seen."""
@@ -155,7 +171,7 @@ class GMACacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
                 "before the tokens that may have to be taken back."
             )
 
-    def activate_past_recording(self) -> None:
+    def activate_past_recording(self):
         raise ValueError(
             "A GMA model cannot be rolled back, so it cannot serve as the assistant of assisted decoding."
         )
@@ -166,17 +182,25 @@ class GMACacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep only the rows `indices`."""
-        self._map_states(lambda states: states.index_select(0, indices.to(states.device)))
+        self._map_states(lambda state: state.index_select(0, indices.to(state.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row `repeats` times: one prompt, many continuations."""
-        self._map_states(lambda states: states.repeat_interleave(repeats, dim=0))
+        self._map_states(lambda state: state.repeat_interleave(repeats, dim=0))
 
     def _map_states(self, function):
-        for states in (self.recurrent_states, self.conv_states):
-            for index, tensor in states.items():
-                if tensor is not None:
-                    states[index] = function(tensor)
+        if self.memory is not None:
+            self.memory = self.memory.map(function)
+
+
+def unshared(x: torch.Tensor) -> torch.Tensor:
+    """
+    The last tokens of a long prompt would keep all of it in memory, and a state in another order would be copied in every step.
+    What is neither needs no copy.
+    """
+    if is_tracing(x) or x.untyped_storage().nbytes() > 2 * x.nbytes:
+        return x.clone(memory_format=torch.contiguous_format)
+    return x.contiguous()
 
 
 class StaticGMACacheLayer(GMACacheLayer):
@@ -192,20 +216,25 @@ class StaticGMACacheLayer(GMACacheLayer):
         self.max_cache_len = max_cache_len
         self.cumulative_length = torch.zeros((), dtype=torch.long)
 
-    def lazy_initialization(
-        self, state: tuple[torch.Tensor, torch.Tensor] | GMAWindowHistory, conv_history: torch.Tensor | None = None
-    ) -> None:
+    def lazy_initialization(self, memory: MemoryState, value_states: None = None) -> None:
         if self.is_initialized:
             return
-        super().lazy_initialization(state, conv_history)
+        super().lazy_initialization(memory)
+        self.memory = counted(memory).map(torch.zeros_like)
         self.cumulative_length = self.cumulative_length.to(self.device)
         if not is_torchdynamo_compiling():
-            for tensor in (*self.recurrent_states.values(), self.conv_states[0], self.cumulative_length):
+            for tensor in (*self.memory, self.cumulative_length):
                 if tensor is not None:
                     mark_static_address(tensor)
 
-    def _store(self, states: dict[int, torch.Tensor], index: int, new_state: torch.Tensor):
-        states[index].copy_(new_state)
+    def advance(self, memory: MemoryState, num_tokens: int, is_plain: bool = False) -> None:
+        # Whether the window is full must not be decided on: one graph serves every step
+        super().advance(memory, num_tokens, is_plain=False)
+
+    def _store(self, memory: MemoryState) -> None:
+        for kept, new in zip(self.memory, counted(memory), strict=True):
+            if kept is not None:
+                kept.copy_(new)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Length and offset of the keys that a mask would cover: those of the static softmax layers beside this one."""
@@ -213,9 +242,21 @@ class StaticGMACacheLayer(GMACacheLayer):
 
     def reset(self) -> None:
         """Forget everything, in place."""
-        self._map_states(lambda states: states.zero_())
+        if self.memory is not None:
+            for tensor in self.memory:
+                if tensor is not None:
+                    tensor.zero_()
         self.cumulative_length.zero_()
-        self.has_previous_state = dict.fromkeys(self.has_previous_state, False)
+        self.has_previous_state[0] = False
+
+
+def counted(memory: MemoryState) -> MemoryState:
+    """The same with the number of tokens in the memory as a tensor."""
+    if not isinstance(memory.count, int):
+        return memory
+    state = memory.state
+    count = torch.full(state.shape[:1], max(memory.count, 0), dtype=torch.long, device=state.device)
+    return memory._replace(count=count)
 
 
 def adopt_cache(cache: Cache, config: PreTrainedConfig) -> Cache:
@@ -254,85 +295,41 @@ def _static_length(cache: StaticCache) -> int:
     return max((getattr(layer, "max_cache_len", -1) for layer in cache.layers), default=-1)
 
 
-def save_cache(cache: DynamicCache, path: str | os.PathLike) -> None:
+def expect_continuation(
+    cache: Cache | None, position_ids: torch.Tensor | None, padding_mask: torch.Tensor | None
+) -> None:
     """
-    Write the state of a model, say after a long prompt, to a safetensors file.
+    A row that has seen tokens goes on with its first real token: a position of 0 would start it anew.
 
     Args:
-        cache (`DynamicCache`): as returned in `past_key_values`.
-        path (`str` or `os.PathLike`): the file, conventionally `*.safetensors`.
+        cache (`Cache`, *optional*): what the call goes on from.
+        position_ids (`torch.Tensor` of shape `(batch or 1, length)`, *optional*): as the user gave them.
+        padding_mask (`torch.BoolTensor` of shape `(batch, length)`, *optional*): `True` at the real tokens of the call.
 
     Raises:
-        ValueError: for a cache that is empty, static or quantized.
+        ValueError: if it starts anew.
     """
-    tensors = {}
-    for layer_idx, layer in enumerate(cache.layers):
-        if not layer.is_initialized:
-            raise ValueError("The cache is empty: run the model on a prompt with `use_cache=True` first.")
-        if type(layer) is GMACacheLayer:
-            named = {**layer.window_history._asdict(), "conv": layer.conv_history}
-        elif type(layer) is DynamicLayer:
-            named = {"keys": layer.keys, "values": layer.values}
-        else:
-            raise ValueError(
-                f"Layer {layer_idx} of the cache is a {type(layer).__name__}. Only a `DynamicCache` can be saved: "
-                "process the prompt without `cache_implementation`."
-            )
-        for name, tensor in named.items():
-            if tensor is not None:
-                tensors[f"layers.{layer_idx}.{name}"] = tensor.detach().contiguous()
-    save_file(tensors, path, metadata={"format": "gma_hf.cache", "seq_length": str(cache.get_seq_length())})
-
-
-def load_cache(path: str | os.PathLike, config: PreTrainedConfig, device: str | torch.device = "cpu") -> DynamicCache:
-    """
-    Read a state written by [`save_cache`]. Fork it with `copy.deepcopy(cache)` or `cache.batch_repeat_interleave(n)`.
-
-    Args:
-        path (`str` or `os.PathLike`): the file.
-        config (`GMAConfig`): of the model that goes on from it.
-        device (`str` or `torch.device`): where to put the tensors.
-
-    Returns:
-        `DynamicCache`: to pass as `past_key_values`.
-
-    Raises:
-        ValueError: if the file is no such state, or does not fit the model.
-    """
-    with safe_open(path, framework="pt", device=str(device)) as file:
-        metadata = file.metadata() or {}
-        tensors = {name: file.get_tensor(name) for name in file.keys()}
-    if metadata.get("format") != "gma_hf.cache":
-        raise ValueError(f"{path} holds no cache of a GMA model. Write one with `gma_hf.save_cache`.")
-    cache = adopt_cache(DynamicCache(config=config), config)
-    for layer_idx, layer in enumerate(cache.layers):
-        named = {
-            name.split(".")[-1]: tensor for name, tensor in tensors.items() if name.startswith(f"layers.{layer_idx}.")
-        }
-        is_gma = isinstance(layer, GMACacheLayer)
-        expected = {"state", "normalizer"} if is_gma else set()
-        if not is_gma or config.window_size > 0:
-            expected |= {"keys", "values"}
-        if not expected <= named.keys():
-            raise ValueError(
-                f"{path} does not fit the model: layer {layer_idx} needs {sorted(expected)}, the file has {sorted(named)}."
-            )
-        if is_gma:
-            shape = (config.num_attention_heads, config.num_components, config.head_dim)
-            if tuple(named["state"].shape[1:]) != shape:
-                raise ValueError(
-                    f"{path} does not fit the model: the state of layer {layer_idx} has shape "
-                    f"{tuple(named['state'].shape[1:])} per row, the model needs {shape}."
-                )
-            window_size, num_sinks = (named[x].shape[2] if x in named else 0 for x in ("keys", "sink_keys"))
-            if (window_size, num_sinks) != (config.window_size, config.num_sink_tokens):
-                raise ValueError(
-                    f"{path} does not fit the model: layer {layer_idx} keeps a window of {window_size} tokens and "
-                    f"{num_sinks} sink tokens, the model needs {config.window_size} and {config.num_sink_tokens}."
-                )
-            conv_history = named.pop("conv", None)
-            states = [named.get(name) for name in GMAWindowHistory._fields]
-            layer.update(states, conv_history, int(metadata["seq_length"]))
-        else:
-            layer.update(named["keys"], named["values"])
-    return cache
+    if cache is None or position_ids is None or position_ids.ndim != 2 or is_tracing(position_ids):
+        return
+    layers = getattr(cache, "self_attention_cache", cache).layers
+    memory = next((x.memory for x in layers if isinstance(x, GMACacheLayer) and x.has_seen_tokens), None)
+    if memory is None:
+        return
+    if padding_mask is None:
+        starts = position_ids[:, 0] == 0
+    else:
+        positions = position_ids.expand(padding_mask.shape[0], -1).to(padding_mask.device)
+        first = padding_mask.to(torch.uint8).argmax(dim=1, keepdim=True)
+        starts = (positions.gather(1, first) == 0)[:, 0] & padding_mask.any(dim=1)
+    if not bool(starts.any()):
+        return
+    # Of some rows all tokens may have been padding
+    seen = (memory.normalizer != 0).flatten(1).any(dim=1)
+    if memory.valid is not None:
+        seen = seen | memory.valid.any(dim=1)
+    if bool((starts.to(seen.device) & seen).any()):
+        raise ValueError(
+            f"`position_ids` start at 0, but the cache has seen {int(cache.get_seq_length())} tokens of the same rows. A new "
+            "sequence needs a new cache (`past_key_values=None`); to continue the old one, leave `position_ids` out or let them "
+            "go on."
+        )

@@ -1,16 +1,217 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
 """
-Which tokens are padding, which belong to the same packed sequence, and where each stands in its sequence.
+The layout of a call: which tokens are padding, which belong to the same packed sequence, where each stands in its sequence.
 
-Padding may stand anywhere in a row (left, right, in between). Packed sequences are announced in one of three ways:
-`seq_idx`, `cu_seq_lens_q`, or `position_ids` that start anew. All end here as `sequence_ids`, what the operator takes.
+Padding may stand anywhere in a row (left, right, in between). Packed sequences are announced in one of three ways: `seq_idx`,
+`cu_seq_lens_q`, or `position_ids` that start anew. A model works the layout out once, in a [`Layout`], and hands it to all of
+its layers.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
+from torch import Tensor
 from transformers.utils import is_tracing
 
+from ..ops.window.plan import WindowPlan, plan_window
 
-def select_padding_mask(attention_mask: torch.Tensor | None, query_length: int) -> torch.Tensor | None:
+
+class Layout:
+    """
+    What one call says of its tokens. Everything that follows from it alone is computed when a layer first asks for it, and
+    kept for the other layers.
+
+    Args:
+        batch_size (`int`), length (`int`): shape of the tokens.
+        padding_mask (`torch.BoolTensor` of shape `(batch, length)`, *optional*): `True` at real tokens; `None` if all are.
+        sequence_ids (`torch.LongTensor` of shape `(batch, length)`, *optional*): packed sequences, as runs of equal numbers
+            over the real tokens; `None` if each row is one sequence.
+        has_gaps (`bool`, *optional*): whether padding may stand between real tokens; looked up if it is not given.
+
+    Attributes:
+        has_gaps (`bool`): whether padding may stand between real tokens.
+    """
+
+    def __init__(
+        self,
+        batch_size: int,
+        length: int,
+        padding_mask: Tensor | None = None,
+        sequence_ids: Tensor | None = None,
+        has_gaps: bool | None = None,
+    ):
+        self.batch_size = batch_size
+        self.length = length
+        self.padding_mask = padding_mask
+        self.sequence_ids = sequence_ids
+        self.has_gaps = padding_mask is not None and (may_have_gaps(padding_mask) if has_gaps is None else has_gaps)
+        self._known: dict[Any, Any] = {}
+        self._is_complete = False
+
+    def complete(
+        self,
+        windows: list[tuple[int, int]],
+        causal: bool,
+        dtype: torch.dtype,
+        device: torch.device,
+        output_history: bool,
+    ) -> None:
+        """
+        Compute now what layers will ask for, and keep nothing that they compute: a traced layer must not change what other layers
+        see.
+
+        Args:
+            windows (`list[tuple[int, int]]`): sizes and numbers of sink tokens of the windows.
+            causal, dtype, device, output_history: see [`Layout.window`].
+        """
+        if self.padding_mask is not None:
+            self.is_missing(1), self.is_missing(2), self.write_weight, self.sorted_padding_mask, self.inverse
+        self.sorted_sequence_ids  # noqa: B018
+        for window_size, num_sinks in windows:
+            self.window(window_size, num_sinks if causal else 0, causal, dtype, device, output_history)
+        self._is_complete = True
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether all tokens are real and each row is one sequence."""
+        return self.padding_mask is None and self.sequence_ids is None
+
+    def once(self, name: Any, compute: Callable[[], Any]) -> Any:
+        """`compute()`, called for a name the first time only."""
+        if name in self._known:
+            return self._known[name]
+        value = compute()
+        if not self._is_complete:
+            self._known[name] = value
+        return value
+
+    @property
+    def write_weight(self) -> Tensor | None:
+        """Write weights that are 0 at padding and 1 elsewhere, `(batch, 1, length)` in float32; `None` without padding."""
+        if self.padding_mask is None:
+            return None
+        return self.once("write_weight", lambda: self.padding_mask[:, None].to(torch.float32))
+
+    def is_missing(self, dim: int) -> Tensor:
+        """`True` at padding, with a further dimension of size 1 at `dim`."""
+        return self.once(("is_missing", dim), lambda: ~self.padding_mask.unsqueeze(dim))
+
+    @property
+    def order(self) -> Tensor | None:
+        """The order `(batch, length)` in which padding stands to the left of all real tokens; `None` if nothing has to move."""
+        if not self.has_gaps:
+            return None
+        return self.once("order", lambda: torch.argsort(self.padding_mask.to(torch.uint8), dim=1, stable=True))
+
+    @property
+    def inverse(self) -> Tensor | None:
+        """The order that undoes it."""
+        return None if self.order is None else self.once("inverse", lambda: self.order.argsort(dim=1))
+
+    def sort(self, x: Tensor, dim: int) -> Tensor:
+        """`x`, whose tokens stand along `dim`, in that order."""
+        return x if self.order is None else self._take("order", self.order, x, dim)
+
+    def unsort(self, x: Tensor, dim: int) -> Tensor:
+        """Back from that order."""
+        return x if self.order is None else self._take("inverse", self.inverse, x, dim)
+
+    def _take(self, name: str, order: Tensor, x: Tensor, dim: int) -> Tensor:
+        if self._is_complete:
+            return x.gather(dim, spread_index(order, x, dim))
+        return x.gather(dim, self.once((name, x.shape, dim), lambda: spread_index(order, x, dim)))
+
+    @property
+    def sorted_padding_mask(self) -> Tensor | None:
+        """The padding mask in that order."""
+        return self.once("sorted_padding_mask", lambda: self.sort(self.padding_mask, 1))
+
+    @property
+    def sorted_sequence_ids(self) -> Tensor | None:
+        """The sequence ids in that order."""
+        if self.sequence_ids is None:
+            return None
+        return self.once("sorted_sequence_ids", lambda: self.sort(self.sequence_ids, 1))
+
+    def window(
+        self,
+        window_size: int,
+        num_sinks: int,
+        causal: bool,
+        dtype: torch.dtype,
+        device: torch.device,
+        output_history: bool,
+    ) -> WindowPlan:
+        """
+        What a window and its memory look at, where nothing was seen before the call.
+
+        Args:
+            window_size (`int`), num_sinks (`int`): W and s.
+            causal (`bool`): look back only.
+            dtype (`torch.dtype`): precision of the memory's weight.
+            device (`torch.device`): where the layer is.
+            output_history (`bool`): whether it tells what is to be remembered, too.
+        """
+        length, size = self.length, window_size
+        # A length that is still open (torch.export) is no int, and must not be decided on
+        if not output_history and isinstance(length, int) and length < size:
+            size = max(length, 1)
+
+        def compute() -> WindowPlan:
+            valid = None if self.padding_mask is None else self.sorted_padding_mask
+            ends_at_last = valid is None or self.has_gaps
+            return plan_window(
+                self.batch_size, length, valid, self.sorted_sequence_ids, size, window_size, num_sinks, causal, dtype,
+                device, ends_at_last=ends_at_last,
+            )  # fmt: skip
+
+        return self.once(("window", size, window_size, num_sinks, causal, dtype), compute)
+
+    def last(self, number: int) -> tuple[Tensor, Tensor]:
+        """Where the last real tokens of each row stand, `(batch, number)`, and which of them there are."""
+
+        def compute() -> tuple[Tensor, Tensor]:
+            places = torch.arange(self.length, device=self.padding_mask.device)
+            end = torch.where(self.padding_mask, places + 1, 0).amax(dim=1, keepdim=True)
+            count = self.padding_mask.sum(dim=1, keepdim=True)
+            back = torch.arange(number, 0, -1, device=end.device)
+            return (end - back).clamp(min=0), back <= count
+
+        return self.once(("last", number), compute)
+
+    def to(self, device: torch.device | str | int, non_blocking: bool = False) -> "Layout":
+        """The same on another device, for layers that are there. Accelerate's hooks call it."""
+        tensors = [x for x in (self.padding_mask, self.sequence_ids) if x is not None]
+        device = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
+        if all(x.device == device for x in tensors):
+            return self
+
+        def move() -> Layout:
+            moved = [
+                None if x is None else x.to(device, non_blocking=non_blocking)
+                for x in (self.padding_mask, self.sequence_ids)
+            ]
+            return Layout(self.batch_size, self.length, *moved, has_gaps=self.has_gaps)
+
+        return self.once(("to", device), move)
+
+
+def spread_index(order: Tensor, x: Tensor, dim: int) -> Tensor:
+    """The index by which `gather` takes the tokens of `x`, along `dim`, in an order `(batch, number)`."""
+    index = order.view(order.shape[0], *[1] * (dim - 1), order.shape[1], *[1] * (x.ndim - 1 - dim))
+    return index.expand(*x.shape[:dim], -1, *x.shape[dim + 1 :])
+
+
+def may_have_gaps(padding_mask: Tensor) -> bool:
+    """Whether padding stands between real tokens. It may, where values cannot be looked at."""
+    if is_tracing(padding_mask):
+        return True
+    begins = padding_mask[:, 1:] & ~padding_mask[:, :-1]
+    return bool((begins.sum(dim=1) + padding_mask[:, 0] > 1).any())
+
+
+def select_padding_mask(attention_mask: Tensor | None, query_length: int) -> Tensor | None:
     """
     The part of a 2D attention mask that belongs to the current tokens.
 
@@ -47,11 +248,11 @@ def select_padding_mask(attention_mask: torch.Tensor | None, query_length: int) 
 def find_sequence_ids(
     batch_size: int,
     length: int,
-    padding_mask: torch.Tensor | None = None,
-    position_ids: torch.Tensor | None = None,
-    seq_idx: torch.Tensor | None = None,
-    cu_seq_lens: torch.Tensor | None = None,
-) -> torch.Tensor | None:
+    padding_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    cu_seq_lens: Tensor | None = None,
+) -> Tensor | None:
     """
     Number the packed sequences of each row.
 
@@ -104,10 +305,10 @@ def count_positions(
     batch_size: int,
     length: int,
     device: torch.device,
-    attention_mask: torch.Tensor | None = None,
-    sequence_ids: torch.Tensor | None = None,
-    seen_tokens: int | torch.Tensor = 0,
-) -> torch.Tensor:
+    attention_mask: Tensor | None = None,
+    sequence_ids: Tensor | None = None,
+    seen_tokens: int | Tensor = 0,
+) -> Tensor:
     """
     Position of each token within its own sequence, padding not counted.
 
@@ -137,7 +338,7 @@ def count_positions(
     return positions.clamp(min=0)
 
 
-def same_sequence_mask_function(sequence_ids: torch.Tensor):
+def same_sequence_mask_function(sequence_ids: Tensor):
     """The mask function, as `transformers.masking_utils` composes them, that keeps packed sequences apart."""
     last = sequence_ids.shape[1] - 1
 
@@ -148,7 +349,7 @@ def same_sequence_mask_function(sequence_ids: torch.Tensor):
     return same_sequence
 
 
-def _expand_rows(tensor: torch.Tensor, batch_size: int, length: int) -> torch.Tensor:
+def _expand_rows(tensor: Tensor, batch_size: int, length: int) -> Tensor:
     if tensor.ndim != 2 or tensor.shape[0] not in (1, batch_size) or tensor.shape[1] != length:
         raise ValueError(
             f"`position_ids` and `seq_idx` must have shape ({batch_size}, {length}) or (1, {length}), "

@@ -2,12 +2,18 @@
 """The mixtures of one layer: their parameters, and the one door through which attention is computed."""
 
 import math
+import os
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import initialization as init
+from transformers.utils import is_tracing
 
 from ..ops import gaussian_mixture_affinity, gaussian_mixture_attention, gaussian_mixture_responsibilities
+from ..ops.attention.mixture import mixture_coefficients
+from ..ops.attention.recurrent import step, step_coefficients
+from ..ops.dispatch import ENVIRONMENT_VARIABLE
 
 
 class GMAMixture(nn.Module):
@@ -52,13 +58,23 @@ class GMAMixture(nn.Module):
             init.zeros_(self.prior_logits)
 
     def forward(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, eps: float | None = None, **kwargs
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        *,
+        eps: float | None = None,
+        kept: Any = None,
+        **kwargs,
     ):
         """
         Gaussian mixture attention, see [`gaussian_mixture_attention`] for shapes and further arguments; `eps` is the
-        mixture's own if it is not given. A forward pre-hook on this module sees the queries and keys exactly as they are
-        routed.
+        mixture's own if it is not given, `kept` a [`KeptValues`] for what a decoding step needs of the parameters. A forward
+        pre-hook on this module sees the queries and keys exactly as they are routed.
         """
+        eps = self.eps if eps is None else eps
+        if kept is not None and is_step_on_cpu(query, kwargs):
+            return self._step(query, key, value, eps, kept, **kwargs)
         return gaussian_mixture_attention(
             query,
             key,
@@ -66,10 +82,41 @@ class GMAMixture(nn.Module):
             self.means,
             self.raw_variances,
             self.prior_logits,
-            eps=self.eps if eps is None else eps,
+            eps=eps,
             variance_floor=self.variance_floor,
             **kwargs,
         )
+
+    def _step(self, query, key, value, eps, kept, *, initial_state, output_normalizer=False, **kwargs):
+        """The same for one token that goes on from a state, with as few operations as possible."""
+        dtype = torch.promote_types(torch.promote_types(query.dtype, value.dtype), torch.float32)
+
+        def compute(means, raw_variances, prior_logits):
+            return step_coefficients(
+                mixture_coefficients(means, raw_variances, prior_logits, self.variance_floor, dtype)
+            )
+
+        S, z = initial_state
+        shape = (query.shape[0], *self.means.shape[:2], value.shape[3])
+        if S.shape != shape:
+            raise ValueError(
+                f"initial_state S has shape {list(S.shape)}, expected [batch, mixtures, components, value_dim] = {list(shape)}. "
+                "Was it written by another model?"
+            )
+        parameters = (self.means, self.raw_variances, self.prior_logits)
+        output, state, normalizer = step(
+            query,
+            key,
+            value,
+            kept.get(f"mixture in {dtype}", parameters, compute),
+            state=(S.to(dtype), z.to(dtype)),
+            normalize=kwargs.get("normalize", True),
+            write_weight=kwargs.get("write_weight"),
+            log_decay=kwargs.get("log_decay"),
+            eps=eps,
+            output_normalizer=output_normalizer,
+        )
+        return (output, normalizer, state) if output_normalizer else (output, state)
 
     def affinity(self, query: torch.Tensor, key: torch.Tensor, **kwargs) -> torch.Tensor:
         """The matrix that the attention implies, `(batch, heads, query_length, key_length)`: quadratic, to look at."""
@@ -93,3 +140,13 @@ class GMAMixture(nn.Module):
     def extra_repr(self) -> str:
         num_heads, num_components, routing_dim = self.means.shape
         return f"num_heads={num_heads}, num_components={num_components}, routing_dim={routing_dim}"
+
+
+def is_step_on_cpu(query: torch.Tensor, arguments: dict[str, Any]) -> bool:
+    """Whether a call is one token that goes on from a state, without gradients, where no kernel does better."""
+    if query.shape[2] != 1 or query.device.type != "cpu" or torch.is_grad_enabled() or is_tracing(query):
+        return False
+    if os.environ.get(ENVIRONMENT_VARIABLE, "auto") not in ("", "auto", "recurrent"):
+        return False
+    known = arguments.get("initial_state") is not None and arguments.get("output_final_state", False)
+    return known and arguments.get("sequence_ids") is None

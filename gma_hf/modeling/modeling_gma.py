@@ -20,9 +20,16 @@ from transformers.utils.output_capturing import capture_outputs
 from ..compat import attention_implementation
 from ..configuration import GMAConfig
 from .attention_gma import ATTENTION_CLASSES, GMAAttention, GMARMSNorm, GMARotaryEmbedding, GMASoftmaxAttention
-from .cache_gma import adopt_cache
-from .layout import count_positions, find_sequence_ids, same_sequence_mask_function, select_padding_mask
+from .cache_gma import GMACacheLayer, Owner, adopt_cache, expect_continuation
+from .layout import (
+    Layout,
+    count_positions,
+    find_sequence_ids,
+    same_sequence_mask_function,
+    select_padding_mask,
+)
 from .mixture import GMAMixture
+from .saved_cache import expect_fingerprint
 from .short_convolution import GMAShortConvolution
 from .window import LACKING_BEFORE, GMAWindow
 
@@ -175,6 +182,8 @@ class GMAModel(GMAPreTrainedModel):
             past_key_values = DynamicCache(config=self.config)
         if past_key_values is not None:
             adopt_cache(past_key_values, self.config)
+            if not is_tracing(inputs_embeds):
+                self._own(past_key_values)
         seen_tokens = past_key_values.get_seq_length() if past_key_values is not None else 0
 
         # `generate` makes the masks of compiled decoding itself, one per type of layer
@@ -186,6 +195,12 @@ class GMAModel(GMAPreTrainedModel):
         sequence_ids = find_sequence_ids(
             batch_size, length, padding_mask, position_ids, kwargs.get("seq_idx"), kwargs.get("cu_seq_lens_q")
         )
+        layout = Layout(batch_size, length, padding_mask, sequence_ids)
+        if is_tracing(inputs_embeds):
+            windows = [(self.config.window_size, self.config.num_sink_tokens)] if self.config.window_size > 0 else []
+            dtype = torch.promote_types(inputs_embeds.dtype, torch.float32)
+            layout.complete(windows, is_causal, dtype, inputs_embeds.device, past_key_values is not None)
+        expect_continuation(past_key_values, position_ids, padding_mask)
         if position_ids is None:
             position_ids = count_positions(
                 batch_size, length, inputs_embeds.device, token_mask, sequence_ids, seen_tokens
@@ -196,7 +211,6 @@ class GMAModel(GMAPreTrainedModel):
             softmax_mask = self._softmax_mask(
                 is_causal, inputs_embeds, attention_mask, position_ids, sequence_ids, past_key_values, seen_tokens
             )
-        masks = {"linear_attention": padding_mask, "full_attention": softmax_mask}
 
         hidden_states = inputs_embeds
         if self.embed_positions is not None:
@@ -211,17 +225,30 @@ class GMAModel(GMAPreTrainedModel):
         for decoder_layer in self.layers[: self.config.num_hidden_layers]:
             hidden_states = decoder_layer(
                 hidden_states,
-                attention_mask=masks[decoder_layer.layer_type],
+                attention_mask=softmax_mask if decoder_layer.layer_type == "full_attention" else None,
                 position_embeddings=position_embeddings.get(decoder_layer.layer_type),
                 position_ids=position_ids,
                 past_key_values=past_key_values,
                 use_cache=use_cache,
-                sequence_ids=sequence_ids,
+                layout=layout,
                 is_causal=is_causal,
                 **kwargs,
             )
         hidden_states = self.norm(hidden_states)
         return BaseModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=past_key_values)
+
+    def _own(self, cache: Cache) -> None:
+        """Tell a cache which model fills it; a cache from a file must have been filled by the same weights."""
+        for layer in cache.layers:
+            if not isinstance(layer, GMACacheLayer) or layer.owner.model() is self:
+                continue
+            if layer.owner.fingerprint is not None:
+                expect_fingerprint(self, layer.owner.fingerprint, "The cache")
+                for other in cache.layers:
+                    if isinstance(other, GMACacheLayer):
+                        other.owner = Owner(self)
+                return
+            layer.owner = Owner(self)
 
     def _softmax_mask(
         self,

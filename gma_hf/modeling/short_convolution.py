@@ -9,6 +9,8 @@ from torch import nn
 
 from ..ops.dispatch import PLAIN, Way, choose
 from ..ops.triton_support import DTYPES, is_on_gpu, missing
+from ..ops.window.plan import take_tokens
+from .layout import Layout
 
 
 MAX_WIDTH = 8  # taps of a tile stay in registers
@@ -47,54 +49,78 @@ class GMAShortConvolution(nn.Conv1d):
         self,
         hidden_states: torch.Tensor,
         causal: bool = True,
-        padding_mask: torch.Tensor | None = None,
-        sequence_ids: torch.Tensor | None = None,
+        layout: Layout | None = None,
         history: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        output_history: bool = True,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
         Convolve along the sequence.
 
         Args:
             hidden_states (`torch.Tensor` of shape `(batch, length, channels)`): one row per token.
             causal (`bool`): look back only, or to both sides.
-            padding_mask (`torch.BoolTensor` of shape `(batch, length)`, *optional*): `True` at real tokens.
-            sequence_ids (`torch.LongTensor` of shape `(batch, length)`, *optional*): packed sequences.
+            layout ([`Layout`], *optional*): padding and packed sequences.
             history (`torch.Tensor` of shape `(batch, kernel_size - 1, channels)`, *optional*): the last real inputs
                 before these, as returned by an earlier call; causal only. They belong to the first sequence of the row.
+            output_history (`bool`): also return the new history.
 
         Returns:
-            `tuple(torch.Tensor)`: the outputs `(batch, length, channels)`, zero at padding, and the new history.
+            `tuple(torch.Tensor)`: the outputs `(batch, length, channels)`, zero at padding, and the new history or `None`.
         """
         batch_size, _, num_channels = hidden_states.shape
         width = self.kernel_size[0]
         before = width - 1 if causal else width // 2
-        if history is None:
-            history = hidden_states.new_zeros(batch_size, width - 1, num_channels)
-        inputs = torch.cat([history[:, width - 1 - before :].to(hidden_states.dtype), hidden_states], dim=1)
-        if sequence_ids is not None:
-            sequence_ids = torch.cat([sequence_ids[:, :1].expand(-1, before), sequence_ids], dim=1)
+        padding_mask = sequence_ids = None
+        if layout is not None:
+            padding_mask, sequence_ids = layout.padding_mask, layout.sequence_ids
+        past = history
+        if past is None:
+            past = hidden_states.new_zeros(batch_size, width - 1, num_channels)
+        if padding_mask is not None:
+            hidden_states = hidden_states.masked_fill(layout.is_missing(2), 0)
 
         order = None
-        if padding_mask is not None:
-            # Padding moves to the front of the row, so that neighbours are neighbouring real tokens. The history counts
+        if padding_mask is not None and history is not None:
+            # Padding moves in front of the history, so that neighbours are neighbouring real tokens. The history counts
             # as real: where a row is shorter it holds zeros, as in front of any sequence.
             is_real = torch.cat([padding_mask.new_ones(batch_size, before), padding_mask], dim=1)
             order = torch.argsort(is_real.to(torch.uint8), dim=1, stable=True)
             gather_index = order[..., None].expand(-1, -1, num_channels)
-            inputs = inputs.masked_fill(~is_real[..., None], 0).gather(1, gather_index)
+        elif padding_mask is not None:
+            # Without a history only padding between real tokens has to move
+            hidden_states, sequence_ids = layout.sort(hidden_states, 1), layout.sorted_sequence_ids
+        inputs = torch.cat([past[:, width - 1 - before :].to(hidden_states.dtype), hidden_states], dim=1)
+        if sequence_ids is not None:
+            sequence_ids = torch.cat([sequence_ids[:, :1].expand(-1, before), sequence_ids], dim=1)
+        if order is not None:
+            inputs = inputs.gather(1, gather_index)
             if sequence_ids is not None:
                 sequence_ids = sequence_ids.gather(1, order)
-        new_history = inputs[:, inputs.shape[1] - (width - 1) :]
-        if sequence_ids is not None:
-            is_last = sequence_ids == sequence_ids[:, -1:]
-            new_history = new_history * is_last[:, inputs.shape[1] - (width - 1) :, None]
 
-        # Where padding moved to the front, the history is among the tokens: its outputs are cut off afterwards
+        new_history = None
+        if not output_history:
+            pass
+        elif padding_mask is not None and history is None and not layout.has_gaps:
+            places, exists = layout.last(width - 1)
+            new_history = take_tokens(hidden_states[:, None], places)[:, 0] * exists[..., None]
+            if sequence_ids is not None:
+                taken = sequence_ids[:, before:].gather(1, places)
+                new_history = new_history * (taken == taken[:, -1:])[..., None]
+        else:
+            new_history = inputs[:, inputs.shape[1] - (width - 1) :]
+            if sequence_ids is not None:
+                is_last = sequence_ids == sequence_ids[:, -1:]
+                new_history = new_history * is_last[:, inputs.shape[1] - (width - 1) :, None]
+
+        # Where padding moved in front of the history, that is among the tokens: its outputs are cut off afterwards
         outputs = self._convolve(inputs, sequence_ids, before, first=before if order is None else 0)
 
         if order is not None:
             outputs = outputs.new_zeros(inputs.shape).scatter(1, gather_index, outputs)[:, before:]
-            outputs = outputs * padding_mask[..., None]
+        elif padding_mask is not None:
+            outputs = layout.unsort(outputs, 1)
+        if padding_mask is not None:
+            outputs = outputs.masked_fill(layout.is_missing(2), 0)
         return outputs, new_history
 
     def _convolve(
@@ -106,7 +132,11 @@ class GMAShortConvolution(nn.Conv1d):
             from ..ops.convolution.triton.fused import short_convolution
 
             return short_convolution(inputs, self.weight, sequence_ids, before, first)
-        if sequence_ids is None:
+        if sequence_ids is None and inputs.shape[1] == width and first == width - 1:
+            # One token: a sum of so many products is faster than a convolution
+            taps = self.weight[:, 0].t().float()
+            outputs = (inputs * taps).sum(dim=1, keepdim=True).to(inputs.dtype)
+        elif sequence_ids is None:
             channels_first = nn.functional.pad(inputs.transpose(1, 2), (before - first, width - 1 - before))
             outputs = nn.functional.conv1d(channels_first, self.weight, groups=num_channels).transpose(1, 2)
         else:

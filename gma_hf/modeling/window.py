@@ -30,30 +30,15 @@ arXiv:2309.17453); in a memory they would thin out as the text grows. The first 
     o_i = (sum_{near, sinks} e^{s_ij} v_j + e^{m_i} D_i r_i) / (sum_{near, sinks} e^{s_ij} + e^{m_i} D_i)
 """
 
-from collections.abc import Callable
+import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from ..ops.attention.functional import run_starts, without_autocast
-from ..ops.window.blocks import EMPTY, LOG_NOTHING
+from ..ops.window.blocks import EMPTY, LOG_NOTHING, SinkTokens, attend_step
 from ..ops.window.softmax import window_softmax
-from ..ops.window.step import is_step, step
-from ..ops.window.tokens import (
-    GMAWindowHistory,
-    WindowTokens,
-    join_history,
-    kept_sinks,
-    last_tokens,
-    num_written,
-    sequence_starts,
-    take_queries,
-    take_tokens,
-    token_dim,
-    visible_sinks,
-    without_sinks,
-)
 
 
 # Of checkpoints from before there was a `memory_dilution`, which lack it: it starts at the 0 that they mean
@@ -92,6 +77,7 @@ class GMAWindow(nn.Module):
             )
         if num_sink_tokens < 0:
             raise ValueError(f"`num_sink_tokens` must not be negative, got {num_sink_tokens}. 0 means none.")
+        self.num_heads, self.head_dim = num_heads, head_dim
         self.window_size = window_size
         self.num_sink_tokens = num_sink_tokens
         self.memory_bias = nn.Parameter(torch.zeros(num_heads))
@@ -106,275 +92,94 @@ class GMAWindow(nn.Module):
 
     def forward(
         self,
-        mixture: Callable[..., Tensor],
         query: Tensor,
         key: Tensor,
         value: Tensor,
+        valid: Tensor | None,
+        runs: Tensor | None,
+        read: Tensor,
+        log_weight: Tensor,
+        growth: Tensor | None,
         *,
-        scaling: float,
-        causal: bool = True,
-        routing_query: Tensor | None = None,
-        routing_key: Tensor | None = None,
-        weigh_by_routing: bool = False,
-        write_weight: Tensor | None = None,
-        log_decay: Tensor | None = None,
-        sequence_ids: Tensor | None = None,
-        padding_mask: Tensor | None = None,
-        softcap: float | None = None,
+        count: Tensor | int | None = None,
+        kept: Any = None,
+        weighing_query: Tensor | None = None,
         sinks: Tensor | None = None,
-        history: GMAWindowHistory | None = None,
-        output_history: bool = False,
-    ) -> Tensor | tuple[Tensor, GMAWindowHistory]:
-        """
-        Attention by the equations of this file's opening.
-
-        Args:
-            mixture (`GMAMixture`, or a function that calls it): the memory.
-            query (`torch.Tensor` of shape `(batch, num_heads, length, head_dim)`): queries of the softmax.
-            key (`torch.Tensor` of shape `(batch, key_value_heads, length, head_dim)`): its keys.
-            value (`torch.Tensor` of shape `(batch, key_value_heads, length, value_dim)`): values.
-            scaling (`float`): factor of the softmax logits.
-            causal (`bool`): look back only, or to both sides.
-            routing_query, routing_key (`torch.Tensor`, *optional*): what the mixture routes, of its own dimension; by
-                default `query` and `key`.
-            weigh_by_routing (`bool`): u . q_i with the routing query, of the same dimension, for q_i: where the softmax's
-                queries are rotated by their positions, on which the memory shall not depend.
-            write_weight, log_decay (`torch.Tensor` of shape `(batch, h, length)`, *optional*): of the memory, see
-                [`gaussian_mixture_attention`]. Softmax knows neither.
-            sequence_ids (`torch.Tensor` of shape `(batch, length)`, *optional*): packed sequences, as runs of equal
-                numbers over the real tokens. A history belongs to the first sequence of its row.
-            padding_mask (`torch.BoolTensor` of shape `(batch, length)`, *optional*): `True` at real tokens. Padding may
-                stand anywhere; nearness is counted in real tokens.
-            softcap (`float`, *optional*): c, where softmax logits become c tanh(s / c).
-            sinks (`torch.Tensor` of shape `(num_heads,)`, *optional*): a logit per head that joins the normaliser alone;
-                no token, and nothing to do with `num_sink_tokens`.
-            history (`GMAWindowHistory`, *optional*): as returned by an earlier call; causal only.
-            output_history (`bool`): also return the history after the last token; causal only.
-
-        Returns:
-            `torch.Tensor` of shape `(batch, num_heads, length, value_dim)` in the dtype of `value`, zero at padding; with
-            `output_history` the pair of it and the new [`GMAWindowHistory`].
-
-        Raises:
-            ValueError: if the arguments do not fit each other.
-        """
-        self._check(query, causal, log_decay, history, output_history)
-        routing_query = query if routing_query is None else routing_query
-        length = query.shape[2]
-        size = self._reach(length, history, output_history)
-        num_sinks = self.num_sink_tokens if causal else 0
-        tokens = WindowTokens(key, value, padding_mask, routing_key, write_weight, log_decay, sequence_ids)
-        if is_step(tokens, history):
-            output, history = self._step(
-                mixture, query, routing_query, weigh_by_routing, tokens, history, scaling, softcap, sinks
-            )
-            return (output, history) if output_history else output
-        # Nothing before the call and nothing to leave out: views will do. A length that is still open (torch.export) is no
-        # int; which queries have a memory must not be decided on then
-        is_whole = history is None and padding_mask is None
-        is_whole = is_whole and (not causal or (isinstance(length, int) and length > 0))
-        if not is_whole:
-            tokens = join_history(tokens, history, size + num_sinks if causal else 0)
-        order = None
-        if padding_mask is not None:
-            order = torch.argsort(tokens.valid.to(torch.uint8), dim=1, stable=True)
-            query, routing_query = take_queries(query, order), take_queries(routing_query, order)
-            tokens = tokens.map(lambda x: take_tokens(x, order))
-        if sequence_ids is not None:
-            tokens = tokens._replace(runs=run_starts(tokens.runs).cumsum(dim=1))
-        near, written, starts, sink_tokens, num_leading = tokens, tokens, None, None, 0
-        if num_sinks > 0:
-            starts = sequence_starts(tokens)
-            if not is_whole:
-                sink_tokens = visible_sinks(tokens, starts, num_sinks, size, length)
-                near, written = (
-                    x.map(lambda y: last_tokens(y, size + length))
-                    for x in (tokens, without_sinks(tokens, starts, num_sinks))
-                )
-            elif length > size and sequence_ids is None:
-                num_leading = min(num_sinks, length - size)
-            elif length > size:
-                sink_tokens = visible_sinks(tokens, starts, min(num_sinks, length - size), size, length - size)
-                written = without_sinks(tokens, starts, num_sinks)
-
-        with without_autocast(query.device.type):
-            read, log_weight, count, state = self._read_memory(
-                mixture, routing_query, written, causal, is_whole, history, output_history
-            )
-            output = window_softmax(
-                query,
-                near.keys,
-                near.values,
-                near.valid,
-                near.runs,
-                read,
-                self._diluted(log_weight, count),
-                self.memory_bias,
-                self.memory_query,
-                routing_query if weigh_by_routing else None,
-                sinks,
-                sink_tokens,
-                num_sinks=num_leading,
-                size=size,
-                causal=causal,
-                scaling=scaling,
-                softcap=softcap,
-            )
-
-        if order is not None:
-            back = order.argsort(dim=1)[:, -query.shape[2] :] - (order.shape[1] - query.shape[2])
-            output = take_tokens(output, back.clamp(min=0)).masked_fill(~padding_mask[:, None, :, None], 0)
-        if not output_history:
-            return output
-        return output, self._new_history(tokens, starts, state, query.shape[0])
-
-    def affinity(
-        self, mixture: nn.Module, query: Tensor, key: Tensor, routing_key: Tensor | None = None, **kwargs
+        sink_tokens: tuple[Tensor | None, ...] | None = None,
+        num_leading: int = 0,
+        size: int | None = None,
+        causal: bool = True,
+        scaling: float,
+        softcap: float | None = None,
     ) -> Tensor:
         """
-        The matrix that the attention implies, `(batch, num_heads, length, length)`: quadratic, to look at. It is what the
-        attention makes of the identity matrix. Its rows sum to one (to less beside sinks, to zero at padding).
-        """
-        batch_size, num_key_value_heads, length = key.shape[:3]
-        identity = torch.eye(length, dtype=torch.promote_types(key.dtype, torch.float32), device=key.device)
-        identity = identity.expand(batch_size, num_key_value_heads, -1, -1)
-        # Not through `__call__`, whose hooks are there for what the model computes
-        return self.forward(mixture.forward, query, key, identity, routing_key=routing_key, **kwargs)
+        Merge what a memory has read with the tokens of the window.
 
-    def _reach(self, length: int, history: GMAWindowHistory | None, output_history: bool) -> int:
-        """The window, or the sequence where that is shorter."""
-        # A length that is still open (torch.export) is no int, and must not be decided on
-        if history is None and not output_history and isinstance(length, int) and length < self.window_size:
-            return max(length, 1)
-        return self.window_size
+        Args:
+            growth (`torch.Tensor` of shape `(batch or 1, 1, asked or 1)`, *optional*): log(1 + n / W) of the n tokens in the
+                memory. If it is not given, the one query sees all keys, and `log_weight` is D itself.
+            count (`torch.Tensor` of shape `(batch,)` or `int`, *optional*): n, then.
+            kept ([`KeptValues`], *optional*): what depends on parameters alone.
+            sink_tokens (`tuple`, *optional*): the fields of `SinkTokens`.
+            num_leading (`int`): how many of the first keys are sink tokens, instead.
+            For the others see [`window_softmax`].
+
+        Returns:
+            `torch.Tensor` of shape `(batch, num_heads, length, value_dim)` in the dtype of `value`.
+        """
+        if growth is None:
+            return self._step(
+                query, key, value, valid, read, log_weight, count, weighing_query, sinks, scaling, softcap, kept
+            )
+        diluted = torch.addcmul(log_weight, self.memory_dilution[:, None], growth, value=-1)
+        return window_softmax(
+            query,
+            key,
+            value,
+            valid,
+            runs,
+            read,
+            # An empty memory stays empty
+            torch.where(log_weight > LOG_NOTHING, diluted, log_weight),
+            self.memory_bias,
+            self.memory_query,
+            weighing_query,
+            sinks,
+            None if sink_tokens is None else SinkTokens(*sink_tokens),
+            num_sinks=num_leading,
+            size=size,
+            causal=causal,
+            scaling=scaling,
+            softcap=softcap,
+        )
 
     def _step(
-        self,
-        mixture: Callable[..., Tensor],
-        query: Tensor,
-        routing_query: Tensor,
-        weigh_by_routing: bool,
-        tokens: WindowTokens,
-        history: GMAWindowHistory,
-        scaling: float,
-        softcap: float | None,
-        sinks: Tensor | None,
-    ) -> tuple[Tensor, GMAWindowHistory]:
-        """The attention of one further token, and the history with it."""
+        self, query, key, value, valid, read, normalizer, count, weighing_query, sinks, scaling, softcap, kept
+    ) -> Tensor:
+        """The same for one query, with as few operations as possible."""
+        parameters = (self.memory_bias, self.memory_query, self.memory_dilution)
+        bias, slope, dilution = widened(*parameters) if kept is None else kept.get("window", parameters, widened)
+        # Of an empty memory log 0 = -inf, whatever is added
+        logit = torch.threshold(normalizer, 2 * EMPTY, 0.0).log()
+        weighing_query = query if weighing_query is None else weighing_query
+        logit = logit + (weighing_query.to(logit.dtype) * slope).sum(dim=-1)
+        if isinstance(count, Tensor):
+            growth = (count.to(logit.dtype) / self.window_size).log1p()[:, None, None]
+            bias = torch.addcmul(bias, dilution, growth, value=-1)
+        elif count is not None and count > 0:
+            bias = torch.sub(bias, dilution, alpha=math.log1p(count / self.window_size))
+        return attend_step(query, key, value, valid, read, logit + bias, scaling, softcap, sinks)
 
-        def read_memory(key: Tensor, value: Tensor, **recurrence) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
-            options = {"causal": True, "eps": EMPTY, "output_normalizer": True, "output_final_state": True}
-            return mixture(routing_query, key, value, **options, **recurrence)
-
-        def weigh(normalizer: Tensor, count: Tensor) -> Tensor:
-            # Of an empty memory log 0 = -inf, whatever is added
-            log_weight = torch.threshold(normalizer, 2 * EMPTY, 0.0).log()
-            weighing_query = routing_query if weigh_by_routing else query
-            slope = (weighing_query.to(log_weight.dtype) * self.memory_query[:, None]).sum(dim=-1)
-            return slope + self.memory_bias[:, None] + self._without_growth(log_weight, count)
-
-        with without_autocast(query.device.type):
-            return step(read_memory, weigh, query, tokens, history, scaling, softcap, sinks)
-
-    def _read_memory(
-        self,
-        mixture: Callable[..., Tensor],
-        routing_query: Tensor,
-        tokens: WindowTokens,
-        causal: bool,
-        is_whole: bool,
-        history: GMAWindowHistory | None,
-        output_history: bool,
-    ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor, Tensor] | None]:
+    def check(self, query: Tensor, history: Any) -> None:
         """
-        r `(batch, num_heads, asked, value_dim)`, log D `(batch, num_heads, asked)` and n `(batch or 1, asked or 1)` of the
-        queries that have a memory, the last `asked` ones, and the last S, z and n.
+        Raises:
+            ValueError: for queries or a history of another window.
         """
-        batch_size, length = routing_query.shape[0], routing_query.shape[2]
-        asked, skipped = length, 0
-        if causal and is_whole:
-            # Views leave out the sinks of a single sequence; those of several are invalid
-            skipped = self.num_sink_tokens if tokens.runs is None else 0
-            asked = length - self.window_size - skipped
-            if asked <= 0:
-                # Nobody has one. It is called all the same, with a token that does not exist: it gives the state, hooks see
-                # the call, and no parameter is without a gradient
-                asked, skipped, nothing = 1, 0, torch.zeros(1, length, dtype=torch.bool, device=routing_query.device)
-                tokens = tokens._replace(valid=nothing)
-        routing_keys = tokens.keys if tokens.routing_keys is None else tokens.routing_keys
-        written = tokens._replace(keys=routing_keys).map(lambda x: x.narrow(token_dim(x), skipped, asked))
-        write_weight, log_decay = written.write_weight, written.log_decay
-        if written.valid is not None:
-            is_missing = ~written.valid[:, None]
-            if write_weight is None:
-                write_weight = written.valid[:, None].to(torch.float32).expand(batch_size, -1, -1)
-            else:
-                write_weight = write_weight.masked_fill(is_missing, 0.0)
-            if log_decay is not None:
-                log_decay = log_decay.masked_fill(is_missing, 0.0)
-        recurrence = {"write_weight": write_weight, "sequence_ids": written.runs}
-        if causal:
-            initial_state = None if history is None else (history.state, history.normalizer)
-            recurrence.update(log_decay=log_decay, initial_state=initial_state, output_final_state=output_history)
-        read, normalizer, *state = mixture(
-            routing_query.narrow(2, length - asked, asked),
-            written.keys,
-            written.values,
-            causal=causal,
-            eps=EMPTY,
-            output_normalizer=True,
-            **recurrence,
-        )
-        log_weight = normalizer.log()
-        count = num_written(written, causal, None if history is None else history.count)
-        if causal and tokens.runs is not None:
-            # The newest token that the memory knows is of another sequence: so is all of the memory
-            is_same = written.runs == last_tokens(tokens.runs, asked)
-            log_weight = log_weight.masked_fill(~is_same[:, None], float("-inf"))
-        if not output_history:
-            return read, log_weight, count, None
-        (S, z), num_tokens = state[0], count[:, -1]
-        if tokens.runs is not None:
-            is_last = written.runs[:, -1] == tokens.runs[:, -1]
-            S, z, num_tokens = S * is_last[:, None, None, None], z * is_last[:, None, None], num_tokens * is_last
-        return read, log_weight, count, (S, z, num_tokens)
-
-    def _without_growth(self, log_weight: Tensor, count: Tensor) -> Tensor:
-        """log D - b log(1 + n / W)"""
-        growth = (count.to(log_weight.dtype) / self.window_size).log1p()
-        return torch.addcmul(log_weight, self.memory_dilution[:, None], growth[:, None], value=-1)
-
-    def _diluted(self, log_weight: Tensor, count: Tensor) -> Tensor:
-        """The same, but an empty memory stays empty."""
-        return torch.where(log_weight > LOG_NOTHING, self._without_growth(log_weight, count), log_weight)
-
-    def _new_history(
-        self, tokens: WindowTokens, starts: Tensor | None, state: tuple[Tensor, Tensor, Tensor], batch_size: int
-    ) -> GMAWindowHistory:
-        size, length = self.window_size, tokens.keys.shape[2]
-        sinks = () if starts is None else kept_sinks(tokens, starts, self.num_sink_tokens, size)
-        if tokens.valid is None:
-            tokens = tokens.map(lambda x: last_tokens(x, min(size, length)))
-            tokens = join_history(tokens, None, max(0, size - length))
-        if tokens.runs is not None:
-            tokens = tokens._replace(valid=tokens.valid & (tokens.runs == tokens.runs[:, -1:]))
-        last = tokens.map(lambda x: last_tokens(x, size))
-        S, z, count = state
-        valid, count = last.valid.expand(batch_size, -1), count.expand(batch_size)
-        others = (last.routing_keys, last.write_weight, last.log_decay, *sinks)
-        return GMAWindowHistory(S, z, last.keys, last.values, valid, *others, count=count)
-
-    def _check(self, query, causal, log_decay, history, output_history):
-        num_heads, head_dim = self.memory_query.shape
+        num_heads, head_dim = self.num_heads, self.head_dim
         if query.ndim != 4 or query.shape[1] != num_heads or query.shape[3] != head_dim:
             raise ValueError(
                 f"query has shape {list(query.shape)}, expected [batch, heads, length, dim] with {num_heads} heads of "
                 f"dimension {head_dim}, as the window was built for."
-            )
-        if not causal and (log_decay is not None or history is not None or output_history):
-            raise ValueError(
-                "log_decay, history or output_history is given with causal=False, but forgetting and going on have a "
-                "direction; use causal=True."
             )
         if history is None:
             return
@@ -391,6 +196,12 @@ class GMAWindow(nn.Module):
             )
 
     def extra_repr(self) -> str:
-        num_heads, head_dim = self.memory_query.shape
         sinks = f", num_sink_tokens={self.num_sink_tokens}" if self.num_sink_tokens > 0 else ""
-        return f"num_heads={num_heads}, head_dim={head_dim}, window_size={self.window_size}{sinks}"
+        return f"num_heads={self.num_heads}, head_dim={self.head_dim}, window_size={self.window_size}{sinks}"
+
+
+def widened(memory_bias: Tensor, memory_query: Tensor, memory_dilution: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """a `(heads, 1)`, u `(heads, 1, head_dim)` and b `(heads, 1)`, in float32 at least."""
+    dtype = torch.promote_types(memory_bias.dtype, torch.float32)
+    bias, slope, dilution = (x.to(dtype) for x in (memory_bias, memory_query, memory_dilution))
+    return bias[:, None], slope[:, None], dilution[:, None]

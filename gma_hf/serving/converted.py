@@ -63,7 +63,7 @@ class ServedConversion(nn.Module, GMASlotLayer):
             cos, sin = (torch.cat([x, x], dim=-1) for x in (cos, sin))
             rotation = Rotation(apply_rotary_pos_emb, cos, sin)
         output, _ = conversion(
-            query, key, value, group.padding_mask, scaling=self.scaling, rotation=rotation, cache_layer=memory
+            query, key, value, group.layout, scaling=self.scaling, rotation=rotation, cache_layer=memory
         )
         return output.transpose(1, 2)
 

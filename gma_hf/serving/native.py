@@ -58,7 +58,7 @@ class ServedGMAAttention(GMAAttention, GMASlotLayer):
         output, _ = GMAAttention.forward(
             self,
             hidden_states,
-            attention_mask=group.padding_mask,
+            layout=group.layout,
             position_embeddings=tuple(position_embeddings) or None,
             past_key_values=SlotCache(self.layer_idx, memory),
         )

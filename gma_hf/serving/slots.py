@@ -12,7 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..ops.window.tokens import GMAWindowHistory
+from ..modeling.cache_gma import counted
+from ..modeling.memory import KeptValues, MemoryState
 from .steps import StepGroup
 
 
@@ -78,7 +79,7 @@ class SlotLayout(NamedTuple):
                 fields.append(SlotField("sink_keys", (keys[0], sinks, keys[2]), self.dtype))
                 fields.append(SlotField("sink_values", (keys[0], sinks, values[2]), self.dtype))
         if self.conv_history[0] > 0:
-            fields.append(SlotField("conv", self.conv_history, self.dtype))
+            fields.append(SlotField("convolution", self.conv_history, self.dtype))
         if window > 0:
             fields.append(SlotField("valid", (window,), torch.bool))
             if sinks > 0:
@@ -111,6 +112,7 @@ class SlotMemory:
         self.past: dict[str, Tensor] = {}
         self.new: dict[str, Tensor] = {}
         self.cumulative_length = 0
+        self.kept = KeptValues()
         if not is_fresh:
             self.past = {field.name: tensor[slots] for field, tensor in zip(layout.fields(), tensors, strict=True)}
             if "count" in self.past:
@@ -121,32 +123,17 @@ class SlotMemory:
         return bool(self.past)
 
     @property
-    def state(self) -> tuple[Tensor, Tensor] | None:
-        """(S, z), or `None` where nothing came before."""
-        return (self.past["state"], self.past["normalizer"]) if self.past else None
-
-    @property
-    def window_history(self) -> GMAWindowHistory | None:
-        """What the window goes on from, or `None` where nothing came before."""
-        return GMAWindowHistory(*map(self.past.get, GMAWindowHistory._fields)) if self.past else None
-
-    @property
-    def conv_history(self) -> Tensor | None:
-        """What the short convolution goes on from, or `None` where nothing came before."""
-        return self.past.get("conv")
+    def history(self) -> MemoryState | None:
+        """What the layer goes on from, or `None` where nothing came before."""
+        return MemoryState(*map(self.past.get, MemoryState._fields)) if self.past else None
 
     def get_seq_length(self) -> int:
         """Not known: each row has another length."""
         return 0
 
-    def update(self, state: Sequence[Tensor | None], conv_history: Tensor | None, num_tokens: int) -> None:
-        """Takes the memory after the tokens of the group, in the form of [`GMACacheLayer.update`]."""
-        names = ("state", "normalizer") if len(state) == 2 else GMAWindowHistory._fields
-        self.new = dict(zip(names, state, strict=True)) | {"conv": conv_history}
-
-    def advance(self, state: Sequence[Tensor | None], num_tokens: int, is_plain: bool = False) -> None:
-        """Likewise, in the form of a converted layer's cache."""
-        self.update(state, None, num_tokens)
+    def advance(self, memory: MemoryState, num_tokens: int, is_plain: bool = False) -> None:
+        """Takes the memory after the tokens of the group, in the form of [`GMACacheLayer.advance`]."""
+        self.new = counted(memory)._asdict()
 
     def store(self) -> None:
         """

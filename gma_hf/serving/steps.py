@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..modeling.layout import Layout
+
 
 # A row may be padded by so many tokens, or by this share of the longest row, before it goes to another group
 FREE_PADDING, PADDED_SHARE = 16, 0.25
@@ -34,6 +36,11 @@ class StepGroup(NamedTuple):
     positions: Tensor
     slots: Tensor | None
     is_fresh: bool
+
+    @property
+    def layout(self) -> Layout:
+        """Of the rows. Padding stands behind the tokens."""
+        return Layout(*self.tokens.shape, self.padding_mask, has_gaps=False)
 
     def take(self, x: Tensor) -> Tensor:
         """`(tokens, ...)` to `(rows, length, ...)`."""

@@ -21,7 +21,7 @@ from gma_hf.analysis import (
 )
 from gma_hf.analysis.routing import MARGIN_CAP
 from gma_hf.analysis.statistics import MARGIN_EDGES
-from gma_hf.modeling import GMAMixture
+from gma_hf.modeling import GMAMemory, GMAMixture, Layout
 from gma_hf.modeling.window import GMAWindow
 from gma_hf.training import measure_mixture_health
 from tests.conftest import make_model, tiny_config
@@ -258,11 +258,13 @@ def test_a_window_is_asked_for_the_tokens_of_the_text():
         def __init__(self):
             super().__init__()
             self.mixture_norm, self.window_norm = mixture().float(), GMAWindow(2, 3, window_size=4)
+            self.memory = GMAMemory()
 
         def forward(self, states, attention_mask):
-            return self.window_norm(
-                self.mixture_norm, states, states, states, scaling=1.0, padding_mask=attention_mask != 0
-            )
+            layout = Layout(*attention_mask.shape, attention_mask != 0)
+            return self.memory(
+                self.mixture_norm, self.window_norm, states, states, states, scaling=1.0, layout=layout
+            )[0]
 
     model, states = Windowed(), torch.randn(2, 2, 9, 3)
     mask = torch.ones(2, 9, dtype=torch.long)

@@ -7,6 +7,7 @@ from torch._dynamo.testing import CompileCounter
 from transformers import StaticCache
 
 import gma_hf
+from gma_hf.modeling import GMACacheLayer
 from tests.conftest import TINY, make_model, tiny_config
 from tests.promises import compiled_decoding_never_recompiles
 
@@ -120,10 +121,12 @@ class DecodingStep(torch.nn.Module):
             model(prompt, past_key_values=self.cache)
         for index, layer in enumerate(self.cache.layers):
             tensors = {"count": layer.cumulative_length}
-            if layer.keys is not None:
-                tensors.update(keys=layer.keys, values=layer.values)
+            if isinstance(layer, GMACacheLayer):
+                tensors.update(layer.memory._asdict())
+                tensors["tokens_in_memory"] = tensors.pop("count")
+                tensors["count"] = layer.cumulative_length
             else:
-                tensors.update(layer.window_history._asdict(), conv=layer.conv_history)
+                tensors.update(keys=layer.keys, values=layer.values)
             for name, tensor in tensors.items():
                 if tensor is not None:
                     self.register_buffer(f"{name}_{index}", tensor)

@@ -21,10 +21,8 @@ LENGTH = {"max_new_tokens": 12, "eos_token_id": None, "pad_token_id": 0}
 
 
 def cache_bytes(cache: Cache) -> int:
-    states = [
-        state for layer in cache.layers for state in (*layer.recurrent_states.values(), *layer.conv_states.values())
-    ]
-    return sum(state.numel() * state.element_size() for state in states if state is not None)
+    states = [state for layer in cache.layers for state in layer.memory if isinstance(state, torch.Tensor)]
+    return sum(state.numel() * state.element_size() for state in states)
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from transformers import DynamicCache, StaticCache
 import gma_hf
 from gma_hf.modeling import GMAWindow
 from tests.conftest import TINY, make_model, tiny_config
-from tests.windows import BATCH, EXACT, HEAD_DIM, attend, part, problem
+from tests.windows import BATCH, EXACT, HEAD_DIM, attend, implied, part, problem
 
 
 # Float32 sums in another order, through three layers
@@ -29,7 +29,7 @@ def test_beyond_the_window_the_first_token_is_seen_exactly(num_sinks):
     with torch.no_grad():
         change = attend(p, {**p.tokens, "value": moved}) - attend(p)
         tokens = {name: x for name, x in p.tokens.items() if name != "value"}
-        affinity = p.window.affinity(p.mixture, scaling=HEAD_DIM**-0.5, **tokens)
+        affinity = implied(p, **tokens)
     share = affinity[..., 0]
     torch.testing.assert_close(change, share[..., None] * step, **EXACT)
     # Beside what the query itself gets, which is in the window: as in softmax over them
@@ -161,8 +161,8 @@ def test_prompts_survive_disk_and_fit_only_their_model(model, tokens, tmp_path):
 def test_the_memory_held_does_not_grow(model, tokens):
     sizes = set()
     for length in (1, 5, 19):
-        history = model(tokens[:, :length], use_cache=True).past_key_values.layers[0].window_history
-        sizes.add(sum(x.untyped_storage().nbytes() for x in history if x is not None))
+        history = model(tokens[:, :length], use_cache=True).past_key_values.layers[0].memory
+        sizes.add(sum(x.untyped_storage().nbytes() for x in history if isinstance(x, torch.Tensor)))
         assert history.sink_valid.sum(dim=1).tolist() == [min(3, max(0, length - 4))] * 2
     assert len(sizes) == 1
 

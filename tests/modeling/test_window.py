@@ -13,9 +13,10 @@ from torch._dynamo.testing import CompileCounter
 from transformers import DynamicCache, StaticCache, Trainer
 
 import gma_hf
-from gma_hf.modeling import GMAWindow
+from gma_hf.modeling import GMAMemory, GMAWindow
+from gma_hf.modeling.cache_gma import counted
 from tests.conftest import TINY, make_model, tiny_config
-from tests.windows import BATCH, EXACT, HEAD_DIM, attend, goes_on, part, problem, reference, rows
+from tests.windows import BATCH, EXACT, HEAD_DIM, attend, goes_on, implied, part, problem, reference, rows
 
 
 # Float32 sums in another order, through three layers
@@ -105,7 +106,7 @@ def test_the_memory_does_not_outgrow_the_window(num_sinks):
     dilution = torch.tensor([0.0, 0.4, 1.0, 1.0], dtype=torch.float64)
     with torch.no_grad():
         p.window.memory_dilution.copy_(dilution)
-        affinity = p.window.affinity(p.mixture, scaling=HEAD_DIM**-0.5, **tokens)
+        affinity = implied(p, **tokens)
     counts = [46 - num_sinks, 896 - num_sinks]  # of the 50th and of the last query
     share = torch.stack([affinity[:, :, n + num_sinks + 3, num_sinks : num_sinks + n].sum(dim=-1) for n in counts])
     growth = torch.logit(share).diff(dim=0)[0]
@@ -122,7 +123,7 @@ def test_a_history_from_before_tokens_were_counted_goes_on():
     with torch.no_grad():
         p.window.memory_dilution.zero_()
         _, history = attend(p, part(p.tokens, 0, 12), output_history=True)
-        assert history.count.tolist() == [8] * BATCH
+        assert history.count == 8
         output, history = attend(p, part(p.tokens, 12, 17), history=history._replace(count=None), output_history=True)
         output = torch.cat([output, attend(p, part(p.tokens, 17, 20), history=history)], dim=2)
         torch.testing.assert_close(output, attend(p)[:, :, 12:], **EXACT)
@@ -141,7 +142,7 @@ def test_gradients(window, length, causal, num_sinks):
 
     def function(*tensors, **arguments):
         tokens = dict(zip(inputs, tensors, strict=False))
-        return p.window(p.mixture, scaling=0.7, causal=causal, softcap=2.0, **tokens, **arguments)
+        return attend(p, tokens, causal=causal, softcap=2.0, **arguments)
 
     tensors = (*inputs.values(), *p.mixture.parameters(), *p.window.parameters())
     for arguments in ({}, {"padding_mask": mask}, {"padding_mask": mask, "sequence_ids": ids}):
@@ -154,7 +155,7 @@ def test_the_affinity_is_what_the_window_computes(causal, num_sinks):
     p = problem(window=5, length=27, decay=causal, num_sinks=num_sinks)
     tokens = {name: x for name, x in p.tokens.items() if name != "value"}
     with torch.no_grad():
-        affinity = p.window.affinity(p.mixture, scaling=HEAD_DIM**-0.5, causal=causal, **tokens)
+        affinity = implied(p, causal=causal, **tokens)
         output = attend(p, causal=causal)
     assert (affinity >= 0).all()
     torch.testing.assert_close(affinity.sum(-1), torch.ones_like(affinity[..., 0]), **EXACT)
@@ -277,7 +278,8 @@ def test_a_mask_without_padding_changes_nothing(length, num_sinks, packed):
         parameters = (*p.mixture.parameters(), *p.window.parameters())
         grads = torch.autograd.grad(total, [*leaves.values(), *parameters])
         alone = attend(p, padding_mask=mask, sequence_ids=ids)
-        results.append((output, alone, *(x for x in history if x is not None), *grads))
+        tensors = (x for x in counted(history) if isinstance(x, torch.Tensor))
+        results.append((output, alone, *tensors, *grads))
     for actual, expected in zip(*results, strict=True):
         torch.testing.assert_close(actual, expected, **EXACT)
 
@@ -292,7 +294,7 @@ def test_what_is_whole_reaches_the_memory_without_a_copy(causal):
         seen.extend((*states, arguments["write_weight"]))
         return p.mixture(*states, **arguments)
 
-    p.window(spy, scaling=0.7, causal=causal, **p.tokens)
+    GMAMemory()(spy, p.window, causal=causal, **p.tokens)
     given = (p.tokens[name] for name in ("query", "key", "value", "write_weight"))
     for x, whole in zip(seen, given, strict=True):
         assert x.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()
@@ -375,11 +377,11 @@ def test_the_cache_of_a_window_has_a_constant_size_and_holds_nothing_else(tokens
     model = make_model(gma_hf.GMAModel, tiny_config(window_size=4)).bfloat16()
     sizes = set()
     for length in (1, 3, 19):
-        history = model(tokens[:, :length], use_cache=True).past_key_values.layers[0].window_history
+        history = model(tokens[:, :length], use_cache=True).past_key_values.layers[0].memory
         assert history.state.dtype == history.normalizer.dtype == torch.float32
         assert history.keys.dtype == history.values.dtype == torch.bfloat16
         # The memory that is held, not what is looked at
-        sizes.add(sum(x.untyped_storage().nbytes() for x in history if x is not None))
+        sizes.add(sum(x.untyped_storage().nbytes() for x in history if isinstance(x, torch.Tensor)))
     assert len(sizes) == 1
 
 

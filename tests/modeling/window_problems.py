@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gma_hf.ops.window.sink_tokens import SinkTokens
+from gma_hf.ops.window.blocks import SinkTokens
 from gma_hf.ops.window.softmax import window_softmax
 from tests.ops.kernels import DEVICE
 

@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from gma_hf.conversion.runtime.rotation import Rotation
+from gma_hf.modeling import GMACacheLayer
 from gma_hf.modeling.attention_gma import GMAAttention
+from gma_hf.modeling.cache_gma import counted
 from gma_hf.serving.layouts import model_layout, stream_bytes
 from gma_hf.serving.slots import ALIGNMENT, SlotCache, run_step
 from gma_hf.serving.steps import FREE_PADDING, PADDED_SHARE, group_step
@@ -94,7 +96,7 @@ def test_streams_of_a_native_layer_equal_their_sequences_alone(kind):
         return GMAAttention.forward(
             layer,
             hidden_states,
-            attention_mask=group.padding_mask,
+            layout=group.layout,
             position_embeddings=tuple(rotation) or None,
             past_key_values=SlotCache(0, memory),
         )[0]
@@ -128,7 +130,7 @@ def test_streams_of_a_converted_layer_equal_their_sequences_alone(kind):
     def attend(inputs, group, memory):
         query, key, value = (x.transpose(1, 2) for x in inputs)
         rotation = rotation_at(group.positions)
-        output, _ = conversion(query, key, value, group.padding_mask, rotation=rotation, cache_layer=memory)
+        output, _ = conversion(query, key, value, group.layout, rotation=rotation, cache_layer=memory)
         return output.transpose(1, 2).flatten(2)
 
     layout = model_layout(model.config, torch.float32)
@@ -179,8 +181,7 @@ def test_the_bytes_of_a_stream_are_those_of_a_cache(kind):
     cache = model(torch.ones(1, length, dtype=torch.long), use_cache=True).past_key_values
     kept = 0
     for layer in cache.layers:
-        states = getattr(layer, "recurrent_states", None)
-        tensors = [layer.keys, layer.values] if states is None else [*states.values(), *layer.conv_states.values()]
+        tensors = counted(layer.memory) if isinstance(layer, GMACacheLayer) else [layer.keys, layer.values]
         kept += sum(x.nbytes for x in tensors if x is not None)
     expected = stream_bytes(model.config, torch.float32, length)
     # A count of tokens takes four bytes of a slot, and eight of a cache

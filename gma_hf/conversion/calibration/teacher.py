@@ -17,6 +17,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from ...compat import attention_implementation, function_of_modeling_file, set_attention_implementation
 from ..checkpoints.install import gma_layers, restore_softmax_implementations, use_linear_masks
 from ..runtime.attention import gma_attention_forward
+from ..runtime.calls import AttentionCall, CallLayout
 from ..runtime.layer import GMAConversion
 from ..runtime.masks import read_mask
 from ..runtime.rotation import Rotation
@@ -134,19 +135,22 @@ def teacher_attention_forward(
     attention_mask: Any,
     scaling: float | None = None,
     dropout: float = 0.0,
+    gma_call: AttentionCall | None = None,
+    gma_layout: CallLayout | None = None,
     **kwargs,
 ) -> tuple[Tensor, Tensor | None]:
     """The attention function that a converted module had, and a report to the observer."""
     role = _roles[module]
     if role.is_student:
-        return gma_attention_forward(module, query, key, value, attention_mask, scaling, dropout, **kwargs)
+        told = {"gma_call": gma_call, "gma_layout": gma_layout, **kwargs}
+        return gma_attention_forward(module, query, key, value, attention_mask, scaling, dropout, **told)
     softmax = softmax_function(module)
     output, weights = softmax(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
     if role.observe is not None:
         # Attention functions return [batch, length, heads, value_dim]
         heads_first = output.transpose(1, 2)
         states = (query, key, value, attention_mask)
-        rotation = module.gma_call.rotation
+        rotation = None if gma_call is None else gma_call.rotation
         role.observe(SoftmaxCall(module, role.layer, *states, scaling, kwargs, heads_first, rotation))
     return output, weights
 

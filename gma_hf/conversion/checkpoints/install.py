@@ -9,9 +9,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ...compat import attention_implementation, execution_device, sequences_are_sharded, set_attention_implementation
 from ..config import GMAConversionConfig
-from ..runtime.attention import IMPLEMENTATION, AttentionCall, begin_call, end_call
+from ..runtime.attention import IMPLEMENTATION
+from ..runtime.calls import begin_attention, models_around, watch_model
 from ..runtime.layer import GMAConversion
-from ..runtime.positions import count_positions_of, rotary_models
 from ..runtime.rotation import rotary_function
 
 
@@ -76,23 +76,21 @@ def attach_layers(model: PreTrainedModel, layers: dict[nn.Module, GMAConversion]
     views = {}
     for module, layer in layers.items():
         module.gma = layer
-        module.gma_call = AttentionCall()
         # Looked up here, because a compiler cannot look into `sys.modules`
         module.gma_rotary = rotary_function(module) if layer.rotary_dim > 0 else None
         module.softmax_config = module.config
         if id(module.config) not in views:
             views[id(module.config)] = converted_view(module.config)
         module.config = views[id(module.config)]
-        module._gma_hooks = (
-            module.register_forward_pre_hook(begin_call, with_kwargs=True),
-            module.register_forward_hook(end_call),
-        )
+        module._gma_hooks = (module.register_forward_pre_hook(begin_attention, with_kwargs=True),)
     if layers:
         # The first layer is enough, and no part of the model can run without it
         first = next(iter(layers))
         first._gma_hooks = (*first._gma_hooks, first.register_forward_pre_hook(refuse_sharded_sequences))
-    for submodel in rotary_models(model, list(layers)):
-        submodel._gma_hooks = (count_positions_of(submodel),)
+    softmax_modules = {find_module(model, name) for name in model.config.gma["softmax_layers"]}
+    for submodel, modules in models_around(model, list(layers)).items():
+        has_softmax = any(module in softmax_modules for module in submodel.modules())
+        submodel._gma_hooks = (watch_model(submodel, modules, has_softmax),)
 
 
 def refuse_sharded_sequences(module: nn.Module, args: tuple) -> None:
@@ -123,7 +121,7 @@ def remove_layers(model: nn.Module) -> None:
         # Also of a module that lost its mixtures by hand
         if hasattr(module, "softmax_config"):
             module.config = module.softmax_config
-            for name in ("gma", "gma_call", "gma_rotary", "softmax_config"):
+            for name in ("gma", "gma_rotary", "softmax_config"):
                 if hasattr(module, name):
                     delattr(module, name)
 

@@ -7,27 +7,19 @@ code calls [`gma_attention_forward`] with the queries, keys and values that soft
 keep the configuration of the model, and their softmax implementation with it.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.cache_utils import Cache
 
-from ...compat import attention_implementation, collected_outputs
-from .cache import ConvertedCacheMixin, converted_cache_layer
-from .masks import gaussian_mixture_mask
-from .rotation import Rotation, find_position_embeddings
+from ...compat import attention_implementation
+from ...modeling.layout import Layout, find_sequence_ids
+from .calls import AttentionCall, CallLayout
+from .masks import gaussian_mixture_mask, read_mask
+from .rotation import Rotation
 
 
 IMPLEMENTATION = "gma"
-
-
-class AttentionCall(NamedTuple):
-    """What an attention module is told and its attention function is not."""
-
-    cache_layer: ConvertedCacheMixin | None = None  # the layer's part of the cache
-    output_attentions: bool = False
-    rotation: Rotation | None = None  # of the current tokens
 
 
 def gma_attention_forward(
@@ -40,6 +32,8 @@ def gma_attention_forward(
     dropout: float = 0.0,
     is_causal: bool | None = None,
     rotation: Rotation | None = None,
+    gma_call: AttentionCall | None = None,
+    gma_layout: CallLayout | None = None,
     **kwargs,
 ) -> tuple[Tensor, Tensor | None]:
     """
@@ -52,7 +46,9 @@ def gma_attention_forward(
         scaling (`float`, *optional*): factor of the window's logits.
         dropout (`float`): not used: there are no attention weights to drop.
         is_causal (`bool`, *optional*): overrides the module's own.
-        rotation ([`Rotation`], *optional*): of the current tokens, if the module's own call is over.
+        rotation ([`Rotation`], *optional*): of the current tokens, instead of that of `gma_call`.
+        gma_call (`AttentionCall`, *optional*): what the module was told, from its hook.
+        gma_layout (`CallLayout`, *optional*): what the model was told of the tokens, from its hook.
         kwargs: `softcap` and `s_aux` (attention sinks) serve the window; `position_ids`, `seq_idx` and `cu_seq_lens_q`
             tell packed sequences apart.
 
@@ -69,20 +65,19 @@ def gma_attention_forward(
         )
     if kwargs.get("cache") is not None:
         raise ValueError("GMA layers have no paged cache. Use `generate` without continuous batching.")
-    # Flash attention takes packed sequences from the positions, not from its mask
-    by_position = "flash" in (attention_implementation(module.softmax_config) or "")
-    position_ids = kwargs.get("position_ids") if by_position else None
-    call = module.gma_call
+    call = AttentionCall() if gma_call is None else gma_call
+    causal = module.gma.is_causal if is_causal is None else is_causal
+    if gma_layout is not None:
+        layout = gma_layout.of(attention_mask, query, call.cache_layer, causal)
+    else:
+        layout = layout_of(module, query, attention_mask, call.cache_layer, causal, kwargs)
     output, weights = module.gma(
         query,
         key,
         value,
-        attention_mask,
+        layout,
         scaling=scaling,
-        is_causal=is_causal,
-        position_ids=position_ids if position_ids is not None and position_ids.ndim == 2 else None,
-        seq_idx=kwargs.get("seq_idx"),
-        cu_seq_lens=kwargs.get("cu_seq_lens_q"),
+        is_causal=causal,
         softcap=kwargs.get("softcap"),
         sinks=kwargs.get("s_aux"),
         rotation=call.rotation if rotation is None else rotation,
@@ -92,22 +87,22 @@ def gma_attention_forward(
     return output.transpose(1, 2).contiguous(), weights
 
 
-def begin_call(module: nn.Module, args: tuple, kwargs: dict) -> None:
-    """Forward pre-hook of a converted module: keeps, in `module.gma_call`, what its attention function is not told."""
-    cache = next((argument for argument in (*args, *kwargs.values()) if isinstance(argument, Cache)), None)
-    cache_layer = None if cache is None else converted_cache_layer(cache, module.layer_idx)
-    # Some models pass the wish on to their attention, the others leave it to what collects the outputs
-    output_attentions = bool(kwargs.get("output_attentions")) or any(
-        "attentions" in name for name in collected_outputs()
-    )
-    embeddings = find_position_embeddings(args, kwargs) if module.gma_rotary is not None else None
-    rotation = None if embeddings is None else Rotation(module.gma_rotary, *embeddings)
-    module.gma_call = AttentionCall(cache_layer, output_attentions, rotation)
-
-
-def end_call(module: nn.Module, args: tuple, output: Any) -> None:
-    """Forward hook of a converted module: the cache is not kept alive by the model."""
-    module.gma_call = AttentionCall()
+def layout_of(
+    module: nn.Module, query: Tensor, attention_mask: Any, cache_layer: Any, is_causal: bool, told: dict[str, Any]
+) -> Layout:
+    """The layout of a call of an attention module alone, from what its attention function is told."""
+    batch_size, _, length, _ = query.shape
+    padding_mask, sequence_ids = read_mask(attention_mask, query, cache_layer, is_causal)
+    if sequence_ids is None:
+        # Flash attention takes packed sequences from the positions, not from its mask
+        by_position = "flash" in (attention_implementation(module.softmax_config) or "")
+        position_ids = told.get("position_ids") if by_position else None
+        if position_ids is not None and position_ids.ndim != 2:
+            position_ids = None
+        sequence_ids = find_sequence_ids(
+            batch_size, length, padding_mask, position_ids, told.get("seq_idx"), told.get("cu_seq_lens_q")
+        )
+    return Layout(batch_size, length, padding_mask, sequence_ids)
 
 
 def register_attention() -> None:

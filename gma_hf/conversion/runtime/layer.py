@@ -2,18 +2,16 @@
 """What a converted attention module gains: its mixtures, and how they take the place of softmax."""
 
 import math
-from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from ...modeling.layout import find_sequence_ids
+from ...modeling.cache_gma import GMACacheLayer
+from ...modeling.layout import Layout
+from ...modeling.memory import NO_AFFINITY_BEHIND_CACHE, GMAMemory
 from ...modeling.mixture import GMAMixture
 from ...modeling.window import GMAWindow
-from .cache import ConvertedCacheMixin
-from .masks import read_mask
 from .rotation import Columns, Rotation
 
 
@@ -148,6 +146,7 @@ class GMAConversion(nn.Module):
         self.mean_init_std = mean_init_std
         self.variance_init = variance_init
 
+        self.memory = GMAMemory()
         self.mixture_norm = GMAMixture(num_heads, num_components, routing_dim, variance_floor, read_eps)
         self.q_routing = self.k_routing = self.forgetting = self.window_norm = None
         if use_routing_projections:
@@ -165,7 +164,9 @@ class GMAConversion(nn.Module):
             if module is not None:
                 module.reset_parameters()
 
-    def route(self, query: Tensor, key: Tensor, rotation: Rotation | None = None) -> tuple[Tensor, Tensor]:
+    def route(
+        self, query: Tensor, key: Tensor, rotation: Rotation | None = None, layout: Layout | None = None
+    ) -> tuple[Tensor, Tensor]:
         """
         The points that the mixtures route.
 
@@ -173,6 +174,7 @@ class GMAConversion(nn.Module):
             query (`torch.Tensor` of shape `(batch, num_heads, length, routing_dim)`): as softmax would get them.
             key (`torch.Tensor` of shape `(batch, num_key_value_heads, length, routing_dim)`): likewise.
             rotation ([`Rotation`], *optional*): by which they were rotated; needed if `rotary_dim` is not 0.
+            layout ([`Layout`], *optional*): of the tokens; keeps the inverse of the rotation for the other layers.
 
         Returns:
             `tuple[torch.Tensor, torch.Tensor]`: both, in the same shapes.
@@ -186,7 +188,7 @@ class GMAConversion(nn.Module):
                     f"The layer undoes the rotary positions of {self.rotary_dim} dimensions, but its attention module was "
                     "called without `position_embeddings=(cos, sin)`. Pass them, or convert with `undo_rotation=False`."
                 )
-            query, key = rotation.undo(query, key, self.rotary_dim, self.undone_columns)
+            query, key = rotation.undo(query, key, self.rotary_dim, self.undone_columns, layout)
         if self.q_routing is not None:
             query, key = self.q_routing(query), self.k_routing(key)
         return query, key
@@ -196,17 +198,14 @@ class GMAConversion(nn.Module):
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        attention_mask: Any = None,
+        layout: Layout | None = None,
         *,
         scaling: float | None = None,
         is_causal: bool | None = None,
-        position_ids: Tensor | None = None,
-        seq_idx: Tensor | None = None,
-        cu_seq_lens: Tensor | None = None,
         softcap: float | None = None,
         sinks: Tensor | None = None,
         rotation: Rotation | None = None,
-        cache_layer: ConvertedCacheMixin | None = None,
+        cache_layer: GMACacheLayer | None = None,
         output_attentions: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """
@@ -214,20 +213,19 @@ class GMAConversion(nn.Module):
             query (`torch.Tensor` of shape `(batch, num_heads, length, routing_dim)`): as softmax would get them.
             key (`torch.Tensor` of shape `(batch, num_key_value_heads, length, routing_dim)`): of the current tokens.
             value (`torch.Tensor` of shape `(batch, num_key_value_heads, length, value_dim)`): likewise.
-            attention_mask: any mask that an attention implementation of Transformers understands, see [`read_mask`].
+            layout ([`Layout`], *optional*): padding and packed sequences.
             scaling (`float`, *optional*): factor of the window's logits; by default `routing_dim ** -0.5`.
             is_causal (`bool`, *optional*): overrides the module's own.
-            position_ids, seq_idx, cu_seq_lens (`torch.Tensor`, *optional*): packed sequences, where no mask tells them.
             softcap (`float`, *optional*), sinks (`torch.Tensor`, *optional*): of the window's softmax.
             rotation ([`Rotation`], *optional*): of queries and keys; needed if `rotary_dim` is not 0.
-            cache_layer (`ConvertedCacheMixin`, *optional*): the state to go on from; it is advanced.
+            cache_layer (`GMACacheLayer`, *optional*): the state to go on from; it is advanced.
             output_attentions (`bool`): also return the implied affinity.
 
         Returns:
             The output `(batch, num_heads, length, value_dim)`, and the implied affinity `(batch, num_heads, length,
             length)` if it was asked for.
         """
-        batch_size, _, length, _ = query.shape
+        length = query.shape[2]
         causal = self.is_causal if is_causal is None else is_causal
         if key.shape[2] != length:
             raise ValueError(
@@ -236,57 +234,42 @@ class GMAConversion(nn.Module):
             )
         if cache_layer is not None and not causal:
             raise ValueError("A bidirectional layer has no state to go on from: do not pass `past_key_values`.")
+        history = None if cache_layer is None else cache_layer.history
+        if output_attentions and history is not None:
+            raise ValueError(NO_AFFINITY_BEHIND_CACHE)
 
-        padding_mask, sequence_ids = read_mask(attention_mask, query, cache_layer)
-        if sequence_ids is None:
-            sequence_ids = find_sequence_ids(batch_size, length, padding_mask, position_ids, seq_idx, cu_seq_lens)
-        recurrence = {"causal": causal, "sequence_ids": sequence_ids}
-        if self.forgetting is not None and causal:
-            recurrence["log_decay"] = self.forgetting(value)
-            if padding_mask is not None:
-                recurrence["log_decay"] = recurrence["log_decay"].masked_fill(~padding_mask[:, None], 0.0)
-        routing_query, routing_key = self.route(query, key, rotation)
+        log_decay = self.forgetting(value) if self.forgetting is not None and causal else None
+        routing_query, routing_key = self.route(query, key, rotation, layout)
         is_routed_as_is = routing_key is key
         query, key, value, routing_query, routing_key = autocast_as_softmax(
             query, key, value, routing_query, routing_key
         )
-
+        routed = {}
         if self.window_norm is None:
-            if padding_mask is not None:
-                recurrence["write_weight"] = padding_mask[:, None].to(torch.float32)
-            attend, affinity = self.mixture_norm, self.mixture_norm.affinity
-            states = (routing_query, routing_key)
-            past = {"initial_state": cache_layer.state if cache_layer is not None else None}
-            past["output_final_state"] = cache_layer is not None
-        else:
-            # A method: accelerate's hooks move what a module gets to its device, and parameters on disk cannot move
-            attend = partial(self.window_norm, self.mixture_norm.__call__)
-            affinity = partial(self.window_norm.affinity, self.mixture_norm)
-            states = (query, key)
-            recurrence.update(
-                scaling=self.routing_dim**-0.5 if scaling is None else scaling,
-                padding_mask=padding_mask,
-                softcap=softcap,
-                sinks=sinks,
-            )
-            if not is_routed_as_is:
-                recurrence.update(routing_query=routing_query, routing_key=routing_key)
-                recurrence["weigh_by_routing"] = self.rotary_dim > 0
-            past = {"history": cache_layer.window_history if cache_layer is not None else None}
-            past["output_history"] = cache_layer is not None
-
-        weights = None
-        if output_attentions:
-            if cache_layer is not None and cache_layer.is_initialized:
-                raise ValueError(
-                    "`output_attentions=True` needs all tokens at once: a GMA state no longer knows the single tokens "
-                    "it was built from. Run without a cache (`use_cache=False`)."
-                )
-            weights = affinity(*states, **recurrence)
-        output = attend(*states, value, **recurrence, **past)
+            query, key = routing_query, routing_key
+        elif not is_routed_as_is:
+            routed = {"routing_query": routing_query, "routing_key": routing_key}
+            routed["weigh_by_routing"] = self.rotary_dim > 0
+        output, weights, history = self.memory(
+            self.mixture_norm,
+            self.window_norm,
+            query,
+            key,
+            value,
+            layout=layout,
+            causal=causal,
+            scaling=self.routing_dim**-0.5 if scaling is None else scaling,
+            log_decay=log_decay,
+            softcap=softcap,
+            sinks=sinks,
+            history=history,
+            output_history=cache_layer is not None,
+            output_affinity=output_attentions,
+            kept=None if cache_layer is None else cache_layer.kept,
+            **routed,
+        )
         if cache_layer is not None:
-            output, state = output
-            cache_layer.advance(state, length, is_plain=padding_mask is None and sequence_ids is None)
+            cache_layer.advance(history, length, is_plain=layout is None or layout.is_plain)
         return output, weights
 
     def extra_repr(self) -> str:

@@ -8,7 +8,6 @@ concerns it: which tokens are padding, and where a packed sequence begins. Both 
 token sees itself, and it sees the real token before it, unless a sequence begins with it.
 """
 
-import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -81,7 +80,9 @@ def gaussian_mixture_mask(
     return sequence_ids + 1 if padding_mask is None else (sequence_ids + 1) * padding_mask
 
 
-def read_mask(attention_mask: Any, query: Tensor, cache_layer: Any = None) -> tuple[Tensor | None, Tensor | None]:
+def read_mask(
+    attention_mask: Any, query: Tensor, cache_layer: Any = None, is_causal: bool | None = None
+) -> tuple[Tensor | None, Tensor | None]:
     """
     What a mask says about the current tokens.
 
@@ -90,6 +91,7 @@ def read_mask(attention_mask: Any, query: Tensor, cache_layer: Any = None) -> tu
             a 4D mask, boolean or additive; or a `BlockMask` of flex attention.
         query (`torch.Tensor` of shape `(batch, heads, length, dim)`): the current tokens.
         cache_layer (*optional*): the layer's state; one of a static cache knows where in the mask the tokens stand.
+        is_causal (`bool`, *optional*): how the layer attends; by default as the mask does.
 
     Returns:
         The padding mask `(batch, length)`, `True` at real tokens, and the numbers of the packed sequences `(batch, length)`;
@@ -101,22 +103,9 @@ def read_mask(attention_mask: Any, query: Tensor, cache_layer: Any = None) -> tu
     if attention_mask is None:
         return None, None
     batch_size, length = query.shape[0], query.shape[2]
-    columns = attention_mask.shape[-1] - length
-    if columns < 0:
-        raise ValueError(
-            f"The attention mask covers {attention_mask.shape[-1]} tokens, but {length} tokens were given. It must cover the "
-            "current tokens, or the cached and the current tokens."
-        )
-    if isinstance(getattr(cache_layer, "cumulative_length", None), Tensor):
-        # A static cache is longer than what was seen; a sliding one may be shorter
-        columns = cache_layer.cumulative_length.clamp(max=columns)
+    columns = first_column(attention_mask, length, getattr(cache_layer, "cumulative_length", None))
     if not isinstance(attention_mask, BlockMask) and attention_mask.ndim == 2:
-        current = attention_mask.to(query.device)
-        if isinstance(columns, Tensor):
-            index = torch.arange(length, device=query.device) + columns
-            current = current.gather(1, index.expand(attention_mask.shape[0], -1))
-        else:
-            current = current.narrow(1, columns, length)
+        current = current_tokens(attention_mask.to(query.device), length, columns)
         if current.dtype == torch.bool:
             return _unless_trivial(current, trivial=True), None
         padding_mask = _unless_trivial(current != 0, trivial=True)
@@ -129,16 +118,42 @@ def read_mask(attention_mask: Any, query: Tensor, cache_layer: Any = None) -> tu
             return _evaluate(attention_mask.mask_mod, queries, keys + columns, use_vmap=True)
 
     else:
-        allowed = _boolean(attention_mask.to(query.device))
-        _expect_padding_and_packing(attention_mask, allowed)
-        allowed = allowed[:, 0].expand(batch_size, -1, -1)
+        if attention_mask.ndim != 4 or attention_mask.shape[1] != 1:
+            raise ValueError(
+                f"GMA layers understand attention masks of shape (batch, length) or (batch, 1, length, length), got "
+                f"{tuple(attention_mask.shape)}. They cannot follow a mask per head."
+            )
+        allowed = _boolean(attention_mask.to(query.device))[:, 0].expand(batch_size, -1, -1)
         rows = torch.arange(batch_size, device=query.device)[:, None]
 
         def is_allowed(queries: Tensor, keys: Tensor) -> Tensor:
             return allowed[rows, queries.clamp(max=allowed.shape[1] - 1), keys + columns]
 
     real = is_allowed(index, index)
-    return _unless_trivial(real, trivial=True), _find_sequences(is_allowed, real)
+    sequence_ids = _find_sequences(is_allowed, real)
+    if not isinstance(attention_mask, BlockMask) and not is_tracing(attention_mask):
+        _expect_padding_and_packing(attention_mask, allowed, real, sequence_ids, int(columns), is_causal)
+    return _unless_trivial(real, trivial=True), sequence_ids
+
+
+def first_column(mask: Any, length: int, seen_tokens: Any) -> int | Tensor:
+    """Where in a mask the first of the current tokens stands."""
+    columns = mask.shape[-1] - length
+    if columns < 0:
+        raise ValueError(
+            f"The attention mask covers {mask.shape[-1]} tokens, but {length} tokens were given. It must cover the current "
+            "tokens, or the cached and the current tokens."
+        )
+    # A static cache is longer than what was seen; a sliding one may be shorter
+    return seen_tokens.clamp(max=columns) if isinstance(seen_tokens, Tensor) else columns
+
+
+def current_tokens(mask: Tensor, length: int, columns: int | Tensor) -> Tensor:
+    """The part of a 2D mask that belongs to the current tokens."""
+    if not isinstance(columns, Tensor):
+        return mask.narrow(1, columns, length)
+    index = torch.arange(length, device=mask.device) + columns.to(mask.device)
+    return mask.gather(1, index.expand(mask.shape[0], -1))
 
 
 def _find_sequences(
@@ -190,42 +205,40 @@ def _unless_trivial(tensor: Tensor, trivial: bool | int) -> Tensor | None:
     return None if bool(is_trivial.all()) else tensor
 
 
-# The mask that was checked last: all layers of a forward pass are given the same one
-_last_checked: Callable[[], Tensor | None] = lambda: None  # noqa: E731
-
-
-def _expect_padding_and_packing(mask: Tensor, allowed: Tensor) -> None:
+def _expect_padding_and_packing(
+    mask: Tensor, allowed: Tensor, real: Tensor, sequence_ids: Tensor | None, columns: int, is_causal: bool | None
+) -> None:
     """
+    Args:
+        mask (`torch.Tensor` of shape `(batch, 1, length, keys)`), allowed (`torch.BoolTensor` of shape `(batch, length, keys)`):
+            the mask, and which pairs it allows.
+        real (`torch.BoolTensor` of shape `(batch, length)`), sequence_ids (`torch.LongTensor`, *optional*): of the tokens.
+        columns (`int`): how many keys stand before that of the first query.
+        is_causal (`bool`, *optional*): how the layer attends.
+
     Raises:
-        ValueError: unless a 4D mask is made of padding, causality, packed sequences and a window, and nothing else.
+        ValueError: unless the mask is made of padding, causality, packed sequences and a window, and nothing else.
     """
-    global _last_checked
-    if mask.ndim != 4 or mask.shape[1] != 1:
-        raise ValueError(
-            f"GMA layers understand attention masks of shape (batch, length) or (batch, 1, length, length), got "
-            f"{tuple(mask.shape)}. They cannot follow a mask per head."
-        )
-    if is_tracing(mask) or mask.shape[2] != mask.shape[3] or _last_checked() is mask:
-        return
-    allowed = allowed[:, 0]
-    batch_size, length, _ = allowed.shape
-    index = torch.arange(length, device=mask.device).expand(batch_size, -1)
-    rows = torch.arange(batch_size, device=mask.device)[:, None]
-    real = allowed.diagonal(dim1=1, dim2=2)
-    sequence_ids = _find_sequences(lambda queries, keys: allowed[rows, queries, keys], real)
-    distance = index[:, :, None] - index[:, None, :]
-    expected = real[:, None, :].expand(-1, length, -1)
-    if sequence_ids is not None:
-        expected = expected & (sequence_ids[:, :, None] == sequence_ids[:, None, :])
-    if not bool((allowed & (distance < 0) & real[:, :, None]).any()):
-        expected = expected & (distance >= 0)
+    length, num_keys = allowed.shape[1:]
+    device = allowed.device
+    distance = torch.arange(length, device=device)[:, None] + columns - torch.arange(num_keys, device=device)
     seen = allowed & real[:, :, None]
+    # A key from before the call exists if a query sees it, and belongs to the first sequence of its row
+    exists = torch.nn.functional.pad(real, (columns, num_keys - columns - length))
+    exists = exists | (seen.any(dim=1) & (torch.arange(num_keys, device=device) < columns))
+    expected = exists[:, None, :].expand(-1, length, -1)
+    if sequence_ids is not None:
+        of_keys = torch.nn.functional.pad(sequence_ids, (columns, num_keys - columns - length))
+        expected = expected & (sequence_ids[:, :, None] == of_keys[:, None, :])
+    if is_causal is None:
+        is_causal = not bool((seen & (distance < 0)).any())
+    if is_causal:
+        expected = expected & (distance >= 0)
     expected = expected & (distance.abs() <= torch.where(seen, distance.abs(), 0).max())
     additive = mask.dtype != torch.bool and bool(((mask != 0) & (mask > MASKED)).any())
     if additive or bool(((allowed != expected) & real[:, :, None]).any()):
         raise ValueError(
             "The attention mask says more about pairs of tokens than padding, causality, packed sequences and a sliding "
-            "window. A GMA layer cannot follow it. Pass a 2D mask of shape (batch, length) that marks padding, and "
-            "`position_ids` that start anew with each packed sequence."
+            f"window. A {'causal' if is_causal else 'bidirectional'} GMA layer cannot follow it. Pass a 2D mask of shape (batch, "
+            "length) that marks padding, and `position_ids` that start anew with each packed sequence."
         )
-    _last_checked = weakref.ref(mask)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from ...compat import function_of_modeling_file
+from ...modeling.layout import Layout
 from ...ops.dispatch import PLAIN, Way, choose
 from ...ops.triton_support import DTYPES, is_on_gpu, missing
 
@@ -50,14 +51,14 @@ class Rotation(NamedTuple):
     sin: Tensor  # likewise
 
     def undo(
-        self, query: Tensor, key: Tensor, rotary_dim: int, columns: Columns | None = None
+        self, query: Tensor, key: Tensor, rotary_dim: int, columns: Columns | None = None, layout: Layout | None = None
     ) -> tuple[Tensor, Tensor]:
         """
         Queries and keys `(batch, heads, length, dim)` with their first `rotary_dim` dimensions turned back, by the angles of
         some columns (`first, last + 1` of each range) or of all.
 
         The inverse of [[c, -s], [s, c]] is [[c, s], [-s, c]] / (c^2 + s^2): also where scaled frequencies (YaRN) come with a
-        factor, and where cosines and sines were rounded.
+        factor, and where cosines and sines were rounded. It is the same for all layers: `layout`, that of the tokens, keeps it.
         """
         if columns is None:
             columns = ((0, self.cos.shape[-1]),)
@@ -71,18 +72,53 @@ class Rotation(NamedTuple):
                 return turned.split((query.shape[1], key.shape[1]), dim=1)
             return tuple(turn_back(x, cos, sin, rotary_dim, columns[0][0]) for x in (query, key))
         dtype = torch.promote_types(query.dtype, torch.float32)
-        cos, sin = (x.to(query.device, dtype) for x in (self.cos, self.sin))
-        norm = cos.square() + sin.square()
-        is_undone = torch.zeros(cos.shape[-1], dtype=torch.bool, device=cos.device)
-        for first, stop in columns:
-            is_undone[first:stop] = True
+        halves = turns_halves(self.rotate, self.cos.shape[-1], rotary_dim)
+
+        def invert() -> tuple[Tensor, Tensor, Tensor]:
+            cos, sin = self._inverse(columns, dtype, query.device)
+            if halves:
+                # x1' = c x1 + s x2, x2' = c x2 - s x1: the sine of one half, and of the other with the other sign
+                half = rotary_dim // 2
+                cos, sin = (
+                    torch.cat([cos[..., :half]] * 2, dim=-1),
+                    torch.cat([-sin[..., :half], sin[..., :half]], dim=-1),
+                )
+                cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+            # The cosines are held as long as their number is
+            return cos, sin, self.cos
+
+        name = ("undo", id(self.cos), tuple(map(tuple, columns)), dtype, rotary_dim, halves)
+        cos, sin, _ = invert() if layout is None else layout.once(name, invert)
+        if halves:
+            return self._turn_halves(query, key, rotary_dim, cos, sin, dtype)
         turned = [x[..., :rotary_dim].to(dtype) for x in (query, key)]
-        cos, sin = torch.where(is_undone, cos / norm, 1.0), torch.where(is_undone, -sin / norm, 0.0)
         turned = self.rotate(*turned, cos, sin)
         return tuple(
             torch.cat([x.to(whole.dtype), whole[..., rotary_dim:]], dim=-1)
             for x, whole in zip(turned, (query, key), strict=True)
         )
+
+    def _inverse(self, columns: Columns, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of the inverse in some columns, of no rotation in the others."""
+        cos, sin = (x.to(device, dtype) for x in (self.cos, self.sin))
+        norm = cos.square() + sin.square()
+        is_undone = torch.zeros(cos.shape[-1], dtype=torch.bool, device=cos.device)
+        for first, stop in columns:
+            is_undone[first:stop] = True
+        return torch.where(is_undone, cos / norm, 1.0), torch.where(is_undone, -sin / norm, 0.0)
+
+    @staticmethod
+    def _turn_halves(
+        query: Tensor, key: Tensor, rotary_dim: int, cos: Tensor, sin: Tensor, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        """The rotation of the first half of the dimensions against the second, of queries and keys together."""
+        whole = torch.cat([query, key], dim=1)
+        x = whole if rotary_dim == whole.shape[-1] else whole[..., :rotary_dim]
+        x = x.to(dtype)
+        turned = torch.addcmul(x * cos, x.roll(rotary_dim // 2, dims=-1), sin).to(whole.dtype)
+        if rotary_dim < whole.shape[-1]:
+            turned = torch.cat([turned, whole[..., rotary_dim:]], dim=-1)
+        return turned.split((query.shape[1], key.shape[1]), dim=1)
 
     def _uses_kernels(self, query: Tensor, key: Tensor, rotary_dim: int, columns: Columns) -> bool:
         """Whether the rotation is one that the fused kernel knows, where it can run. A compiler fuses the general form."""

@@ -12,9 +12,9 @@ of all when they have left the window. Backwards, with p_ij = e^{s_ij - l_i}, p_
     dq = scaling ds K        dk = scaling ds^T Q        dv = p^T do        dsink = -sum_i e^{sink - l_i} delta_i
     dq' = dm u               du = dm^T Q'
 
-Only the inputs, o and l are kept; logits are computed again. On GPUs the kernels of `window_kernels` do this; elsewhere,
-and where they cannot, the plain PyTorch of `window_blocks`, which sink tokens join by `sink_tokens`. Where every query has
-sinks of its own, packed sequences, they join so behind the kernels, too.
+Only the inputs, o and l are kept; logits are computed again. On GPUs the kernels of `triton` do this; elsewhere, and
+where they cannot, the plain PyTorch of `blocks.py`. Where every query has sink tokens of its own (packed sequences), they join
+by the latter behind the kernels, too.
 """
 
 import torch
@@ -23,8 +23,15 @@ from torch.autograd.function import once_differentiable
 
 from ..dispatch import PLAIN, Way, choose
 from ..triton_support import DTYPES, MAX_DIM, is_on_gpu, missing
-from .blocks import accumulation_dtype, attend, attend_backward
-from .sink_tokens import SinkTokens, attend_sinks, attend_sinks_backward, left_window
+from .blocks import (
+    SinkTokens,
+    accumulation_dtype,
+    attend,
+    attend_backward,
+    attend_sinks,
+    attend_sinks_backward,
+    left_window,
+)
 
 
 def cannot_run(query: Tensor, key: Tensor, value: Tensor, read: Tensor) -> str | None:

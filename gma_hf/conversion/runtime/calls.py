@@ -1,0 +1,223 @@
+# Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
+"""
+What the layers of a converted model know of a call. Nothing of it is kept on a module, so that threads may share a model:
+
+- Before a model runs, its hook works out the [`Layout`] of the tokens, and hands it to all layers as the keyword argument
+  `gma_layout`, which the models of Transformers pass on.
+- Before an attention module runs, its hook hands its attention function, as `gma_call`, what that is not told: the layer's part
+  of the cache, the rotation of its queries and keys, whether the attentions are asked for.
+
+Positions: softmax over rotated queries and keys sees only how far apart two tokens are, so models with RoPE count padding and
+other sequences like tokens, and it makes no difference. A mixture that routes rotated vectors does not turn with them: it has to
+be told how many real tokens of its sequence precede a token, as `generate` tells it. So where a call gives a padding mask, or says
+what is packed, and no positions, they are counted.
+"""
+
+import inspect
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, StaticCache
+from transformers.masking_utils import create_masks_for_generate
+from transformers.utils import is_tracing
+
+from ...compat import attention_implementation, collected_outputs
+from ...modeling.cache_gma import GMACacheLayer, expect_continuation
+from ...modeling.layout import (
+    Layout,
+    count_positions,
+    find_sequence_ids,
+    same_sequence_mask_function,
+)
+from ...modeling.window import GMAWindow
+from .cache import converted_cache_layer
+from .masks import current_tokens, first_column, read_mask
+from .rotation import Rotation, find_position_embeddings
+
+
+class AttentionCall(NamedTuple):
+    """What an attention module is told and its attention function is not."""
+
+    cache_layer: GMACacheLayer | None = None  # the layer's part of the cache
+    output_attentions: bool = False
+    rotation: Rotation | None = None  # of the current tokens
+
+
+class CallLayout:
+    """
+    The layout of one call of a model, for all of its layers.
+
+    Args:
+        layout ([`Layout`], *optional*): what the arguments of the model say of the tokens; `None` where they hold a mask of pairs
+            of tokens, from which the layers read it.
+    """
+
+    def __init__(self, layout: Layout | None):
+        self.layout = layout
+        self._read: dict[int, tuple[Any, Layout]] = {}
+
+    def of(self, mask: Any, query: Tensor, cache_layer: GMACacheLayer | None, is_causal: bool) -> Layout:
+        """
+        The layout of a layer that was handed a mask. Each mask of pairs is read, and checked, once a call.
+
+        Raises:
+            ValueError: for a mask that a mixture cannot follow.
+        """
+        is_of_tokens = mask is None or (isinstance(mask, Tensor) and mask.ndim == 2 and mask.dtype == torch.bool)
+        if self.layout is not None and is_of_tokens:
+            return self.layout
+        # The mask is held as long as its number is
+        known = self._read.get(id(mask))
+        if known is None:
+            padding_mask, sequence_ids = read_mask(mask, query, cache_layer, is_causal)
+            layout = self.layout
+            if layout is None or (isinstance(mask, Tensor) and mask.ndim == 2):
+                layout = Layout(query.shape[0], query.shape[2], padding_mask, sequence_ids)
+            known = mask, layout
+            if not torch.compiler.is_compiling():
+                self._read[id(mask)] = known
+        return known[1]
+
+
+def arguments(model: PreTrainedModel) -> list[str]:
+    """Names of the arguments of the forward pass."""
+    parameters = inspect.signature(model.forward).parameters
+    return [name for name, parameter in parameters.items() if parameter.kind is not parameter.VAR_KEYWORD]
+
+
+def models_around(model: PreTrainedModel, converted: list[nn.Module]) -> dict[PreTrainedModel, list[nn.Module]]:
+    """The innermost models around converted modules, with these, where they take tokens and an attention mask."""
+    submodels = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+    # From the outside in, so that the last to claim a module is the innermost around it
+    innermost = {module: submodel for submodel in submodels for module in submodel.modules()}
+    found: dict[PreTrainedModel, list[nn.Module]] = {}
+    for module in converted:
+        found.setdefault(innermost[module], []).append(module)
+    return {submodel: modules for submodel, modules in found.items() if "attention_mask" in arguments(submodel)}
+
+
+def watch_model(model: PreTrainedModel, converted: list[nn.Module], has_softmax: bool) -> RemovableHandle:
+    """Register the hook of a model."""
+    names = arguments(model)
+    counts_positions = "position_ids" in names and any(
+        "rotary" in type(module).__name__.lower() for module in model.modules()
+    )
+    is_causal = any(module.gma.is_causal for module in converted)
+    windows = [module.gma.window_norm for module in converted if module.gma.window_norm is not None]
+    parameters = inspect.signature(model.forward).parameters.values()
+    takes_layout = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+
+    def begin(model: PreTrainedModel, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        given = begin_model(model, given, counts_positions, has_softmax, is_causal, windows)
+        if not takes_layout:
+            given.pop("gma_layout")
+        return (), given
+
+    return model.register_forward_pre_hook(begin, with_kwargs=True)
+
+
+def begin_model(
+    model: PreTrainedModel,
+    given: dict[str, Any],
+    counts_positions: bool,
+    has_softmax: bool,
+    is_causal: bool,
+    windows: list[GMAWindow],
+) -> dict[str, Any]:
+    """The arguments of a model with the layout of its tokens, and with positions and masks that keep its sequences apart."""
+    tokens = given.get("input_ids") if given.get("inputs_embeds") is None else given["inputs_embeds"]
+    mask, position_ids = given.get("attention_mask"), given.get("position_ids")
+    if tokens is None or tokens.ndim < 2 or not (mask is None or (isinstance(mask, Tensor) and mask.ndim == 2)):
+        return {**given, "gma_layout": CallLayout(None)}
+    (batch_size, length), device = tokens.shape[:2], tokens.device
+    cache = given.get("past_key_values")
+    cache = cache if isinstance(cache, Cache) else None
+    seen_tokens = cache.get_seq_length() if cache is not None else 0
+    if isinstance(getattr(cache, "self_attention_cache", cache), StaticCache) and not isinstance(seen_tokens, Tensor):
+        # Masks may be as long as the cache
+        seen_tokens = torch.tensor(seen_tokens)
+    padding_mask = None
+    if mask is not None:
+        mask = mask.to(device)
+        columns = first_column(mask, length, seen_tokens)
+        padding_mask = current_tokens(mask, length, columns) != 0
+        if not is_tracing(padding_mask) and bool(padding_mask.all()):
+            padding_mask = None
+    announced = position_ids if position_ids is not None and position_ids.ndim == 2 else None
+    seq_idx, cu_seq_lens = given.get("seq_idx"), given.get("cu_seq_lens_q")
+    sequence_ids = find_sequence_ids(batch_size, length, padding_mask, announced, seq_idx, cu_seq_lens)
+    if is_causal:
+        expect_continuation(cache, announced, padding_mask)
+    is_told = mask is not None or seq_idx is not None or cu_seq_lens is not None
+    if counts_positions and position_ids is None and is_told:
+        given["position_ids"] = count_positions(batch_size, length, device, mask, sequence_ids, seen_tokens)
+    if sequence_ids is not None and has_softmax:
+        given["attention_mask"] = softmax_masks(model, given, padding_mask, sequence_ids, seen_tokens, is_causal)
+    layout = Layout(batch_size, length, padding_mask, sequence_ids)
+    if is_tracing(tokens):
+        windows = {(window.window_size, window.num_sink_tokens) for window in windows}
+        dtype = torch.promote_types(model.dtype, torch.float32)
+        layout.complete(sorted(windows), is_causal, dtype, device, cache is not None)
+    given["gma_layout"] = CallLayout(layout)
+    return given
+
+
+def softmax_masks(
+    model: PreTrainedModel,
+    given: dict[str, Any],
+    padding_mask: Tensor | None,
+    sequence_ids: Tensor,
+    seen_tokens: Any,
+    is_causal: bool,
+) -> Any:
+    """
+    Masks by which the softmax layers beside converted ones keep packed sequences apart: Transformers makes such masks only for
+    calls without a cache and without a mask.
+
+    Raises:
+        ValueError: where they cannot.
+    """
+    if "flash" in (attention_implementation(model.config) or ""):
+        if padding_mask is not None:
+            raise ValueError(
+                "Flash attention in the softmax layers takes packed sequences without padding only. Leave the padding out, or "
+                "load the model with `attn_implementation='sdpa'`."
+            )
+        return None
+    if not is_causal:
+        raise ValueError(
+            "The softmax layers of this encoder would mix the packed sequences. Convert all of its layers, pass one sequence per "
+            "row, or pass a mask of shape (batch, 1, length, length)."
+        )
+    if not isinstance(seen_tokens, Tensor) and seen_tokens > 0:
+        raise ValueError(
+            "Softmax layers cannot go on from a cache with several packed sequences per row. Pass one sequence per row, or start "
+            "with a new cache."
+        )
+    tokens = given.get("inputs_embeds")
+    if tokens is None:
+        tokens = torch.empty(*sequence_ids.shape, 1, dtype=model.dtype, device=sequence_ids.device)
+    return create_masks_for_generate(
+        model.config,
+        tokens,
+        given.get("attention_mask"),
+        given.get("past_key_values"),
+        and_mask_function=same_sequence_mask_function(sequence_ids),
+    )
+
+
+def begin_attention(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """Forward pre-hook of a converted attention module: tells its attention function what it is not told."""
+    cache = next((argument for argument in (*args, *kwargs.values()) if isinstance(argument, Cache)), None)
+    cache_layer = None if cache is None else converted_cache_layer(cache, module.layer_idx)
+    # Some models pass the wish on to their attention, the others leave it to what collects the outputs
+    output_attentions = bool(kwargs.get("output_attentions")) or any(
+        "attentions" in name for name in collected_outputs()
+    )
+    embeddings = find_position_embeddings(args, kwargs) if module.gma_rotary is not None else None
+    rotation = None if embeddings is None else Rotation(module.gma_rotary, *embeddings)
+    return args, {**kwargs, "gma_call": AttentionCall(cache_layer, output_attentions, rotation)}

@@ -1,0 +1,642 @@
+# Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
+"""
+What a layer remembers, and how it reads it: the one piece that native layers and converted layers share.
+
+    without a window    o_i = read of the mixture after the token at place i
+    with a window       o_i = softmax over the W nearest tokens, the sink tokens and the memory, see `window.py`
+
+A layer makes queries, keys, values, write weights and forgetting of its tokens; [`GMAMemory`] writes them, reads for every query,
+and returns what is to be remembered for the next call, a [`MemoryState`].
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.utils import is_tracing
+
+from ..compat import version_of
+from ..ops.attention.functional import without_autocast
+from ..ops.window.blocks import EMPTY
+from ..ops.window.plan import WindowPlan, first_tokens, last_tokens, plan_window, take_tokens, token_dim
+from .layout import Layout
+from .window import GMAWindow
+
+
+NO_AFFINITY_BEHIND_CACHE = (
+    "`output_attentions=True` needs all tokens at once: a GMA state no longer knows the single tokens it was built from. Run "
+    "without a cache (`use_cache=False`)."
+)
+
+
+class MemoryState(NamedTuple):
+    """
+    What a layer remembers between calls. Its size does not depend on how many tokens were seen.
+
+    With a window, its last W tokens are not in S and z yet, and the first s, the sink tokens, never will be: they have a place of
+    their own when they have left the window. Rows with fewer tokens are filled from the left with invalid ones.
+    """
+
+    state: Tensor  # S [batch, heads, components, value_dim], in float32
+    normalizer: Tensor  # z [batch, heads, components], in float32
+    keys: Tensor | None = None  # [batch, key_value_heads, W, head_dim]
+    values: Tensor | None = None  # [batch, key_value_heads, W, value_dim]
+    valid: Tensor | None = (
+        None  # [batch, W], True at the tokens that exist; None if all W and all s are known to exist
+    )
+    routing_keys: Tensor | None = None  # [batch, key_value_heads, W, routing_dim], where they are not the keys
+    write_weight: Tensor | None = None  # [batch, h, W], of the tokens still to be written
+    log_decay: Tensor | None = None  # [batch, h, W]
+    sink_keys: Tensor | None = None  # [batch, key_value_heads, s, head_dim]
+    sink_values: Tensor | None = None  # [batch, key_value_heads, s, value_dim]
+    sink_valid: Tensor | None = None  # [batch, s]; None where `valid` is
+    # [batch], how many tokens are in S and z; if it was not kept, b must be 0. Where all rows are known to have as many, a plain
+    # number: how many tokens have left the window and the sinks, below zero while there is room
+    count: Tensor | int | None = None
+    convolution: Tensor | None = None  # [batch, kernel_size - 1, channels], the last inputs of the short convolution
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "MemoryState":
+        """The same with `function` of every tensor."""
+        return MemoryState(*(function(x) if isinstance(x, Tensor) else x for x in self))
+
+
+class KeptValues:
+    """
+    What depends on parameters alone, computed once and kept as long as they do not change: beside the state of a layer in a
+    cache, so that nothing outlives a text, and no two threads share it.
+    """
+
+    def __init__(self):
+        self._values = {}
+
+    def get(self, name: str, parameters: tuple[nn.Parameter, ...], compute: Callable[..., tuple[Tensor, ...]]):
+        """`compute(*parameters)`, or what it was last time. Under autograd, and in compiled graphs, it is always computed."""
+        if torch.is_grad_enabled() or is_tracing():
+            return compute(*parameters)
+        stamp = []
+        for parameter in parameters:
+            # Parameters of other classes (quantized, sharded, of a function transform) may change unseen
+            if type(parameter) is not nn.Parameter or parameter.is_inference():
+                return compute(*parameters)
+            stamp += [version_of(parameter), parameter.data_ptr(), parameter.dtype]
+        known = self._values.get(name)
+        if known is None or known[1] != stamp or any(x is not y for x, y in zip(known[0], parameters, strict=True)):
+            known = self._values[name] = parameters, stamp, compute(*parameters)
+        return known[2]
+
+    def __deepcopy__(self, copied: dict) -> "KeptValues":
+        return KeptValues()
+
+    def __reduce__(self):
+        return KeptValues, ()
+
+
+class Tokens(NamedTuple):
+    """Tokens side by side, as a window and its memory see them."""
+
+    keys: Tensor
+    values: Tensor
+    routing_keys: Tensor | None  # where they are not the keys
+    write_weight: Tensor | None
+    log_decay: Tensor | None
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "Tokens":
+        """The same with `function` of every tensor."""
+        return Tokens(*(None if x is None else function(x) for x in self))
+
+
+class GMAMemory(nn.Module):
+    """
+    Write and read. It has no parameters of its own: mixture and window are those of the layer. A forward pre-hook sees the queries
+    and keys of all tokens of a call.
+    """
+
+    def forward(
+        self,
+        mixture: nn.Module,
+        window: GMAWindow | None,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        layout: Layout | None = None,
+        causal: bool = True,
+        normalize: bool = True,
+        scaling: float | None = None,
+        routing_query: Tensor | None = None,
+        routing_key: Tensor | None = None,
+        weigh_by_routing: bool = False,
+        write_weight: Tensor | None = None,
+        log_decay: Tensor | None = None,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
+        history: MemoryState | None = None,
+        output_history: bool = False,
+        output_affinity: bool = False,
+        kept: KeptValues | None = None,
+    ) -> tuple[Tensor, Tensor | None, MemoryState | None]:
+        """
+        Args:
+            mixture (`GMAMixture`): routes and remembers.
+            window (`GMAWindow`, *optional*): sees the nearest tokens by softmax, with one normaliser for it and the memory,
+                whatever `normalize` says.
+            query (`torch.Tensor` of shape `(batch, num_heads, length, head_dim)`): queries.
+            key (`torch.Tensor` of shape `(batch, key_value_heads, length, head_dim)`): keys.
+            value (`torch.Tensor` of shape `(batch, key_value_heads, length, value_dim)`): values.
+            layout ([`Layout`], *optional*): padding and packed sequences. A history belongs to the first sequence of its row.
+            causal (`bool`): look back only, or to both sides.
+            normalize (`bool`): divide what is read by the accumulated weight.
+            scaling (`float`, *optional*): factor of the window's logits, by default `head_dim ** -0.5`.
+            routing_query, routing_key (`torch.Tensor`, *optional*): what the mixture routes, of its own dimension; by default
+                `query` and `key`.
+            weigh_by_routing (`bool`): whether the memory behind a window is weighed by u . q_i of the routing query.
+            write_weight, log_decay (`torch.Tensor` of shape `(batch, h, length)`, *optional*): see
+                [`gaussian_mixture_attention`]. What stands at padding does not count.
+            softcap (`float`, *optional*): c, where the window's logits become c tanh(s / c).
+            sinks (`torch.Tensor` of shape `(num_heads,)`, *optional*): logits that join the window's normaliser alone.
+            history ([`MemoryState`], *optional*): as returned by an earlier call; causal only.
+            output_history (`bool`): also return what is to be remembered; causal only.
+            output_affinity (`bool`): also return the matrix that the attention implies.
+            kept ([`KeptValues`], *optional*): what depends on parameters alone, beside the history.
+
+        Returns:
+            The output `(batch, num_heads, length, value_dim)` in the dtype of `value`; the matrix `(batch, num_heads, length,
+            length)` in float32 or `None`; the new [`MemoryState`] or `None`.
+
+        Raises:
+            ValueError: if the arguments do not fit each other.
+        """
+        layout = Layout(query.shape[0], query.shape[2]) if layout is None else layout
+        self._check(window, query, causal, log_decay, history, output_history)
+        value_dim, dtype = value.shape[3], value.dtype
+        if output_affinity:
+            # The matrix is what the attention makes of the identity
+            identity = torch.eye(key.shape[2], dtype=torch.promote_types(dtype, torch.float32), device=key.device)
+            value = torch.cat([value.to(identity.dtype), identity.expand(*value.shape[:2], -1, -1)], dim=-1)
+        if window is None:
+            output, history = self._read(
+                mixture,
+                query if routing_query is None else routing_query,
+                Tokens(key, value, routing_key, write_weight, log_decay),
+                layout,
+                causal,
+                normalize,
+                history,
+                output_history,
+                kept,
+            )
+        else:
+            scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+            output, history = self._read_behind_window(
+                mixture,
+                window,
+                query,
+                query if routing_query is None else routing_query,
+                Tokens(key, value, routing_key, write_weight, log_decay),
+                layout,
+                causal,
+                history,
+                output_history,
+                kept,
+                weigh_by_routing=weigh_by_routing,
+                scaling=scaling,
+                softcap=softcap,
+                sinks=sinks,
+            )
+        if not output_affinity:
+            return output, None, history
+        if output_history:
+            history = history._replace(state=history.state[..., :value_dim])
+            if window is not None:
+                kept_values = {"values": history.values, "sink_values": history.sink_values}
+                kept_values = {name: None if x is None else x[..., :value_dim] for name, x in kept_values.items()}
+                history = history._replace(**kept_values)
+        return output[..., :value_dim].to(dtype), output[..., value_dim:], history
+
+    def affinity(self, mixture: nn.Module, window: GMAWindow | None, query: Tensor, key: Tensor, **kwargs) -> Tensor:
+        """
+        The matrix that the attention implies, `(batch, num_heads, length, length)`: quadratic, to look at. Behind a window its
+        rows sum to one (to less beside sinks, to zero at padding). For arguments see `forward`.
+        """
+        return self.forward(mixture, window, query, key, key[..., :0], output_affinity=True, **kwargs)[1]
+
+    def _read(
+        self,
+        mixture: nn.Module,
+        routing_query: Tensor,
+        tokens: Tokens,
+        layout: Layout,
+        causal: bool,
+        normalize: bool,
+        history: MemoryState | None,
+        output_history: bool,
+        kept: KeptValues | None,
+    ) -> tuple[Tensor, MemoryState | None]:
+        """The mixture alone."""
+        write_weight, log_decay = tokens.write_weight, tokens.log_decay
+        if layout.padding_mask is not None:
+            if write_weight is None:
+                write_weight = layout.write_weight
+            else:
+                write_weight = write_weight.masked_fill(layout.is_missing(1), 0.0)
+            if log_decay is not None:
+                log_decay = log_decay.masked_fill(layout.is_missing(1), 0.0)
+        result = mixture(
+            routing_query,
+            tokens.keys if tokens.routing_keys is None else tokens.routing_keys,
+            tokens.values,
+            causal=causal,
+            write_weight=write_weight,
+            log_decay=log_decay,
+            sequence_ids=layout.sequence_ids,
+            normalize=normalize,
+            initial_state=None if history is None else history[:2],
+            output_final_state=output_history,
+            kept=kept,
+        )
+        return (result[0], MemoryState(*result[1])) if output_history else (result, None)
+
+    def _read_behind_window(
+        self,
+        mixture: nn.Module,
+        window: GMAWindow,
+        query: Tensor,
+        routing_query: Tensor,
+        tokens: Tokens,
+        layout: Layout,
+        causal: bool,
+        history: MemoryState | None,
+        output_history: bool,
+        kept: KeptValues | None,
+        *,
+        weigh_by_routing: bool,
+        scaling: float,
+        softcap: float | None,
+        sinks: Tensor | None,
+    ) -> tuple[Tensor, MemoryState | None]:
+        """The mixture behind a window."""
+        (batch_size, _, length, _), device = query.shape, query.device
+        if is_step(tokens, layout, history):
+            return self._step(
+                mixture, window, query, routing_query, tokens, history, kept, weigh_by_routing, scaling, softcap, sinks
+            )
+        num_sinks = window.num_sink_tokens if causal else 0
+        size = window.window_size
+        dtype = torch.promote_types(torch.promote_types(query.dtype, tokens.values.dtype), torch.float32)
+        order, near = None, tokens
+        # A length that is still open (torch.export) is no int, and must not be decided on
+        if causal and (history is not None or not isinstance(length, int) or length == 0):
+            tokens, valid, runs = join_history(tokens, layout, history, size + num_sinks)
+            num_tokens = tokens.keys.shape[2]
+            if layout.padding_mask is not None:
+                order = torch.argsort(valid.to(torch.uint8), dim=1, stable=True)
+                valid, runs = (None if x is None else x.gather(1, order) for x in (valid, runs))
+                tokens = tokens.map(lambda x: take_tokens(x, order))
+                query, routing_query = (take_queries(x, order) for x in (query, routing_query))
+            before = None if history is None else history.count
+            plan = plan_window(
+                batch_size, num_tokens, valid, runs, size, size, num_sinks, causal, dtype, device, length=length,
+                before=max(before, 0) if isinstance(before, int) else before,
+            )  # fmt: skip
+            near = tokens.map(lambda x: last_tokens(x, size + length))
+            near_valid, near_runs = (None if x is None else last_tokens(x, size + length) for x in plan[:2])
+        else:
+            plan = layout.window(size, num_sinks, causal, dtype, device, output_history)
+            if layout.order is not None:
+                query, routing_query = layout.sort(query, 2), layout.sort(routing_query, 2)
+                near = tokens = tokens.map(lambda x: layout.sort(x, token_dim(x)))
+            near_valid, near_runs = plan[:2]
+
+        with without_autocast(device.type):
+            read, log_weight, state = self._read_memory(
+                mixture, routing_query, tokens, plan, causal, history, output_history
+            )
+            output = window(
+                query,
+                near.keys,
+                near.values,
+                near_valid,
+                near_runs,
+                read,
+                log_weight,
+                plan.growth,
+                weighing_query=routing_query if weigh_by_routing else None,
+                sinks=sinks,
+                sink_tokens=None if plan.sink_places is None else sink_tokens_of(tokens, plan),
+                num_leading=plan.num_leading,
+                size=plan.size,
+                causal=causal,
+                scaling=scaling,
+                softcap=softcap,
+            )
+        if order is not None:
+            back = order.argsort(dim=1)[:, -length:] - (order.shape[1] - length)
+            output = take_tokens(output, back.clamp(min=0))
+        elif layout.order is not None:
+            output = layout.unsort(output, 2)
+        if layout.padding_mask is not None:
+            output = output.masked_fill(layout.is_missing(1)[..., None], 0)
+        if not output_history:
+            return output, None
+        count = plan.count.expand(batch_size)
+        if layout.is_plain and isinstance(length, int) and not is_tracing(query):
+            if history is None:
+                count = length - size - num_sinks
+            elif isinstance(history.count, int):
+                count = history.count + length
+        return output, new_history(tokens, plan, size, num_sinks, state, count)
+
+    def _read_memory(
+        self,
+        mixture: nn.Module,
+        routing_query: Tensor,
+        tokens: Tokens,
+        plan: WindowPlan,
+        causal: bool,
+        history: MemoryState | None,
+        output_history: bool,
+    ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
+        """
+        r `(batch, num_heads, asked, value_dim)` and log D `(batch, num_heads, asked)` of the queries that have a memory, the last
+        `asked` ones, and the last S and z.
+        """
+        batch_size, asked = routing_query.shape[0], plan.asked
+        routing_keys = tokens.keys if tokens.routing_keys is None else tokens.routing_keys
+        given = tokens._replace(keys=routing_keys, routing_keys=None)
+        given = given.map(lambda x: x.narrow(token_dim(x), plan.first, asked))
+        write_weight, log_decay = given.write_weight, given.log_decay
+        if plan.left_out is not None:
+            if write_weight is None:
+                write_weight = plan.write_weight.expand(batch_size, -1, -1)
+            else:
+                write_weight = write_weight.masked_fill(plan.left_out, 0.0)
+            if log_decay is not None:
+                log_decay = log_decay.masked_fill(plan.left_out, 0.0)
+        recurrence = {"write_weight": write_weight, "sequence_ids": plan.written_runs}
+        if causal:
+            initial_state = None if history is None else history[:2]
+            recurrence.update(log_decay=log_decay, initial_state=initial_state, output_final_state=output_history)
+        read, normalizer, *state = mixture(
+            routing_query.narrow(2, routing_query.shape[2] - asked, asked),
+            given.keys,
+            given.values,
+            causal=causal,
+            eps=EMPTY,
+            output_normalizer=True,
+            **recurrence,
+        )
+        log_weight = normalizer.log()
+        if plan.is_other is not None:
+            log_weight = log_weight.masked_fill(plan.is_other, float("-inf"))
+        if not output_history:
+            return read, log_weight, None
+        S, z = state[0]
+        if plan.is_last is not None:
+            S, z = S * plan.is_last[:, None, None, None], z * plan.is_last[:, None, None]
+        return read, log_weight, (S, z)
+
+    def _step(
+        self,
+        mixture: nn.Module,
+        window: GMAWindow,
+        query: Tensor,
+        routing_query: Tensor,
+        token: Tokens,
+        history: MemoryState,
+        kept: KeptValues | None,
+        weigh_by_routing: bool,
+        scaling: float,
+        softcap: float | None,
+        sinks: Tensor | None,
+    ) -> tuple[Tensor, MemoryState]:
+        """
+        One further token behind a window, decoding: with one query, and nothing to tell apart but what is there, a token costs a few
+        operations instead of hundreds, most of which would move tokens about.
+
+        The oldest token leaves the window. As long as there is room, it is a sink; then it is written into the memory. The query
+        sees what has stayed, itself, the sinks and the memory.
+        """
+        is_written, sink_tokens = leave_window(history)
+        oldest = (history.keys if history.routing_keys is None else history.routing_keys, history.values)
+        write_weight, log_decay = history.write_weight, history.log_decay
+        oldest = [first_tokens(x, 1) for x in oldest]
+        write_weight, log_decay = (None if x is None else first_tokens(x, 1) for x in (write_weight, log_decay))
+        count = history.count
+        if is_written is None:
+            count = None if count is None else count + 1
+        else:
+            is_there = is_written[:, None].to(history.normalizer.dtype)
+            write_weight = is_there if write_weight is None else is_there * write_weight
+            if log_decay is not None:
+                log_decay = log_decay.masked_fill(~is_written[:, None], 0.0)
+            if isinstance(count, Tensor):
+                count = count + is_written[:, 0].long()
+            elif count is not None:
+                count = count + 1
+        with without_autocast(query.device.type):
+            read, normalizer, state = mixture(
+                routing_query,
+                oldest[0].to(routing_query.dtype),
+                oldest[1],
+                causal=True,
+                write_weight=write_weight,
+                log_decay=log_decay,
+                initial_state=history[:2],
+                output_final_state=True,
+                eps=EMPTY,
+                output_normalizer=True,
+                kept=kept,
+            )
+            keys, values = (
+                shifted(old, new, in_front)
+                for old, new, in_front in (
+                    (history.keys, token.keys, sink_tokens[0]),
+                    (history.values, token.values, sink_tokens[1]),
+                )
+            )
+            valid = None
+            if history.valid is not None:
+                valid = shifted(history.valid, torch.ones_like(is_written), sink_tokens[2])
+            output = window(
+                query,
+                keys,
+                values,
+                valid,
+                None,
+                read,
+                normalizer,
+                None,
+                count=count,
+                kept=kept,
+                weighing_query=routing_query if weigh_by_routing else None,
+                sinks=sinks,
+                scaling=scaling,
+                softcap=softcap,
+            )
+        # The window behind its sinks is seen at once; they are kept apart
+        size = history.keys.shape[2]
+        if sink_tokens[0] is not None:
+            keys, values, valid = (None if x is None else last_tokens(x, size) for x in (keys, values, valid))
+        others = [
+            None if new is None else shifted(old, new)
+            for old, new in (
+                (history.routing_keys, token.routing_keys),
+                (history.write_weight, token.write_weight),
+                (history.log_decay, token.log_decay),
+            )
+        ]
+        return output, MemoryState(*state, keys, values, valid, *others, *sink_tokens, count)
+
+    def _check(self, window: GMAWindow | None, query: Tensor, causal: bool, log_decay, history, output_history):
+        if not causal and (log_decay is not None or history is not None or output_history):
+            raise ValueError(
+                "log_decay, history or output_history is given with causal=False, but forgetting and going on have a "
+                "direction; use causal=True."
+            )
+        if window is not None:
+            window.check(query, history)
+        elif history is not None and history.keys is not None:
+            raise ValueError("The history holds a window, but the layer has none. Was it written by another model?")
+
+
+def is_step(tokens: Tokens, layout: Layout, history: MemoryState | None) -> bool:
+    """Whether a call is a step: one real token, behind a history that keeps of its tokens what this one has, too."""
+    length = tokens.keys.shape[2]
+    if history is None or not isinstance(length, int) or length != 1 or not layout.is_plain:
+        return False
+    kept = (history.routing_keys, history.write_weight, history.log_decay)
+    given = (tokens.routing_keys, tokens.write_weight, tokens.log_decay)
+    return all((x is None) == (y is None) for x, y in zip(kept, given, strict=True))
+
+
+def shifted(window: Tensor, new: Tensor, in_front: Tensor | None = None) -> Tensor:
+    """A window without its first token and with a new one behind its last, optionally with others in front of it."""
+    dim = token_dim(window)
+    kept = last_tokens(window, window.shape[dim] - 1)
+    parts = [kept, new] if in_front is None else [in_front, kept, new]
+    if window.dtype != new.dtype:
+        parts = [x.to(new.dtype) for x in parts]
+    return torch.cat(parts, dim=dim)
+
+
+def leave_window(history: MemoryState) -> tuple[Tensor | None, tuple[Tensor | None, ...]]:
+    """
+    Whether the oldest token is to be written, [B, 1], or `None` if it is in every row, and keys, values and validity of the
+    sinks after it has left.
+    """
+    if history.valid is None:
+        return None, (history.sink_keys, history.sink_values, None)
+    is_real = first_tokens(history.valid, 1)
+    if history.sink_keys is None:
+        return is_real, (None, None, None)
+    # Sinks stand to the right: there is room as long as the first place is empty
+    is_full = first_tokens(history.sink_valid, 1)
+    is_sink = is_real & ~is_full
+    sinks = []
+    for kept, window in (
+        (history.sink_keys, history.keys),
+        (history.sink_values, history.values),
+        (history.sink_valid, history.valid),
+    ):
+        becomes = is_sink if kept.ndim == 2 else is_sink[:, None, :, None]
+        sinks.append(torch.where(becomes, shifted(kept, first_tokens(window, 1).to(kept.dtype)), kept))
+    return is_real & is_full, tuple(sinks)
+
+
+def take_queries(x: Tensor, order: Tensor) -> Tensor:
+    """Queries, the last ones of all tokens, in an order of all tokens. What reads for the history is dropped later."""
+    length = x.shape[2]
+    past = order.shape[1] - length
+    return take_tokens(x, (order[:, past:] - past).clamp(min=0))
+
+
+def sink_tokens_of(tokens: Tokens, plan: WindowPlan) -> tuple[Tensor | None, ...]:
+    """Keys, values, visibility and, packed, places of the sink tokens."""
+    if plan.sink_places.ndim == 3:
+        return tokens.keys, tokens.values, plan.sink_visible, plan.sink_places
+    return *(take_tokens(x, plan.sink_places) for x in tokens[:2]), plan.sink_visible, None
+
+
+def join_history(
+    tokens: Tokens, layout: Layout, history: MemoryState | None, size: int
+) -> tuple[Tokens, Tensor, Tensor | None]:
+    """The tokens behind those of the history, its sinks first, or behind `size` invalid ones; which exist; and their runs."""
+    valid, runs = layout.padding_mask, layout.sequence_ids
+    batch_size, length = tokens.keys.shape[0], tokens.keys.shape[2]
+    if valid is None:
+        rows = 1 if history is None else batch_size
+        valid = torch.ones(rows, length, dtype=torch.bool, device=tokens.keys.device)
+    if runs is not None:
+        # The history and padding count to the first sequence
+        first = runs.gather(1, valid.expand(batch_size, -1).to(torch.uint8).argmax(dim=1, keepdim=True))
+        runs = torch.cat([first.expand(-1, size), torch.where(valid, runs, first)], dim=1)
+    past = MemoryState(None, None) if history is None else with_sinks_in_front(history)
+
+    def join(before: Tensor | None, now: Tensor | None, fill: float = 0.0) -> Tensor | None:
+        if now is None and before is None:
+            return None
+        if now is None:
+            now = before.new_full((*before.shape[:2], length), fill)
+        if before is None:
+            before_shape = [size if dim == token_dim(now) else n for dim, n in enumerate(now.shape)]
+            before = now.new_full(before_shape, fill)
+        return torch.cat([before.to(now.dtype), now], dim=token_dim(now))
+
+    tokens = Tokens(
+        join(past.keys, tokens.keys),
+        join(past.values, tokens.values),
+        join(past.routing_keys, tokens.routing_keys),
+        join(past.write_weight, tokens.write_weight, fill=1.0),
+        join(past.log_decay, tokens.log_decay),
+    )
+    return tokens, join(past.valid, valid, fill=history is not None), runs
+
+
+def with_sinks_in_front(history: MemoryState) -> MemoryState:
+    """The window of a history behind its sink slots. What only the memory asks for is zero there: they do not get into it."""
+    if history.sink_keys is None:
+        return history
+    num_sinks = history.sink_keys.shape[2]
+    valid = None if history.valid is None else torch.cat([history.sink_valid, history.valid], dim=1)
+
+    def widen(x: Tensor | None) -> Tensor | None:
+        return None if x is None else F.pad(x, (*[0, 0] * (x.ndim - 1 - token_dim(x)), num_sinks, 0))
+
+    return history._replace(
+        keys=torch.cat([history.sink_keys, history.keys], dim=2),
+        values=torch.cat([history.sink_values, history.values], dim=2),
+        valid=valid,
+        routing_keys=widen(history.routing_keys),
+        write_weight=widen(history.write_weight),
+        log_decay=widen(history.log_decay),
+    )
+
+
+def new_history(
+    tokens: Tokens, plan: WindowPlan, size: int, num_sinks: int, state: tuple[Tensor, Tensor], count: Tensor | int
+) -> MemoryState:
+    """What is to be remembered of tokens, with the memory's state after them."""
+    batch_size, num_tokens = tokens.keys.shape[0], tokens.keys.shape[2]
+    sinks = ()
+    if num_sinks > 0:
+        is_sink = plan.kept_sink_valid.expand(batch_size, -1)
+        places = plan.kept_sink_places.expand(batch_size, -1)
+        sinks = [take_tokens(x, places).masked_fill(~is_sink[:, None, :, None], 0) for x in tokens[:2]]
+        sinks = (*sinks, is_sink)
+    if plan.kept_places is not None:
+        is_none = plan.kept_missing
+
+        def take(x: Tensor) -> Tensor:
+            mask = is_none if x.ndim == 2 else is_none[:, None, :, None] if x.ndim == 4 else is_none[:, None]
+            return take_tokens(x, plan.kept_places).masked_fill(mask, 0)
+
+        last = tokens.map(take)
+    elif isinstance(num_tokens, int) and num_tokens < size:
+        last = tokens.map(lambda x: F.pad(x, (*[0, 0] * (x.ndim - 1 - token_dim(x)), size - num_tokens, 0)))
+    else:
+        last = tokens.map(lambda x: last_tokens(x, size))
+    valid = plan.kept_valid.expand(batch_size, -1)
+    others = (last.routing_keys, last.write_weight, last.log_decay)
+    return MemoryState(*state, last.keys, last.values, valid, *others, *(sinks or (None,) * 3), count)

@@ -1,0 +1,249 @@
+# Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
+"""
+The state of a model in a file: a long prompt is read once, and continued many times. The file carries what it belongs to: the
+shapes of every layer, and a fingerprint of the weights. Every other model is refused.
+"""
+
+import hashlib
+import os
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedConfig
+from transformers.cache_utils import DynamicLayer
+
+from ..configuration import GMAConfig
+from .cache_gma import GMACacheLayer, Owner, adopt_cache
+from .memory import MemoryState
+
+
+FORMAT = "gma_hf.cache"
+SAMPLES = 256  # numbers of each parameter that enter the fingerprint
+
+
+def fingerprint_of(model: nn.Module) -> str | None:
+    """
+    A number that two models share only if their weights are the same: of every parameter its name, its shape, its dtype and
+    up to 256 of its numbers.
+
+    Returns:
+        `str`, or `None` if weights are not in memory (offloaded models).
+    """
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        if parameter.is_meta:
+            return None
+        values = parameter.detach().flatten()
+        values = values[:: max(1, values.numel() // SAMPLES)][:SAMPLES].cpu()
+        digest.update(f"{name} {tuple(parameter.shape)} {values.dtype}".encode())
+        digest.update(values.contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def base_model_of(model: Any) -> nn.Module:
+    """The `GMAModel` of a native model."""
+    base_model = getattr(model, "base_model", None)
+    if not isinstance(getattr(model, "config", None), GMAConfig) or base_model is None:
+        raise ValueError(
+            f"Caches of {type(model).__name__} cannot be saved or loaded: only native GMA models (`GMAForCausalLM`, "
+            "`GMAModel`) have caches in files. Keep the cache of a converted model in memory (`copy.deepcopy`)."
+        )
+    return base_model
+
+
+def save_cache(cache: DynamicCache, path: str | os.PathLike, model: nn.Module | None = None) -> None:
+    """
+    Write the state of a native model, say after a long prompt, to a safetensors file.
+
+    Args:
+        cache (`DynamicCache`): as returned in `past_key_values`.
+        path (`str` or `os.PathLike`): the file, conventionally `*.safetensors`.
+        model (`PreTrainedModel`, *optional*): the model that filled the cache. The cache knows its model as long as the model
+            lives, unless the cache was pickled.
+
+    Raises:
+        ValueError: for a cache that is empty, static, quantized, or of a converted model.
+    """
+    layers = getattr(cache, "layers", None)
+    if not layers or not any(layer.is_initialized for layer in layers):
+        raise ValueError("The cache is empty: run the model on a prompt with `use_cache=True` first.")
+    if model is None:
+        owners = [layer.owner.model() for layer in layers if isinstance(layer, GMACacheLayer)]
+        model = owners[0] if owners else None
+        if model is None:
+            raise ValueError(
+                "It is not known which model filled the cache: the model was deleted, or the cache was pickled, or a converted "
+                "model filled it, whose caches cannot be saved. Pass the native GMA model as `model=`."
+            )
+    base_model = base_model_of(model)
+    tensors = {}
+    metadata = {"format": FORMAT, "seq_length": str(cache.get_seq_length()), "num_layers": str(len(layers))}
+    for layer_idx, layer in enumerate(layers):
+        if type(layer) is GMACacheLayer:
+            named = layer.memory._asdict()
+        elif type(layer) is DynamicLayer:
+            named = {"keys": layer.keys, "values": layer.values}
+        else:
+            raise ValueError(
+                f"Layer {layer_idx} of the cache is a {type(layer).__name__}. Only a `DynamicCache` can be saved: "
+                "process the prompt without `cache_implementation`."
+            )
+        for name, value in named.items():
+            if isinstance(value, Tensor):
+                tensors[f"layers.{layer_idx}.{name}"] = value.detach().contiguous()
+            elif value is not None:
+                metadata[f"layers.{layer_idx}.{name}"] = str(value)
+    expect_finite(tensors, "The cache")
+    metadata["fingerprint"] = fingerprint_of(base_model) or ""
+    temporary = f"{os.fspath(path)}.unfinished"
+    try:
+        save_file(tensors, temporary, metadata=metadata)
+        os.replace(temporary, path)
+    finally:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+
+
+def load_cache(
+    path: str | os.PathLike, config: PreTrainedConfig | nn.Module, device: str | torch.device = "cpu"
+) -> DynamicCache:
+    """
+    Read a state written by [`save_cache`]. Fork it with `copy.deepcopy(cache)` or `cache.batch_repeat_interleave(n)`.
+
+    Args:
+        path (`str` or `os.PathLike`): the file.
+        config (`GMAConfig` or `PreTrainedModel`): the model that goes on from it, or its configuration. With the configuration
+            alone the weights are compared when a model first uses the cache.
+        device (`str` or `torch.device`): where to put the tensors.
+
+    Returns:
+        `DynamicCache`: to pass as `past_key_values`.
+
+    Raises:
+        ValueError: if the file is no such state, or does not fit the model.
+    """
+    model = None
+    if isinstance(config, nn.Module):
+        model = base_model_of(config)
+        config = config.config
+    if not isinstance(config, GMAConfig):
+        raise ValueError(f"`load_cache` takes a native GMA model or its `GMAConfig`, got {type(config).__name__}.")
+    try:
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged, or no safetensors file: {error}. Write it again.") from error
+    if metadata.get("format") != FORMAT:
+        raise ValueError(f"{path} holds no cache of a GMA model. Write one with `gma_hf.save_cache`.")
+    seq_length, num_layers = (number_in(metadata, name, path) for name in ("seq_length", "num_layers"))
+    if num_layers != config.num_hidden_layers:
+        raise ValueError(
+            f"{path} does not fit the model: the file has {num_layers} layers, the model has {config.num_hidden_layers}."
+        )
+    expect_finite(tensors, str(path))
+    fingerprint = metadata.get("fingerprint") or None
+    if model is not None and fingerprint is not None:
+        expect_fingerprint(model, fingerprint, str(path))
+        fingerprint = None
+    cache = adopt_cache(DynamicCache(config=config), config)
+    for layer_idx, layer in enumerate(cache.layers):
+        prefix = f"layers.{layer_idx}."
+        named = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+        is_gma = isinstance(layer, GMACacheLayer)
+        expect_shapes(named, expected_shapes(config, is_gma, seq_length), layer_idx, path)
+        if not is_gma:
+            layer.update(named["keys"], named["values"])
+            continue
+        if f"{prefix}count" in metadata:
+            named["count"] = number_in(metadata, f"{prefix}count", path, lowest=-(2**62))
+        layer.advance(MemoryState(**named), seq_length)
+        layer.owner = Owner(model, fingerprint)
+    return cache
+
+
+def expect_fingerprint(model: nn.Module, fingerprint: str, what: str) -> None:
+    """
+    Raises:
+        ValueError: if the weights of a model are others than those that filled a cache.
+    """
+    found = fingerprint_of(model)
+    if found is not None and found != fingerprint:
+        raise ValueError(
+            f"{what} does not fit the model: other weights, or weights of another dtype, filled the cache. Load the checkpoint that "
+            "wrote it, in the same dtype, or process the prompt again."
+        )
+
+
+def number_in(metadata: dict[str, str], name: str, path: Any, lowest: int = 0) -> int:
+    """A number in the metadata of a file."""
+    try:
+        number = int(metadata[name])
+        if number < lowest:
+            raise ValueError
+    except (KeyError, ValueError):
+        raise ValueError(
+            f"{path} is damaged, or from another version of gma_hf: its entry {name!r} is {metadata.get(name)!r}, expected a number "
+            f"of at least {lowest}. Write the cache again."
+        ) from None
+    return number
+
+
+def expect_finite(tensors: dict[str, Tensor], what: str) -> None:
+    """
+    Raises:
+        ValueError: for NaN or infinite numbers, which every further token would inherit.
+    """
+    for name, tensor in tensors.items():
+        # A logarithm of a decay may be -inf: everything before the token is forgotten
+        bad = tensor.isnan() if name.endswith("log_decay") else ~tensor.isfinite()
+        if tensor.is_floating_point() and bool(bad.any()):
+            raise ValueError(f"{what} holds NaN or infinite numbers in {name!r}. Process the prompt again.")
+
+
+def expected_shapes(config: GMAConfig, is_gma: bool, seq_length: int) -> dict[str, tuple[int, ...]]:
+    """What a layer of a model remembers of one row, by name."""
+    heads, key_heads = config.num_attention_heads, config.num_key_value_heads
+    if not is_gma:
+        return dict.fromkeys(("keys", "values"), (key_heads, seq_length, config.head_dim))
+    shapes = {
+        "state": (heads, config.num_components, config.head_dim),
+        "normalizer": (heads, config.num_components),
+    }
+    if config.conv_kernel_size > 0:
+        channels = (heads + key_heads) * config.routing_dim + key_heads * config.head_dim
+        shapes["convolution"] = (config.conv_kernel_size - 1, channels)
+    if config.window_size > 0:
+        shapes["keys"] = (key_heads, config.window_size, config.routing_dim)
+        shapes["values"] = (key_heads, config.window_size, config.head_dim)
+        if config.use_write_weight:
+            shapes["write_weight"] = (heads, config.window_size)
+        if config.use_decay:
+            shapes["log_decay"] = (heads, config.window_size)
+    if config.window_size > 0 and config.num_sink_tokens > 0:
+        shapes["sink_keys"] = (key_heads, config.num_sink_tokens, config.routing_dim)
+        shapes["sink_values"] = (key_heads, config.num_sink_tokens, config.head_dim)
+    return shapes
+
+
+# Where all tokens of all rows are known to exist, they are not kept
+OPTIONAL = ("valid", "sink_valid", "count")
+
+
+def expect_shapes(
+    named: dict[str, Tensor], expected: dict[str, tuple[int, ...]], layer_idx: int, path: str | os.PathLike
+) -> None:
+    """
+    Raises:
+        ValueError: unless a layer of the file holds what a layer of the model remembers.
+    """
+    found = {name: tuple(tensor.shape[1:]) for name, tensor in named.items() if name not in OPTIONAL}
+    if found != expected:
+        differing = sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
+        raise ValueError(
+            f"{path} does not fit the model: of layer {layer_idx} the file has { {x: found.get(x) for x in differing} }, the model "
+            f"needs { {x: expected.get(x) for x in differing} } (shapes per row; `None` for nothing)."
+        )
