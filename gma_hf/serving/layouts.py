@@ -1,6 +1,8 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
 """How much a model remembers for one sequence, from its configuration alone."""
 
+import copy
+
 import torch
 from transformers import PreTrainedConfig
 
@@ -96,3 +98,11 @@ def converted_layout(conversion: GMAConversionConfig, dtype: torch.dtype, num_ra
         has_routing_keys=is_turned_back or conversion.use_routing_projections,
         dtype=dtype,
     )
+
+
+def rank_config(config: GMAConfig, num_ranks: int) -> GMAConfig:
+    """The configuration of a block that holds one of `num_ranks` equal parts of the heads and of the MLP."""
+    local = copy.deepcopy(config)
+    for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
+        setattr(local, name, getattr(config, name) // num_ranks)
+    return local

@@ -5,7 +5,6 @@ there is one place where each equation is computed. What depends on a single tok
 at once, the attention by groups of sequences.
 """
 
-import copy
 import re
 from collections.abc import Iterable
 
@@ -33,7 +32,7 @@ from ..modeling.attention_gma import (
 from ..modeling.modeling_gma import GMAMLP
 from ..modeling.window import LACKING_BEFORE
 from .layer import GMASlotLayer, StatesFromConfig
-from .layouts import native_layout
+from .layouts import native_layout, rank_config
 from .sharding import shard_weights
 from .slots import SlotCache, SlotMemory
 from .steps import StepGroup
@@ -179,11 +178,3 @@ class ServedGMAForCausalLM(StatesFromConfig, nn.Module):
         loaded = AutoWeightsLoader(self).load_weights(weights)
         # Checkpoints from before there was a `memory_dilution` mean the zeros with which it was made
         return loaded | {name for name, _ in self.named_parameters() if re.search(LACKING_BEFORE, name)}
-
-
-def rank_config(config: GMAConfig, num_ranks: int) -> GMAConfig:
-    """The configuration of a block that holds one of `num_ranks` equal parts of the heads and of the MLP."""
-    local = copy.deepcopy(config)
-    for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
-        setattr(local, name, getattr(config, name) // num_ranks)
-    return local

@@ -43,17 +43,17 @@ CONVERTED = {
 }
 
 
-def make_model(kind: str) -> PreTrainedModel:
-    """A model of one of the kinds above, in evaluation mode."""
+def make_model(kind: str, **other_fields) -> PreTrainedModel:
+    """A model of one of the kinds above, perhaps with other fields of its configuration, in evaluation mode."""
     torch.manual_seed(0)
     if kind in NATIVE:
         preset, fields = NATIVE[kind]
-        model = GMAForCausalLM(GMAConfig.from_preset(preset, num_components=6, **{**SIZES, **fields}))
+        model = GMAForCausalLM(GMAConfig.from_preset(preset, num_components=6, **{**SIZES, **fields, **other_fields}))
     else:
         class_name, fields, options = CONVERTED[kind]
         model_class = getattr(transformers, class_name)
         model = convert_to_gma(
-            model_class(model_class.config_class(**{**SIZES, **fields})), num_components=6, **options
+            model_class(model_class.config_class(**{**SIZES, **fields, **other_fields})), num_components=6, **options
         )
     for name, parameter in model.named_parameters():
         # What starts at zero says nothing about the code that reads it
