@@ -27,10 +27,13 @@ pytest.importorskip("vllm", reason="vLLM has an environment of its own: make tes
 from openai import AsyncOpenAI, OpenAI
 
 
+pytestmark = pytest.mark.timeout(900)
+
 ROOT = Path(__file__).parents[2]
 CHAT_TEMPLATE = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
 STREAMS, SECONDS = 64, 60
-START_SECONDS = 240
+# Less than half a minute on an idle machine
+START_SECONDS = 480
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
