@@ -21,23 +21,37 @@ POSITION_EMBEDDING_TYPES = ("learned", "rope", "none")
 PRIOR_INITS = ("uniform", "balanced")
 LAYER_TYPES = ("linear_attention", "full_attention")
 
-# The two blocks that the documentation speaks of. Everything that a preset does not name keeps the default of `GMAConfig`.
+# Short convolution instead of positions, learned forgetting and write weight, un-normalised read, a norm per head and a gate.
+# RoPE serves the softmax layers of hybrids only.
+GATED_BLOCK: dict[str, Any] = {
+    "position_embedding_type": "rope",
+    "rope_on_routing": False,
+    "normalize_read": False,
+    "conv_kernel_size": 4,
+    "use_write_weight": True,
+    "use_decay": True,
+    "use_output_gate": True,
+    "mean_init_std": 0.5,
+    "prior_init": "balanced",
+}
+
+# The blocks that the documentation speaks of. Everything that a preset does not name keeps the default of `GMAConfig`.
 GMA_PRESETS: dict[str, dict[str, Any]] = {
     # The block of the paper: normalised read, every token writes with weight one, nothing is forgotten, learned
     # absolute positions. These are the defaults of `GMAConfig`, so the entry is empty.
     "paper": {},
-    # The block to train for quality: short convolution instead of positions, learned forgetting and write weight,
-    # un-normalised read, a norm per head and a gate. RoPE serves the softmax layers of hybrids only.
-    "gated": {
-        "position_embedding_type": "rope",
-        "rope_on_routing": False,
-        "normalize_read": False,
-        "conv_kernel_size": 4,
-        "use_write_weight": True,
-        "use_decay": True,
-        "use_output_gate": True,
-        "mean_init_std": 0.5,
-        "prior_init": "balanced",
+    # The block to train for quality.
+    "gated": GATED_BLOCK,
+    # The gated block whose routes correlate: it recalls what it has read. Wide variances keep responsibilities where their
+    # gradient is alive; a quiet start keeps the mixer from drowning the embeddings.
+    "correlated": {
+        **GATED_BLOCK,
+        "correlate": True,
+        "use_qk_norm": True,
+        "variance_init": 10.0,
+        "head_norm_eps": 1e-4,
+        "tie_qk_init": True,
+        "scale_output_init": True,
     },
 }
 
@@ -47,7 +61,7 @@ GMA_PRESETS: dict[str, dict[str, Any]] = {
 class GMAConfig(PreTrainedConfig):
     r"""
     Configuration of a Gaussian Mixture Attention model (Huang and Raza, arXiv:2606.18283). `GMAConfig()` is the paper's
-    block; `GMAConfig.from_preset("gated")` is the block to train for quality.
+    block; `GMAConfig.from_preset("gated")` is the block to train for quality, `"correlated"` the one that recalls as well.
 
     Args:
         vocab_size (`int`, *optional*, defaults to 32000):
@@ -86,6 +100,11 @@ class GMAConfig(PreTrainedConfig):
         normalize_read (`bool`, *optional*, defaults to `True`):
             Divide the read by the accumulated responsibility (the paper), or leave it un-normalised and put a norm per
             head behind it.
+        correlate (`bool`, *optional*, defaults to `False`):
+            Write and read by the correlation of routes instead of by responsibilities: see [`gaussian_mixture_attention`].
+            Needs `normalize_read=False`, two components or more, and no window.
+        use_qk_norm (`bool`, *optional*, defaults to `False`):
+            RMS norms on the queries and keys of GMA layers, behind the short convolution.
         conv_kernel_size (`int`, *optional*, defaults to 0):
             Width of the depthwise short convolution (with SiLU) on queries, keys and values of GMA layers; 0 for none.
         window_size (`int`, *optional*, defaults to 0):
@@ -101,6 +120,8 @@ class GMAConfig(PreTrainedConfig):
             A learned forgetting factor `a_t = exp(-A * softplus(...))` per token and head, 1 otherwise. Causal only.
         use_output_gate (`bool`, *optional*, defaults to `False`):
             Norm per head and SiLU gate on what the heads read.
+        head_norm_eps (`float`, *optional*):
+            Epsilon of the norm per head. Reads below its root stay quiet. Defaults to `rms_norm_eps`.
         read_eps (`float`, *optional*, defaults to 1e-06):
             The constant that keeps the normaliser of the read away from zero.
         variance_floor (`float`, *optional*, defaults to 0.0001):
@@ -113,6 +134,12 @@ class GMAConfig(PreTrainedConfig):
             (docs/results.md).
         prior_init (`str`, *optional*, defaults to `"uniform"`):
             Initial priors: `"uniform"`, or `"balanced"`, which makes all components equally responsible for x = 0.
+        tie_qk_init (`bool`, *optional*, defaults to `False`):
+            Initialise the query projection of GMA layers as a copy of the key projection, so that a token is first routed alike
+            as query and as key.
+        scale_output_init (`bool`, *optional*, defaults to `False`):
+            Initialise the output projections of GMA layers with `initializer_range / sqrt(2 * num_hidden_layers)`, as GPT-2
+            does.
         time_step_min (`float`, *optional*, defaults to 0.001):
             Smallest initial step: write weights and decays start from steps drawn log-uniformly in
             [`time_step_min`, `time_step_max`], as in Mamba-2.
@@ -187,17 +214,22 @@ class GMAConfig(PreTrainedConfig):
     rope_parameters: dict | None = None
     max_position_embeddings: int = 2048
     normalize_read: bool = True
+    correlate: bool = False
+    use_qk_norm: bool = False
     conv_kernel_size: int = 0
     window_size: int = 0
     num_sink_tokens: int = 0
     use_write_weight: bool = False
     use_decay: bool = False
     use_output_gate: bool = False
+    head_norm_eps: float | int | None = None
     read_eps: float | int = 1e-6
     variance_floor: float | int = 1e-4
     mean_init_std: float | int = 1.0
     variance_init: float | int = 0.6931472
     prior_init: str = "uniform"
+    tie_qk_init: bool = False
+    scale_output_init: bool = False
     time_step_min: float | int = 1e-3
     time_step_max: float | int = 1e-1
     decay_rate_range: list[float | int] | tuple[float | int, ...] = (1.0, 16.0)
@@ -220,7 +252,7 @@ class GMAConfig(PreTrainedConfig):
         for field in fields(type(self)):
             # 16 is meant as 16.0, from Python as from a JSON file
             value = getattr(self, field.name)
-            if field.type == (float | int) and type(value) is int:
+            if field.type in (float | int, float | int | None) and type(value) is int:
                 setattr(self, field.name, float(value))
         # Before the derived values below divide by them
         for name in ("hidden_size", "num_attention_heads", "num_hidden_layers"):
@@ -246,7 +278,7 @@ class GMAConfig(PreTrainedConfig):
         A configuration of one of the documented blocks.
 
         Args:
-            preset (`str`): `"paper"` or `"gated"`. A bidirectional gated block has no decay: nothing comes "before".
+            preset (`str`): `"paper"`, `"gated"` or `"correlated"`. A bidirectional gated block has no decay: nothing comes "before".
             overrides: any field of the configuration; they win over the preset.
 
         Returns:
@@ -343,6 +375,20 @@ class GMAConfig(PreTrainedConfig):
                 "`num_sink_tokens` keeps first tokens visible to the softmax of a window that has moved on: it needs "
                 f"`window_size` above 0 and `is_causal=True`, got {self.window_size} and {self.is_causal}. Set it to 0."
             )
+        if self.correlate and (self.normalize_read or self.num_components < 2 or self.window_size > 0):
+            raise ValueError(
+                "`correlate=True` needs `normalize_read=False`, `num_components` of at least 2 and `window_size=0`: weights of "
+                "correlated routes are signed, so that nothing can be divided by their sum. Got "
+                f"normalize_read={self.normalize_read}, num_components={self.num_components}, "
+                f"window_size={self.window_size}."
+            )
+        if self.head_norm_eps is not None:
+            _check_positive(self, "head_norm_eps")
+            if self.normalize_read and not self.use_output_gate:
+                raise ValueError(
+                    "`head_norm_eps` is given, but there is no norm per head: set `use_output_gate=True` or "
+                    "`normalize_read=False`, or leave it out."
+                )
         if not self.variance_init > self.variance_floor:
             raise ValueError(
                 f"`variance_init` ({self.variance_init}) must exceed `variance_floor` ({self.variance_floor})."

@@ -34,6 +34,7 @@ def test_every_field_has_a_kind():
         "prior_init",
         "hidden_act",
         "decay_rate_range",
+        "head_norm_eps",
     }
     assert {field.name for field in OWN} == {*FLOATS, *INTEGERS, *BOOLEANS, *other}
 
@@ -42,6 +43,11 @@ def test_every_field_has_a_kind():
 @pytest.mark.parametrize("name", FLOATS)
 def test_floats_are_finite_and_not_negative(name, value):
     refused(name, value)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -1.0, 0, "small"])
+def test_the_epsilon_of_the_head_norm_is_one(value):
+    refused("head_norm_eps", value, lambda **values: GMAConfig(normalize_read=False, **values))
 
 
 @pytest.mark.parametrize("value", [2.5, math.nan, "8", -3])
