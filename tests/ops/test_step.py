@@ -168,8 +168,8 @@ class Counter(TorchDispatchMode):
     ("features", "most"),
     [
         ({"state": True}, 21),  # the paper's block
-        ({**EVERYTHING, "normalize": False}, 24),  # the gated block
-        ({**EVERYTHING, "normalizer": True}, 29),  # the memory behind a window
+        ({**EVERYTHING, "normalize": False}, 25),  # the gated block
+        ({**EVERYTHING, "normalizer": True}, 30),  # the memory behind a window
     ],
     ids=["paper", "gated", "window"],
 )

@@ -150,6 +150,16 @@ def responsibilities(x: Tensor, coefficients: MixtureCoefficients, correlate: bo
     return correlated(gamma) if correlate else gamma
 
 
+def unwritten_as_zero(x: Tensor, write_weight: Tensor | None) -> Tensor:
+    """
+    Keys or values [..., length, dim], with 0 for NaN and infinity where the write weight [..., length] is 0: padding writes
+    nothing, whatever it holds. What is finite stays, for the gradient of a weight of 0 needs it.
+    """
+    if write_weight is None:
+        return x
+    return torch.where(write_weight.unsqueeze(-1) == 0, x.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0), x)
+
+
 def repeat_heads(x: Tensor, heads: int) -> Tensor:
     """Each head of [batch, h, ...] repeated to give `heads` heads; a view when h is `heads` or 1."""
     if x.shape[1] == heads:

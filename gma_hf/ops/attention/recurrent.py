@@ -15,7 +15,15 @@ import torch
 from torch import Tensor
 
 from .call import AttentionCall, AttentionResult, State
-from .mixture import MAX_DISTANCE, MixtureCoefficients, correlated, repeat_heads, responsibilities, smallest_share
+from .mixture import (
+    MAX_DISTANCE,
+    MixtureCoefficients,
+    correlated,
+    repeat_heads,
+    responsibilities,
+    smallest_share,
+    unwritten_as_zero,
+)
 
 
 SHORT = 8  # tokens: up to here stepping beats the set-up of chunks
@@ -95,8 +103,9 @@ def step(
 
     # S = a S + w gamma^K v^T, z = a z + w gamma^K
     if write_weight is not None:
-        gamma_key = gamma_key * write_weight
-        value = value.masked_fill(write_weight.unsqueeze(-1) == 0, 0.0)
+        is_unwritten = write_weight == 0
+        gamma_key = (gamma_key * write_weight).masked_fill_(is_unwritten, 0.0)
+        value = value.masked_fill(is_unwritten.unsqueeze(-1), 0.0)
     written = gamma_key.unsqueeze(-1)
     if state is None:
         S, z = written * value, gamma_key.view(batch, mixtures, components)
@@ -147,8 +156,10 @@ def recurrent_attention(call: AttentionCall) -> AttentionResult:
     gamma_query = responsibilities(call.query, coefficients, call.correlate).unflatten(
         1, (mixtures, -1)
     )  # [B, M, Hq / M, N, C]
-    gamma_key = responsibilities(repeat_heads(call.key, mixtures), coefficients, call.correlate)  # [B, M, N, C]
-    value = repeat_heads(call.value.to(dtype), mixtures)
+    key, value = (
+        unwritten_as_zero(repeat_heads(x, mixtures), call.write_weight) for x in (call.key, call.value.to(dtype))
+    )
+    gamma_key = responsibilities(key, coefficients, call.correlate)  # [B, M, N, C]
     if call.write_weight is not None:
         gamma_key = gamma_key * call.write_weight.to(dtype).unsqueeze(-1)
     decay = None if call.log_decay is None else call.log_decay.to(dtype).exp()[..., None, None]

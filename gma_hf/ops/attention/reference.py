@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .call import AttentionCall, AttentionResult
-from .mixture import repeat_heads, responsibilities
+from .mixture import repeat_heads, responsibilities, unwritten_as_zero
 
 
 def segment_sums(x: Tensor) -> Tensor:
@@ -43,7 +43,8 @@ def pair_weights(call: AttentionCall) -> Tensor:
     mixtures = call.means.shape[0]
     gamma_query = responsibilities(call.query, coefficients, call.correlate)
     gamma_query = gamma_query.unflatten(1, (mixtures, query_heads // mixtures))
-    gamma_key = responsibilities(repeat_heads(call.key, mixtures), coefficients, call.correlate)
+    key = unwritten_as_zero(repeat_heads(call.key, mixtures), call.write_weight)
+    gamma_key = responsibilities(key, coefficients, call.correlate)
     if call.write_weight is not None:
         gamma_key = gamma_key * call.write_weight.to(gamma_key.dtype).unsqueeze(-1)
     pairs = gamma_query @ gamma_key.transpose(-1, -2).unsqueeze(2)
@@ -62,13 +63,15 @@ def log_decay_or_zero(call: AttentionCall) -> Tensor:
 def reference_attention(call: AttentionCall) -> AttentionResult:
     """Evaluate the call with the matrices of this file's opening."""
     dtype, mixtures = call.state_dtype, call.means.shape[0]
-    value = repeat_heads(call.value.to(dtype), mixtures)
+    key, value = (
+        unwritten_as_zero(repeat_heads(x, mixtures), call.write_weight) for x in (call.key, call.value.to(dtype))
+    )
     pairs = pair_weights(call).unflatten(1, (mixtures, -1))  # [B, M, R, Nq, N]
     numerator = pairs @ value.unsqueeze(2)
     denominator = pairs.sum(dim=-1, keepdim=True)
 
     coefficients = call.coefficients()
-    written = responsibilities(repeat_heads(call.key, mixtures), coefficients, call.correlate)
+    written = responsibilities(key, coefficients, call.correlate)
     if call.write_weight is not None:
         written = written * call.write_weight.to(dtype).unsqueeze(-1)
     log_decay = log_decay_or_zero(call)

@@ -33,12 +33,13 @@ def block_writes(
 ) -> tuple[Tensor, Route, Tensor, Tensor, Tensor | None]:
     """Centred keys, their routes, what they write, the values and the write weight of a block."""
     dtype = coefficients.centre.dtype
-    key = block.centred_keys(key, coefficients.centre)
+    write_weight = None if write_weight is None else block.of(write_weight).to(dtype)
+    key = block.centred_keys(key, coefficients.centre, write_weight)
+    value = block.of_keys(value, key.shape[0], write_weight).to(dtype).contiguous()
     routed = route(key, coefficients, correlate)
-    value = block.of_keys(value, key.shape[0]).to(dtype).contiguous()
     if write_weight is None:
         return key, routed, routed.weights, value, None
-    write_weight = block.of(write_weight).to(dtype).unsqueeze(-1)
+    write_weight = write_weight.unsqueeze(-1)
     return key, routed, routed.weights * write_weight, value, write_weight
 
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..mixture import centred
+from ..mixture import centred, unwritten_as_zero
 
 
 CHUNK = 64  # tokens: with about as many as components, pair weights and states cost the same
@@ -34,19 +34,23 @@ class Block(NamedTuple):
         """The block's part of [batch, query_heads, length, dim] as a view [mixtures, batch, n, R, T, dim]."""
         return self.of(x).unflatten(0, (mixtures, x.shape[1] // mixtures)).permute(0, 2, 3, 1, 4, 5)
 
-    def of_keys(self, x: Tensor, mixtures: int) -> Tensor:
-        """The block's part of [batch, key_value_heads, length, dim] as [mixtures, batch, n, T, dim]."""
+    def of_keys(self, x: Tensor, mixtures: int, write_weight: Tensor | None) -> Tensor:
+        """
+        The block's part of [batch, key_value_heads, length, dim] as [mixtures, batch, n, T, dim]; what the block's write weight
+        [1 or mixtures, batch, n, T] says is padding holds no NaN.
+        """
         x = self.of(x)
-        return x if x.shape[0] == mixtures else x.repeat_interleave(mixtures // x.shape[0], dim=0)
+        x = x if x.shape[0] == mixtures else x.repeat_interleave(mixtures // x.shape[0], dim=0)
+        return unwritten_as_zero(x, write_weight)
 
     def centred_queries(self, x: Tensor, centre: Tensor) -> Tensor:
         """Queries on the mixtures' centres [mixtures, 1, routing_dim]: [mixtures, batch, n, R * T, routing_dim]."""
         x = centred(self.of_queries(x, centre.shape[0]), centre[:, None, None, None])
         return x.flatten(3, 4).contiguous()
 
-    def centred_keys(self, x: Tensor, centre: Tensor) -> Tensor:
+    def centred_keys(self, x: Tensor, centre: Tensor, write_weight: Tensor | None) -> Tensor:
         """Keys on the mixtures' centres [mixtures, 1, routing_dim]: [mixtures, batch, n, T, routing_dim]."""
-        return centred(self.of_keys(x, centre.shape[0]), centre[:, None, None]).contiguous()
+        return centred(self.of_keys(x, centre.shape[0], write_weight), centre[:, None, None]).contiguous()
 
     def put_queries(self, into: Tensor, x: Tensor) -> None:
         """Write x [mixtures, batch, n, R * T, dim] to its place in [batch, query_heads, length, dim]."""

@@ -65,14 +65,15 @@ def block_terms(
 ) -> BlockTerms:
     """Responsibilities, pair weights and states of a block, from the state S [M, B, C, dv], z [M, B, C] before it."""
     mixtures, dtype = S.shape[0], S.dtype
+    write_weight = None if write_weight is None else block.of(write_weight).to(dtype)
     query = block.centred_queries(query, coefficients.centre)
-    key = block.centred_keys(key, coefficients.centre)
-    value = block.of_keys(value, mixtures).to(dtype).contiguous()
+    key = block.centred_keys(key, coefficients.centre, write_weight)
+    value = block.of_keys(value, mixtures, write_weight).to(dtype).contiguous()
     read, write = route(query, coefficients, correlate), route(key, coefficients, correlate)
 
     written = write.weights
     if write_weight is not None:
-        write_weight = block.of(write_weight).to(dtype).unsqueeze(-1)
+        write_weight = write_weight.unsqueeze(-1)
         written = written * write_weight
     pairs = read.weights @ written.transpose(-1, -2)
     chunks, repeats = value.shape[2], query.shape[3] // block.chunk

@@ -1,0 +1,106 @@
+# Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
+"""Padding writes nothing, whatever it holds, and has no gradient: one rule for every way of every operator."""
+
+import pytest
+import torch
+
+from gma_hf import GMAConfig, GMAForCausalLM, GMAForMaskedLM
+from tests.conftest import make_model, tiny_config
+
+from .problems import Problem
+
+
+FEATURES = {
+    "normalised": {},
+    "gated": {"normalize": False, "decay": True},
+    "correlated": {"correlate": True, "decay": True},
+    "grouped": {"key_heads": 2, "mixtures_per_key_head": 2, "state": True},
+    "bidirectional": {"causal": False},
+    "packed bidirectional": {"causal": False, "packed": True},
+}
+PADDING = slice(5, 11)
+
+
+def padded(problem: Problem) -> dict[str, torch.Tensor]:
+    tensors = problem.tensors()
+    tensors["write_weight"] = tensors["write_weight"] + 0.5
+    tensors["write_weight"][0, :, PADDING] = 0.0
+    return tensors
+
+
+@pytest.mark.parametrize("name", ["value", "key"])
+@pytest.mark.parametrize("junk", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("features", FEATURES)
+@pytest.mark.parametrize("backend", ["reference", "chunked", "recurrent"])
+def test_junk_at_padding_changes_no_bit(backend, features, junk, name):
+    problem = Problem(weights=True, **FEATURES[features])
+    if backend == "recurrent" and not problem.causal:
+        backend = "auto"
+    tensors = padded(problem)
+    tensors[name][0, :, PADDING] = 0.0
+    expected = problem.run(tensors, backend=backend)
+    tensors[name][0, :, PADDING] = junk
+    actual = problem.run(tensors, backend=backend)
+    for result in expected:
+        assert torch.equal(expected[result], actual[result]), result
+
+
+@pytest.mark.parametrize("features", FEATURES)
+@pytest.mark.parametrize("backend", ["reference", "chunked", "recurrent"])
+def test_junk_at_padding_spoils_no_gradient(backend, features):
+    problem = Problem(weights=True, **FEATURES[features])
+    if backend == "recurrent" and not problem.causal:
+        backend = "auto"
+
+    def gradients(junk: float) -> dict[str, torch.Tensor]:
+        tensors = padded(problem)
+        for name in ("key", "value"):
+            tensors[name][0, :, PADDING] = junk
+        leaves = {name: x.requires_grad_() for name, x in tensors.items()}
+        output = problem.run(leaves, backend=backend)["output"]
+        is_real = torch.ones(output.shape[2], dtype=torch.bool)
+        is_real[PADDING] = False
+        loss = output[:, :, is_real].sin().sum()  # nobody looks at what padding reads
+        return dict(
+            zip(
+                leaves,
+                torch.autograd.grad(loss, leaves.values(), materialize_grads=True, allow_unused=True),
+                strict=True,
+            )
+        )
+
+    expected, actual = gradients(0.0), gradients(torch.inf)
+    for name, grad in actual.items():
+        torch.testing.assert_close(grad, expected[name], rtol=0, atol=0, msg=name)
+    for name in ("query", "key", "value"):
+        assert not actual[name][0, :, PADDING].any(), name
+
+
+BLOCKS = {
+    "paper": {},
+    "gated": {},
+    "gated window": {"window_size": 4},
+    "gated hybrid": {"layer_types": ["linear_attention", "full_attention"], "num_hidden_layers": 2},
+}
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("direction", ["causal", "bidirectional"])
+@pytest.mark.parametrize("block", BLOCKS)
+def test_what_a_model_reads_at_padding_has_no_gradient(block, direction, side):
+    values = dict(BLOCKS[block])
+    if direction == "bidirectional":
+        values |= {"is_causal": False, "use_decay": False}
+    config: GMAConfig = tiny_config(block.split()[0], **values)
+    model = make_model(GMAForCausalLM if config.is_causal else GMAForMaskedLM, config)
+    tokens = torch.randint(3, 90, (2, 12), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(tokens)
+    at = slice(0, 5) if side == "left" else slice(7, 12)
+    mask[0, at] = 0
+    embeds = model.get_input_embeddings()(tokens).detach().requires_grad_()
+    labels = tokens.masked_fill(mask == 0, -100)
+    if config.is_causal and side == "left":
+        labels[0, 5] = -100  # the first real token would be predicted from padding
+    model(inputs_embeds=embeds, attention_mask=mask, labels=labels).loss.backward()
+    assert embeds.grad[1].abs().sum() > 0 and embeds.grad[0, mask[0].bool()].abs().sum() > 0
+    assert not embeds.grad[0, at].any()
