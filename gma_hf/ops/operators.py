@@ -76,3 +76,40 @@ def part_of(argument: Any, dim: Any, index: int) -> Any:
         dims = dim if isinstance(dim, list | tuple) else [dim] * len(argument)
         return [part_of(x, d, index) for x, d in zip(argument, dims, strict=True)]
     return argument if dim is None else argument.select(dim, index)
+
+
+class DifferentiatedOnce(torch.autograd.Function):
+    """The first derivative of an operator. It has none itself, and says so, also inside of `torch.func`."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(function, *arguments):
+        return tuple(function(*arguments))
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, *grads):
+        raise RuntimeError(
+            "This operator cannot be differentiated twice: its gradient is written by hand. Use backend='reference', which "
+            "PyTorch differentiates as often as you like."
+        )
+
+
+def differentiate_once(function: Callable[..., Iterable[Tensor]], *arguments: Any) -> tuple[Tensor, ...]:
+    """
+    Gradients by a function of tensors and constants, for the `backward` of an autograd function.
+
+    Args:
+        function (`Callable`): returns the gradients.
+        arguments: what `function` is called with; tensors stand alone, not in lists.
+
+    Returns:
+        `tuple[torch.Tensor]`: what `function` returns; differentiating it is an error.
+    """
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return tuple(function(*arguments))
+    return DifferentiatedOnce.apply(function, *arguments)

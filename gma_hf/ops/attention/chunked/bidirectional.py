@@ -16,9 +16,8 @@ in `blocks`, with blocks of one chunk: n = 1.
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from ...operators import on_one_device, vmapped_by_loops
+from ...operators import differentiate_once, on_one_device, vmapped_by_loops
 from ..mixture import MixtureCoefficients, Route, route, route_backward
 from .blocks import Block, contiguous_clone, empty_reads, single_chunk_blocks
 
@@ -189,6 +188,16 @@ def _(query, coefficients, S, z, grad_output, grad_normalizer, eps, correlate):
     return [torch.empty_like(x) for x in (query, *coefficients[1:], S, z)]
 
 
+def write_gradients(key, value, centre, linear, quadratic, bias, *arguments):
+    """`write_backward` of single tensors."""
+    return write_backward(key, value, [centre, linear, quadratic, bias], *arguments)
+
+
+def read_gradients(query, centre, linear, quadratic, bias, *arguments):
+    """`read_backward` of single tensors."""
+    return read_backward(query, [centre, linear, quadratic, bias], *arguments)
+
+
 class WriteState(torch.autograd.Function):
     """Add what key, value [B, Hk, N, dim] write to the state S [M, B, C, dv], z [M, B, C]."""
 
@@ -204,10 +213,11 @@ class WriteState(torch.autograd.Function):
         ctx.correlate = inputs[9]
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_S, grad_z):
         key, value, *coefficients, write_weight = ctx.saved_tensors
-        grads = write_backward(key, value, coefficients, write_weight, grad_S, grad_z, ctx.correlate)
+        grads = differentiate_once(
+            write_gradients, key, value, *coefficients, write_weight, grad_S, grad_z, ctx.correlate
+        )
         grad_weight = None if write_weight is None else grads[5]
         return *grads[:2], None, *grads[2:5], grad_weight, grad_S, grad_z, None
 
@@ -229,9 +239,10 @@ class ReadState(torch.autograd.Function):
         ctx.eps = inputs[7]
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_output, grad_normalizer):
         query, *coefficients, S, z = ctx.saved_tensors
         grad_normalizer = grad_normalizer if ctx.output_normalizer else None
-        grads = read_backward(query, coefficients, S, z, grad_output, grad_normalizer, ctx.eps, ctx.correlate)
+        grads = differentiate_once(
+            read_gradients, query, *coefficients, S, z, grad_output, grad_normalizer, ctx.eps, ctx.correlate
+        )
         return grads[0], None, *grads[1:], None, None, None, None

@@ -6,9 +6,8 @@ S and z after the last token.
 """
 
 import torch
-from torch.autograd.function import once_differentiable
 
-from ...operators import on_one_device, vmapped_by_loops
+from ...operators import differentiate_once, on_one_device, vmapped_by_loops
 from ..mixture import MixtureCoefficients
 from .blocks import causal_blocks, contiguous_clone, empty_reads, state_slots
 from .causal import block_backward, block_read, block_terms
@@ -146,6 +145,11 @@ def _(
     return [*gradients[:3], *states, *gradients[3:]]
 
 
+def causal_gradients(query, key, value, centre, linear, quadratic, bias, *arguments):
+    """`causal_backward` of single tensors."""
+    return causal_backward(query, key, value, [centre, linear, quadratic, bias], *arguments)
+
+
 class CausalChunks(torch.autograd.Function):
     """Causal attention on query, key, value [B, heads, N, dim] and a state S [M, B, C, dv], z [M, B, C]."""
 
@@ -174,13 +178,12 @@ class CausalChunks(torch.autograd.Function):
         ctx.output_normalizer = output_normalizer
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_output, grad_normalizer, grad_S, grad_z, *_):
         query, key, value, *coefficients, write_weight, log_decay, block_S, block_z = ctx.saved_tensors
         if grad_output is None:
             grad_output = query.new_zeros(*query.shape[:3], value.shape[3], dtype=value.dtype)
-        grads = causal_backward(
-            query, key, value, coefficients, write_weight, log_decay, block_S, block_z, grad_output,
+        grads = differentiate_once(
+            causal_gradients, query, key, value, *coefficients, write_weight, log_decay, block_S, block_z, grad_output,
             grad_normalizer if ctx.output_normalizer else None,
             torch.zeros_like(block_S[-1]) if grad_S is None else grad_S,
             torch.zeros_like(block_z[-1]) if grad_z is None else grad_z,

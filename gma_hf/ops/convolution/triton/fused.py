@@ -7,11 +7,11 @@ inputs [B, N, C], weight [C, 1, K], sequence_ids [B, N] -> outputs [B, N - first
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ...attention.triton.launching import on_its_device
 from ...attention.triton.operators import row_contiguous
 from ...attention.triton.plan import cdiv
+from ...operators import differentiate_once, on_one_device, vmapped_by_loops
 from .kernels import convolve_kernel, grad_kernel
 
 
@@ -68,6 +68,7 @@ def empty_outputs(inputs: Tensor, first: int) -> Tensor:
 
 
 @torch.library.impl("gma_hf::short_convolution", "default")
+@on_one_device
 @on_its_device
 def convolution_forward(inputs, weight, sequence_ids, before, first):
     """The outputs."""
@@ -79,11 +80,13 @@ def convolution_forward(inputs, weight, sequence_ids, before, first):
 
 
 @torch.library.register_fake("gma_hf::short_convolution")
+@on_one_device
 def _(inputs, weight, sequence_ids, before, first):
     return empty_outputs(inputs, first)
 
 
 @torch.library.impl("gma_hf::short_convolution_backward", "default")
+@on_one_device
 @on_its_device
 def convolution_backward(inputs, weight, sequence_ids, grad_outputs, before, first):
     """Gradients of inputs and weight."""
@@ -106,23 +109,34 @@ def convolution_backward(inputs, weight, sequence_ids, grad_outputs, before, fir
 
 
 @torch.library.register_fake("gma_hf::short_convolution_backward")
+@on_one_device
 def _(inputs, weight, sequence_ids, grad_outputs, before, first):
     return inputs.new_empty(inputs.shape), weight.new_empty(weight.shape)
+
+
+for name in ("short_convolution", "short_convolution_backward"):
+    vmapped_by_loops(getattr(torch.ops.gma_hf, name), f"gma_hf::{name}")
 
 
 class ShortConvolution(torch.autograd.Function):
     """The operator with its gradient."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx, inputs, weight, sequence_ids, before, first):
-        ctx.save_for_backward(inputs, weight, sequence_ids)
-        ctx.options = before, first
+    def forward(inputs, weight, sequence_ids, before, first):
         return torch.ops.gma_hf.short_convolution(inputs, weight, sequence_ids, before, first)
 
     @staticmethod
-    @once_differentiable
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs[:3])
+        ctx.options = inputs[3:]
+
+    @staticmethod
     def backward(ctx, grad_outputs):
-        grads = torch.ops.gma_hf.short_convolution_backward(*ctx.saved_tensors, grad_outputs, *ctx.options)
+        grads = differentiate_once(
+            torch.ops.gma_hf.short_convolution_backward, *ctx.saved_tensors, grad_outputs, *ctx.options
+        )
         return *grads, None, None, None
 
 

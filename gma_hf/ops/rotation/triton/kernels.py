@@ -11,10 +11,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ...attention.triton.launching import on_its_device
 from ...attention.triton.tiles import rounded
+from ...operators import differentiate_once, on_one_device, vmapped_by_loops
 
 
 TOKENS = 32  # of a program
@@ -22,11 +22,13 @@ TOKENS = 32  # of a program
 
 @triton.jit
 def turn_kernel(
-    X, Cos, Sin, Y, x_batch, x_head, x_token, y_batch, y_head, y_token, cos_batch, cos_token, H, N, half, rest, undone, SIGN,
+    X, Cos, Sin, Y, x_batch, x_head, x_token, y_batch, y_head, y_token, cos_batch, cos_token, H, N, half, rest, undone, SIGN, blocks,
     BT: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr,
 ):  # fmt: skip
-    tokens = tl.program_id(0) * BT + tl.arange(0, BT)
-    batch, head = (tl.program_id(1) // H).to(tl.int64), (tl.program_id(1) % H).to(tl.int64)
+    # One axis for everything: the others end at 65,535 programs
+    tokens = tl.program_id(0) % blocks * BT + tl.arange(0, BT)
+    row = tl.program_id(0) // blocks
+    batch, head = (row // H).to(tl.int64), (row % H).to(tl.int64)
     rows, columns = tokens.to(tl.int64)[:, None], tl.arange(0, HALF)[None, :]
     is_there = (tokens < N)[:, None] & (columns < half)
     angles = batch * cos_batch + rows * cos_token + columns
@@ -48,6 +50,15 @@ def turn_kernel(
         tl.store(y + 2 * half + others, tl.load(x + 2 * half + others, mask=is_there, other=0.0), mask=is_there)
 
 
+torch.library.define(
+    "gma_hf::turn_back",
+    "(Tensor x, Tensor cos, Tensor sin, int rotary_dim, int undone, float sign) -> Tensor",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+
+
+@torch.library.impl("gma_hf::turn_back", "default")
+@on_one_device
 @on_its_device
 def turn(x: Tensor, cos: Tensor, sin: Tensor, rotary_dim: int, undone: int, sign: float) -> Tensor:
     """y as above, of sign 1, or its gradient, of sign -1; in the memory order of x, if that is dense."""
@@ -57,26 +68,47 @@ def turn(x: Tensor, cos: Tensor, sin: Tensor, rotary_dim: int, undone: int, sign
     half, rest = rotary_dim // 2, dim - rotary_dim
     y = torch.empty_like(x)
     cos_batch = 0 if cos.shape[0] == 1 else cos.stride(0)
-    turn_kernel[(triton.cdiv(length, TOKENS), batch * heads)](
+    blocks = triton.cdiv(length, TOKENS)
+    turn_kernel[(batch * heads * blocks,)](
         x, cos, sin, y, *x.stride()[:3], *y.stride()[:3], cos_batch, cos.stride(1), heads, length, half, rest, undone, sign,
+        blocks,
         BT=TOKENS, HALF=triton.next_power_of_2(half), REST=0 if rest == 0 else triton.next_power_of_2(rest),
     )  # fmt: skip
     return y
 
 
+@torch.library.register_fake("gma_hf::turn_back")
+@on_one_device
+def _(x, cos, sin, rotary_dim, undone, sign):
+    return torch.empty_like(x if x.stride(-1) == 1 else x.contiguous())
+
+
+vmapped_by_loops(torch.ops.gma_hf.turn_back, "gma_hf::turn_back")
+
+
+def turned_forward(grad, cos, sin, rotary_dim, undone):
+    """The gradient of what was turned back."""
+    return (torch.ops.gma_hf.turn_back(grad, cos, sin, rotary_dim, undone, -1.0),)
+
+
 class Turn(torch.autograd.Function):
     """The kernel with its gradient; of the angles there is none."""
 
-    @staticmethod
-    def forward(ctx, x, cos, sin, rotary_dim, undone):
-        ctx.save_for_backward(cos, sin)
-        ctx.sizes = rotary_dim, undone
-        return turn(x, cos, sin, rotary_dim, undone, 1.0)
+    generate_vmap_rule = True
 
     @staticmethod
-    @once_differentiable
+    def forward(x, cos, sin, rotary_dim, undone):
+        return torch.ops.gma_hf.turn_back(x, cos, sin, rotary_dim, undone, 1.0)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs[1:3])
+        ctx.sizes = inputs[3:]
+
+    @staticmethod
     def backward(ctx, grad):
-        return turn(grad, *ctx.saved_tensors, *ctx.sizes, -1.0), None, None, None, None
+        (turned,) = differentiate_once(turned_forward, grad, *ctx.saved_tensors, *ctx.sizes)
+        return turned, None, None, None, None
 
 
 def turn_back(x: Tensor, cos: Tensor, sin: Tensor, rotary_dim: int, undone: int = 0) -> Tensor:
