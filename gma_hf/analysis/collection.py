@@ -3,14 +3,16 @@
 
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import NamedTuple
 
 import torch
+from accelerate.utils import align_module_device
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..compat import execution_device
 from ..modeling import GMAMemory, GMAMixture
 from .errors import AnalysisError
 
@@ -70,6 +72,14 @@ def watch_mixtures(model: nn.Module, callback: Callable[[MixtureCall], None]) ->
     names = {mixture: name for name, mixture in mixtures.items()}
     running: list[GMAMemory] = []
 
+    def call_back(call: MixtureCall, *modules: nn.Module | None) -> None:
+        # Weights that Accelerate offloads come for the forward pass, and these hooks run before it
+        with ExitStack() as stack:
+            for module in modules:
+                if isinstance(module, nn.Module):
+                    stack.enter_context(align_module_device(module))
+            callback(call)
+
     def before_memory(memory: GMAMemory, positional: tuple, named: dict) -> None:
         # What it hands its mixture may be delayed, and invalid: the tokens of the text are what it was given itself
         given = dict(zip(MEMORY_ARGUMENTS, positional, strict=False)) | named
@@ -82,7 +92,7 @@ def watch_mixtures(model: nn.Module, callback: Callable[[MixtureCall], None]) ->
         running.append(memory)
         mixture = expect_mixture(mixture)
         affinity = partial(memory.affinity, mixture, window, query, key, **known)
-        callback(MixtureCall(names[mixture], mixture, *routed, real, affinity))
+        call_back(MixtureCall(names[mixture], mixture, *routed, real, affinity), mixture, window)
 
     def after_memory(memory: GMAMemory, positional: tuple, output: object) -> None:
         running.pop()
@@ -95,7 +105,7 @@ def watch_mixtures(model: nn.Module, callback: Callable[[MixtureCall], None]) ->
         weight = given.get("write_weight")
         real = None if weight is None else (weight > 0).any(dim=1)
         affinity = partial(mixture.affinity, given["query"], given["key"], **known)
-        callback(MixtureCall(names[mixture], mixture, given["query"], given["key"], real, affinity))
+        call_back(MixtureCall(names[mixture], mixture, given["query"], given["key"], real, affinity), mixture)
 
     handles = [mixture.register_forward_pre_hook(before_mixture, with_kwargs=True) for mixture in mixtures.values()]
     for memory in model.modules():
@@ -122,7 +132,7 @@ def run(model: nn.Module, inputs: dict[str, Tensor]) -> None:
     """
     body = model.base_model if isinstance(model, PreTrainedModel) else model
     accepted = inspect.signature(body.forward).parameters
-    device = next(model.parameters()).device
+    device = execution_device(model)
     inputs = {name: value.to(device) for name, value in inputs.items()}
     if "decoder_input_ids" in accepted and "input_ids" in inputs and "decoder_input_ids" not in inputs:
         inputs["decoder_input_ids"] = inputs["input_ids"]

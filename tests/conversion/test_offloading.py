@@ -6,8 +6,10 @@ import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
 from transformers import AutoModelForCausalLM
 
-from gma_hf import convert_to_gma, gma_layers, revert_to_softmax
+from gma_hf import GMAForCausalLM, analysis, convert_to_gma, gma_layers, revert_to_softmax
+from gma_hf.analysis.statistics import TokenBatch
 from gma_hf.conversion import calibrate, rank_layers
+from tests.conftest import make_model, tiny_config
 from tests.conversion.tiny_models import VOCAB, make_converted_model, make_inputs, make_softmax_model, output_of
 
 
@@ -95,3 +97,31 @@ def test_mixtures_that_are_offloaded_themselves_are_not_calibrated_and_the_error
         ValueError, match=r"mixtures of model.layers.\d.self_attn are not in memory.*Calibrate the model before"
     ):
         calibrate(model, corpus, progress=False)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("options", [{}, {"window_size": 3, "num_sink_tokens": 1}], ids=["plain", "windowed"])
+def test_an_offloaded_converted_model_is_analysed_like_one_in_memory(kind, options, tokens, tmp_path):
+    model = offloaded(kind, tmp_path, make_converted_model("llama", **options))
+    assert any(parameter.is_meta for layer in gma_layers(model).values() for parameter in layer.parameters())
+    check_analysis(model, make_converted_model("llama", **options), tokens)
+
+
+@pytest.mark.parametrize("kind", KINDS[:2])
+@pytest.mark.parametrize("block", ["paper", "gated", "windowed", "hybrid"])
+def test_an_offloaded_native_model_is_analysed_like_one_in_memory(kind, block, tokens, tmp_path):
+    models = [make_model(GMAForCausalLM, tiny_config(block)) for _ in range(2)]
+    check_analysis(offloaded(kind, tmp_path, models[0]), models[1], tokens)
+
+
+def check_analysis(model, expected, tokens):
+    for analyse in (analysis.responsibilities, analysis.implied_affinity):
+        found, wanted = (analyse(one, input_ids=tokens) for one in (model, expected))
+        assert found.keys() == wanted.keys() and found
+        for name, tensors in wanted.items():
+            torch.testing.assert_close(found[name], tensors, msg=name)
+    found, wanted = (
+        analysis.collect_statistics(one, [TokenBatch({"input_ids": tokens})]) for one in (model, expected)
+    )
+    for name, roles in wanted.items():
+        torch.testing.assert_close(found[name].keys.usage, roles.keys.usage, msg=name)
