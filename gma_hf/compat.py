@@ -141,6 +141,9 @@ OVERRIDDEN = (
     PrivateName(
         "transformers:GenerationMixin", "_prepare_cache_for_generation", "`generate` makes a cache of GMA states"
     ),
+    PrivateName(
+        "transformers:GenerationMixin", "_get_stopping_criteria", "models without positions have no maximum length"
+    ),
 )
 
 # Where Transformers looks for what belongs to a configuration besides models

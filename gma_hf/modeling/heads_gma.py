@@ -5,6 +5,7 @@ import torch
 from torch import nn
 from transformers import GenerationMixin
 from transformers.cache_utils import Cache
+from transformers.generation import MaxLengthCriteria
 from transformers.modeling_layers import (
     GenericForQuestionAnswering,
     GenericForSequenceClassification,
@@ -54,6 +55,19 @@ class GMAForCausalLM(GMAPreTrainedModel, GenerationMixin):
         # `generate` asks the cache for its length before the first forward pass
         if isinstance(model_kwargs.get("past_key_values"), Cache):
             adopt_cache(model_kwargs["past_key_values"], self.config)
+
+    def _get_stopping_criteria(self, *args, **kwargs):
+        criteria = super()._get_stopping_criteria(*args, **kwargs)
+        config = self.config
+        rotates = config.position_embedding_type == "rope" and (
+            config.rope_on_routing or "full_attention" in config.layer_types
+        )
+        if config.position_embedding_type != "learned" and not rotates:
+            # `generate` warns of texts beyond `max_position_embeddings`, which mean nothing to a model without positions
+            for criterion in criteria:
+                if isinstance(criterion, MaxLengthCriteria):
+                    criterion.max_position_embeddings = None
+        return criteria
 
     @can_return_tuple
     def forward(

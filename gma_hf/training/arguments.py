@@ -163,6 +163,13 @@ class ClassificationArguments(DataArguments):
             raise TrainingInputError(f"--max_length must be at least 1, got {self.max_length}.")
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Defaults in the help, and room for an option and its explanation in one line."""
+
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=36, width=110)
+
+
 class CommandParser(HfArgumentParser):
     """`HfArgumentParser` with a help of one screen, and errors that are one line.
 
@@ -192,6 +199,7 @@ class CommandParser(HfArgumentParser):
             prog=command,
             usage=usage if command else None,
             description=description,
+            formatter_class=HelpFormatter,
         )
         if positional is not None:
             self.add_argument(positional[0], metavar=positional[0].upper(), help=positional[1])
@@ -221,9 +229,13 @@ class CommandParser(HfArgumentParser):
                 self.epilog = (
                     f"--help-all shows {len(hidden)} more options, those of transformers.TrainingArguments among them."
                 )
-        # Names are written with an underscore and with a hyphen; one is enough to read
         for action in self.actions:
+            # Names are written with an underscore and with a hyphen; one is enough to read
             action.option_strings = action.option_strings[:1]
+            if action.default is None:
+                action.default = argparse.SUPPRESS
+            if action.option_strings and action.choices is None and action.nargs != 0:
+                action.metavar = {int: "N", float: "X"}.get(action.type, "VALUE")
         self.print_help()
 
 

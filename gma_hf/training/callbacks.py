@@ -9,16 +9,19 @@ For a head with responsibilities gamma_c(k_t) of the keys k_t that real tokens w
     dead             : usage_c < 1 / (10 C)                      a tenth of an equal share
 """
 
+import itertools
 import logging
 import random
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import nn
+from torch.utils.data import IterableDataset
 from transformers import TrainerCallback
+from transformers.trainer_pt_utils import IterableDatasetShard
 
 from ..analysis.collection import MixtureCall, watch_mixtures
 from ..analysis.statistics import DEAD_SHARE
@@ -102,12 +105,11 @@ class MixtureHealthCallback(TrainerCallback):
             self._report(train_dataloader)
 
     def _report(self, dataloader) -> dict[str, float]:
-        dataset = getattr(dataloader, "dataset", None)
-        if dataset is None or not hasattr(dataset, "__getitem__"):
-            return {}
         with _unchanged_random_state():
-            num_examples = min(MAX_EXAMPLES, self.trainer.args.per_device_eval_batch_size, len(dataset))
-            examples = [dataset[i] for i in range(num_examples)]
+            num_examples = min(MAX_EXAMPLES, self.trainer.args.per_device_eval_batch_size)
+            examples = first_examples(getattr(dataloader, "dataset", None), num_examples)
+            if not examples:
+                return {}
             batch = dataloader.collate_fn(examples)
             batch = prepare_inputs(self.trainer, dict(batch))
             batch.pop("labels", None)
@@ -135,6 +137,18 @@ class MixtureHealthCallback(TrainerCallback):
                     health.usage.shape[-1],
                 )
         self._collapsed = {name for name, health in self.health.items() if health.collapsed}
+
+
+def first_examples(dataset: Any, count: int) -> list:
+    """Return the first examples of a data set, also of a streaming one; none of a stream that can be read only once."""
+    if dataset is None:
+        return []
+    if isinstance(dataset, IterableDatasetShard):
+        dataset = dataset.dataset  # every process takes the same examples
+    if not isinstance(dataset, IterableDataset) and hasattr(dataset, "__len__"):
+        return [dataset[index] for index in range(min(count, len(dataset)))]
+    iterator = iter(dataset)
+    return [] if iterator is dataset else list(itertools.islice(iterator, count))
 
 
 def summarize(health: dict[str, MixtureHealth]) -> dict[str, float]:

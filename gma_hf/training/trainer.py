@@ -19,6 +19,19 @@ from .checkpoints import STATE_FILE, all_checkpoints, find_last_checkpoint
 from .errors import NonFiniteTrainingError, TrainingInputError
 
 
+# The least that numbers of `TrainingArguments` can be; Transformers accepts any
+SMALLEST = {
+    "learning_rate": 0,
+    "weight_decay": 0,
+    "max_grad_norm": 0,
+    "warmup_steps": 0,
+    "per_device_train_batch_size": 1,
+    "per_device_eval_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "seed": 0,
+}
+
+
 @dataclass
 class GMATrainingArguments(TrainingArguments):
     """`TrainingArguments` and what is particular to mixtures.
@@ -43,6 +56,15 @@ class GMATrainingArguments(TrainingArguments):
     )
 
     def __post_init__(self):
+        for name, least in SMALLEST.items():
+            value = getattr(self, name, None)
+            if isinstance(value, (int, float)) and not value >= least:
+                raise ValueError(f"`{name}` must be at least {least}, got {value}.")
+        if self.max_steps == 0 or (self.max_steps < 0 and not self.num_train_epochs > 0):
+            raise ValueError(
+                f"There is nothing to train: `max_steps` is {self.max_steps} and `num_train_epochs` {self.num_train_epochs}. "
+                "Give a positive number of steps, or of epochs."
+            )
         num_processes = int(os.environ.get("WORLD_SIZE", "1"))
         if num_processes > 1 and not torch.accelerator.is_available():
             # Accelerate joins processes on the CPU only where this is asked for

@@ -2,6 +2,7 @@
 import logging
 import math
 
+import datasets
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
@@ -137,3 +138,45 @@ def test_the_callback_serves_a_stock_trainer_too(tmp_path, blocks):  # noqa: F81
     trainer = Trainer(GMAForCausalLM(tiny_config()), args, eval_dataset=blocks)
     trainer.add_callback(MixtureHealthCallback(trainer))
     assert "eval_mixture/entropy" in trainer.evaluate()
+
+
+@pytest.mark.parametrize("kind", ["Python lists", "tensors", "read once"])
+def test_a_streaming_data_set_is_evaluated_like_one_in_memory(tmp_path, blocks, kind):  # noqa: F811
+    model = make_model(GMAForCausalLM, tiny_config())
+    rows = datasets.Dataset.from_list([{name: row.tolist() for name, row in block.items()} for block in blocks])
+    stream = rows.to_iterable_dataset()
+    if kind == "tensors":
+        stream = stream.with_format("torch")
+    if kind == "read once":
+        stream = ReadOnce(rows)
+    expected = GMATrainer(model, training_arguments(tmp_path), eval_dataset=rows).evaluate()
+    found = GMATrainer(model, training_arguments(tmp_path), eval_dataset=stream).evaluate()
+    assert found["eval_loss"] == pytest.approx(expected["eval_loss"], rel=1e-6)
+    for name in NAMES if kind != "read once" else ():
+        assert found[f"eval_{name}"] == pytest.approx(expected[f"eval_{name}"], rel=1e-6)
+
+
+class ReadOnce(torch.utils.data.IterableDataset):
+    """A stream that is its own iterator: whoever reads from it takes examples away."""
+
+    def __init__(self, rows):
+        self.rows = iter(rows)
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        return next(self.rows)
+
+
+def test_training_on_a_stream_misses_no_example(tmp_path, blocks):  # noqa: F811
+    seen = []
+
+    class Watching(GMATrainer):
+        def training_step(self, model, inputs, *args, **kwargs):
+            seen.append(inputs["input_ids"].clone())
+            return super().training_step(model, inputs, *args, **kwargs)
+
+    arguments = training_arguments(tmp_path, mixture_health_steps=1, save_strategy="no")
+    Watching(GMAForCausalLM(tiny_config()), arguments, train_dataset=ReadOnce(blocks)).train()
+    assert torch.equal(torch.cat(seen), torch.stack([block["input_ids"] for block in blocks]))

@@ -109,6 +109,12 @@ def load_labelled_splits(
         _check_column(dataset, split, arguments.text_column, "--text_column")
         _check_column(dataset, split, arguments.label_column, "--label_column")
         _check_text_type(dataset, split, arguments.text_column)
+        feature = dataset.features[arguments.label_column]
+        if not isinstance(feature, (ClassLabel, Value)):
+            raise TrainingInputError(
+                f"The column {arguments.label_column!r} of the {split} data holds {feature}, not one class a row. Choose "
+                "another with --label_column."
+            )
     values = {split: dataset[arguments.label_column][:] for split, dataset in raw.items()}
     for split, dataset in raw.items():
         texts = dataset[arguments.text_column][:]
