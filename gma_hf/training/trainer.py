@@ -147,8 +147,8 @@ class GMATrainer(Trainer):
         if self._use_cache is not None:
             config.use_cache = self._use_cache
         try:
-            if hasattr(config, "_expect_no_original"):
-                config._expect_no_original(target)
+            if hasattr(config, "expect_no_original"):
+                config.expect_no_original(target)
             super().save_model(str(written), _internal_call=True)
             if self.is_fsdp_enabled or self.is_deepspeed_enabled:  # every process takes part
                 self.accelerator.wait_for_everyone()

@@ -96,7 +96,7 @@ class ConvertedConfigMixin:
         Raises:
             ValueError: if the folder holds a checkpoint of the original model, which would be overwritten.
         """
-        self._expect_no_original(save_directory)
+        self.expect_no_original(save_directory)
         self.auto_map = write_remote_code(
             save_directory, "gma_hf.conversion.checkpoints.classes", auto_class_names(type(self))
         )
@@ -104,7 +104,7 @@ class ConvertedConfigMixin:
         self.gma_hf_version = __version__
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
-    def _expect_no_original(self, save_directory: str | os.PathLike):
+    def expect_no_original(self, save_directory: str | os.PathLike):
         config_file = Path(save_directory) / "config.json"
         if not config_file.is_file():
             return
