@@ -16,6 +16,7 @@ from vllm.v1.attention.backend import AttentionBackend, AttentionMetadataBuilder
 from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 from vllm.v1.kv_cache_interface import KVCacheSpec
 
+from ..modeling.memory import KeptValues
 from .layouts import model_layout
 from .slots import SlotLayout, SlotMemory, run_step
 from .steps import StepGroup, group_step
@@ -88,6 +89,7 @@ class GMASlotLayer(MambaBase):
         self.layout = layout
         self.prefix = prefix
         self.kv_cache = ()
+        self.kept = KeptValues()
         layers = get_current_vllm_config().compilation_config.static_forward_context
         if prefix in layers:
             raise ValueError(f"Duplicate layer name: {prefix}")
@@ -107,7 +109,7 @@ class GMASlotLayer(MambaBase):
         self, inputs: Sequence[Tensor], output: Tensor, attend: Callable[[list[Tensor], StepGroup, SlotMemory], Tensor]
     ) -> Tensor:
         """One step, see [`run_step`]; a function for its groups as batches is all that a layer adds."""
-        return run_step(self.groups(inputs[0]), self.layout, self.kv_cache, inputs, output, attend)
+        return run_step(self.groups(inputs[0]), self.layout, self.kv_cache, inputs, output, attend, self.kept)
 
     def groups(self, tokens: Tensor) -> list[StepGroup]:
         """The groups of the current step. When vLLM measures memory there are none, and all tokens are one sequence."""

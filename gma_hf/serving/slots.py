@@ -103,37 +103,36 @@ class SlotMemory:
         tensors (`Sequence[torch.Tensor]` of shapes `(slots, ...)`): the slots, in the order of the layout's fields.
         slots (`torch.LongTensor` of shape `(rows,)`, *optional*): which of them; `None` if nothing is to be remembered.
         is_fresh (`bool`): whether the rows have no past. Their slots are not read then.
+        kept ([`KeptValues`], *optional*): what the layer computed of its parameters, for all steps.
+
+    Attributes:
+        history ([`MemoryState`] or `None`): what the layer goes on from.
+        new ([`MemoryState`] or `None`): what it remembers after the group.
     """
 
-    def __init__(self, layout: SlotLayout, tensors: Sequence[Tensor], slots: Tensor | None, is_fresh: bool):
+    def __init__(
+        self,
+        layout: SlotLayout,
+        tensors: Sequence[Tensor],
+        slots: Tensor | None,
+        is_fresh: bool,
+        kept: KeptValues | None = None,
+    ):
         self.layout = layout
         self.tensors = tensors
         self.slots = slots
-        self.past: dict[str, Tensor] = {}
-        self.new: dict[str, Tensor] = {}
-        self.cumulative_length = 0
-        self.kept = KeptValues()
+        self.kept = KeptValues() if kept is None else kept
+        self.history = self.new = None
         if not is_fresh:
-            self.past = {field.name: tensor[slots] for field, tensor in zip(layout.fields(), tensors, strict=True)}
-            if "count" in self.past:
-                self.past["count"] = self.past["count"][:, 0].long()
-
-    @property
-    def is_initialized(self) -> bool:
-        return bool(self.past)
-
-    @property
-    def history(self) -> MemoryState | None:
-        """What the layer goes on from, or `None` where nothing came before."""
-        return MemoryState(*map(self.past.get, MemoryState._fields)) if self.past else None
-
-    def get_seq_length(self) -> int:
-        """Not known: each row has another length."""
-        return 0
+            past = {field.name: tensor[slots] for field, tensor in zip(layout.fields(), tensors, strict=True)}
+            past.pop("unused", None)
+            if "count" in past:
+                past["count"] = past["count"][:, 0].long()
+            self.history = MemoryState(**past)
 
     def advance(self, memory: MemoryState, num_tokens: int, is_plain: bool = False) -> None:
         """Takes the memory after the tokens of the group, in the form of [`GMACacheLayer.advance`]."""
-        self.new = counted(memory)._asdict()
+        self.new = counted(memory)
 
     def store(self) -> None:
         """
@@ -144,16 +143,15 @@ class SlotMemory:
         """
         if self.slots is None:
             return
+        new = {name: value for name, value in self.new._asdict().items() if value is not None}
         expected = {field.name for field in self.layout.fields()} - {"unused"}
-        remembered = {name for name, tensor in self.new.items() if tensor is not None}
-        if remembered != expected:
+        if new.keys() != expected:
             raise RuntimeError(
-                f"A layer remembers {sorted(remembered)}, but its slots hold {sorted(expected)}. This is a fault of gma_hf."
+                f"A layer remembers {sorted(new)}, but its slots hold {sorted(expected)}. This is a fault of gma_hf."
             )
         for field, tensor in zip(self.layout.fields(), self.tensors, strict=True):
             if field.name != "unused":
-                new = self.new[field.name]
-                tensor[self.slots] = new.reshape(len(self.slots), *field.shape).to(field.dtype)
+                tensor[self.slots] = new[field.name].reshape(len(self.slots), *field.shape).to(field.dtype)
 
 
 class SlotCache:
@@ -170,6 +168,7 @@ def run_step(
     inputs: Sequence[Tensor],
     output: Tensor,
     attend: Callable[[list[Tensor], StepGroup, SlotMemory], Tensor],
+    kept: KeptValues | None = None,
 ) -> Tensor:
     """
     One layer of one step.
@@ -181,12 +180,13 @@ def run_step(
         output (`torch.Tensor` of shape `(tokens, ...)`): where the results go.
         attend (`Callable`): from the inputs `(rows, length, ...)` of a group, the group and its memory, which it updates, to the
             results `(rows, length, ...)`.
+        kept ([`KeptValues`], *optional*): what the layer computed of its parameters, for all steps.
 
     Returns:
         `torch.Tensor`: `output`.
     """
     for group in groups:
-        memory = SlotMemory(layout, tensors, group.slots, group.is_fresh)
+        memory = SlotMemory(layout, tensors, group.slots, group.is_fresh, kept)
         rows = attend([group.take(x) for x in inputs], group, memory)
         memory.store()
         group.put(rows, output)

@@ -24,7 +24,7 @@ class StepGroup(NamedTuple):
 
     Attributes:
         tokens (`torch.LongTensor` of shape `(rows, length)`): places in the step's tokens; at padding any.
-        padding_mask (`torch.BoolTensor` of shape `(rows, length)` or `None`): `True` at real tokens; `None` if all are.
+        layout ([`Layout`]): padding, which stands to the left; the layers share what they work out of it.
         positions (`torch.LongTensor` of shape `(rows, length)`): of the tokens in their sequences; at padding any.
         slots (`torch.LongTensor` of shape `(rows,)` or `None`): where the memory of each sequence lies; `None` if nothing is
             to be remembered.
@@ -32,15 +32,10 @@ class StepGroup(NamedTuple):
     """
 
     tokens: Tensor
-    padding_mask: Tensor | None
+    layout: Layout
     positions: Tensor
     slots: Tensor | None
     is_fresh: bool
-
-    @property
-    def layout(self) -> Layout:
-        """Of the rows. Padding stands behind the tokens."""
-        return Layout(*self.tokens.shape, self.padding_mask, has_gaps=False)
 
     def take(self, x: Tensor) -> Tensor:
         """`(tokens, ...)` to `(rows, length, ...)`."""
@@ -48,10 +43,11 @@ class StepGroup(NamedTuple):
 
     def put(self, rows: Tensor, output: Tensor) -> None:
         """Writes the real tokens of `(rows, length, ...)` to their places in `(tokens, ...)`."""
-        if self.padding_mask is None:
+        padding_mask = self.layout.padding_mask
+        if padding_mask is None:
             output[self.tokens.flatten()] = rows.flatten(0, 1).to(output.dtype)
         else:
-            output[self.tokens[self.padding_mask]] = rows[self.padding_mask].to(output.dtype)
+            output[self.tokens[padding_mask]] = rows[padding_mask].to(output.dtype)
 
 
 def group_step(
@@ -103,13 +99,13 @@ def make_group(
     """The group of some sequences, the longest first."""
     start = torch.tensor([starts[sequence] for sequence in sequences])
     length = torch.tensor([lengths[sequence] for sequence in sequences])
-    place = torch.arange(lengths[sequences[0]])
+    longest, shortest = lengths[sequences[0]], lengths[sequences[-1]]
+    # Below zero at padding
+    within = torch.arange(longest) - (longest - length)[:, None]
     context = torch.tensor([contexts[sequence] for sequence in sequences])
-    within = torch.minimum(place, length[:, None] - 1)
-    tokens, positions = ((x[:, None] + within).to(device, non_blocking=True) for x in (start, context))
-    padding_mask = None
-    if lengths[sequences[-1]] < lengths[sequences[0]]:
-        padding_mask = (place < length[:, None]).to(device, non_blocking=True)
+    tokens, positions = ((x[:, None] + within.clamp(min=0)).to(device, non_blocking=True) for x in (start, context))
+    padding_mask = (within >= 0).to(device, non_blocking=True) if shortest < longest else None
     if slots is not None:
         slots = slots[torch.tensor(sequences).to(slots.device, non_blocking=True)].long()
-    return StepGroup(tokens, padding_mask, positions, slots, contexts[sequences[0]] == 0)
+    layout = Layout(len(sequences), longest, padding_mask, has_gaps=False)
+    return StepGroup(tokens, layout, positions, slots, contexts[sequences[0]] == 0)

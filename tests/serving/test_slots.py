@@ -144,7 +144,8 @@ def test_every_token_of_a_step_is_in_one_group_and_padding_is_bounded(sequences)
     slots = torch.arange(len(lengths)) + 100
     seen, rows = [], []
     for group in group_step(lengths, contexts, slots):
-        mask = torch.ones_like(group.tokens, dtype=torch.bool) if group.padding_mask is None else group.padding_mask
+        mask = group.layout.padding_mask
+        mask = torch.ones_like(group.tokens, dtype=torch.bool) if mask is None else mask
         seen += group.tokens[mask].tolist()
         rows += group.slots.tolist()
         longest = group.tokens.shape[1]
