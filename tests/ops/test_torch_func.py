@@ -50,6 +50,7 @@ def test_a_mapped_call_is_many_calls(case):
 MODELS = {
     "paper": (GMAForCausalLM, "paper", {}),
     "gated": (GMAForCausalLM, "gated", {}),
+    "windowed": (GMAForCausalLM, "windowed", {}),
     "hybrid": (GMAForCausalLM, "hybrid", {"attn_implementation": "eager"}),
     "encoder": (GMAForMaskedLM, "gated", {"is_causal": False, "use_decay": False}),
 }

@@ -19,9 +19,9 @@ by the latter behind the kernels, too.
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..dispatch import PLAIN, Way, choose
+from ..operators import differentiate_once, on_one_device, vmapped_by_loops
 from ..triton_support import DTYPES, MAX_DIM, is_on_gpu, missing
 from .blocks import (
     SinkTokens,
@@ -80,6 +80,7 @@ def sink_tokens_of(query: Tensor, key: Tensor, sink_key: Tensor, sink_value: Ten
 
 
 @torch.library.impl("gma_hf::window_softmax", "default")
+@on_one_device
 def softmax_forward(
     query, key, value, valid, runs, read, log_weight, memory_bias, memory_query, weighing_query, sink_key, sink_value,
     visible, sinks, size, causal, scaling, softcap,
@@ -99,7 +100,11 @@ def softmax_forward(
 
 
 @torch.library.register_fake("gma_hf::window_softmax")
-def _(query, key, value, valid, runs, read, *arguments):
+@on_one_device
+def _(
+    query, key, value, valid, runs, read, log_weight, memory_bias, memory_query, weighing_query, sink_key, sink_value,
+    visible, sinks, size, causal, scaling, softcap,
+):  # fmt: skip
     log_sum = query.new_empty(query.shape[:3], dtype=accumulation_dtype(query, value))
     if uses_kernels(query, key, value, read):
         from .triton.fused import empty_output
@@ -109,6 +114,7 @@ def _(query, key, value, valid, runs, read, *arguments):
 
 
 @torch.library.impl("gma_hf::window_softmax_backward", "default")
+@on_one_device
 def softmax_backward(
     query, key, value, valid, runs, read, log_weight, memory_bias, memory_query, weighing_query, sink_key, sink_value,
     visible, output, log_sum, grad_output, size, causal, scaling, softcap,
@@ -133,9 +139,10 @@ def softmax_backward(
 
 
 @torch.library.register_fake("gma_hf::window_softmax_backward")
+@on_one_device
 def _(
     query, key, value, valid, runs, read, log_weight, memory_bias, memory_query, weighing_query, sink_key, sink_value,
-    visible, output, log_sum, *arguments,
+    visible, output, log_sum, grad_output, size, causal, scaling, softcap,
 ):  # fmt: skip
     inputs = (query, key, value, read, *(() if weighing_query is None else (weighing_query,)))
     if uses_kernels(query, key, value, read):
@@ -159,11 +166,63 @@ def operator_sinks(key: Tensor, value: Tensor, sink_tokens: SinkTokens, num_sink
     return (None, None, None) if sink_tokens.index is not None else sink_tokens[:3]
 
 
+def window_gradients(grad_output, num_sinks, size, causal, scaling, softcap, *saved) -> tuple[Tensor | None, ...]:
+    """Gradients of what [`WindowSoftmax`] has saved, its outputs left out."""
+    *inputs, sinks, sink_keys, sink_values, visible, index, output, log_sum = saved
+    options = (size, causal, scaling, softcap)
+    sink_tokens = SinkTokens(sink_keys, sink_values, visible, index)
+    query, key, value = inputs[:3]
+    seen = operator_sinks(key, value, sink_tokens, num_sinks)
+    *grads, grad_logit, grad_memory_query, delta, grad_weighing, grad_seen = torch.ops.gma_hf.window_softmax_backward(
+        *inputs, *seen, output, log_sum, grad_output, *options
+    )
+    log_weight, memory_bias, memory_query, weighing_query = inputs[6:]
+    asked = slice(grad_logit.shape[2] - log_weight.shape[2], None)
+    grad_memory = (
+        grads[3],
+        grad_logit[:, :, asked].to(log_weight.dtype),
+        grad_logit.sum(dim=(0, 2)).to(memory_bias.dtype),
+        grad_memory_query.to(memory_query.dtype),
+        None if weighing_query is None else grad_weighing,
+    )
+    grad_sinks = None
+    if sinks is not None:
+        # Where a query sees nothing, delta is zero, and there is a sink at least
+        share = torch.exp(sinks.to(log_sum.dtype)[:, None] - log_sum)
+        grad_sinks = -(share * delta).sum(dim=(0, 2)).to(sinks.dtype)
+    grad_sink_keys = grad_sink_values = None
+    if index is not None:
+        scaling, softcap = options[2:]
+        grad_sink_keys, grad_sink_values = attend_sinks_backward(
+            grads[0], query, sink_tokens, log_sum, delta, grad_output, scaling, softcap
+        )
+    elif seen[0] is not None:
+        grad_sink_keys, grad_sink_values = grad_seen.split((key.shape[-1], value.shape[-1]), dim=-1)
+    if sink_keys is not None:
+        grad_sink_keys, grad_sink_values = (
+            grad_sink_keys.to(sink_keys.dtype),
+            grad_sink_values.to(sink_values.dtype),
+        )
+    elif num_sinks > 0:
+        for grad, of_sinks in ((grads[1], grad_sink_keys), (grads[2], grad_sink_values)):
+            grad.narrow(2, 0, num_sinks).add_(of_sinks)
+        grad_sink_keys = grad_sink_values = None
+    grad_sink_tokens = (grad_sink_keys, grad_sink_values, None, None)
+    return *grads[:3], None, None, *grad_memory, grad_sinks, *grad_sink_tokens
+
+
+for name in ("window_softmax", "window_softmax_backward"):
+    vmapped_by_loops(getattr(torch.ops.gma_hf, name), f"gma_hf::{name}")
+
+
 class WindowSoftmax(torch.autograd.Function):
     """The operator with its gradient."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx, *arguments):
+    def forward(*arguments):
+        """o, and l, which the backward pass needs."""
         inputs, (sinks, *sink_tokens, num_sinks), options = arguments[:10], arguments[10:16], arguments[16:]
         sink_tokens = SinkTokens(*sink_tokens)
         seen = operator_sinks(inputs[1], inputs[2], sink_tokens, num_sinks)
@@ -171,54 +230,22 @@ class WindowSoftmax(torch.autograd.Function):
         if sink_tokens.index is not None:
             scaling, softcap = options[2:]
             attend_sinks(output, log_sum, inputs[0], sink_tokens, scaling, softcap)
-        ctx.save_for_backward(*inputs, sinks, *sink_tokens, output, log_sum)
-        ctx.num_sinks, ctx.options = num_sinks, options
-        return output
+        return output, log_sum
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_output):
+    def setup_context(ctx, inputs, output):
+        tensors, ctx.constants = inputs[:15], inputs[15:]
+        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors, *output)
+
+    @staticmethod
+    def backward(ctx, grad_output, _):
         # At once: what is checkpointed is there for one look
-        *inputs, sinks, sink_keys, sink_values, visible, index, output, log_sum = ctx.saved_tensors
-        sink_tokens = SinkTokens(sink_keys, sink_values, visible, index)
-        query, key, value = inputs[:3]
-        seen = operator_sinks(key, value, sink_tokens, ctx.num_sinks)
-        *grads, grad_logit, grad_memory_query, delta, grad_weighing, grad_seen = (
-            torch.ops.gma_hf.window_softmax_backward(*inputs, *seen, output, log_sum, grad_output, *ctx.options)
-        )
-        log_weight, memory_bias, memory_query, weighing_query = inputs[6:]
-        asked = slice(grad_logit.shape[2] - log_weight.shape[2], None)
-        grad_memory = (
-            grads[3],
-            grad_logit[:, :, asked].to(log_weight.dtype),
-            grad_logit.sum(dim=(0, 2)).to(memory_bias.dtype),
-            grad_memory_query.to(memory_query.dtype),
-            None if weighing_query is None else grad_weighing,
-        )
-        grad_sinks = None
-        if sinks is not None:
-            # Where a query sees nothing, delta is zero, and there is a sink at least
-            share = torch.exp(sinks.to(log_sum.dtype)[:, None] - log_sum)
-            grad_sinks = -(share * delta).sum(dim=(0, 2)).to(sinks.dtype)
-        grad_sink_keys = grad_sink_values = None
-        if index is not None:
-            scaling, softcap = ctx.options[2:]
-            grad_sink_keys, grad_sink_values = attend_sinks_backward(
-                grads[0], query, sink_tokens, log_sum, delta, grad_output, scaling, softcap
-            )
-        elif seen[0] is not None:
-            grad_sink_keys, grad_sink_values = grad_seen.split((key.shape[-1], value.shape[-1]), dim=-1)
-        if sink_keys is not None:
-            grad_sink_keys, grad_sink_values = (
-                grad_sink_keys.to(sink_keys.dtype),
-                grad_sink_values.to(sink_values.dtype),
-            )
-        elif ctx.num_sinks > 0:
-            for grad, of_sinks in ((grads[1], grad_sink_keys), (grads[2], grad_sink_values)):
-                grad.narrow(2, 0, ctx.num_sinks).add_(of_sinks)
-            grad_sink_keys = grad_sink_values = None
-        grad_sink_tokens = (grad_sink_keys, grad_sink_values, None, None)
-        return *grads[:3], None, None, *grad_memory, grad_sinks, *grad_sink_tokens, None, None, None, None, None
+        saved = ctx.saved_tensors
+        if grad_output is None:
+            return (None,) * 20
+        return *differentiate_once(window_gradients, grad_output, *ctx.constants, *saved), None, None, None, None, None
 
 
 def window_softmax(
@@ -280,7 +307,7 @@ def window_softmax(
             f"{weighing_query.shape[3]}, but `memory_query` has shape {list(memory_query.shape)}. Give it vectors of the same "
             "heads and dimension."
         )
-    return WindowSoftmax.apply(
+    output, _ = WindowSoftmax.apply(
         query,
         key,
         value,
@@ -299,3 +326,4 @@ def window_softmax(
         scaling,
         softcap,
     )
+    return output
