@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..dispatch import choose
+from ..operators import expect_one_device
 from .call import AttentionCall, AttentionResult, State
 from .mixture import mixture_coefficients, repeat_heads, responsibilities
 from .reference import pair_weights
@@ -210,6 +211,8 @@ def gaussian_mixture_responsibilities(
         raise ValueError(f"x has shape {list(x.shape)}, expected [batch, heads, length, routing_dim].")
     expect_floating("x", x)
     validate_mixture(means, raw_variances, prior_logits, x.shape[-1])
+    mixture = (("means", means), ("raw_variances", raw_variances), ("prior_logits", prior_logits))
+    expect_one_device((("x", x), *mixture))
     heads, mixtures = x.shape[1], means.shape[0]
     if heads % mixtures != 0 and mixtures % heads != 0:
         raise ValueError(f"x has {heads} heads and means {mixtures} mixtures; expected one to divide the other.")
@@ -224,6 +227,8 @@ def without_autocast(device_type: str) -> AbstractContextManager:
     Autocast would run the matrix products on half the digits; the backends choose their precision themselves. Where it is off
     there is nothing to do; a compiled or exported program says so all the same, for it may be run with autocast.
     """
+    if not torch.amp.is_autocast_available(device_type):  # "meta"
+        return nullcontext()
     if torch.compiler.is_compiling() or torch.is_autocast_enabled(device_type):
         return torch.autocast(device_type=device_type, enabled=False)
     return nullcontext()
