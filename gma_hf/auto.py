@@ -5,7 +5,7 @@ import transformers
 from transformers import AutoConfig
 
 from . import configuration, modeling
-from .conversion.checkpoints.registration import register_placeholders
+from .conversion.checkpoints.classes import register_placeholders
 from .conversion.runtime.attention import register_attention
 from .remote_code import AUTO_CLASSES
 

@@ -10,17 +10,18 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..compat import has_adapters, parameters_without_values, register_recorded_outputs
 from .architectures import check_architecture, supported_list
-from .checkpoints.atomic import copied_configs, held_configs, unchanged_on_error
-from .checkpoints.classes import ConvertedModelMixin, converted_model_class, initialize_layers
+from .checkpoints.classes import ConvertedModelMixin, converted_model_class, initialize_layers, register_converted_type
 from .checkpoints.install import (
     attach_layers,
     build_layers,
+    copied_configs,
     gma_layers,
+    held_configs,
     remove_layers,
     restore_softmax_implementations,
+    unchanged_on_error,
     use_linear_masks,
 )
-from .checkpoints.registration import register_converted_type
 from .config import GMAConversionConfig, expect_bool, number, whole_number, with_recipe
 from .discovery.probe import AttentionLayer, find_attention_layers
 from .discovery.selection import select_layers

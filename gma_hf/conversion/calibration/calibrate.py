@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from ..checkpoints.atomic import values_kept_on_error
+from ..checkpoints.install import values_kept_on_error
 from ..config import whole_number
 from ..runtime.layer import GMAConversion
 from .data import Reservoir, as_it_is, join_batches, model_batches, no_cache

@@ -10,8 +10,7 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from ..checkpoints.atomic import unchanged_on_error
-from ..checkpoints.install import gma_layers
+from ..checkpoints.install import gma_layers, unchanged_on_error
 from ..convert import convert_to_gma, revert_to_softmax
 from ..discovery.probe import find_attention_layers
 from ..distillation.losses import kl_divergence, real_tokens

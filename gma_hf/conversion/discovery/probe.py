@@ -19,7 +19,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.masking_utils import sdpa_mask
 
 from ...compat import execution_device, set_attention_implementation
-from ..checkpoints.atomic import copied_configs, held_configs, nested_configs
+from ..checkpoints.install import copied_configs, held_configs, nested_configs
 from ..runtime.masks import MASKED
 from ..runtime.rotation import find_position_embeddings, find_rotary_dim, slow_columns
 
