@@ -14,6 +14,7 @@ what is packed, and no positions, they are counted.
 """
 
 import inspect
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -32,7 +33,6 @@ from ...modeling.layout import (
     find_sequence_ids,
     same_sequence_mask_function,
 )
-from ...modeling.window import GMAWindow
 from .cache import converted_cache_layer
 from .masks import current_tokens, first_column, read_mask
 from .rotation import Rotation, find_position_embeddings
@@ -106,18 +106,32 @@ def watch_model(model: PreTrainedModel, converted: list[nn.Module], has_softmax:
         "rotary" in type(module).__name__.lower() for module in model.modules()
     )
     is_causal = any(module.gma.is_causal for module in converted)
-    windows = [module.gma.window_norm for module in converted if module.gma.window_norm is not None]
+    windows = (module.gma.window_norm for module in converted if module.gma.window_norm is not None)
+    sizes = tuple(sorted({(window.window_size, window.num_sink_tokens) for window in windows}))
     parameters = inspect.signature(model.forward).parameters.values()
     takes_layout = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+    # No function inside of this one, and no module: models are pickled and copied with their hooks
+    hook = partial(begin_call, names, takes_layout, counts_positions, has_softmax, is_causal, sizes)
+    return model.register_forward_pre_hook(hook, with_kwargs=True)
 
-    def begin(model: PreTrainedModel, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        given = {**dict(zip(names, args, strict=False)), **kwargs}
-        given = begin_model(model, given, counts_positions, has_softmax, is_causal, windows)
-        if not takes_layout:
-            given.pop("gma_layout")
-        return (), given
 
-    return model.register_forward_pre_hook(begin, with_kwargs=True)
+def begin_call(
+    names: list[str],
+    takes_layout: bool,
+    counts_positions: bool,
+    has_softmax: bool,
+    is_causal: bool,
+    windows: tuple[tuple[int, int], ...],
+    model: PreTrainedModel,
+    args: tuple,
+    kwargs: dict,
+) -> tuple[tuple, dict]:
+    """The forward pre-hook of a model, after what [`watch_model`] knows of the model."""
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    given = begin_model(model, given, counts_positions, has_softmax, is_causal, windows)
+    if not takes_layout:
+        given.pop("gma_layout")
+    return (), given
 
 
 def begin_model(
@@ -126,7 +140,7 @@ def begin_model(
     counts_positions: bool,
     has_softmax: bool,
     is_causal: bool,
-    windows: list[GMAWindow],
+    windows: tuple[tuple[int, int], ...],
 ) -> dict[str, Any]:
     """The arguments of a model with the layout of its tokens, and with positions and masks that keep its sequences apart."""
     tokens = given.get("input_ids") if given.get("inputs_embeds") is None else given["inputs_embeds"]
@@ -159,9 +173,8 @@ def begin_model(
         given["attention_mask"] = softmax_masks(model, given, padding_mask, sequence_ids, seen_tokens, is_causal)
     layout = Layout(batch_size, length, padding_mask, sequence_ids)
     if is_tracing(tokens):
-        windows = {(window.window_size, window.num_sink_tokens) for window in windows}
         dtype = torch.promote_types(model.dtype, torch.float32)
-        layout.complete(sorted(windows), is_causal, dtype, device, cache is not None)
+        layout.complete(list(windows), is_causal, dtype, device, cache is not None)
     given["gma_layout"] = CallLayout(layout)
     return given
 

@@ -130,12 +130,18 @@ class Rotation(NamedTuple):
         return choose("rotation", WAYS, query, key, self.cos, self.sin).name == "triton"
 
 
-@lru_cache
+@torch.compiler.assume_constant_result
 def turns_halves(rotate: Callable[..., tuple[Tensor, Tensor]], width: int, rotary_dim: int) -> bool:
     """
     Whether a function turns the first half of the dimensions against the second, by angles of which `width` are given per
-    token and the first half count: tried on a few numbers.
+    token and the first half count: tried on a few numbers, once. A compiler takes the answer and does not look inside.
     """
+    return try_to_turn_halves(rotate, width, rotary_dim)
+
+
+@lru_cache
+def try_to_turn_halves(rotate: Callable[..., tuple[Tensor, Tensor]], width: int, rotary_dim: int) -> bool:
+    """The trial of [`turns_halves`]."""
     half = rotary_dim // 2
     with torch.no_grad(), torch.device("cpu"):
         generator = torch.Generator().manual_seed(0)
