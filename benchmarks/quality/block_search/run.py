@@ -42,6 +42,7 @@ ROWS = {
     "signed_sigmoids": replace(CORRELATED, mixer="signed_sigmoids"),
     "gated": Block(),
     "gated_eps": Block(head_eps=1e-5),
+    "gated_quiet": Block(output_scale=None),
     "linear": Block("linear", tie=True, head_eps=1e-4, output_scale=None),
     "mamba2_like": Block("mamba2_like", head_eps=1e-4, output_scale=None),
     "gated_delta": Block("gated_delta", head_eps=1e-4, output_scale=None),
