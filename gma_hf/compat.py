@@ -258,6 +258,22 @@ def is_exporting() -> bool:
     return getattr(torch.compiler, "_is_exporting_flag", False)
 
 
+def can_use_flash_on_cpu(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether [`flash_attention_on_cpu`] can run: in float32 and without gradients, which its second result has not."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or query.device.type != "cpu":
+        return False
+    is_exact = query.dtype == key.dtype == value.dtype == torch.float32
+    return is_exact and query.shape[3] == value.shape[3] and type(query) is Tensor and not is_exporting()
+
+
+def flash_attention_on_cpu(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+    """
+    Softmax attention and the logarithm of its normaliser, in one call. `scaled_dot_product_attention` computes the logarithm,
+    too, and does not return it; no public function does on a CPU.
+    """
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, False, scale=scaling)
+
+
 def version_of(tensor: Tensor) -> int:
     """How often a tensor was changed in place. Autograd counts the changes, and no public name tells the number."""
     return tensor._version

@@ -22,7 +22,7 @@ MEMORY_ARGUMENTS = ("mixture", "window", "query", "key", "value")
 AFFINITY_ARGUMENTS = ("causal", "write_weight", "log_decay", "sequence_ids", "normalize")
 MEMORY_AFFINITY_ARGUMENTS = (
     *("layout", "causal", "normalize", "scaling", "routing_query", "routing_key", "weigh_by_routing"),
-    *("write_weight", "log_decay", "softcap", "sinks"),
+    *("write_weight", "log_decay", "decay_rate", "softcap", "sinks"),
 )
 
 

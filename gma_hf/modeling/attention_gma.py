@@ -192,16 +192,17 @@ class GMAAttention(nn.Module):
                 layout=layout,
                 history=history.convolution if history is not None else None,
                 output_history=cache_layer is not None,
+                kept=kept,
             )
             query_states, key_states, value_states = mixed_states.split(self.projection_sizes, dim=-1)
-        query_states = query_states.view(*input_shape, -1, self.routing_dim).transpose(1, 2)
-        key_states = key_states.view(*input_shape, -1, self.routing_dim).transpose(1, 2)
-        value_states = value_states.view(*input_shape, -1, self.head_dim).transpose(1, 2)
+        query_states = heads_first(query_states, self.routing_dim)
+        key_states = heads_first(key_states, self.routing_dim)
+        value_states = heads_first(value_states, self.head_dim)
         if position_embeddings is not None:
             query_states, key_states = apply_rotary_pos_emb(query_states, key_states, *position_embeddings)
 
         # 2. How much each token writes, and how much of the past it keeps
-        write_weight, log_decay = self.write_and_forget(hidden_states, kept)
+        write_weight, log_decay, decay_rate = self.write_and_forget(hidden_states, kept)
 
         # 3. Write and read
         normalize = self.config.normalize_read or self.window_norm is not None
@@ -220,6 +221,7 @@ class GMAAttention(nn.Module):
             normalize=normalize,
             write_weight=write_weight,
             log_decay=log_decay,
+            decay_rate=decay_rate,
             history=history,
             output_history=cache_layer is not None,
             output_affinity=output_attentions,
@@ -230,7 +232,10 @@ class GMAAttention(nn.Module):
             cache_layer.advance(history._replace(convolution=conv_history), input_shape[1], is_plain)
 
         # 4. Norm per head, gate, output projection
-        attn_output = attn_output.transpose(1, 2)
+        # Of one token, heads may stay where they are
+        attn_output = (
+            attn_output if isinstance(input_shape[1], int) and input_shape[1] == 1 else attn_output.transpose(1, 2)
+        )
         if self.o_norm is not None:
             attn_output = self.o_norm(attn_output)
         attn_output = attn_output.reshape(*input_shape, -1).to(value_dtype)
@@ -240,23 +245,33 @@ class GMAAttention(nn.Module):
 
     def write_and_forget(
         self, hidden_states: torch.Tensor, kept: KeptValues | None = None
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """The learned write weights w_t and log decays log a_t, `(batch, heads, length)`."""
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+        """
+        The learned write weights w_t and log decays log a_t, `(batch, heads, length)`; where there are both, in the place of the
+        decays the rate log a_t / w_t, `(heads, 1)`.
+        """
         if not (self.config.use_write_weight or self.config.use_decay):
-            return None, None
+            return None, None, None
         step = self.dt_proj(hidden_states).float() + self.dt_bias.float()
         # Tokens last in memory too, as in the gradient: torch.compile takes the layout of the one for the other's
         step = nn.functional.softplus(step.transpose(1, 2).contiguous())
-        log_decay = None
-        if self.config.use_decay:
-            rate = (KeptValues() if kept is None else kept).get("decay rate", (self.A_log_bias,), decay_rate)
-            log_decay = rate * step
-        return step if self.config.use_write_weight else None, log_decay
+        if not self.config.use_decay:
+            return step, None, None
+        rate = (KeptValues() if kept is None else kept).get("decay rate", (self.A_log_bias,), decay_rate_of)
+        return (step, None, rate) if self.config.use_write_weight else (None, rate * step, None)
 
 
-def decay_rate(A_log_bias: torch.Tensor) -> torch.Tensor:
+def decay_rate_of(A_log_bias: torch.Tensor) -> torch.Tensor:
     """By how much a step of one multiplies log a_t, `(heads, 1)`."""
     return -A_log_bias.float().exp()[:, None]
+
+
+def heads_first(states: torch.Tensor, dim: int) -> torch.Tensor:
+    """From `(batch, length, heads * dim)` to `(batch, heads, length, dim)`."""
+    batch_size, length = states.shape[:2]
+    if isinstance(length, int) and length == 1:
+        return states.view(batch_size, -1, 1, dim)
+    return states.view(batch_size, length, -1, dim).transpose(1, 2)
 
 
 def repeat_kv(hidden_states: torch.Tensor, n_rep: int) -> torch.Tensor:

@@ -19,7 +19,7 @@ from transformers.utils import is_tracing
 
 from ..compat import version_of
 from ..ops.attention.functional import without_autocast
-from ..ops.window.blocks import EMPTY
+from ..ops.window.blocks import EMPTY, accumulation_dtype
 from ..ops.window.plan import WindowPlan, first_tokens, last_tokens, plan_window, take_tokens, token_dim
 from .layout import Layout
 from .window import GMAWindow
@@ -130,6 +130,7 @@ class GMAMemory(nn.Module):
         weigh_by_routing: bool = False,
         write_weight: Tensor | None = None,
         log_decay: Tensor | None = None,
+        decay_rate: Tensor | None = None,
         softcap: float | None = None,
         sinks: Tensor | None = None,
         history: MemoryState | None = None,
@@ -154,6 +155,7 @@ class GMAMemory(nn.Module):
             weigh_by_routing (`bool`): whether the memory behind a window is weighed by u . q_i of the routing query.
             write_weight, log_decay (`torch.Tensor` of shape `(batch, h, length)`, *optional*): see
                 [`gaussian_mixture_attention`]. What stands at padding does not count.
+            decay_rate (`torch.Tensor` of shape `(h, 1)`, *optional*): log a / w, in the place of `log_decay`.
             softcap (`float`, *optional*): c, where the window's logits become c tanh(s / c).
             sinks (`torch.Tensor` of shape `(num_heads,)`, *optional*): logits that join the window's normaliser alone.
             history ([`MemoryState`], *optional*): as returned by an earlier call; causal only.
@@ -186,6 +188,7 @@ class GMAMemory(nn.Module):
                 history,
                 output_history,
                 kept,
+                decay_rate,
             )
         else:
             scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -200,6 +203,7 @@ class GMAMemory(nn.Module):
                 history,
                 output_history,
                 kept,
+                decay_rate,
                 weigh_by_routing=weigh_by_routing,
                 scaling=scaling,
                 softcap=softcap,
@@ -233,6 +237,7 @@ class GMAMemory(nn.Module):
         history: MemoryState | None,
         output_history: bool,
         kept: KeptValues | None,
+        decay_rate: Tensor | None,
     ) -> tuple[Tensor, MemoryState | None]:
         """The mixture alone."""
         write_weight, log_decay = tokens.write_weight, tokens.log_decay
@@ -243,6 +248,8 @@ class GMAMemory(nn.Module):
                 write_weight = write_weight.masked_fill(layout.is_missing(1), 0.0)
             if log_decay is not None:
                 log_decay = log_decay.masked_fill(layout.is_missing(1), 0.0)
+        if decay_rate is not None:
+            log_decay = decay_rate * write_weight
         result = mixture(
             routing_query,
             tokens.keys if tokens.routing_keys is None else tokens.routing_keys,
@@ -255,6 +262,7 @@ class GMAMemory(nn.Module):
             initial_state=None if history is None else history[:2],
             output_final_state=output_history,
             kept=kept,
+            writes_all=layout.padding_mask is None,
         )
         return (result[0], MemoryState(*result[1])) if output_history else (result, None)
 
@@ -270,6 +278,7 @@ class GMAMemory(nn.Module):
         history: MemoryState | None,
         output_history: bool,
         kept: KeptValues | None,
+        decay_rate: Tensor | None,
         *,
         weigh_by_routing: bool,
         scaling: float,
@@ -280,11 +289,22 @@ class GMAMemory(nn.Module):
         (batch_size, _, length, _), device = query.shape, query.device
         if is_step(tokens, layout, history):
             return self._step(
-                mixture, window, query, routing_query, tokens, history, kept, weigh_by_routing, scaling, softcap, sinks
+                mixture,
+                window,
+                query,
+                routing_query,
+                tokens,
+                history,
+                kept,
+                decay_rate,
+                weigh_by_routing,
+                scaling,
+                softcap,
+                sinks,
             )
         num_sinks = window.num_sink_tokens if causal else 0
         size = window.window_size
-        dtype = torch.promote_types(torch.promote_types(query.dtype, tokens.values.dtype), torch.float32)
+        dtype = accumulation_dtype(query, tokens.values)
         order, near = None, tokens
         # A length that is still open (torch.export) is no int, and must not be decided on
         if causal and (history is not None or not isinstance(length, int) or length == 0):
@@ -311,7 +331,7 @@ class GMAMemory(nn.Module):
 
         with without_autocast(device.type):
             read, log_weight, state = self._read_memory(
-                mixture, routing_query, tokens, plan, causal, history, output_history
+                mixture, routing_query, tokens, plan, causal, history, output_history, decay_rate
             )
             output = window(
                 query,
@@ -357,6 +377,7 @@ class GMAMemory(nn.Module):
         causal: bool,
         history: MemoryState | None,
         output_history: bool,
+        decay_rate: Tensor | None,
     ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
         """
         r `(batch, num_heads, asked, value_dim)` and log D `(batch, num_heads, asked)` of the queries that have a memory, the last
@@ -374,6 +395,8 @@ class GMAMemory(nn.Module):
                 write_weight = write_weight.masked_fill(plan.left_out, 0.0)
             if log_decay is not None:
                 log_decay = log_decay.masked_fill(plan.left_out, 0.0)
+        if decay_rate is not None:
+            log_decay = decay_rate * write_weight
         recurrence = {"write_weight": write_weight, "sequence_ids": plan.written_runs}
         if causal:
             initial_state = None if history is None else history[:2]
@@ -406,6 +429,7 @@ class GMAMemory(nn.Module):
         token: Tokens,
         history: MemoryState,
         kept: KeptValues | None,
+        decay_rate: Tensor | None,
         weigh_by_routing: bool,
         scaling: float,
         softcap: float | None,
@@ -435,6 +459,8 @@ class GMAMemory(nn.Module):
                 count = count + is_written[:, 0].long()
             elif count is not None:
                 count = count + 1
+        if decay_rate is not None:
+            log_decay = decay_rate * write_weight
         with without_autocast(query.device.type):
             read, normalizer, state = mixture(
                 routing_query,
@@ -448,6 +474,7 @@ class GMAMemory(nn.Module):
                 eps=EMPTY,
                 output_normalizer=True,
                 kept=kept,
+                writes_all=is_written is None,
             )
             keys, values = (
                 shifted(old, new, in_front)

@@ -14,6 +14,7 @@ from ..ops import gaussian_mixture_affinity, gaussian_mixture_attention, gaussia
 from ..ops.attention.mixture import mixture_coefficients
 from ..ops.attention.recurrent import step, step_coefficients
 from ..ops.dispatch import ENVIRONMENT_VARIABLE
+from ..ops.window.blocks import accumulation_dtype
 
 
 class GMAMixture(nn.Module):
@@ -65,16 +66,18 @@ class GMAMixture(nn.Module):
         *,
         eps: float | None = None,
         kept: Any = None,
+        writes_all: bool = False,
         **kwargs,
     ):
         """
         Gaussian mixture attention, see [`gaussian_mixture_attention`] for shapes and further arguments; `eps` is the
-        mixture's own if it is not given, `kept` a [`KeptValues`] for what a decoding step needs of the parameters. A forward
+        mixture's own if it is not given, `kept` a [`KeptValues`] for what a decoding step needs of the parameters, `writes_all` whether no write weight of the
+        step is zero. A forward
         pre-hook on this module sees the queries and keys exactly as they are routed.
         """
         eps = self.eps if eps is None else eps
         if kept is not None and is_step_on_cpu(query, kwargs):
-            return self._step(query, key, value, eps, kept, **kwargs)
+            return self._step(query, key, value, eps, kept, writes_all, **kwargs)
         return gaussian_mixture_attention(
             query,
             key,
@@ -87,9 +90,9 @@ class GMAMixture(nn.Module):
             **kwargs,
         )
 
-    def _step(self, query, key, value, eps, kept, *, initial_state, output_normalizer=False, **kwargs):
+    def _step(self, query, key, value, eps, kept, writes_all, *, initial_state, output_normalizer=False, **kwargs):
         """The same for one token that goes on from a state, with as few operations as possible."""
-        dtype = torch.promote_types(torch.promote_types(query.dtype, value.dtype), torch.float32)
+        dtype = accumulation_dtype(query, value)
 
         def compute(means, raw_variances, prior_logits):
             return step_coefficients(
@@ -115,6 +118,8 @@ class GMAMixture(nn.Module):
             log_decay=kwargs.get("log_decay"),
             eps=eps,
             output_normalizer=output_normalizer,
+            correlate=kwargs.get("correlate", False),
+            writes_all=writes_all,
         )
         return (output, normalizer, state) if output_normalizer else (output, state)
 

@@ -221,7 +221,7 @@ def expected_shapes(config: GMAConfig, is_gma: bool, seq_length: int) -> dict[st
         shapes["values"] = (key_heads, config.window_size, config.head_dim)
         if config.use_write_weight:
             shapes["write_weight"] = (heads, config.window_size)
-        if config.use_decay:
+        if config.use_decay and not config.use_write_weight:
             shapes["log_decay"] = (heads, config.window_size)
     if config.window_size > 0 and config.num_sink_tokens > 0:
         shapes["sink_keys"] = (key_heads, config.num_sink_tokens, config.routing_dim)

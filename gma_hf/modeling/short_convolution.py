@@ -11,6 +11,7 @@ from ..ops.dispatch import PLAIN, Way, choose
 from ..ops.triton_support import DTYPES, is_on_gpu, missing
 from ..ops.window.plan import take_tokens
 from .layout import Layout
+from .memory import KeptValues
 
 
 MAX_WIDTH = 8  # taps of a tile stay in registers
@@ -52,6 +53,7 @@ class GMAShortConvolution(nn.Conv1d):
         layout: Layout | None = None,
         history: torch.Tensor | None = None,
         output_history: bool = True,
+        kept: KeptValues | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
         Convolve along the sequence.
@@ -63,6 +65,7 @@ class GMAShortConvolution(nn.Conv1d):
             history (`torch.Tensor` of shape `(batch, kernel_size - 1, channels)`, *optional*): the last real inputs
                 before these, as returned by an earlier call; causal only. They belong to the first sequence of the row.
             output_history (`bool`): also return the new history.
+            kept ([`KeptValues`], *optional*): what depends on parameters alone.
 
         Returns:
             `tuple(torch.Tensor)`: the outputs `(batch, length, channels)`, zero at padding, and the new history or `None`.
@@ -89,7 +92,8 @@ class GMAShortConvolution(nn.Conv1d):
         elif padding_mask is not None:
             # Without a history only padding between real tokens has to move
             hidden_states, sequence_ids = layout.sort(hidden_states, 1), layout.sorted_sequence_ids
-        inputs = torch.cat([past[:, width - 1 - before :].to(hidden_states.dtype), hidden_states], dim=1)
+        past = past if before == width - 1 else past[:, width - 1 - before :]
+        inputs = torch.cat([past.to(hidden_states.dtype), hidden_states], dim=1)
         if sequence_ids is not None:
             sequence_ids = torch.cat([sequence_ids[:, :1].expand(-1, before), sequence_ids], dim=1)
         if order is not None:
@@ -113,7 +117,7 @@ class GMAShortConvolution(nn.Conv1d):
                 new_history = new_history * is_last[:, inputs.shape[1] - (width - 1) :, None]
 
         # Where padding moved in front of the history, that is among the tokens: its outputs are cut off afterwards
-        outputs = self._convolve(inputs, sequence_ids, before, first=before if order is None else 0)
+        outputs = self._convolve(inputs, sequence_ids, before, before if order is None else 0, kept)
 
         if order is not None:
             outputs = outputs.new_zeros(inputs.shape).scatter(1, gather_index, outputs)[:, before:]
@@ -124,7 +128,7 @@ class GMAShortConvolution(nn.Conv1d):
         return outputs, new_history
 
     def _convolve(
-        self, inputs: torch.Tensor, sequence_ids: torch.Tensor | None, before: int, first: int
+        self, inputs: torch.Tensor, sequence_ids: torch.Tensor | None, before: int, first: int, kept: KeptValues | None
     ) -> torch.Tensor:
         """SiLU of the convolution at the positions from `first` on; each of them sees `before` tokens before it."""
         width, num_channels = self.kernel_size[0], inputs.shape[2]
@@ -134,7 +138,7 @@ class GMAShortConvolution(nn.Conv1d):
             return short_convolution(inputs, self.weight, sequence_ids, before, first)
         if sequence_ids is None and inputs.shape[1] == width and first == width - 1:
             # One token: a sum of so many products is faster than a convolution
-            taps = self.weight[:, 0].t().float()
+            taps = rows_of(self.weight) if kept is None else kept.get("convolution", (self.weight,), rows_of)
             outputs = (inputs * taps).sum(dim=1, keepdim=True).to(inputs.dtype)
         elif sequence_ids is None:
             channels_first = nn.functional.pad(inputs.transpose(1, 2), (before - first, width - 1 - before))
@@ -155,3 +159,8 @@ class GMAShortConvolution(nn.Conv1d):
             outputs = outputs + padded_inputs[:, tap : tap + length] * is_same[..., None] * self.weight[:, 0, tap]
         # Weights may be float32 beside 16-bit inputs: autocast leaves this product alone
         return outputs.to(inputs.dtype)
+
+
+def rows_of(weight: torch.Tensor) -> torch.Tensor:
+    """The weights tap by tap, `(kernel_size, channels)`, in float32."""
+    return weight[:, 0].t().float()

@@ -69,7 +69,8 @@ def native_layout(config: GMAConfig, dtype: torch.dtype, num_ranks: int = 1) -> 
         num_sink_tokens=config.num_sink_tokens,
         conv_history=(max(0, config.conv_kernel_size - 1), channels),
         has_write_weight=config.use_write_weight,
-        has_log_decay=config.use_decay,
+        # With write weights, decays follow from them
+        has_log_decay=config.use_decay and not config.use_write_weight,
         dtype=dtype,
     )
 

@@ -56,6 +56,7 @@ def step(
     eps: float = 1e-6,
     output_normalizer: bool = False,
     correlate: bool = False,
+    writes_all: bool = False,
 ) -> AttentionResult:
     """
     One token of the recurrence, without gradients: every line is a call into PyTorch, and their number is what a decoding
@@ -74,6 +75,8 @@ def step(
         output_normalizer (`bool`, *optional*, defaults to `False`): whether D is returned; only with `normalize`.
         correlate (`bool`, *optional*, defaults to `False`): whether tokens write and read by the correlation of routes; only
             without `normalize`. z stays as it is.
+        writes_all (`bool`, *optional*, defaults to `False`): whether no write weight is zero. Where one may be, key and value may
+            be anything, and are not looked at.
 
     Returns:
         `AttentionResult`: the output in the values' dtype, the state after the token, and D.
@@ -102,7 +105,9 @@ def step(
         gamma_key = gamma_key.view(batch, mixtures, components)
 
     # S = a S + w gamma^K v^T, z = a z + w gamma^K
-    if write_weight is not None:
+    if write_weight is not None and writes_all:
+        gamma_key = gamma_key * write_weight
+    elif write_weight is not None:
         is_unwritten = write_weight == 0
         gamma_key = (gamma_key * write_weight).masked_fill_(is_unwritten, 0.0)
         value = value.masked_fill(is_unwritten.unsqueeze(-1), 0.0)

@@ -27,6 +27,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ...compat import can_use_flash_on_cpu, flash_attention_on_cpu
+
 
 SHORTEST_BLOCK = 16  # queries: narrow windows would make the matrix products small
 PIECE = 2**24  # logits that exist at the same time
@@ -120,7 +122,7 @@ def masked_logits(query: Tensor, key: Tensor, visible: Tensor, softcap: float | 
 
 def accumulation_dtype(query: Tensor, value: Tensor) -> torch.dtype:
     """Precision of logits and sums: float32, or float64 when an input has it."""
-    return torch.promote_types(torch.promote_types(query.dtype, value.dtype), torch.float32)
+    return torch.float64 if torch.float64 in (query.dtype, value.dtype) else torch.float32
 
 
 def memory_logits(query: Tensor, log_weight: Tensor, memory_bias: Tensor, memory_query: Tensor, dtype) -> Tensor:
@@ -345,6 +347,15 @@ def attend_step(
     """o [B, Hq, 1, dv] of one query per row, from the keys [B, Hk, K, d] that it may see, r and m + log D [B, Hq, 1]."""
     dtype = accumulation_dtype(query, values)
     batch_size, num_heads, (num_key_heads, num_keys) = *query.shape[:2], keys.shape[1:3]
+    if softcap is None and valid is None and sinks is None and can_use_flash_on_cpu(query, keys, values):
+        if num_heads > num_key_heads:
+            query, read = (x.view(batch_size, num_key_heads, -1, x.shape[3]) for x in (query, read))
+            memory_logit = memory_logit.view(batch_size, num_key_heads, -1)
+        near, log_sum = flash_attention_on_cpu(query, keys, values, scaling)
+        # The memory's share of the softmax over near tokens and memory
+        share = torch.sigmoid(memory_logit - log_sum).unsqueeze(-1)
+        output = torch.lerp(near, read, share)
+        return output if num_heads == num_key_heads else output.view(batch_size, num_heads, 1, -1)
     # Queries that share a key are rows of one matrix
     rows = (batch_size * num_key_heads, num_heads // num_key_heads)
     memory_logit = memory_logit.view(*rows, 1)
