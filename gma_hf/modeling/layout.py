@@ -31,6 +31,7 @@ class Layout:
 
     Attributes:
         has_gaps (`bool`): whether padding may stand between real tokens.
+        ends_at_last (`bool`): whether padding stands to the left of all real tokens, perhaps after [`Layout.sort`].
     """
 
     def __init__(
@@ -46,6 +47,8 @@ class Layout:
         self.padding_mask = padding_mask
         self.sequence_ids = sequence_ids
         self.has_gaps = padding_mask is not None and (may_have_gaps(padding_mask) if has_gaps is None else has_gaps)
+        # In the order below, padding stands to the left
+        self.ends_at_last = self.has_gaps or (padding_mask is not None and bool(padding_mask[:, -1:].all()))
         self._known: dict[Any, Any] = {}
         self._is_complete = False
 
@@ -117,7 +120,8 @@ class Layout:
         """Back from that order."""
         return x if self.order is None else self._take("inverse", self.inverse, x, dim)
 
-    def _take(self, name: str, order: Tensor, x: Tensor, dim: int) -> Tensor:
+    def _take(self, name: Any, order: Tensor, x: Tensor, dim: int) -> Tensor:
+        """The tokens of `x` in an order `(batch, number)` that has a name."""
         if self._is_complete:
             return x.gather(dim, spread_index(order, x, dim))
         return x.gather(dim, self.once((name, x.shape, dim), lambda: spread_index(order, x, dim)))
@@ -160,7 +164,7 @@ class Layout:
 
         def compute() -> WindowPlan:
             valid = None if self.padding_mask is None else self.sorted_padding_mask
-            ends_at_last = valid is None or self.has_gaps
+            ends_at_last = valid is None or self.ends_at_last
             return plan_window(
                 self.batch_size, length, valid, self.sorted_sequence_ids, size, window_size, num_sinks, causal, dtype,
                 device, ends_at_last=ends_at_last,
@@ -168,17 +172,22 @@ class Layout:
 
         return self.once(("window", size, window_size, num_sinks, causal, dtype), compute)
 
-    def last(self, number: int) -> tuple[Tensor, Tensor]:
-        """Where the last real tokens of each row stand, `(batch, number)`, and which of them there are."""
+    def take_last(self, x: Tensor, number: int) -> Tensor:
+        """The last real tokens of `x` `(batch, length, channels)`, zeros where a row has fewer: `(batch, number, channels)`."""
 
         def compute() -> tuple[Tensor, Tensor]:
-            places = torch.arange(self.length, device=self.padding_mask.device)
+            places = torch.arange(self.length, device=x.device)
             end = torch.where(self.padding_mask, places + 1, 0).amax(dim=1, keepdim=True)
             count = self.padding_mask.sum(dim=1, keepdim=True)
-            back = torch.arange(number, 0, -1, device=end.device)
-            return (end - back).clamp(min=0), back <= count
+            back = torch.arange(number, 0, -1, device=x.device)
+            return (end - back).clamp(min=0), (back > count)[..., None]
 
-        return self.once(("last", number), compute)
+        places, is_missing = self.once(("last", number), compute)
+        return self._take(("last", number), places, x, 1).masked_fill(is_missing, 0)
+
+    def take_kept(self, x: Tensor, plan: WindowPlan) -> Tensor:
+        """The tokens of `x` that are in a window at the end of each row."""
+        return self._take(("kept", plan.kept_places.shape[1]), plan.kept_places, x, 1 if x.ndim == 2 else 2)
 
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> "Layout":
         """The same on another device, for layers that are there. Accelerate's hooks call it."""

@@ -86,6 +86,11 @@ class KeptValues:
             known = self._values[name] = parameters, stamp, compute(*parameters)
         return known[2]
 
+    @property
+    def names(self) -> list[str]:
+        """What is kept."""
+        return list(self._values)
+
     def __deepcopy__(self, copied: dict) -> "KeptValues":
         return KeptValues()
 
@@ -325,7 +330,9 @@ class GMAMemory(nn.Module):
         else:
             plan = layout.window(size, num_sinks, causal, dtype, device, output_history)
             if layout.order is not None:
-                query, routing_query = layout.sort(query, 2), layout.sort(routing_query, 2)
+                is_same = routing_query is query
+                query = layout.sort(query, 2)
+                routing_query = query if is_same else layout.sort(routing_query, 2)
                 near = tokens = tokens.map(lambda x: layout.sort(x, token_dim(x)))
             near_valid, near_runs = plan[:2]
 
@@ -360,13 +367,13 @@ class GMAMemory(nn.Module):
             output = output.masked_fill(layout.is_missing(1)[..., None], 0)
         if not output_history:
             return output, None
-        count = plan.count.expand(batch_size)
+        count = rows(plan.count, batch_size)
         if layout.is_plain and isinstance(length, int) and not is_tracing(query):
             if history is None:
                 count = length - size - num_sinks
             elif isinstance(history.count, int):
                 count = history.count + length
-        return output, new_history(tokens, plan, size, num_sinks, state, count)
+        return output, new_history(layout, tokens, plan, size, num_sinks, state, count)
 
     def _read_memory(
         self,
@@ -642,7 +649,13 @@ def with_sinks_in_front(history: MemoryState) -> MemoryState:
 
 
 def new_history(
-    tokens: Tokens, plan: WindowPlan, size: int, num_sinks: int, state: tuple[Tensor, Tensor], count: Tensor | int
+    layout: Layout,
+    tokens: Tokens,
+    plan: WindowPlan,
+    size: int,
+    num_sinks: int,
+    state: tuple[Tensor, Tensor],
+    count: Tensor | int,
 ) -> MemoryState:
     """What is to be remembered of tokens, with the memory's state after them."""
     batch_size, num_tokens = tokens.keys.shape[0], tokens.keys.shape[2]
@@ -653,17 +666,16 @@ def new_history(
         sinks = [take_tokens(x, places).masked_fill(~is_sink[:, None, :, None], 0) for x in tokens[:2]]
         sinks = (*sinks, is_sink)
     if plan.kept_places is not None:
-        is_none = plan.kept_missing
-
-        def take(x: Tensor) -> Tensor:
-            mask = is_none if x.ndim == 2 else is_none[:, None, :, None] if x.ndim == 4 else is_none[:, None]
-            return take_tokens(x, plan.kept_places).masked_fill(mask, 0)
-
-        last = tokens.map(take)
+        last = tokens.map(lambda x: layout.take_kept(x, plan))
     elif isinstance(num_tokens, int) and num_tokens < size:
         last = tokens.map(lambda x: F.pad(x, (*[0, 0] * (x.ndim - 1 - token_dim(x)), size - num_tokens, 0)))
     else:
         last = tokens.map(lambda x: last_tokens(x, size))
-    valid = plan.kept_valid.expand(batch_size, -1)
+    valid = rows(plan.kept_valid, batch_size)
     others = (last.routing_keys, last.write_weight, last.log_decay)
     return MemoryState(*state, last.keys, last.values, valid, *others, *(sinks or (None,) * 3), count)
+
+
+def rows(x: Tensor, batch_size: int) -> Tensor:
+    """`x` for every row, where there is one for all."""
+    return x if x.shape[0] == batch_size else x.expand(batch_size, *x.shape[1:])

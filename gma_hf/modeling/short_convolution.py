@@ -9,7 +9,6 @@ from torch import nn
 
 from ..ops.dispatch import PLAIN, Way, choose
 from ..ops.triton_support import DTYPES, is_on_gpu, missing
-from ..ops.window.plan import take_tokens
 from .layout import Layout
 from .memory import KeptValues
 
@@ -104,12 +103,11 @@ class GMAShortConvolution(nn.Conv1d):
         new_history = None
         if not output_history:
             pass
-        elif padding_mask is not None and history is None and not layout.has_gaps:
-            places, exists = layout.last(width - 1)
-            new_history = take_tokens(hidden_states[:, None], places)[:, 0] * exists[..., None]
+        elif padding_mask is not None and history is None and not layout.ends_at_last:
+            new_history = layout.take_last(hidden_states, width - 1)
             if sequence_ids is not None:
-                taken = sequence_ids[:, before:].gather(1, places)
-                new_history = new_history * (taken == taken[:, -1:])[..., None]
+                taken = layout.take_last(sequence_ids[:, before:, None], width - 1)
+                new_history = new_history * (taken == taken[:, -1:])
         else:
             new_history = inputs[:, inputs.shape[1] - (width - 1) :]
             if sequence_ids is not None:

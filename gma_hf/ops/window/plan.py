@@ -37,7 +37,6 @@ class WindowPlan(NamedTuple):
     sink_visible: Tensor | None  # [B or 1, n, s]
     kept_places: Tensor | None  # [B, W], where the tokens stand that are in the window at the end; None for the last W
     kept_valid: Tensor | None  # [B or 1, W]
-    kept_missing: Tensor | None  # [B, W], where there is no such token; None if `kept_places` is
     kept_sink_places: Tensor | None  # [B or 1, s], and of the sinks that have left the window
     kept_sink_valid: Tensor | None  # [B or 1, s]
 
@@ -97,7 +96,7 @@ def plan_window(
         count = count_written(num_tokens, valid, runs, False, None, device)
         growth = (count.to(dtype) / window_size).log1p()[:, None]
         return WindowPlan(
-            valid, runs, 0, num_tokens, *_writes(valid), runs, None, growth, count[:, -1], None, size, 0, *[None] * 7
+            valid, runs, 0, num_tokens, *_writes(valid), runs, None, growth, count[:, -1], None, size, 0, *[None] * 6
         )
     if runs is not None:
         runs = run_starts(runs).cumsum(dim=1)
@@ -217,13 +216,12 @@ def visible_sinks(
 def kept_tokens(
     num_tokens: int, valid, runs, start: Tensor, first, end, size: int, num_sinks: int, ends_at_last: bool, device
 ) -> tuple[Tensor | None, ...]:
-    """`kept_places`, `kept_valid`, `kept_missing`, `kept_sink_places` and `kept_sink_valid` of the last sequence of each row."""
-    places = valid_there = missing = sink_places = sink_valid = None
+    """`kept_places`, `kept_valid`, `kept_sink_places` and `kept_sink_valid` of the last sequence of each row."""
+    places = valid_there = sink_places = sink_valid = None
     stop = num_tokens if end is None else end
     if not ends_at_last:
         places = end - torch.arange(size, 0, -1, device=device)
         valid_there = places >= first
-        missing = ~valid_there
         places = places.clamp(min=0)
         if runs is not None:
             taken = runs.gather(1, places)
@@ -248,4 +246,4 @@ def kept_tokens(
         limit = torch.as_tensor(stop - size - num_sinks, device=device)
         sink_places = torch.minimum(last_start, limit) + torch.arange(num_sinks, device=device)
         sink_valid, sink_places = sink_places >= last_start, sink_places.clamp(min=0)
-    return places, valid_there, missing, sink_places, sink_valid
+    return places, valid_there, sink_places, sink_valid
