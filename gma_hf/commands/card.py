@@ -17,12 +17,13 @@ import logging
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ..training.arguments import parse_arguments
-from ..training.cards.published_card import results_of_row, write_published_card
+from ..training.cards.published_card import expect_made_here, results_of_row, write_published_card
 from ..training.errors import TrainingInputError
 from ..training.files import write_json
 from ..training.intervals import evaluate_text
@@ -78,8 +79,27 @@ def measure(card: Path, args: CardArguments) -> None:
         with torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.bf16):
             evaluations[name] = evaluate_text(model, tokenizer, [pattern], args.block_size, args.batch_size)
         logging.getLogger("gma_hf").info("%s: %s", name, evaluations[name])
+    keep_evaluations(card / "results.json", results)
     write_json(card / "results.json", results)
     shutil.copyfile(folder / "config.json", card / "config.json")
+
+
+def keep_evaluations(path: Path, results: dict[str, Any]) -> None:
+    """Add to new results what an earlier call measured of the same model.
+
+    Raises:
+        TrainingInputError: if the file holds results of another model, which would be lost.
+    """
+    if not path.is_file():
+        return
+    before = json.loads(path.read_text(encoding="utf-8"))
+    for name in ("date", "command", "num_parameters"):
+        if before.get(name) != results.get(name):
+            raise TrainingInputError(
+                f"{path} holds results of another model: its {name} is {before.get(name)!r}, and that of --model "
+                f"{results.get(name)!r}. Take another folder for the card, or move the file away."
+            )
+    results["evaluations"] = {**before.get("evaluations", {}), **results["evaluations"]}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -99,6 +119,7 @@ def main(argv: list[str] | None = None) -> None:
         raise TrainingInputError("--evaluate needs --model, the model that is measured.")
     if (args.benchmark is None) != (args.row is None):
         raise TrainingInputError("--benchmark and --row belong together: a file, and the row of the model in it.")
+    expect_made_here(card / "README.md")
     if args.model is not None:
         measure(card, args)
     print(write_published_card(card, args.repo_id))

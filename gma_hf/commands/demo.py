@@ -23,12 +23,14 @@ from transformers.utils import logging as transformers_logging
 from .. import GMAConfig
 from ..modeling import GMAMixture
 from ..training import GMATrainer, GMATrainingArguments, PackedCollator, pack_documents, train_tokenizer
+from ..training.errors import TrainingInputError
 from ..training.metrics import language_model_metrics, token_statistics
 
 
 VOCAB_SIZE = 2048
 BLOCK_SIZE = 256
 NUM_FILES = 200  # about 3 MB of text
+MARK = "demo.txt"  # the folder is the demo's own, and may be written anew
 PROMPT = "def read_lines(path):\n"
 
 RELOAD = """
@@ -152,6 +154,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/demo"))
     parser.add_argument("--max_steps", type=int, default=280)
     arguments = parser.parse_args(argv)
+    folder = arguments.output_dir
+    if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not (folder / MARK).is_file())):
+        raise TrainingInputError(f"{folder} holds something that the demo did not write. Choose another --output_dir.")
     start = time.time()
     set_seed(0)
     transformers_logging.set_verbosity_error()
@@ -218,6 +223,7 @@ def main(argv: list[str] | None = None) -> None:
     written = model.generate(**prompt, max_new_tokens=100, do_sample=True, temperature=0.6, top_k=40)
     print(tokenizer.decode(written[0], skip_special_tokens=True))
 
+    (folder / MARK).write_text("The demo of gma_hf writes this folder anew each time.\n", encoding="utf-8")
     say("4. Saved, and loaded through AutoModelForCausalLM in a fresh process")
     trainer.save_model()
     with torch.no_grad():

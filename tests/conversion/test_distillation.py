@@ -306,7 +306,7 @@ def test_a_run_that_was_interrupted_ends_as_if_it_was_not(tmp_path):
     shutil.copytree(tmp_path / "whole", tmp_path / "cut")
     second = tmp_path / "cut" / "2-distillation"
     for path in list(second.iterdir()):
-        if path.name != "checkpoint-3":
+        if path.name not in ("checkpoint-3", "run.json"):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     state = tmp_path / "cut" / "distillation_state.json"
     state.write_text(json.dumps(json.loads(state.read_text())[:1]))
@@ -325,6 +325,12 @@ def test_a_run_that_was_interrupted_ends_as_if_it_was_not(tmp_path):
 
     with pytest.raises(ValueError, match="finished the stages attention_transfer, distillation, but asked for"):
         run_stages(tmp_path / "whole", stages(tmp_path)[1:])
+    changed = stages(tmp_path)
+    changed[0].learning_rate = 1.0
+    with pytest.raises(
+        ValueError, match=r"1-attention_transfer holds another run: --learning_rate was .* and is 1\.0"
+    ):
+        run_stages(tmp_path / "whole", changed)
 
 
 def test_fine_tuning_with_adapters_ends_in_a_plain_converted_model(tmp_path):

@@ -284,6 +284,44 @@ def test_a_distillation_that_was_interrupted_goes_on(run_script, distillation, t
     assert whole["after distillation"]["eval_kl"] == pytest.approx(resumed["after distillation"]["eval_kl"], rel=1e-5)
 
 
+def test_a_card_loses_neither_prose_nor_measurements(run_script, tiny_run, tmp_path):
+    run_script("train_clm", *command_line(tiny_run))
+    card = tmp_path / "card"
+    card.mkdir()
+    (card / "card.yaml").write_text(
+        "title: A toy\nsummary: A toy.\nintended_use: Tests.\ntraining_data: Sentences.\nlimits: Knows nothing.\n"
+    )
+    (tmp_path / "text.txt").write_text("the river runs past old mills and quiet farms.\n" * 30)
+
+    def measure(name, model=tiny_run["output_dir"]):
+        words = [
+            "--model",
+            model,
+            "--evaluate",
+            f"{name}={tmp_path / 'text.txt'}",
+            "--block_size",
+            32,
+            "--device",
+            "cpu",
+        ]
+        run_script("write_model_card", card, *words)
+
+    measure("first")
+    measure("second")
+    assert set(results(card)["evaluations"]) == {"first", "second"}
+    before = contents(card)
+    other = tmp_path / "other"
+    run_script("train_clm", *command_line(tiny_run, output_dir=other, seed=1))
+    with pytest.raises(SystemExit, match="holds results of another model"):
+        measure("third", other)
+    assert contents(card) == before
+    (card / "README.md").write_text("# Written by hand\n")
+    before = contents(card)
+    with pytest.raises(SystemExit, match="was not made by this command"):
+        measure("third")
+    assert contents(card) == before
+
+
 def test_a_saved_model_replaces_an_older_one_file_by_file(tmp_path):
     """What lies in the folder beside the model stays, and no temporary file does."""
     model = make_model(gma_hf.GMAForCausalLM, tiny_config())

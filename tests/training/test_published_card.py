@@ -202,6 +202,7 @@ def test_measured_perplexity_is_that_of_the_training_script(run_script, tiny_run
     test = tmp_path / "test.txt"
     test.write_text("the river runs past old mills and quiet farms.\n" * 20)
     run_script("train_clm", *command_line(tiny_run, test_file=test))
+    (card_folder / "results.json").unlink()  # those of another model are not overwritten
     words = [card_folder, "--model", out, "--evaluate", f"river={test}", "--block_size", 32, "--device", "cpu"]
     run_script("write_model_card", *words)
     measured, trained = results(card_folder), results(out)

@@ -10,8 +10,10 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from ...training.checkpoints import checkpoint_to_resume
 from ...training.files import write_json
-from ...training.trainer import find_last_checkpoint
+from ...training.fingerprint import fingerprint
+from ...training.run_folder import RunFolder
 from .arguments import GMADistillationArguments
 from .trainer import GMADistillationTrainer
 
@@ -70,7 +72,7 @@ def distill(
         `list[StageResult]`: of all stages, those that were finished before included.
 
     Raises:
-        ValueError: if the folder holds a run with other stages; see also [`GMADistillationTrainer`].
+        ValueError: if the folder holds a run with other stages or other arguments of a stage; see also [`GMADistillationTrainer`].
     """
     output_dir = Path(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
@@ -78,9 +80,14 @@ def distill(
     if results:
         logger.info("Finished before: %s.", ", ".join(result.stage for result in results))
         load_weights(model, output_dir / results[-1].folder)
-    for number, args in enumerate(stages[len(results) :], len(results) + 1):
-        name = f"{number}-{args.stage}"
-        args.output_dir = str(output_dir / name)
+    runs = []
+    for number, args in enumerate(stages, 1):
+        args.output_dir = str(output_dir / f"{number}-{args.stage}")
+        runs.append(RunFolder(args.output_dir, fingerprint("distill", [args], {}), is_main=args.process_index == 0))
+    for args, run in list(zip(stages, runs, strict=True))[len(results) :]:
+        name = run.folder.name
+        checkpoint = checkpoint_to_resume(args.output_dir)
+        run.begin()
         trained, with_adapters = model, peft_config is not None and args.stage == "finetune"
         if with_adapters:
             from peft import get_peft_model
@@ -90,7 +97,7 @@ def distill(
         # The last stage has a loss of its own; a teacher would only take memory
         taught = {} if args.stage == "finetune" else {"teacher": teacher}
         trainer = GMADistillationTrainer(trained, args, **taught, **{**options, **specific})
-        training = trainer.train(resume_from_checkpoint=find_last_checkpoint(args.output_dir))
+        training = trainer.train(resume_from_checkpoint=checkpoint)
         metrics = trainer.evaluate() if trainer.eval_dataset is not None else {}
         if with_adapters:
             model = trained.merge_and_unload()

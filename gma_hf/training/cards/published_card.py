@@ -2,8 +2,7 @@
 """The card of a model that is published: prose that a person wrote, numbers that were measured, each from its own file.
 
 A card's folder holds `card.yaml` (what the model is for, what it learnt from, what it cannot do), `recipe.yaml` (the
-arguments of the training script) and `results.json` (what the training script and `scripts/write_model_card.py`
-measured). `README.md` is made from them and never edited.
+arguments of the training script) and `results.json` (what the training script and `gma-hf card` measured). `README.md` is made from them and never edited.
 """
 
 import dataclasses
@@ -29,6 +28,8 @@ BIBTEX = """\
   journal = {arXiv preprint arXiv:2606.18283},
   year    = {2026}
 }"""
+# A sentence of every card that is made here
+MADE_HERE = "The operator is the work of Y. Huang and H. Raza; the package is `gma_hf`."
 # Scores of `evaluate_text`: name in the results, in the card, on the hub
 SCORES = (("perplexity", "perplexity", "perplexity"), ("word_perplexity", "perplexity per word", "word_perplexity"))
 
@@ -125,7 +126,7 @@ def write_published_card(folder: str | Path, repo_id: str | None = None) -> Path
     if not (folder / "results.json").is_file():
         raise TrainingInputError(
             f"There is no {folder / 'results.json'}: a card without measurements is not written. Measure with "
-            "scripts/write_model_card.py --model."
+            "gma-hf card --model."
         )
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     recipe = folder / "recipe.yaml"
@@ -136,8 +137,23 @@ def write_published_card(folder: str | Path, repo_id: str | None = None) -> Path
         repo_id or folder.resolve().name,
     )
     check_metadata(card)
-    card.save(folder / "README.md")
-    return folder / "README.md"
+    readme = folder / "README.md"
+    expect_made_here(readme)
+    card.save(readme.with_suffix(".tmp"))
+    readme.with_suffix(".tmp").replace(readme)
+    return readme
+
+
+def expect_made_here(readme: Path) -> None:
+    """
+    Raises:
+        TrainingInputError: if a person wrote the file, which would be lost.
+    """
+    if readme.is_file() and MADE_HERE not in readme.read_text(encoding="utf-8"):
+        raise TrainingInputError(
+            f"{readme} was not made by this command, and would be overwritten. Move the file away; its prose belongs into "
+            "card.yaml."
+        )
 
 
 def published_card(description: CardDescription, results: dict[str, Any], recipe: str | None, name: str) -> ModelCard:
@@ -195,7 +211,7 @@ def published_card(description: CardDescription, results: dict[str, Any], recipe
         sections += ["## Versions", bullets(results["versions"])]
     sections += [
         "## Citation",
-        "The operator is the work of Y. Huang and H. Raza; the package is `gma_hf`.",
+        MADE_HERE,
         f"```bibtex\n{BIBTEX}\n```",
     ]
     return ModelCard("\n\n".join(section for section in sections if section) + "\n")
