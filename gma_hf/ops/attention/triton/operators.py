@@ -1,8 +1,9 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
 """The fused kernels as operators that PyTorch knows: what they allocate, how they are launched, how they differentiate.
 
-forward:   coefficients -> what every segment writes -> running sum -> outputs
-backward:  coefficients -> what every segment of do writes -> running sum -> gradients -> gradients of the parameters
+forward:   coefficients -> responsibilities -> states of chunks -> outputs
+backward:  responsibilities again -> states of chunks, of the gradient -> gradients of logits and values
+           -> gradients of queries, keys and sums for the mixture -> gradients of the mixture
 
 query [B, HQ, NQ, D], key [B, HK, N, D], value [B, HK, N, DV], mixtures M -> output [B, HQ, NQ, DV], if asked for the
 denominators D [B, HQ, NQ] in float32, S [B, M, C, DV], z [B, M, C] float32.
@@ -17,52 +18,47 @@ from .coefficients import coefficients_backward_kernel, coefficients_kernel
 from .gradients import gradient_kernel
 from .launching import on_its_device
 from .outputs import read_kernel
-from .plan import Plan, cdiv, fills_chip, make_plan, segment_length, workers_per_mixture
-from .states import scan_kernel, write_kernel
+from .plan import PRECISION, Plan, cdiv, make_plan, segment_length, workers_per_mixture
+from .responsibilities import logit_gradients_kernel, responsibilities_kernel
+from .states import scan_kernel, states_kernel
+
+
+TILES = 4  # tiles of tokens that a program computes the responsibilities of, with the same coefficients
 
 
 class Saved(NamedTuple):
     """What the forward pass keeps for the backward pass; of size 0 where nothing needs it."""
 
-    lse_query: Tensor  # [B, HQ, NQ]
-    lse_key: Tensor  # [B, M, N]
     rd: Tensor  # [B, HQ, NQ], 1 / D
-    last: Tensor  # [B * M * NV, CP * (BV + 1)], the state at the end
-    chunk_states: Tensor  # [B * M * NV, chunks, CP, BV], S before every chunk times its scale
-    chunk_norms: Tensor  # [B * M * NV, chunks, CP], z
-    chunk_scales: Tensor  # [B * M * NV, chunks]
-    largest_value: Tensor  # [B * M * NV, chunks of keys]
-    largest_weight: Tensor  # [B * M, chunks of keys]
+    states: Tensor  # [B * M, chunks, CP, DVP], S before every chunk times its scale; bidirectional: [B * M, CP * DVP + CP]
+    norms: Tensor  # [B * M, chunks, CP], z
+    scales: Tensor  # [B * M, NV, chunks]
+    largest_value: Tensor  # [B * M, NV, chunks of keys]
     weights: Tensor  # the mixture in the layout of `coefficients`
     bias: Tensor
 
 
-def empty_saved(plan, query, key, means, causal, normalize, has_weight, save) -> Saved:
-    """The tensors of `Saved`, not filled yet."""
-    batch, query_heads, length, _ = query.shape
+def saved_shapes(plan: Plan, query, key, means, causal, normalize, has_z) -> dict[str, tuple]:
+    """The shapes of `Saved`."""
+    batch, heads, length, _ = query.shape
     mixtures = means.shape[0]
-    slabs = batch * mixtures * plan.NV
-    chunks, key_chunks = cdiv(length, plan.T), cdiv(key.shape[2], plan.T)
-    state_dtype = torch.float32 if plan.exact else torch.float16
-    kept = slabs if save and causal else 0
-    parts = 2 if plan.exact else 4
+    slabs, chunks = batch * mixtures, cdiv(length, plan.T)
+    return {
+        "rd": (batch if normalize else 0, heads, length),
+        "states": (slabs, chunks, plan.CP, plan.DVP) if causal else (slabs, plan.state_size),
+        "norms": (slabs if causal and has_z else 0, chunks, plan.CP),
+        "scales": (slabs if causal else 0, plan.NV, chunks),
+        "largest_value": (slabs, plan.NV, cdiv(key.shape[2], plan.T)),
+        "weights": (mixtures, 2 if plan.exact else 4, plan.CP, plan.DP),
+        "bias": (mixtures, plan.CP),
+    }
 
-    def new(*shape, dtype=torch.float32):
-        return query.new_empty(shape, dtype=dtype)
 
-    return Saved(
-        new(batch if save else 0, query_heads, length),
-        new(batch, mixtures, key.shape[2]),
-        new(batch if save and normalize else 0, query_heads, length),
-        new(slabs, plan.CP * (plan.BV + 1)),
-        new(kept, chunks, plan.CP, plan.BV, dtype=state_dtype),
-        new(kept, chunks, plan.CP),
-        new(kept, chunks),
-        new(slabs, key_chunks),
-        new(batch * mixtures if has_weight else 0, key_chunks),
-        new(mixtures, parts, plan.CP, plan.DP, dtype=torch.float32 if plan.exact else torch.bfloat16),
-        new(mixtures, plan.CP),
-    )
+def saved_dtype(plan: Plan, name: str, causal: bool) -> torch.dtype:
+    """The dtype of a tensor of `Saved`."""
+    if name == "states" and causal:
+        return plan.gamma_dtype
+    return torch.bfloat16 if name == "weights" and not plan.exact else torch.float32
 
 
 def strides(x: Tensor | None) -> tuple[int, int, int]:
@@ -72,78 +68,119 @@ def strides(x: Tensor | None) -> tuple[int, int, int]:
     return x.stride(0), 0 if x.shape[1] == 1 else x.stride(1), x.stride(2)
 
 
-def block_strides(x: Tensor) -> tuple[int, int, int, int]:
-    """Strides of block, batch, head and token of [blocks, B, H, N, D], or of [B, H, N, D], which is one block."""
-    return x.stride()[:-1] if x.ndim == 5 else (0, *x.stride()[:-1])
-
-
 def row_contiguous(x: Tensor) -> Tensor:
     """x, copied if the elements of a row are not neighbours."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
-def prepare_coefficients(plan: Plan, means: Tensor, raw_variances: Tensor, prior_logits: Tensor, floor: float, saved):
+def plan_of(query: Tensor, value: Tensor, means: Tensor) -> Plan:
+    """The plan of a call."""
+    mixtures, components, dim = means.shape
+    return make_plan(query.dtype, int(components), int(dim), int(value.shape[-1]), int(query.shape[1] // mixtures))
+
+
+def compute_coefficients(plan: Plan, means, raw_variances, prior_logits, floor: float) -> tuple[Tensor, Tensor]:
     """Run `coefficients_kernel`."""
     mixtures, components, dim = means.shape
+    dtype = torch.float32 if plan.exact else torch.bfloat16
+    weights = means.new_empty(mixtures, 2 if plan.exact else 4, plan.CP, plan.DP, dtype=dtype)
+    bias = means.new_empty(mixtures, plan.CP, dtype=torch.float32)
     coefficients_kernel[(mixtures,)](
-        means.contiguous(), raw_variances.contiguous(), prior_logits.contiguous(), saved.weights, saved.bias,
+        means.contiguous(), raw_variances.contiguous(), prior_logits.contiguous(), weights, bias,
         floor, components, dim, CP=plan.CP, DP=plan.DP, BD=min(plan.BD, 4096 // plan.CP), EXACT=plan.exact,
+    )  # fmt: skip
+    return weights, bias
+
+
+def compute_responsibilities(
+    plan: Plan, query, key, weights, bias, share, components: int, gamma_query: Tensor, gamma_key: Tensor
+) -> None:
+    """Fill gamma_query [B, HQ, NQ, CP] and gamma_key [B, M, NK, CP]."""
+    batch, query_heads, query_length, dim = query.shape
+    mixtures, key_length = gamma_key.shape[1], gamma_key.shape[2]
+    rows = TILES * plan.T
+    query_programs = batch * query_heads * cdiv(query_length, rows)
+    responsibilities_kernel[(query_programs + batch * mixtures * cdiv(key_length, rows),)](
+        query, key, weights, bias, share, gamma_query, gamma_key,
+        *strides(query), *strides(key), *strides(gamma_query), *strides(gamma_key),
+        query_length, key_length, components, dim, mixtures, query_programs, mixtures // key.shape[1],
+        R=query_heads // mixtures, T=plan.T, TILES=TILES, CP=plan.CP, DP=plan.DP, BD=plan.BD, EVEN_D=dim == plan.DP,
+        HAS_SHARE=share is not None, EXACT=plan.exact, PRECISION=PRECISION, **plan.responsibilities,
     )  # fmt: skip
 
 
+class States(NamedTuple):
+    """What `states` leaves."""
+
+    chunks: Tensor | None  # of a causal call, [B * M, chunks, CP, DVP], and their norms and scales
+    norms: Tensor | None
+    scales: Tensor | None
+    largest: Tensor  # [B * heads, NV, chunks], of the values
+    last: Tensor | None  # [B * M, CP * DVP + CP], if asked for
+
+
+def compute_states(
+    plan: Plan, gamma, y, output, rd, grad_normalizer, write_weight, log_decay, mixtures, repeats, first,
+    reverse: bool, causal: bool, has_z: bool, need_last: bool,
+) -> States:  # fmt: skip
+    """Run `states_kernel`, in one pass or, where sequences and heads are few, in two with `scan_kernel` between them."""
+    batch, heads, length, _ = gamma.shape
+    value_dim = y.shape[-1]
+    slabs, chunks = batch * mixtures, cdiv(length, plan.T)
+    per_segment = segment_length(plan, slabs, chunks, y.device)
+    segments = cdiv(chunks, per_segment)
+
+    def new(*shape, dtype=torch.float32):
+        return y.new_empty(shape, dtype=dtype)
+
+    largest = new(batch * heads, plan.NV, chunks)
+    states = norms = scales = None
+    if causal:
+        states = new(slabs, chunks, plan.CP, plan.DVP, dtype=plan.gamma_dtype)
+        norms, scales = new(slabs if has_z else 0, chunks, plan.CP), new(slabs, plan.NV, chunks)
+    last = new(slabs, plan.state_size) if need_last or segments > 1 or not causal else None
+    blocks = cdiv(plan.CP, plan.BC)
+
+    def launch(first, sums, decays, store_chunks: bool):
+        states_kernel[(slabs * plan.NV * blocks * segments,)](
+            gamma, y, output, rd, grad_normalizer, write_weight, log_decay, first, sums, decays, states, norms, scales, largest,
+            *strides(gamma), *strides(y), *strides(output), *strides(write_weight), *strides(log_decay),
+            length, value_dim, mixtures, segments, per_segment, mixtures // y.shape[1] if not reverse else 1,
+            R=repeats, T=plan.T, CP=plan.CP, BC=plan.BC, BV=plan.BV, NV=plan.NV, EVEN_V=value_dim == plan.DVP,
+            REVERSE=reverse, CHUNKS=store_chunks, HAS_FIRST=first is not None, LAST=sums is not None,
+            HAS_WEIGHT=write_weight is not None, HAS_DECAY=log_decay is not None, HAS_Z=has_z, NORMALIZE=rd is not None,
+            HAS_GRAD_NORMALIZER=grad_normalizer is not None, EXACT=plan.exact, PRECISION=PRECISION, **plan.states,
+        )  # fmt: skip
+
+    if causal and segments == 1:
+        launch(first, last, None, True)
+    else:
+        sums, decays = new(slabs, segments, plan.state_size), new(slabs, segments)
+        launch(None, sums, decays, False)
+        scan_kernel[(slabs, cdiv(plan.state_size, 128))](
+            sums, decays, first, last, segments, plan.state_size,
+            BLOCK=128, ROWS=16, REVERSE=reverse, HAS_DECAY=log_decay is not None, HAS_FIRST=first is not None, num_warps=1,
+        )  # fmt: skip
+        if causal:
+            launch(sums, None, None, True)
+    return States(states, norms, scales, largest, last)
+
+
 def to_slabs(plan: Plan, S: Tensor, z: Tensor) -> Tensor:
-    """S [B, M, C, DV], z [B, M, C] -> [B * M * NV, CP * (BV + 1)]."""
-    batch, mixtures, components, _ = S.shape
-    slabs = S.new_zeros(batch, mixtures, plan.NV, plan.CP * (plan.BV + 1), dtype=torch.float32)
-    padded = slabs[..., : plan.CP * plan.BV].unflatten(-1, (plan.CP, plan.BV))
-    for v in range(plan.NV):
-        block = S[..., v * plan.BV : (v + 1) * plan.BV]
-        padded[:, :, v, :components, : block.shape[-1]] = block
-    slabs[..., plan.CP * plan.BV :][..., :components] = z.unsqueeze(2)
-    return slabs.flatten(0, 2)
+    """S [B, M, C, DV], z [B, M, C] -> [B * M, CP * DVP + CP]."""
+    batch, mixtures, components, value_dim = S.shape
+    slabs = S.new_zeros(batch, mixtures, plan.state_size, dtype=torch.float32)
+    norms = plan.CP * plan.DVP
+    slabs[..., :norms].unflatten(-1, (plan.CP, plan.DVP))[..., :components, :value_dim] = S
+    slabs[..., norms:][..., :components] = z
+    return slabs.flatten(0, 1)
 
 
 def from_slabs(plan: Plan, slabs: Tensor, batch: int, components: int, dim: int) -> tuple[Tensor, Tensor]:
     """The inverse of `to_slabs`: always a copy, so that nobody holds on to the padding."""
-    slabs = slabs.unflatten(0, (batch, -1, plan.NV))
-    S = slabs[..., : plan.CP * plan.BV].unflatten(-1, (plan.CP, plan.BV))[..., :components, :]
-    S = S.movedim(2, 3).flatten(3)[..., :dim]
-    z = slabs[:, :, 0, plan.CP * plan.BV :][..., :components]
-    return tuple(part.clone(memory_format=torch.contiguous_format) for part in (S, z))
-
-
-def scan(states, decays, first, last, reverse, slabs_per_decay) -> None:
-    """Run `scan_kernel` in place on states [slabs, segments, size]."""
-    slabs, segments, size = states.shape
-    block = 128
-    scan_kernel[(slabs, cdiv(size, block))](
-        states, decays, first, last, segments, size, slabs_per_decay,
-        BLOCK=block, ROWS=16, REVERSE=reverse, HAS_DECAY=decays is not None, HAS_FIRST=first is not None, num_warps=1,
-    )  # fmt: skip
-
-
-def write(
-    plan, saved, x, y, output, rd, grad_normalizer, write_weight, log_decay, mixtures, repeats, first, last, reverse
-):
-    """States at the borders of the segments [slabs, segments, size], and chunks per segment; fills `last` as well."""
-    batch, _, length, dim = x.shape
-    chunks = cdiv(length, plan.T)
-    per_segment = segment_length(plan, batch * mixtures, chunks, x.device)
-    segments = cdiv(chunks, per_segment)
-    states = last.new_empty(batch * mixtures * plan.NV, segments, last.shape[-1])
-    decays = last.new_empty(batch * mixtures, segments)
-    write_kernel[(batch * mixtures * plan.NV * segments,)](
-        x, y, output, rd, grad_normalizer, write_weight, log_decay, saved.weights, saved.bias, states, decays,
-        saved.lse_query if reverse else saved.lse_key, saved.largest_value, saved.largest_weight,
-        *strides(x), *strides(y), *strides(output), *strides(write_weight), *strides(log_decay),
-        length, dim, y.shape[-1], mixtures, segments, per_segment, chunks,
-        mixtures * repeats // x.shape[1], mixtures * repeats // y.shape[1],
-        R=repeats, REVERSE=reverse, HAS_WEIGHT=write_weight is not None, HAS_DECAY=log_decay is not None,
-        NORMALIZE=rd is not None, HAS_GRAD_NORMALIZER=grad_normalizer is not None,
-        **plan.constants(dim, y.shape[-1]), **plan.write,
-    )  # fmt: skip
-    scan(states, decays if log_decay is not None else None, first, last, reverse, plan.NV)
-    return states, per_segment
+    slabs, norms = slabs.unflatten(0, (batch, -1)), plan.CP * plan.DVP
+    S = slabs[..., :norms].unflatten(-1, (plan.CP, plan.DVP))[..., :components, :dim]
+    return tuple(x.clone(memory_format=torch.contiguous_format) for x in (S, slabs[..., norms:][..., :components]))
 
 
 INPUTS = (
@@ -170,40 +207,38 @@ def fused_attention(
     """Output, D (of size 0 unless output_normalizer), S, z (unless final_state) and `Saved` (unless save)."""
     batch, query_heads, length, dim = query.shape
     mixtures, components, _ = means.shape
-    value_dim = value.shape[-1]
+    value_dim, normalize = value.shape[-1], eps is not None
     query, key, value = row_contiguous(query), row_contiguous(key), row_contiguous(value)
-    plan = make_plan(query.dtype, int(components), int(dim), int(value_dim))
-    saved = empty_saved(plan, query, key, means, causal, eps is not None, write_weight is not None, save)
-    prepare_coefficients(plan, means, raw_variances, prior_logits, variance_floor, saved)
-    first = None if S is None else to_slabs(plan, S, z)
-    chunks = cdiv(length, plan.T)
-    one_pass = causal and fills_chip(plan, batch * mixtures, query.device)
-    if one_pass:
-        states, per_segment = first, chunks
-    else:
-        states, per_segment = write(
-            plan, saved, key, value, None, None, None, write_weight, log_decay, mixtures, 1, first, saved.last, False
-        )  # fmt: skip
-    if not causal:
-        states, per_segment = saved.last, segment_length(plan, batch * mixtures, chunks, query.device)
-    segments = cdiv(chunks, per_segment)
+    plan, share = plan_of(query, value, means), None
+    weights, bias = compute_coefficients(plan, means, raw_variances, prior_logits, variance_floor)
+    gamma_query = query.new_empty(batch, query_heads, length, plan.CP, dtype=plan.gamma_dtype)
+    gamma_key = query.new_empty(batch, mixtures, key.shape[2], plan.CP, dtype=plan.gamma_dtype)
+    compute_responsibilities(plan, query, key, weights, bias, share, components, gamma_query, gamma_key)
+    states = compute_states(
+        plan, gamma_key, value, None, None, None, write_weight, log_decay, mixtures, 1,
+        None if S is None else to_slabs(plan, S, z), False, causal, normalize or final_state, final_state,
+    )  # fmt: skip
     output, normalizer = empty_output(query, value), empty_normalizer(query, output_normalizer)
-    read_kernel[(batch * mixtures * plan.NV * segments,)](
-        query, key, value, output, normalizer if output_normalizer else None, saved.rd, write_weight, log_decay,
-        saved.weights, saved.bias, states, saved.last, saved.lse_query, saved.lse_key, saved.largest_value, saved.largest_weight, *saved[4:7],
-        *strides(query), *strides(key), *strides(value), *strides(output), *strides(write_weight),
-        *strides(log_decay), 0 if states is None else states.stride(0),
-        length, dim, value_dim, mixtures, segments, per_segment, chunks,
-        mixtures // key.shape[1], 0.0 if eps is None else eps,
-        R=query_heads // mixtures, CAUSAL=causal, ONE_PASS=one_pass, HAS_STATE=states is not None, STRICT=strict,
-        HAS_WEIGHT=write_weight is not None, HAS_DECAY=log_decay is not None, NORMALIZE=eps is not None,
-        OUTPUT_NORMALIZER=output_normalizer, SAVE=save, **plan.constants(dim, value_dim), **plan.read,
+    rd = bias.new_empty(batch if save and normalize else 0, query_heads, length)
+    read_kernel[(batch * mixtures * cdiv(length, plan.T),)](
+        gamma_query, gamma_key, value, output, normalizer if output_normalizer else None, rd, write_weight, log_decay,
+        states.chunks if causal else states.last, states.norms, states.scales, states.largest,
+        *strides(gamma_query), *strides(gamma_key), *strides(value), *strides(output), *strides(write_weight),
+        *strides(log_decay), length, value_dim, mixtures, mixtures // key.shape[1], 0.0 if eps is None else eps,
+        R=query_heads // mixtures, T=plan.T, CP=plan.CP, BV=plan.BV, NV=plan.NV, EVEN_V=value_dim == plan.DVP,
+        CAUSAL=causal, STRICT=strict, HAS_WEIGHT=write_weight is not None, HAS_DECAY=log_decay is not None,
+        NORMALIZE=normalize, OUTPUT_NORMALIZER=output_normalizer, SAVE=save, EXACT=plan.exact, PRECISION=PRECISION,
+        **plan.read,
     )  # fmt: skip
     if final_state:
-        S, z = from_slabs(plan, saved.last, batch, components, value_dim)
+        S, z = from_slabs(plan, states.last, batch, components, value_dim)
     else:
-        S, z = saved.last.new_empty(0), saved.last.new_empty(0)
-    return output, normalizer, S, z, *(saved if save else nothing_saved(saved.last))
+        S, z = bias.new_empty(0), bias.new_empty(0)
+    if not save:
+        return output, normalizer, S, z, *nothing_saved(bias)
+    norms, scales = (states.norms, states.scales) if causal else (bias.new_empty(0, 0, plan.CP), bias.new_empty(0, plan.NV, 0))
+    saved = Saved(rd, states.chunks if causal else states.last, norms, scales, states.largest, weights, bias)
+    return output, normalizer, S, z, *saved
 
 
 def nothing_saved(like: Tensor) -> Saved:
@@ -227,44 +262,17 @@ def _(
     query, key, value, means, raw_variances, prior_logits, write_weight, log_decay, S, z, causal, strict, eps,
     variance_floor, save, final_state, output_normalizer,
 ):  # fmt: skip
-    (mixtures, components, dim), value_dim = means.shape, value.shape[-1]
-    plan = make_plan(query.dtype, int(components), int(dim), int(value_dim))
+    (mixtures, components, _), value_dim = means.shape, value.shape[-1]
+    plan = plan_of(query, value, means)
     single = query.new_empty(0, dtype=torch.float32)
+    saved = nothing_saved(single)
     if save:
-        saved = empty_saved(plan, query, key, means, causal, eps is not None, write_weight is not None, save)
-    else:
-        saved = nothing_saved(single)
+        normalize = eps is not None
+        shapes = saved_shapes(plan, query, key, means, causal, normalize, normalize or final_state)
+        saved = [query.new_empty(size, dtype=saved_dtype(plan, name, causal)) for name, size in shapes.items()]
     shape = (query.shape[0], mixtures, components)
     S, z = (single.new_empty(size if final_state else 0) for size in ((*shape, value_dim), shape))
     return empty_output(query, value), empty_normalizer(query, output_normalizer), S, z, *saved
-
-
-class Side(NamedTuple):
-    """One launch of the gradient kernel: for the queries, or for the keys and values."""
-
-    queries: bool
-    length: int
-    per_segment: int
-    segments: int
-    workers: int
-
-
-def make_side(plan: Plan, queries: bool, batch: int, mixtures: int, x: Tensor, one_pass: bool) -> Side:
-    """The launch for tokens x [B, heads, N, D]."""
-    chunks = cdiv(x.shape[2], plan.T)
-    per_segment = chunks if one_pass else segment_length(plan, batch * mixtures, chunks, x.device)
-    segments = cdiv(chunks, per_segment)
-    workers = workers_per_mixture(plan, mixtures, batch * segments, x.device)
-    return Side(queries, x.shape[2], per_segment, segments, workers)
-
-
-def sums_in_registers(plan: Plan, queries: bool, one_pass: bool, has_decay: bool) -> bool:
-    """Whether a program keeps the sums of its parameters' gradients in registers, as measured; else they are in memory."""
-    if plan.BD < plan.DP:  # blocks of columns take turns in the registers
-        return False
-    if plan.CP * plan.DP > 4096:
-        return not queries
-    return queries or not (one_pass or has_decay)
 
 
 torch.library.define(
@@ -275,6 +283,16 @@ torch.library.define(
     f"-> ({', '.join(['Tensor'] * 10)})",
     tags=torch.Tag.pt2_compliant_tag,
 )
+
+
+def responsibilities_like(plan: Plan, grad: Tensor, heads: int) -> Tensor:
+    """Memory for responsibilities [B, heads, N, CP], which the gradients of the logits replace: that of `grad`, the gradient
+    of queries or keys, where both have the same size. It is read and written tile by tile."""
+    batch, _, length, dim = grad.shape
+    same_size = dim == plan.CP == plan.BD and grad.shape[1] == heads
+    if same_size and grad.element_size() == plan.gamma_dtype.itemsize and grad.stride(-1) == 1:
+        return grad.view(plan.gamma_dtype)
+    return grad.new_empty(batch, heads, length, plan.CP, dtype=plan.gamma_dtype)
 
 
 @torch.library.impl("gma_hf::fused_attention_backward", ("cpu", "cuda"))
@@ -288,69 +306,58 @@ def fused_attention_backward(
     mixtures, components, _ = means.shape
     value_dim, repeats, key_heads, key_length = value.shape[-1], query_heads // mixtures, key.shape[1], key.shape[2]
     query, key, value, grad_output = (row_contiguous(x) for x in (query, key, value, grad_output))
-    plan = make_plan(query.dtype, int(components), int(dim), int(value_dim))
-    saved, blocks = Saved(*saved), plan.NV
+    plan, share, saved = plan_of(query, value, means), None, Saved(*saved)
+    new = saved.bias.new_empty
+    shared = mixtures != key_heads  # mixtures that share keys and values: their gradients are added up below
+    grad_query = torch.empty_like(query)
+    grad_key = new(batch, mixtures, key_length, dim) if shared else torch.empty_like(key)
+    grad_value = new(batch, mixtures, key_length, value_dim) if shared else torch.empty_like(value)
+    gamma_query = responsibilities_like(plan, grad_query, query_heads)
+    gamma_key = responsibilities_like(plan, grad_key, mixtures)
+    compute_responsibilities(plan, query, key, saved.weights, saved.bias, share, components, gamma_query, gamma_key)
+
     rd = saved.rd if normalize else None
     grad_normalizer = None if grad_normalizer is None else grad_normalizer.contiguous()
     first = None
     if grad_S is not None or grad_z is not None:
         shape = (batch, mixtures, components)
-        grad_S = saved.last.new_zeros(*shape, value_dim) if grad_S is None else grad_S
-        first = to_slabs(plan, grad_S, saved.last.new_zeros(shape) if grad_z is None else grad_z)
-        # The blocks of the value dimensions add up: z's gradient belongs to one of them
-        first.unflatten(0, (-1, blocks))[:, 1:, plan.CP * plan.BV :] = 0.0
-    one_pass = causal and fills_chip(plan, batch * mixtures, query.device)
-    grad_first = torch.empty_like(saved.last) if grad_state or not one_pass else saved.last
-    largest_dn = grad_first.new_empty(batch * query_heads * blocks, cdiv(length, plan.T))
-    grad_states = first
-    if not one_pass:
-        grad_states, _ = write(
-            plan, saved, query, grad_output, output if normalize else None, rd, grad_normalizer, None, log_decay,
-            mixtures, repeats, first, grad_first, True,
-        )  # fmt: skip
-    if not causal:
-        grad_states = grad_first
+        grad_S = new(*shape, value_dim).zero_() if grad_S is None else grad_S
+        first = to_slabs(plan, grad_S, new(shape).zero_() if grad_z is None else grad_z)
+    has_z = normalize or first is not None
+    states = compute_states(
+        plan, gamma_query, grad_output, output if normalize else None, rd, grad_normalizer, None, log_decay,
+        mixtures, repeats, first, True, causal, has_z, grad_state,
+    )  # fmt: skip
 
-    # Partial gradients, added up below: of blocks of the value dimensions, of mixtures that share keys and values
-    shared = mixtures != key_heads
-    per_block = query.new_empty(blocks, *query.shape, dtype=torch.float32) if blocks > 1 else None
-    grad_query = torch.empty_like(query) if per_block is None else per_block
-    grad_key, grad_value = torch.empty_like(key), torch.empty_like(value)
-    if shared or blocks > 1:
-        grad_key = key.new_empty(blocks, batch, mixtures, key_length, dim, dtype=torch.float32)
-    if shared:
-        grad_value = value.new_empty(batch, mixtures, key_length, value_dim, dtype=torch.float32)
-    grad_gates = grad_first.new_empty(2, batch, mixtures, blocks, key_length)
-    sides = [
-        make_side(plan, True, batch, mixtures, query, False),
-        make_side(plan, False, batch, mixtures, key, one_pass),
-    ]
-    dd, reads = grad_first.new_empty(2, batch, query_heads, blocks, length)
-    partials = sum(side.workers for side in sides) * blocks
-    registers = [sums_in_registers(plan, side.queries, one_pass, log_decay is not None) for side in sides]
-    new = grad_first.new_empty if all(registers) else grad_first.new_zeros
-    grad_linear, grad_quadratic = (new(partials, mixtures, plan.CP, plan.DP) for _ in range(2))
-    grad_bias = grad_first.new_empty(partials, mixtures, plan.CP)
-    done = 0
-    for side, in_registers in zip(sides, registers, strict=True):
-        gradient_kernel[(side.workers * mixtures * blocks,)](
-            query, key, value, grad_output, rd, grad_normalizer if side.queries else None, write_weight, log_decay,
-            saved.weights, saved.bias, saved.lse_query, saved.lse_key, saved.largest_value, saved.largest_weight, largest_dn, dd, reads,
-            *saved[3:7], grad_states, grad_first, grad_query, grad_key, grad_value, *grad_gates,
-            grad_linear[done:], grad_quadratic[done:], grad_bias[done:],
-            *strides(query), *strides(key), *strides(value), *strides(grad_output), *strides(write_weight),
-            *strides(log_decay), *block_strides(grad_query), *block_strides(grad_key), *grad_value.stride()[:3],
-            saved.last.stride(0), 0 if grad_states is None else grad_states.stride(0),
-            batch, side.length, dim, value_dim, mixtures, side.segments, side.per_segment,
-            cdiv(side.length, plan.T), mixtures // key_heads, side.workers,
-            R=repeats, CAUSAL=causal, QUERIES=side.queries, HAS_GRAD_STATE=grad_states is not None,
-            GRAD_FIRST=one_pass and grad_state, STRICT=strict,
-            HAS_WEIGHT=write_weight is not None, HAS_DECAY=log_decay is not None, NORMALIZE=normalize,
-            HAS_GRAD_NORMALIZER=grad_normalizer is not None and side.queries, GRAD_WEIGHT=grad_weight, IN_REGISTERS=in_registers,
-            **plan.constants(dim, value_dim), **plan.gradient,
+    grad_gates = new(2, batch, mixtures, key_length)
+    logits_dtype = torch.float32 if plan.exact else torch.bfloat16
+    grad_logits = [x.view(logits_dtype) for x in (gamma_query, gamma_key)]
+    sides = ((True, True, length),) if causal else ((True, False, length), (False, True, key_length))
+    for queries, keys, tokens in sides:
+        gradient_kernel[(batch * mixtures * cdiv(tokens, plan.T),)](
+            gamma_query, gamma_key, value, grad_output, rd, grad_normalizer, write_weight, log_decay, share,
+            saved.states, saved.norms, saved.scales, states.chunks if causal else states.last, states.norms, states.scales,
+            saved.largest_value, states.largest, *grad_logits, grad_value, *grad_gates, None,
+            *strides(gamma_query), *strides(gamma_key), *strides(value), *strides(grad_output), *strides(grad_value),
+            *strides(write_weight), *strides(log_decay), tokens, components, value_dim, mixtures, mixtures // key_heads,
+            R=repeats, T=plan.T, CP=plan.CP, BV=plan.BV, NV=plan.NV, EVEN_V=value_dim == plan.DVP,
+            CAUSAL=causal, QUERIES=queries, KEYS=keys, STRICT=strict, HAS_SHARE=share is not None,
+            HAS_WEIGHT=write_weight is not None, HAS_DECAY=log_decay is not None, HAS_Z=has_z, NORMALIZE=normalize,
+            HAS_GRAD_NORMALIZER=grad_normalizer is not None, GRAD_WEIGHT=grad_weight,
+            EXACT=plan.exact, PRECISION=PRECISION, **plan.gradient,
         )  # fmt: skip
-        done += side.workers * blocks
 
+    tiles = batch * cdiv(max(length * repeats, key_length), plan.T)
+    workers = workers_per_mixture(plan, mixtures, tiles, query.device)
+    grad_linear, grad_quadratic = new(2, 2 * workers, mixtures, plan.CP, plan.DP)
+    grad_bias = new(2 * workers, mixtures, plan.CP)
+    logit_gradients_kernel[(2 * workers * mixtures * (plan.DP // plan.BD),)](
+        query, key, *grad_logits, saved.weights, grad_query, grad_key, grad_linear, grad_quadratic, grad_bias,
+        *strides(query), *strides(key), *strides(gamma_query), *strides(gamma_key), *strides(grad_query), *strides(grad_key),
+        batch, length, key_length, dim, mixtures, workers, mixtures // key_heads,
+        R=repeats, T=plan.T, CP=plan.CP, DP=plan.DP, BD=plan.BD, EVEN_D=dim == plan.DP,
+        EXACT=plan.exact, PRECISION=PRECISION, **plan.logits,
+    )  # fmt: skip
     grad_mixture = tuple(
         torch.empty_like(x, memory_format=torch.contiguous_format) for x in (means, raw_variances, prior_logits)
     )
@@ -358,31 +365,19 @@ def fused_attention_backward(
     coefficients_backward_kernel[(mixtures, plan.DP // columns)](
         means.contiguous(), raw_variances.contiguous(), prior_logits.contiguous(),
         grad_linear, grad_quadratic, grad_bias, *grad_mixture,
-        variance_floor, components, dim, partials, mixtures, CP=plan.CP, DP=plan.DP, BD=columns,
+        variance_floor, components, dim, 2 * workers, mixtures, CP=plan.CP, DP=plan.DP, BD=columns,
     )  # fmt: skip
 
-    if grad_query.ndim == 5:
-        grad_query = laid_out_as(query, grad_query.sum(dim=0))
-    if grad_key.ndim == 5:
-        grad_key = laid_out_as(key, grad_key.sum(dim=0).unflatten(1, (key_heads, -1)).sum(dim=2))
     if shared:
-        grad_value = laid_out_as(value, grad_value.unflatten(1, (key_heads, -1)).sum(dim=2))
+        grad_key, grad_value = (
+            laid_out_as(like, grad.unflatten(1, (key_heads, -1)).sum(dim=2))
+            for like, grad in ((key, grad_key), (value, grad_value))
+        )
     gates = (write_weight if grad_weight else None, log_decay)
     grad_gates = (sum_heads(grad, gate) for grad, gate in zip(grad_gates, gates, strict=True))
-    if not grad_state:
-        return (
-            grad_query,
-            grad_key,
-            grad_value,
-            *grad_mixture,
-            *grad_gates,
-            grad_first.new_empty(0),
-            grad_first.new_empty(0),
-        )
-    grad_S, grad_z = from_slabs(plan, grad_first, batch, components, value_dim)
-    if blocks > 1:
-        grad_z = grad_first.unflatten(0, (batch, mixtures, blocks))[..., plan.CP * plan.BV :].sum(dim=2)
-        grad_z = grad_z[..., :components].contiguous()
+    grad_S, grad_z = new(0), new(0)
+    if grad_state:
+        grad_S, grad_z = from_slabs(plan, states.last, batch, components, value_dim)
     return grad_query, grad_key, grad_value, *grad_mixture, *grad_gates, grad_S, grad_z
 
 
@@ -392,12 +387,12 @@ def laid_out_as(like: Tensor, x: Tensor) -> Tensor:
 
 
 def sum_heads(x: Tensor, like: Tensor | None) -> Tensor:
-    """Gradients [B, M, NV, N] of what mixtures share, in the shape and type of the input; of size 0 if unused."""
+    """Gradients [B, M, N] of what mixtures share, in the shape and type of the input; of size 0 if unused."""
     if like is None:
         return x.new_empty(0)
-    if x.shape[1] * x.shape[2] == like.shape[1]:
-        return x.flatten(1, 2).to(like.dtype, copy=True)
-    return x.flatten(1, 2).unflatten(1, (like.shape[1], -1)).sum(dim=2).to(like.dtype)
+    if x.shape[1] == like.shape[1]:
+        return x.to(like.dtype, copy=True)
+    return x.unflatten(1, (like.shape[1], -1)).sum(dim=2).to(like.dtype)
 
 
 @torch.library.register_fake("gma_hf::fused_attention_backward")
@@ -406,14 +401,14 @@ def _(
     grad_normalizer, grad_S, grad_z, causal, strict, normalize, variance_floor, grad_weight, grad_state, *saved,
 ):  # fmt: skip
     batch, mixtures, components, value_dim = query.shape[0], *means.shape[:2], value.shape[-1]
-    last = Saved(*saved).last
+    bias = Saved(*saved).bias
     gates = (write_weight if grad_weight else None, log_decay)
     return (
         *(torch.empty_like(row_contiguous(x)) for x in (query, key, value)),
         *(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (means, raw_variances, prior_logits)),
-        *(last.new_empty(0) if x is None else x.new_empty(x.shape) for x in gates),
-        last.new_empty((batch, mixtures, components, value_dim) if grad_state else 0),
-        last.new_empty((batch, mixtures, components) if grad_state else 0),
+        *(bias.new_empty(0) if x is None else x.new_empty(x.shape) for x in gates),
+        bias.new_empty((batch, mixtures, components, value_dim) if grad_state else 0),
+        bias.new_empty((batch, mixtures, components) if grad_state else 0),
     )
 
 

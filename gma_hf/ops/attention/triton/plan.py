@@ -9,6 +9,9 @@ import torch
 import triton
 
 
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
 class Plan(NamedTuple):
     """Sizes of the blocks that a kernel works on, and its launch options."""
 
@@ -17,29 +20,29 @@ class Plan(NamedTuple):
     CP: int  # components, padded
     DP: int  # routing dimensions, padded
     BD: int  # routing dimensions of a block
+    BC: int  # components of a block of a state
     BV: int  # value dimensions of a block
     NV: int  # blocks of value dimensions
-    write: dict[str, int]
+    responsibilities: dict[str, int]  # launch options
+    states: dict[str, int]
     read: dict[str, int]
     gradient: dict[str, int]
+    logits: dict[str, int]
 
-    def constants(self, dim: int, value_dim: int) -> dict[str, int | bool | str]:
-        """What all large kernels are specialised for."""
-        return {
-            "T": self.T,
-            "CP": self.CP,
-            "DP": self.DP,
-            "BD": self.BD,
-            "BV": self.BV,
-            "NV": self.NV,
-            "EVEN_D": dim == self.DP,
-            "EVEN_V": value_dim == self.BV * self.NV,
-            "EXACT": self.exact,
-            "PRECISION": "ieee" if INTERPRETED else "tf32x3",
-        }
+    @property
+    def DVP(self) -> int:
+        """Value dimensions, padded."""
+        return self.BV * self.NV
 
+    @property
+    def state_size(self) -> int:
+        """Numbers of S and z of one mixture."""
+        return self.CP * (self.DVP + 1)
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+    @property
+    def gamma_dtype(self) -> torch.dtype:
+        """In which responsibilities and chunks' states lie in memory."""
+        return torch.float32 if self.exact else torch.float16
 
 
 def cdiv(a: int, b: int) -> int:
@@ -52,31 +55,29 @@ def padded(size: int) -> int:
     return max(16, triton.next_power_of_2(size))
 
 
+PRECISION = "ieee" if INTERPRETED else "tf32x3"  # of products of float32 operands
+
+
 @functools.cache
-def make_plan(dtype: torch.dtype, components: int, dim: int, value_dim: int) -> Plan:
-    """The plan of a call."""
+def make_plan(dtype: torch.dtype, components: int, dim: int, value_dim: int, repeats: int) -> Plan:
+    """The plan of a call with so many query heads a mixture (`repeats`)."""
     exact = dtype != torch.bfloat16
     CP, DP, DVP = padded(components), padded(dim), padded(value_dim)
-    many = CP > 128
-    # Elements of a block that stays on the chip: all of a common size, a part of a large one
-    room = 8192 if not exact and (many or CP * max(DP, DVP) <= 8192) else 4096
-    BD, BV = min(DP, room // CP), min(DVP, room // CP)
-    large = CP * max(BD, BV) > 4096
-    stages = 1 if DP > BD else 2  # blocks that are loaded again and again leave no room for the next chunk
     # Fewer than 64 rows keep the large matrix instructions away; float32 operands leave no room for more
     T = 64 if not exact else 32 if CP * max(DP, DVP) <= 4096 else 16
+    BD = min(DP, (4096 if exact else 8192) // CP, 64)
+    BC = min(CP, 64 if exact else 128)
+    # Query heads that share keys share a block of all value dimensions
+    BV = DVP if repeats > 1 else min(DVP, 64)
+    many = 8 if CP * max(BD, BV) > 4096 else 4
     return Plan(
-        exact,
-        T,
-        CP,
-        DP,
-        BD,
-        BV,
-        cdiv(value_dim, BV),
-        write={"num_warps": 4, "num_stages": stages},
-        read={"num_warps": 8 if large else 4, "num_stages": 1 if large else stages},
-        gradient={"num_warps": 8 if many and not exact else 4, "num_stages": 1},
-    )
+        exact, T, CP, DP, BD, BC, BV, cdiv(DVP, BV),
+        responsibilities={"num_warps": 8 if CP > 128 else 4, "num_stages": 2},
+        states={"num_warps": 8 if BC * BV > 8192 else 4, "num_stages": 2},
+        read={"num_warps": many, "num_stages": 1},
+        gradient={"num_warps": many, "num_stages": 1},
+        logits={"num_warps": 8 if CP * BD > 4096 else 4, "num_stages": 2},
+    )  # fmt: skip
 
 
 @functools.cache
@@ -85,21 +86,18 @@ def multiprocessors(device_index: int | None) -> int:
     return 4 if INTERPRETED else torch.cuda.get_device_properties(device_index).multi_processor_count
 
 
-def fills_chip(plan: Plan, sequences: int, device: torch.device) -> bool:
-    """Whether every sequence can be one segment: then nothing has to be computed twice."""
-    return 2 * sequences * plan.NV >= 3 * multiprocessors(device.index)
-
-
 def segment_length(plan: Plan, sequences: int, chunks: int, device: torch.device) -> int:
-    """Chunks of a segment: many, because every segment costs a state, but enough segments to fill the chip; all alike."""
-    programs = 8 * multiprocessors(device.index)
-    wanted = max(1, min(32, sequences * plan.NV * chunks // programs))
+    """Chunks of a segment: all of them where sequences and heads fill the chip, as one pass is enough then."""
+    programs = sequences * plan.NV * cdiv(plan.CP, plan.BC)
+    if 2 * programs >= 3 * multiprocessors(device.index):
+        return chunks
+    wanted = max(1, min(32, programs * chunks // (8 * multiprocessors(device.index))))
     segments = max(1, chunks // wanted)
     return cdiv(chunks, segments)
 
 
-def workers_per_mixture(plan: Plan, mixtures: int, segments: int, device: torch.device) -> int:
-    """Programs that share the segments of a mixture evenly: as many as run at once, so that few partial sums remain."""
-    slots = 2 * multiprocessors(device.index)
-    workers = max(1, min(segments, slots // (mixtures * plan.NV)))
-    return cdiv(segments, cdiv(segments, workers))
+def workers_per_mixture(plan: Plan, mixtures: int, tiles: int, device: torch.device) -> int:
+    """Programs that share the tiles of a mixture's queries or keys: as many as run at once, so that few partial sums remain."""
+    slots = multiprocessors(device.index)  # of 2, for either side
+    workers = max(1, min(tiles, slots // (mixtures * (plan.DP // plan.BD))))
+    return cdiv(tiles, cdiv(tiles, workers))

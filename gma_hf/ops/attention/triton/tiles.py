@@ -308,3 +308,47 @@ def decayed(pairs, decays, HAS_DECAY: tl.constexpr):
     else:
         pairs = tl.where(decays, pairs, 0.0)
     return pairs
+
+
+@triton.jit
+def load_value(
+    V, first, columns, stride, count, DV, scale, weight,
+    T: tl.constexpr, EVEN_V: tl.constexpr, HAS_WEIGHT: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    """Values of a chunk times their scale, as an operand. Padding, whose weight is 0, may hold anything."""
+    value = load_tile(V, first, columns, stride, count, DV, T, EVEN_V).to(tl.float32) * scale
+    if HAS_WEIGHT:
+        if EXACT:
+            limit = 1e30
+        else:
+            limit = 60000.0
+        value = tl.where((weight > 0)[:, None], value, tl.minimum(tl.maximum(value, -limit), limit))
+    return operand(value, EXACT)
+
+
+@triton.jit
+def load_state(
+    States, Scales, slab, chunk, chunks, v,
+    CP: tl.constexpr, BV: tl.constexpr, NV: tl.constexpr, CAUSAL: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    """Columns `v` of a chunk's state [CP, BV] as an operand, and its scale; or of the one state, in float32, of a
+    bidirectional call."""
+    offsets = tl.arange(0, CP)[:, None] * (NV * BV) + v * BV + tl.arange(0, BV)[None, :]
+    if CAUSAL:
+        state = tl.load(States + (slab * chunks + chunk) * (CP * NV * BV) + offsets)
+        scale = tl.load(Scales + (slab * NV + v) * chunks + chunk)
+    else:
+        state = tl.load(States + slab * (CP * (NV * BV + 1)) + offsets)
+        scale = tile_scale(tl.max(tl.max(tl.abs(state), 1), 0), EXACT)
+        state = operand(state * scale, EXACT)
+    return state, scale
+
+
+@triton.jit
+def load_norm(States, Norms, slab, chunk, chunks, CP: tl.constexpr, DVP: tl.constexpr, CAUSAL: tl.constexpr):
+    """z, or its gradient, of a chunk's state [CP]."""
+    if CAUSAL:
+        result = tl.load(Norms + (slab * chunks + chunk) * CP + tl.arange(0, CP))
+    else:
+        result = tl.load(States + slab * (CP * (DVP + 1)) + CP * DVP + tl.arange(0, CP))
+    return result
