@@ -244,7 +244,7 @@ def test_pytorch_finds_the_operator_well_formed(features):
     """Schema, shapes without data, autograd, and differentiation ahead of time with fixed and with open sizes."""
     problem = KernelProblem(length=20, batch=1, **features)
     tensors = {name: x.float().to(DEVICE).requires_grad_() for name, x in problem.tensors().items()}
-    names = (*QKV, "means", "raw_variances", "prior_logits", "write_weight", "log_decay", "S", "z")
+    names = (*QKV, "means", "raw_variances", "prior_logits", "write_weight", "log_decay", "share", "S", "z")
     arguments = (
         *(tensors.get(name) for name in names),
         problem.causal,

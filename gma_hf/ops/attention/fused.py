@@ -44,7 +44,7 @@ def fused_attention(call: AttentionCall) -> AttentionResult:
     S, z = (None, None) if call.initial_state is None else call.initial_state
     tensors = (
         call.query, call.key, call.value, call.means, call.raw_variances, call.prior_logits, call.write_weight,
-        call.log_decay, S, z,
+        call.log_decay, None, S, z,
     )  # fmt: skip
     eps = call.eps if call.normalize else None
     if is_step(call):

@@ -35,12 +35,11 @@ from .tiles import (
     load_tile,
     load_value,
     operand,
-    pair_decays,
+    pair_factors,
     product,
     store_row,
     store_tile,
     tile_scale,
-    visible_pairs,
 )
 
 
@@ -68,36 +67,25 @@ def load_gradient(
 
 
 @triton.jit
-def weighted(x, weight, to_end, HAS_WEIGHT: tl.constexpr, HAS_DECAY: tl.constexpr):
-    """t_j w_j times the rows of x."""
-    if HAS_DECAY:
-        x *= (weight * to_end)[:, None]
-    elif HAS_WEIGHT:
-        x *= weight[:, None]
-    return x
-
-
-@triton.jit
 def from_state_after(
-    grad_key, gamma_key, g, weight, to_end,
-    HAS_Z: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_DECAY: tl.constexpr, TOTAL: tl.constexpr,
+    grad_key, gamma_key, g, weight, to_end, HAS_Z: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_DECAY: tl.constexpr
 ):  # fmt: skip
-    """t_j w_j (G v_j + g) [T, CP] from G v_j, and if asked for t_j gamma^K_j . (G v_j + g) [T]."""
+    """t_j w_j (G v_j + g) [T, CP] from G v_j, and without the weight its product with gamma^K_j [T]."""
+    total = to_end
     if HAS_Z:
         grad_key += g[None, :]
     if HAS_DECAY:
         grad_key *= to_end[:, None]
-    total = weight
-    if TOTAL:
+    if HAS_DECAY or HAS_WEIGHT:
         total = tl.sum(grad_key * gamma_key.to(tl.float32), 1) * (1.0 / UNIT)
     if HAS_WEIGHT:
-        grad_key = tl.where((weight > 0)[:, None], grad_key * weight[:, None], 0.0)
+        grad_key *= weight[:, None]
     return grad_key, total
 
 
 @triton.jit(do_not_specialize=["N", "M", "kv_groups"])
 def gradient_kernel(
-    GammaQ, GammaK, V, DO, RD, GradNormalizer, W, LA, Share,
+    GammaQ, GammaK, V, DO, RD, GradNormalizer, W, LA, DecaySums, Share,
     ChunkStates, ChunkNorms, ChunkScales, GradStates, GradNorms, GradScales, LargestV, LargestDN,
     GradLogitsQ, GradLogitsK, GV, GW, GLA, GradShare,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
@@ -121,30 +109,33 @@ def gradient_kernel(
     count = N - first
     components, tokens = tl.arange(0, CP), tl.arange(0, T)
     if HAS_DECAY:
-        sums, resets, total, total_resets = load_decays(
-            LA + batch * stride_ab + mixture.to(tl.int64) * stride_ah, first, stride_an, count, T
-        )
+        DecaySums += 2 * slab * N
+        last = tl.minimum(first + T, N) - 1
+        sums, resets = load_row(DecaySums, first, 1, count, 0.0, T), load_row(DecaySums + N, first, 1, count, 0.0, T)
+        total, total_resets = tl.load(DecaySums + last), tl.load(DecaySums + N + last)
         from_start = tl.where(resets == 0.0, tl.exp2(sums), 0.0)
         to_end = tl.where(resets == total_resets, tl.exp2(total - sums), 0.0)
         keep = tl.where(total_resets == 0.0, tl.exp2(total), 0.0)
         read_minus_write = tl.zeros([T], tl.float32)
         carried = 0.0
     weight = (tokens < count).to(tl.float32)
-    heaviest = 1.0
-    weight_scale = UNIT
+    weight_unit = 1.0  # the power of two that makes the largest weight nearly 1
     if HAS_WEIGHT and (CAUSAL or KEYS):
         weight = load_row(W + batch * stride_wb + mixture.to(tl.int64) * stride_wh, first, stride_wn, count, 0.0, T)
         heaviest = tl.max(weight, 0)
-        weight_scale = tile_scale(heaviest, EXACT)
+        weight_unit = tile_scale(heaviest, EXACT) * (1.0 if EXACT else 1.0 / UNIT)
+        # The gradient of w is that of w gamma divided by w, unless w is too small for it
+        has_tiny = tl.min(weight, 0) <= heaviest * 0.000244140625
     if CAUSAL or KEYS:
         key_tile = GammaK + batch * stride_kb + mixture.to(tl.int64) * stride_kh
         gamma_key = load_tile(key_tile, first, components, stride_kn, count, CP, T, True)
         value_pointer = V + batch * stride_vb + (mixture // kv_groups).to(tl.int64) * stride_vh
+    if not HAS_DECAY:
+        sums = weight
+        resets = weight
+        to_end = weight
     if CAUSAL:
-        if HAS_DECAY:
-            decays = pair_decays(sums, resets, first, T, STRICT)
-        else:
-            decays = visible_pairs(first, T, STRICT)
+        factors = pair_factors(sums, resets, first, T, STRICT, HAS_DECAY)
     if HAS_Z:
         if QUERIES:
             z = load_norm(ChunkStates, ChunkNorms, slab, chunk, chunks, CP, NV * BV, CAUSAL)
@@ -156,31 +147,32 @@ def gradient_kernel(
             g = z
     else:
         g = tl.zeros([CP], tl.float32)
-    if not HAS_DECAY:
-        to_end = weight
     if KEYS:
         grad_value_pointer = GV + batch * stride_gvb + mixture.to(tl.int64) * stride_gvh
-        grad_key = tl.zeros([T, CP], tl.float32)
-        grad_weight = tl.zeros([T], tl.float32)
+        grad_key = tl.zeros([T, CP], tl.float32)  # of w gamma
         from_state = tl.zeros([T], tl.float32)
+        grad_weight = tl.zeros([T], tl.float32)
 
     if KEYS and (R > 1 or not CAUSAL):  # before all query heads
         for v in tl.static_range(NV):
             columns = v * BV + tl.arange(0, BV)
             value_scale = tile_scale(tl.load(LargestV + (slab * NV + v) * chunks + chunk), EXACT)
             value = load_value(
-                value_pointer, first, columns, stride_vn, count, DV, value_scale, weight, T, EVEN_V, HAS_WEIGHT, EXACT
+                value_pointer, first, columns, stride_vn, count, DV, value_scale, T, EVEN_V, HAS_WEIGHT, EXACT
             )
             grad_state, grad_scale = load_state(
                 GradStates, GradScales, slab, chunk, chunks, v, CP, BV, NV, CAUSAL, EXACT
             )
             grad_key += product(value, tl.trans(grad_state), PRECISION) * (1.0 / (value_scale * grad_scale))
             grad_value = product(gamma_key, grad_state, PRECISION) * (1.0 / (UNIT * grad_scale))
-            grad_value = weighted(grad_value, weight, to_end, HAS_WEIGHT, HAS_DECAY)
+            if HAS_DECAY:
+                grad_value *= to_end[:, None]
             if not CAUSAL:
+                if HAS_WEIGHT:
+                    grad_value *= weight[:, None]
                 store_tile(grad_value_pointer, grad_value, first, columns, stride_gvn, count, DV, T, EVEN_V)
         grad_key, from_state = from_state_after(
-            grad_key, gamma_key, g, weight, to_end, HAS_Z, HAS_WEIGHT, HAS_DECAY, HAS_DECAY or GRAD_WEIGHT
+            grad_key, gamma_key, g, weight, to_end, HAS_Z, HAS_WEIGHT, HAS_DECAY
         )
 
     if CAUSAL or QUERIES:
@@ -196,12 +188,10 @@ def gradient_kernel(
             # The pairs of the chunk
             if CAUSAL:
                 pairs = product(gamma_query, tl.trans(gamma_key), PRECISION)
-                pairs = decayed(pairs * (1.0 / UNIT / UNIT), decays, HAS_DECAY)
-                if HAS_WEIGHT:
-                    pairs_operand = operand(pairs * (weight * weight_scale)[None, :], EXACT)
-                else:
-                    pairs_operand = operand(pairs * weight_scale, EXACT)
+                pairs = decayed(pairs, 1.0, factors, HAS_DECAY)  # times UNIT
+                pairs_operand = operand(pairs, EXACT)
                 grad_pairs = tl.zeros([T, T], tl.float32)
+                pair_unit = 1.0
             bound = 0.0
             for v in tl.static_range(NV):
                 columns = v * BV + tl.arange(0, BV)
@@ -214,11 +204,15 @@ def gradient_kernel(
                     if R == 1:
                         value_scale = tile_scale(tl.load(LargestV + (slab * NV + v) * chunks + chunk), EXACT)
                         value = load_value(
-                            value_pointer, first, columns, stride_vn, count, DV, value_scale, weight,
+                            value_pointer, first, columns, stride_vn, count, DV, value_scale,
                             T, EVEN_V, HAS_WEIGHT, EXACT,
                         )  # fmt: skip
                     unscaled = 1.0 / (dn_scale * value_scale)
-                    grad_pairs += product(dn, tl.trans(value), PRECISION) * unscaled
+                    if NV == 1:
+                        grad_pairs = product(dn, tl.trans(value), PRECISION)
+                        pair_unit = dn_scale * value_scale
+                    else:
+                        grad_pairs += product(dn, tl.trans(value), PRECISION) * unscaled
                     bound += 4.0 * BV * UNIT * UNIT * unscaled
                 if NORMALIZE or not CAUSAL:
                     state, state_scale = load_state(
@@ -233,7 +227,7 @@ def gradient_kernel(
                     both = pairs * grad_pairs
                     if HAS_WEIGHT:
                         both *= weight[None, :]
-                    grad_denominator += tl.sum(both, 1)
+                    grad_denominator += tl.sum(both, 1) * (1.0 / (UNIT * pair_unit))
                 grad_denominator *= -rd
                 if HAS_GRAD_NORMALIZER:
                     grad_denominator += load_row(GradNormalizer + token, first, 1, count, 0.0, T)
@@ -242,17 +236,19 @@ def gradient_kernel(
                     z_grad *= from_start
                 grad_query += z_grad[:, None] * z[None, :]
                 if CAUSAL:
-                    grad_pairs += grad_denominator[:, None]
+                    grad_pairs += (grad_denominator * pair_unit)[:, None]
                     bound += tl.max(tl.abs(grad_denominator), 0)
             if CAUSAL:
                 if GRAD_WEIGHT:
-                    grad_weight += tl.sum(grad_pairs * pairs, 0)
-                scale = tile_scale(bound * heaviest, EXACT)
-                grad_pairs = decayed(grad_pairs * scale, decays, HAS_DECAY)
+                    if has_tiny:
+                        both = grad_pairs * pairs_operand.to(tl.float32)
+                        grad_weight += tl.sum(both, 0) * (1.0 / (UNIT * pair_unit))
+                scale = tile_scale(bound, EXACT)
+                grad_pairs = decayed(grad_pairs, UNIT * scale / pair_unit, factors, HAS_DECAY)
                 if HAS_WEIGHT:
-                    grad_pairs = tl.where((weight > 0)[None, :], grad_pairs * weight[None, :], 0.0)
+                    grad_pairs *= (weight * weight_unit)[None, :]
                 grad_pairs_operand = operand(grad_pairs, EXACT)
-                unscaled_pairs = 1.0 / (UNIT * scale)
+                unscaled_pairs = 1.0 / (UNIT * scale * weight_unit)
 
             # Values and keys
             if KEYS:
@@ -266,7 +262,7 @@ def gradient_kernel(
                         )  # fmt: skip
                         value_scale = tile_scale(tl.load(LargestV + (slab * NV + v) * chunks + chunk), EXACT)
                         value = load_value(
-                            value_pointer, first, columns, stride_vn, count, DV, value_scale, weight,
+                            value_pointer, first, columns, stride_vn, count, DV, value_scale,
                             T, EVEN_V, HAS_WEIGHT, EXACT,
                         )  # fmt: skip
                     if R == 1:
@@ -274,9 +270,12 @@ def gradient_kernel(
                             GradStates, GradScales, slab, chunk, chunks, v, CP, BV, NV, CAUSAL, EXACT
                         )
                         grad_value = product(gamma_key, grad_state, PRECISION) * (1.0 / (UNIT * grad_scale))
-                        grad_value = weighted(grad_value, weight, to_end, HAS_WEIGHT, HAS_DECAY)
-                    grad_value += product(tl.trans(pairs_operand), dn, PRECISION) * (1.0 / (weight_scale * dn_scale))
+                        if HAS_DECAY:
+                            grad_value *= to_end[:, None]
+                    grad_value += product(tl.trans(pairs_operand), dn, PRECISION) * (1.0 / (UNIT * dn_scale))
                     if R == 1:
+                        if HAS_WEIGHT:
+                            grad_value *= weight[:, None]
                         store_tile(grad_value_pointer, grad_value, first, columns, stride_gvn, count, DV, T, EVEN_V)
                         grad_key += product(value, tl.trans(grad_state), PRECISION) * (1.0 / (value_scale * grad_scale))
                     if HAS_DECAY:
@@ -288,8 +287,8 @@ def gradient_kernel(
                             carried += tl.sum(tl.sum(both, 1), 0) * (1.0 / (state_scale * grad_scale))
                 if R == 1:
                     grad_key, from_state = from_state_after(
-                        grad_key, gamma_key, g, weight, to_end, HAS_Z, HAS_WEIGHT, HAS_DECAY, HAS_DECAY or GRAD_WEIGHT
-                    )
+            grad_key, gamma_key, g, weight, to_end, HAS_Z, HAS_WEIGHT, HAS_DECAY
+        )
                 grad_key += product(tl.trans(grad_pairs_operand), gamma_query, PRECISION) * unscaled_pairs
 
             # Queries
@@ -329,16 +328,20 @@ def gradient_kernel(
 
     if KEYS:
         if R > 1 and CAUSAL:
+            if HAS_WEIGHT:
+                grad_value *= weight[:, None]
             store_tile(grad_value_pointer, grad_value, first, tl.arange(0, BV), stride_gvn, count, DV, T, EVEN_V)
-        if GRAD_WEIGHT:
-            store_row(GW + slab * N, grad_weight + from_state, first, count, T)
         grad_key, total_write = logit_gradient(grad_key, gamma_key.to(tl.float32) * (1.0 / UNIT))
+        if GRAD_WEIGHT:
+            if CAUSAL:
+                grad_weight = tl.where(has_tiny, grad_weight + from_state, total_write / tl.maximum(weight, 1e-30))
+            else:
+                grad_weight = from_state
+            store_row(GW + slab * N, grad_weight, first, count, T)
         if HAS_DECAY:
             # Backwards running sum, as what all but the tokens before add up to
             read_minus_write -= total_write
-            before = tl.cumsum(read_minus_write, 0) - read_minus_write
-            spanning = tl.sum(tl.where(weight > 0, from_state * weight, 0.0), 0) + carried * keep
-            spanning += tl.sum(read_minus_write, 0) - before
+            spanning = tl.sum(from_state * weight, 0) + carried * keep + tl.cumsum(read_minus_write, 0, reverse=True)
             log_decay = load_row(
                 LA + batch * stride_ab + mixture.to(tl.int64) * stride_ah, first, stride_an, count, 0.0, T
             )

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .coefficients import coefficients_backward_kernel, coefficients_kernel
+from .fused_outputs import fused_read_kernel, write_kernel
 from .gradients import gradient_kernel
 from .launching import on_its_device
 from .outputs import read_kernel
@@ -98,14 +99,24 @@ def compute_responsibilities(
     """Fill gamma_query [B, HQ, NQ, CP] and gamma_key [B, M, NK, CP]."""
     batch, query_heads, query_length, dim = query.shape
     mixtures, key_length = gamma_key.shape[1], gamma_key.shape[2]
-    rows = TILES * plan.T
+    rows = TILES * plan.rows
     query_programs = batch * query_heads * cdiv(query_length, rows)
     responsibilities_kernel[(query_programs + batch * mixtures * cdiv(key_length, rows),)](
         query, key, weights, bias, share, gamma_query, gamma_key,
         *strides(query), *strides(key), *strides(gamma_query), *strides(gamma_key),
         query_length, key_length, components, dim, mixtures, query_programs, mixtures // key.shape[1],
-        R=query_heads // mixtures, T=plan.T, TILES=TILES, CP=plan.CP, DP=plan.DP, BD=plan.BD, EVEN_D=dim == plan.DP,
+        R=query_heads // mixtures, T=plan.rows, TILES=TILES, CP=plan.CP, DP=plan.DP, BD=plan.BR, EVEN_D=dim == plan.DP,
         HAS_SHARE=share is not None, EXACT=plan.exact, PRECISION=PRECISION, **plan.responsibilities,
+    )  # fmt: skip
+
+
+def scan(states: Tensor, decays: Tensor, first: Tensor | None, last: Tensor, has_decay: bool, reverse: bool) -> None:
+    """Run `scan_kernel` in place on states [B * M, segments, size]; fill `last`."""
+    slabs, segments, size = states.shape
+    block = 128
+    scan_kernel[(slabs, cdiv(size, block))](
+        states, decays, first, last, segments, size,
+        BLOCK=block, ROWS=16, REVERSE=reverse, HAS_DECAY=has_decay, HAS_FIRST=first is not None, num_warps=1,
     )  # fmt: skip
 
 
@@ -116,6 +127,7 @@ class States(NamedTuple):
     norms: Tensor | None
     scales: Tensor | None
     largest: Tensor  # [B * heads, NV, chunks], of the values
+    decays: Tensor | None  # backwards [B * M, 2, N], running sums of log-decays and resets within the chunks
     last: Tensor | None  # [B * M, CP * DVP + CP], if asked for
 
 
@@ -134,6 +146,7 @@ def compute_states(
         return y.new_empty(shape, dtype=dtype)
 
     largest = new(batch * heads, plan.NV, chunks)
+    sums_of_decays = new(slabs, 2, length) if reverse and log_decay is not None else None
     states = norms = scales = None
     if causal:
         states = new(slabs, chunks, plan.CP, plan.DVP, dtype=plan.gamma_dtype)
@@ -144,7 +157,7 @@ def compute_states(
     def launch(first, sums, decays, store_chunks: bool):
         states_kernel[(slabs * plan.NV * blocks * segments,)](
             gamma, y, output, rd, grad_normalizer, write_weight, log_decay, first, sums, decays, states, norms, scales, largest,
-            *strides(gamma), *strides(y), *strides(output), *strides(write_weight), *strides(log_decay),
+            sums_of_decays, *strides(gamma), *strides(y), *strides(output), *strides(write_weight), *strides(log_decay),
             length, value_dim, mixtures, segments, per_segment, mixtures // y.shape[1] if not reverse else 1,
             R=repeats, T=plan.T, CP=plan.CP, BC=plan.BC, BV=plan.BV, NV=plan.NV, EVEN_V=value_dim == plan.DVP,
             REVERSE=reverse, CHUNKS=store_chunks, HAS_FIRST=first is not None, LAST=sums is not None,
@@ -157,13 +170,10 @@ def compute_states(
     else:
         sums, decays = new(slabs, segments, plan.state_size), new(slabs, segments)
         launch(None, sums, decays, False)
-        scan_kernel[(slabs, cdiv(plan.state_size, 128))](
-            sums, decays, first, last, segments, plan.state_size,
-            BLOCK=128, ROWS=16, REVERSE=reverse, HAS_DECAY=log_decay is not None, HAS_FIRST=first is not None, num_warps=1,
-        )  # fmt: skip
+        scan(sums, decays, first, last, log_decay is not None, reverse)
         if causal:
             launch(sums, None, None, True)
-    return States(states, norms, scales, largest, last)
+    return States(states, norms, scales, largest, sums_of_decays, last)
 
 
 def to_slabs(plan: Plan, S: Tensor, z: Tensor) -> Tensor:
@@ -185,7 +195,7 @@ def from_slabs(plan: Plan, slabs: Tensor, batch: int, components: int, dim: int)
 
 INPUTS = (
     "Tensor query, Tensor key, Tensor value, Tensor means, Tensor raw_variances, Tensor prior_logits, "
-    "Tensor? write_weight, Tensor? log_decay"
+    "Tensor? write_weight, Tensor? log_decay, Tensor? share"
 )
 
 
@@ -201,34 +211,21 @@ torch.library.define(
 @torch.library.impl("gma_hf::fused_attention", ("cpu", "cuda"))
 @on_its_device
 def fused_attention(
-    query, key, value, means, raw_variances, prior_logits, write_weight, log_decay, S, z, causal, strict, eps,
+    query, key, value, means, raw_variances, prior_logits, write_weight, log_decay, share, S, z, causal, strict, eps,
     variance_floor, save, final_state, output_normalizer,
 ):  # fmt: skip
     """Output, D (of size 0 unless output_normalizer), S, z (unless final_state) and `Saved` (unless save)."""
-    batch, query_heads, length, dim = query.shape
-    mixtures, components, _ = means.shape
-    value_dim, normalize = value.shape[-1], eps is not None
+    batch, query_heads, length, _ = query.shape
+    components, value_dim, normalize = means.shape[1], value.shape[-1], eps is not None
     query, key, value = row_contiguous(query), row_contiguous(key), row_contiguous(value)
-    plan, share = plan_of(query, value, means), None
+    plan = plan_of(query, value, means)
     weights, bias = compute_coefficients(plan, means, raw_variances, prior_logits, variance_floor)
-    gamma_query = query.new_empty(batch, query_heads, length, plan.CP, dtype=plan.gamma_dtype)
-    gamma_key = query.new_empty(batch, mixtures, key.shape[2], plan.CP, dtype=plan.gamma_dtype)
-    compute_responsibilities(plan, query, key, weights, bias, share, components, gamma_query, gamma_key)
-    states = compute_states(
-        plan, gamma_key, value, None, None, None, write_weight, log_decay, mixtures, 1,
-        None if S is None else to_slabs(plan, S, z), False, causal, normalize or final_state, final_state,
-    )  # fmt: skip
     output, normalizer = empty_output(query, value), empty_normalizer(query, output_normalizer)
     rd = bias.new_empty(batch if save and normalize else 0, query_heads, length)
-    read_kernel[(batch * mixtures * cdiv(length, plan.T),)](
-        gamma_query, gamma_key, value, output, normalizer if output_normalizer else None, rd, write_weight, log_decay,
-        states.chunks if causal else states.last, states.norms, states.scales, states.largest,
-        *strides(gamma_query), *strides(gamma_key), *strides(value), *strides(output), *strides(write_weight),
-        *strides(log_decay), length, value_dim, mixtures, mixtures // key.shape[1], 0.0 if eps is None else eps,
-        R=query_heads // mixtures, T=plan.T, CP=plan.CP, BV=plan.BV, NV=plan.NV, EVEN_V=value_dim == plan.DVP,
-        CAUSAL=causal, STRICT=strict, HAS_WEIGHT=write_weight is not None, HAS_DECAY=log_decay is not None,
-        NORMALIZE=normalize, OUTPUT_NORMALIZER=output_normalizer, SAVE=save, EXACT=plan.exact, PRECISION=PRECISION,
-        **plan.read,
+    states = (read_fused if plan.fused else read_from_memory)(
+        plan, query, key, value, weights, bias, write_weight, log_decay, share, components,
+        None if S is None else to_slabs(plan, S, z), output, normalizer if output_normalizer else None, rd,
+        causal, strict, eps, save, final_state,
     )  # fmt: skip
     if final_state:
         S, z = from_slabs(plan, states.last, batch, components, value_dim)
@@ -239,6 +236,82 @@ def fused_attention(
     norms, scales = (states.norms, states.scales) if causal else (bias.new_empty(0, 0, plan.CP), bias.new_empty(0, plan.NV, 0))
     saved = Saved(rd, states.chunks if causal else states.last, norms, scales, states.largest, weights, bias)
     return output, normalizer, S, z, *saved
+
+
+def read_from_memory(
+    plan, query, key, value, weights, bias, write_weight, log_decay, share, components, first, output, normalizer, rd,
+    causal, strict, eps, save, final_state,
+) -> States:  # fmt: skip
+    """Fill output, normalizer and rd, with the responsibilities in memory."""
+    batch, query_heads, length, _ = query.shape
+    mixtures, normalize = weights.shape[0], eps is not None
+    gamma_query = query.new_empty(batch, query_heads, length, plan.CP, dtype=plan.gamma_dtype)
+    gamma_key = query.new_empty(batch, mixtures, key.shape[2], plan.CP, dtype=plan.gamma_dtype)
+    compute_responsibilities(plan, query, key, weights, bias, share, components, gamma_query, gamma_key)
+    states = compute_states(
+        plan, gamma_key, value, None, None, None, write_weight, log_decay, mixtures, 1, first,
+        False, causal, normalize or final_state, final_state,
+    )  # fmt: skip
+    read_kernel[(batch * mixtures * cdiv(length, plan.T),)](
+        gamma_query, gamma_key, value, output, normalizer, rd, write_weight, log_decay,
+        states.chunks if causal else states.last, states.norms, states.scales, states.largest,
+        *strides(gamma_query), *strides(gamma_key), *strides(value), *strides(output), *strides(write_weight),
+        *strides(log_decay), length, value.shape[-1], mixtures, mixtures // key.shape[1], eps or 0.0,
+        R=query_heads // mixtures, T=plan.T, CP=plan.CP, BV=plan.BV, NV=plan.NV, EVEN_V=value.shape[-1] == plan.DVP,
+        CAUSAL=causal, STRICT=strict, HAS_WEIGHT=write_weight is not None, HAS_DECAY=log_decay is not None,
+        NORMALIZE=normalize, OUTPUT_NORMALIZER=normalizer is not None, SAVE=save, EXACT=plan.exact, PRECISION=PRECISION,
+        **plan.read,
+    )  # fmt: skip
+    return states
+
+
+def read_fused(
+    plan, query, key, value, weights, bias, write_weight, log_decay, share, components, first, output, normalizer, rd,
+    causal, strict, eps, save, final_state,
+) -> States:  # fmt: skip
+    """Fill output, normalizer and rd, with responsibilities that stay on the chip."""
+    batch, query_heads, length, dim = query.shape
+    mixtures, normalize, value_dim, key_length = weights.shape[0], eps is not None, value.shape[-1], key.shape[2]
+    slabs, chunks, key_chunks = batch * mixtures, cdiv(length, plan.T), cdiv(key_length, plan.T)
+    has_z = normalize or final_state
+    new = bias.new_empty
+    one_pass = causal and segment_length(plan, slabs, chunks, query.device) == chunks
+    last = new(slabs, plan.state_size) if final_state or not one_pass else None
+    largest = new(slabs, 1, key_chunks) if save or not one_pass else None
+    kept = norms = scales = None
+    if save and causal:
+        kept = new(slabs, chunks, plan.CP, plan.BV, dtype=plan.gamma_dtype)
+        norms, scales = new(slabs if has_z else 0, chunks, plan.CP), new(slabs, 1, chunks)
+    constants = {
+        "T": plan.T, "CP": plan.CP, "DP": plan.DP, "BD": plan.BD, "BV": plan.BV, "EVEN_D": dim == plan.DP,
+        "EVEN_V": value_dim == plan.BV, "HAS_WEIGHT": write_weight is not None, "HAS_DECAY": log_decay is not None,
+        "HAS_Z": has_z, "EXACT": plan.exact, "PRECISION": PRECISION, **plan.fused_launch,
+    }  # fmt: skip
+    states, per_segment = first, chunks
+    if not one_pass:
+        per_key_segment = segment_length(plan, slabs, key_chunks, query.device)
+        segments = cdiv(key_chunks, per_key_segment)
+        states, decays = new(slabs, segments, plan.state_size), new(slabs, segments)
+        write_kernel[(slabs * segments,)](
+            key, value, write_weight, log_decay, weights, bias, states, decays, largest,
+            *strides(key), *strides(value), *strides(write_weight), *strides(log_decay),
+            key_length, dim, value_dim, mixtures, segments, per_key_segment, mixtures // key.shape[1], **constants,
+        )  # fmt: skip
+        scan(states, decays, first, last, log_decay is not None, False)
+        per_segment = per_key_segment if causal else segment_length(plan, slabs, chunks, query.device)
+        states = states if causal else last
+    segments = cdiv(chunks, per_segment)
+    fused_read_kernel[(slabs * segments,)](
+        query, key, value, output, normalizer, rd, write_weight, log_decay, share, weights, bias, states, last,
+        largest, kept, norms, scales,
+        *strides(query), *strides(key), *strides(value), *strides(output), *strides(write_weight), *strides(log_decay),
+        0 if states is None else states.stride(0), length, components, dim, value_dim, mixtures, segments, per_segment,
+        mixtures // key.shape[1], eps or 0.0,
+        R=query_heads // mixtures, CAUSAL=causal, ONE_PASS=one_pass, LAST=one_pass and final_state,
+        HAS_STATE=states is not None, STRICT=strict, HAS_SHARE=share is not None, NORMALIZE=normalize,
+        OUTPUT_NORMALIZER=normalizer is not None, SAVE=save, **constants,
+    )  # fmt: skip
+    return States(kept, norms, scales, largest, None, last)
 
 
 def nothing_saved(like: Tensor) -> Saved:
@@ -259,7 +332,7 @@ def empty_normalizer(query: Tensor, output_normalizer: bool) -> Tensor:
 
 @torch.library.register_fake("gma_hf::fused_attention")
 def _(
-    query, key, value, means, raw_variances, prior_logits, write_weight, log_decay, S, z, causal, strict, eps,
+    query, key, value, means, raw_variances, prior_logits, write_weight, log_decay, share, S, z, causal, strict, eps,
     variance_floor, save, final_state, output_normalizer,
 ):  # fmt: skip
     (mixtures, components, _), value_dim = means.shape, value.shape[-1]
@@ -280,7 +353,7 @@ torch.library.define(
     f"({INPUTS}, Tensor output, Tensor grad_output, Tensor? grad_normalizer, Tensor? grad_S, Tensor? grad_z, bool causal, "
     "bool strict, bool normalize, float variance_floor, bool grad_weight, bool grad_state, "
     f"{', '.join(f'Tensor {name}' for name in Saved._fields)}) "
-    f"-> ({', '.join(['Tensor'] * 10)})",
+    f"-> ({', '.join(['Tensor'] * 11)})",
     tags=torch.Tag.pt2_compliant_tag,
 )
 
@@ -298,7 +371,7 @@ def responsibilities_like(plan: Plan, grad: Tensor, heads: int) -> Tensor:
 @torch.library.impl("gma_hf::fused_attention_backward", ("cpu", "cuda"))
 @on_its_device
 def fused_attention_backward(
-    query, key, value, means, raw_variances, prior_logits, write_weight, log_decay, output, grad_output,
+    query, key, value, means, raw_variances, prior_logits, write_weight, log_decay, share, output, grad_output,
     grad_normalizer, grad_S, grad_z, causal, strict, normalize, variance_floor, grad_weight, grad_state, *saved,
 ):  # fmt: skip
     """Gradients of the inputs in their order, S and z included; of size 0 where nothing needs them."""
@@ -306,7 +379,7 @@ def fused_attention_backward(
     mixtures, components, _ = means.shape
     value_dim, repeats, key_heads, key_length = value.shape[-1], query_heads // mixtures, key.shape[1], key.shape[2]
     query, key, value, grad_output = (row_contiguous(x) for x in (query, key, value, grad_output))
-    plan, share, saved = plan_of(query, value, means), None, Saved(*saved)
+    plan, saved = plan_of(query, value, means), Saved(*saved)
     new = saved.bias.new_empty
     shared = mixtures != key_heads  # mixtures that share keys and values: their gradients are added up below
     grad_query = torch.empty_like(query)
@@ -330,14 +403,15 @@ def fused_attention_backward(
     )  # fmt: skip
 
     grad_gates = new(2, batch, mixtures, key_length)
+    grad_share = None if share is None else new(batch, query_heads, cdiv(length, plan.T))
     logits_dtype = torch.float32 if plan.exact else torch.bfloat16
     grad_logits = [x.view(logits_dtype) for x in (gamma_query, gamma_key)]
     sides = ((True, True, length),) if causal else ((True, False, length), (False, True, key_length))
     for queries, keys, tokens in sides:
         gradient_kernel[(batch * mixtures * cdiv(tokens, plan.T),)](
-            gamma_query, gamma_key, value, grad_output, rd, grad_normalizer, write_weight, log_decay, share,
+            gamma_query, gamma_key, value, grad_output, rd, grad_normalizer, write_weight, log_decay, states.decays, share,
             saved.states, saved.norms, saved.scales, states.chunks if causal else states.last, states.norms, states.scales,
-            saved.largest_value, states.largest, *grad_logits, grad_value, *grad_gates, None,
+            saved.largest_value, states.largest, *grad_logits, grad_value, *grad_gates, grad_share,
             *strides(gamma_query), *strides(gamma_key), *strides(value), *strides(grad_output), *strides(grad_value),
             *strides(write_weight), *strides(log_decay), tokens, components, value_dim, mixtures, mixtures // key_heads,
             R=repeats, T=plan.T, CP=plan.CP, BV=plan.BV, NV=plan.NV, EVEN_V=value_dim == plan.DVP,
@@ -375,10 +449,14 @@ def fused_attention_backward(
         )
     gates = (write_weight if grad_weight else None, log_decay)
     grad_gates = (sum_heads(grad, gate) for grad, gate in zip(grad_gates, gates, strict=True))
+    if share is None:
+        grad_share = new(0)
+    else:
+        grad_share = grad_share.unflatten(1, (mixtures, -1)).sum(dim=(0, 2, 3)).to(share.dtype)
     grad_S, grad_z = new(0), new(0)
     if grad_state:
         grad_S, grad_z = from_slabs(plan, states.last, batch, components, value_dim)
-    return grad_query, grad_key, grad_value, *grad_mixture, *grad_gates, grad_S, grad_z
+    return grad_query, grad_key, grad_value, *grad_mixture, *grad_gates, grad_share, grad_S, grad_z
 
 
 def laid_out_as(like: Tensor, x: Tensor) -> Tensor:
@@ -397,12 +475,12 @@ def sum_heads(x: Tensor, like: Tensor | None) -> Tensor:
 
 @torch.library.register_fake("gma_hf::fused_attention_backward")
 def _(
-    query, key, value, means, raw_variances, prior_logits, write_weight, log_decay, output, grad_output,
+    query, key, value, means, raw_variances, prior_logits, write_weight, log_decay, share, output, grad_output,
     grad_normalizer, grad_S, grad_z, causal, strict, normalize, variance_floor, grad_weight, grad_state, *saved,
 ):  # fmt: skip
     batch, mixtures, components, value_dim = query.shape[0], *means.shape[:2], value.shape[-1]
     bias = Saved(*saved).bias
-    gates = (write_weight if grad_weight else None, log_decay)
+    gates = (write_weight if grad_weight else None, log_decay, share)
     return (
         *(torch.empty_like(row_contiguous(x)) for x in (query, key, value)),
         *(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (means, raw_variances, prior_logits)),
@@ -430,15 +508,15 @@ def backward(ctx, grad_output, grad_normalizer, grad_S, grad_z, *_):
             "The fused kernels kept nothing for a backward pass, as in programs of torch.export. Train the model itself."
         )
     if grad_output is None:
-        grad_output = torch.zeros_like(tensors[8])
+        grad_output = torch.zeros_like(tensors[9])
     if not ctx.final_state:
         grad_S = grad_z = None
     if not ctx.output_normalizer:
         grad_normalizer = None
     needed = ctx.needs_input_grad
     *grads, grad_S, grad_z = torch.ops.gma_hf.fused_attention_backward(
-        *tensors[:9], grad_output, grad_normalizer, grad_S, grad_z, ctx.causal, ctx.strict, ctx.eps is not None,
-        ctx.variance_floor, needed[6], ctx.state_dtypes is not None, *tensors[9:],
+        *tensors[:10], grad_output, grad_normalizer, grad_S, grad_z, ctx.causal, ctx.strict, ctx.eps is not None,
+        ctx.variance_floor, needed[6], ctx.state_dtypes is not None, *tensors[10:],
     )  # fmt: skip
     grads = [grad if need else None for grad, need in zip(grads, needed, strict=False)]
     states = (None, None)

@@ -24,14 +24,12 @@ from .tiles import (
     load_row,
     load_state,
     load_tile,
-    load_value,
     operand,
-    pair_decays,
+    pair_factors,
     product,
     store_row,
     store_tile,
     tile_scale,
-    visible_pairs,
 )
 
 
@@ -55,7 +53,6 @@ def read_kernel(
     first = chunk * T
     count = N - first
     components = tl.arange(0, CP)
-    weight_scale = UNIT
     if HAS_DECAY:
         sums, resets, total, total_resets = load_decays(
             LA + batch * stride_ab + mixture.to(tl.int64) * stride_ah, first, stride_an, count, T
@@ -68,11 +65,10 @@ def read_kernel(
         weight = (tl.arange(0, T) < count).to(tl.float32)
         if HAS_WEIGHT:
             weight = load_row(W + batch * stride_wb + mixture.to(tl.int64) * stride_wh, first, stride_wn, count, 0.0, T)
-            weight_scale = tile_scale(tl.max(weight, 0), EXACT)
-        if HAS_DECAY:
-            decays = pair_decays(sums, resets, first, T, STRICT)
-        else:
-            decays = visible_pairs(first, T, STRICT)
+        if not HAS_DECAY:
+            sums = weight
+            resets = weight
+        factors = pair_factors(sums, resets, first, T, STRICT, HAS_DECAY)
     if NORMALIZE:
         z = load_norm(ChunkStates, ChunkNorms, slab, chunk, chunks, CP, NV * BV, CAUSAL)
 
@@ -85,16 +81,16 @@ def read_kernel(
         reciprocal = tl.full([T], 1.0, tl.float32)
         if CAUSAL:
             pairs = product(gamma_query, tl.trans(gamma_key), PRECISION)
-            pairs = decayed(pairs * (1.0 / UNIT / UNIT), decays, HAS_DECAY)
-            if HAS_WEIGHT:
-                pairs *= weight[None, :]
-            pairs_operand = operand(pairs * weight_scale, EXACT)
+            pairs = decayed(pairs, 1.0, factors, HAS_DECAY)  # times UNIT
+            pairs_operand = operand(pairs, EXACT)
         if NORMALIZE:
             denominator = tl.sum(gamma_query.to(tl.float32) * z[None, :], 1) * (1.0 / UNIT)
             if HAS_DECAY:
                 denominator *= from_start
             if CAUSAL:
-                denominator += tl.sum(pairs, 1)
+                if HAS_WEIGHT:
+                    pairs *= weight[None, :]
+                denominator += tl.sum(pairs, 1) * (1.0 / UNIT)
             denominator += eps
             reciprocal = 1.0 / denominator
             if OUTPUT_NORMALIZER:
@@ -110,12 +106,19 @@ def read_kernel(
             if HAS_DECAY:
                 read *= from_start[:, None]
             if CAUSAL:
-                value_scale = tile_scale(tl.load(LargestV + (slab * NV + v) * chunks + chunk), EXACT)
-                value = load_value(
+                largest = tl.load(LargestV + (slab * NV + v) * chunks + chunk)
+                if HAS_WEIGHT:
+                    largest *= tl.max(weight, 0)
+                value_scale = tile_scale(largest, EXACT)
+                value = load_tile(
                     V + batch * stride_vb + (mixture // kv_groups).to(tl.int64) * stride_vh,
-                    first, columns, stride_vn, count, DV, value_scale, weight, T, EVEN_V, HAS_WEIGHT, EXACT,
-                )  # fmt: skip
-                read += product(pairs_operand, value, PRECISION) * (1.0 / (weight_scale * value_scale))
+                    first, columns, stride_vn, count, DV, T, EVEN_V,
+                ).to(tl.float32)  # fmt: skip
+                if HAS_WEIGHT:  # padding may hold anything
+                    value = tl.where((weight > 0)[:, None], value * (weight * value_scale)[:, None], 0.0)
+                else:
+                    value *= value_scale
+                read += product(pairs_operand, operand(value, EXACT), PRECISION) * (1.0 / (UNIT * value_scale))
             if NORMALIZE:
                 read *= reciprocal[:, None]
             store_tile(

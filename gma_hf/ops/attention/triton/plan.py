@@ -20,10 +20,14 @@ class Plan(NamedTuple):
     CP: int  # components, padded
     DP: int  # routing dimensions, padded
     BD: int  # routing dimensions of a block
+    rows: int  # tokens of a tile whose responsibilities are computed, and routing dimensions of a block of it
+    BR: int
     BC: int  # components of a block of a state
     BV: int  # value dimensions of a block
     NV: int  # blocks of value dimensions
+    fused: bool  # the forward pass keeps responsibilities on the chip
     responsibilities: dict[str, int]  # launch options
+    fused_launch: dict[str, int]
     states: dict[str, int]
     read: dict[str, int]
     gradient: dict[str, int]
@@ -65,18 +69,22 @@ def make_plan(dtype: torch.dtype, components: int, dim: int, value_dim: int, rep
     CP, DP, DVP = padded(components), padded(dim), padded(value_dim)
     # Fewer than 64 rows keep the large matrix instructions away; float32 operands leave no room for more
     T = 64 if not exact else 32 if CP * max(DP, DVP) <= 4096 else 16
-    BD = min(DP, (4096 if exact else 8192) // CP, 64)
+    BD = min(DP, 4096 // CP if exact else 64)
+    # The coefficients of a mixture are kept on the chip where they fit
+    rows, BR = (T, BD) if exact else (128 if CP > 64 else 64, min(DP, 16384 // CP, 128))
     BC = min(CP, 64 if exact else 128)
     # Query heads that share keys share a block of all value dimensions
     BV = DVP if repeats > 1 else min(DVP, 64)
+    small = not exact and CP * max(DP, DVP) <= 4096
     many = 8 if CP * max(BD, BV) > 4096 else 4
     return Plan(
-        exact, T, CP, DP, BD, BC, BV, cdiv(DVP, BV),
-        responsibilities={"num_warps": 8 if CP > 128 else 4, "num_stages": 2},
-        states={"num_warps": 8 if BC * BV > 8192 else 4, "num_stages": 2},
+        exact, T, CP, DP, BD, rows, BR, BC, BV, cdiv(DVP, BV), CP * max(DP, DVP) <= 4096,
+        responsibilities={"num_warps": 8 if CP > 64 and not exact else 4, "num_stages": 3 if small else 2},
+        fused_launch={"num_warps": 4, "num_stages": 2},
+        states={"num_warps": 8 if BC * BV > 8192 else 4, "num_stages": 2 if exact else 3},
         read={"num_warps": many, "num_stages": 1},
         gradient={"num_warps": many, "num_stages": 1},
-        logits={"num_warps": 8 if CP * BD > 4096 else 4, "num_stages": 2},
+        logits={"num_warps": 8 if CP * BD > 4096 else 4, "num_stages": 3 if small else 2},
     )  # fmt: skip
 
 

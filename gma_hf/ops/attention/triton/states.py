@@ -13,6 +13,7 @@ and D_i, the denominator of the read (whose gradient may also come from outside,
 
 X [B, HX, N, CP] (responsibilities of keys or queries), Y [B, HY, N, DV] (values or do). ChunkStates [B * M, chunks, CP, DVP]
 float16 times ChunkScales (float32 if EXACT): S before every chunk, or G after it; ChunkNorms [B * M, chunks, CP] float32.
+Backwards also DecaySums [B * M, 2, N]: running sums of log-decays and counts of resets within the chunks.
 A sequence that is one segment is done in one pass. Else what every segment writes comes first (not CHUNKS), then a running
 sum over the segments, then the chunks. States [B * M, segments, CP * DVP + CP] float32: S row by row, and z behind it.
 """
@@ -29,6 +30,7 @@ from .tiles import (
     load_tile,
     operand,
     product,
+    store_row,
     tile_scale,
 )
 
@@ -44,7 +46,7 @@ def row_products(
 
 @triton.jit(do_not_specialize=["N", "M", "segments", "chunks_per_segment", "y_groups"])
 def states_kernel(
-    X, Y, Output, RD, GradNormalizer, W, LA, First, States, SegmentDecays, ChunkStates, ChunkNorms, ChunkScales, LargestY,
+    X, Y, Output, RD, GradNormalizer, W, LA, First, States, SegmentDecays, ChunkStates, ChunkNorms, ChunkScales, LargestY, DecaySums,
     stride_xb, stride_xh, stride_xn, stride_yb, stride_yh, stride_yn, stride_ob, stride_oh, stride_on,
     stride_wb, stride_wh, stride_wn, stride_ab, stride_ah, stride_an,
     N, DV, M, segments, chunks_per_segment, y_groups,
@@ -110,6 +112,10 @@ def states_kernel(
         if HAS_DECAY:
             sums, resets, total, total_resets = load_decays(LA, first, stride_an, count, T)
             keep = tl.where(total_resets == 0.0, tl.exp2(total), 0.0)
+            if REVERSE and CHUNKS:  # the gradients of the chunk need them
+                if v == 0 and c == 0:
+                    store_row(DecaySums + 2 * slab * N, sums, first, count, T)
+                    store_row(DecaySums + (2 * slab + 1) * N, resets, first, count, T)
             S *= keep
             z *= keep
             largest_state *= keep

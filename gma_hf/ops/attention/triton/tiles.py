@@ -294,35 +294,42 @@ def visible_pairs(first, T: tl.constexpr, STRICT: tl.constexpr):
 
 
 @triton.jit
-def pair_decays(sums, resets, first, T: tl.constexpr, STRICT: tl.constexpr):
-    """What is left at row i of what row j wrote, [T, T]; zero where it is not visible."""
-    visible = visible_pairs(first, T, STRICT) & (resets[:, None] == resets[None, :])
-    return tl.exp2(tl.where(visible, sums[:, None] - sums[None, :], -1e4))
+def pair_factors(sums, resets, first, T: tl.constexpr, STRICT: tl.constexpr, HAS_DECAY: tl.constexpr):
+    """1 / UNIT times what is left at row i of what row j wrote, [T, T]; zero where it is not visible. Without decays whether
+    it is visible."""
+    visible = visible_pairs(first, T, STRICT)
+    if HAS_DECAY:
+        visible = visible & (resets[:, None] == resets[None, :])
+        factors = tl.exp2(tl.where(visible, (sums - LOG2_UNIT)[:, None] - sums[None, :], -1e4))
+    else:
+        factors = visible
+    return factors
 
 
 @triton.jit
-def decayed(pairs, decays, HAS_DECAY: tl.constexpr):
-    """Pair weights times `pair_decays`, or where `visible_pairs`."""
+def decayed(pairs, scale, factors, HAS_DECAY: tl.constexpr):
+    """Pair weights times a scale, 1 / UNIT and `pair_factors`."""
     if HAS_DECAY:
-        pairs *= decays
+        pairs *= factors * scale
     else:
-        pairs = tl.where(decays, pairs, 0.0)
+        pairs = tl.where(factors, pairs * (scale * (1.0 / UNIT)), 0.0)
     return pairs
 
 
 @triton.jit
 def load_value(
-    V, first, columns, stride, count, DV, scale, weight,
+    V, first, columns, stride, count, DV, scale,
     T: tl.constexpr, EVEN_V: tl.constexpr, HAS_WEIGHT: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """Values of a chunk times their scale, as an operand. Padding, whose weight is 0, may hold anything."""
+    """Values of a chunk times their scale, as an operand. Padding, whose weight is 0, may hold anything, NaN included; others
+    are below the limit."""
     value = load_tile(V, first, columns, stride, count, DV, T, EVEN_V).to(tl.float32) * scale
     if HAS_WEIGHT:
         if EXACT:
             limit = 1e30
         else:
             limit = 60000.0
-        value = tl.where((weight > 0)[:, None], value, tl.minimum(tl.maximum(value, -limit), limit))
+        value = tl.minimum(tl.maximum(value, -limit), limit)
     return operand(value, EXACT)
 
 
