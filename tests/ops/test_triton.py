@@ -13,11 +13,12 @@ from torch.utils.checkpoint import checkpoint
 
 import gma_hf
 from gma_hf.ops import gaussian_mixture_attention
+from gma_hf.ops.attention.functional import gaussian_mixture_responsibilities
 from tests.conftest import make_model, tiny_config
 
 from . import problems as problems_module
 from .kernels import DEVICE, GATED, HALF_CASES, KernelProblem, half_errors, half_problem
-from .problems import QKV, Problem, assert_close, few_examples, problems
+from .problems import MIXTURE, QKV, Problem, assert_close, few_examples, problems
 
 
 pytest.importorskip("triton", reason="Triton has no wheel for this platform")
@@ -191,6 +192,46 @@ def test_few_sequences_and_many_give_the_same_results(features, dtype, monkeypat
         results.append({name: x.double() for name, x in problem.results(dtype, backend="triton").items()})
     # In 16 bits both round every result once, and what they compute with to 11 bits
     assert_close(*results, SINGLE if dtype == torch.float32 else torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("components", [5, 150])
+def test_without_gradients_the_outputs_are_the_same(components):
+    """Inference keeps nothing for a backward pass. A mixture of one tile of components, and a larger one."""
+    problem = KernelProblem(length=40, batch=1, components=components, routing_dim=40, value_dim=8, **EVERYTHING)
+    tensors = {name: x.float() for name, x in problem.tensors().items()}
+    with_gradients = problem.results(torch.float32, backend="triton")
+    with torch.no_grad():
+        alone = problem.run(tensors, backend="triton")
+    assert_same_bits({name: with_gradients[name] for name in alone}, alone)
+
+
+@pytest.mark.parametrize("routing_dim", [4, 150])
+def test_a_read_relative_to_the_average_component(routing_dim):
+    """o = (gamma(q) - share / C)^T S, and the gradient of the share, against products of whole matrices in float64."""
+    problem = KernelProblem(length=40, key_heads=2, queries_per_mixture=2, components=40, routing_dim=routing_dim)
+    tensors = problem.tensors()
+    tensors["share"] = torch.tensor([0.9, 0.4], dtype=torch.float64)
+    results = []
+    for dtype in (torch.float64, torch.float32):
+        x = {name: x.to(DEVICE, dtype).requires_grad_() for name, x in tensors.items()}
+        if dtype == torch.float32:
+            output = torch.ops.gma_hf.fused_attention(
+                *(x[name] for name in (*QKV, *MIXTURE)), None, None, x["share"], None, None,
+                True, False, None, 1e-4, True, False, False,
+            )[0]  # fmt: skip
+        else:
+            mixture = [x[name] for name in MIXTURE]
+            gamma_query, gamma_key = (
+                gaussian_mixture_responsibilities(y, *mixture, variance_floor=1e-4)
+                for y in (x["query"].unflatten(1, (2, 2)).transpose(1, 2).flatten(0, 1), x["key"])
+            )
+            gamma_query = gamma_query - x["share"].view(1, 2, 1, 1) / 40
+            gamma_query = gamma_query.unflatten(0, (2, 2)).transpose(1, 2).flatten(1, 2)
+            pairs = (gamma_query @ gamma_key.repeat_interleave(2, dim=1).mT).tril()
+            output = pairs @ x["value"].repeat_interleave(2, dim=1)
+        grads = torch.autograd.grad(output.sin().sum(), list(x.values()))
+        results.append({"output": output.detach(), **dict(zip(x, grads, strict=True))})
+    assert_close(*results, SINGLE * max(1, routing_dim / 64))
 
 
 def test_strides_do_not_matter_and_inputs_are_not_modified(expected):

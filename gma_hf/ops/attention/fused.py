@@ -1,5 +1,5 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
-"""Linear time in fused GPU kernels: responsibilities are computed on the chip and never written to memory.
+"""Linear time in fused GPU kernels, which share what they compute about a chunk on the chip.
 
     causal:         o_i = (sum_{j in chunk, j <= i} P_ij v_j + e_i gamma^Q_i S_n) / (the same with v_j = 1, z_n; + eps)
     bidirectional:  o_i = gamma^Q_i S / (gamma^Q_i z + eps)

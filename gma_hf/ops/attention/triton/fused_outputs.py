@@ -92,7 +92,7 @@ def write_kernel(
     for i in tl.range(chunks_per_segment, disable_licm=True):
         first = (segment * chunks_per_segment + i) * T
         count = N - first
-        value, largest, heaviest, weight, sums, resets, to_end, keep, total, total_resets = write_operands(
+        value, largest, heaviest, _, _, _, to_end, keep, total, total_resets = write_operands(
             V, W, LA, first, tl.arange(0, BV), stride_vn, stride_wn, stride_an, count, DV,
             T, EVEN_V, HAS_WEIGHT, HAS_DECAY,
         )  # fmt: skip
@@ -202,7 +202,7 @@ def fused_read_kernel(
             )  # fmt: skip
             gamma, _ = responsibilities(logits)
             gamma_key = operand(gamma, EXACT)
-            value, largest, heaviest, weight, sums, resets, to_end, keep, total, total_resets = write_operands(
+            value, largest, heaviest, weight, sums, resets, to_end, keep, _, _ = write_operands(
                 V, W, LA, first, columns, stride_vn, stride_wn, stride_an, count, DV, T, EVEN_V, HAS_WEIGHT, HAS_DECAY
             )
             if SAVE and ONE_PASS:
@@ -216,7 +216,9 @@ def fused_read_kernel(
                 z *= keep
                 largest_state *= keep
             if HAS_DECAY:
-                S, z = add_written(S, z, tl.trans(gamma_key), value, largest, heaviest, to_end, CP, HAS_Z, EXACT, PRECISION)
+                S, z = add_written(
+                    S, z, tl.trans(gamma_key), value, largest, heaviest, to_end, CP, HAS_Z, EXACT, PRECISION
+                )
             else:
                 S += product(tl.trans(gamma_key), value_operand, PRECISION) * (1.0 / (UNIT * value_scale))
                 if HAS_Z:

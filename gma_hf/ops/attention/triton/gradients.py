@@ -28,7 +28,6 @@ from .tiles import (
     RESET,
     UNIT,
     decayed,
-    load_decays,
     load_norm,
     load_row,
     load_state,
@@ -119,11 +118,9 @@ def gradient_kernel(
         read_minus_write = tl.zeros([T], tl.float32)
         carried = 0.0
     weight = (tokens < count).to(tl.float32)
-    weight_unit = 1.0  # the power of two that makes the largest weight nearly 1
     if HAS_WEIGHT and (CAUSAL or KEYS):
         weight = load_row(W + batch * stride_wb + mixture.to(tl.int64) * stride_wh, first, stride_wn, count, 0.0, T)
         heaviest = tl.max(weight, 0)
-        weight_unit = tile_scale(heaviest, EXACT) * (1.0 if EXACT else 1.0 / UNIT)
         # The gradient of w is that of w gamma divided by w, unless w is too small for it
         has_tiny = tl.min(weight, 0) <= heaviest * 0.000244140625
     if CAUSAL or KEYS:
@@ -171,9 +168,7 @@ def gradient_kernel(
                 if HAS_WEIGHT:
                     grad_value *= weight[:, None]
                 store_tile(grad_value_pointer, grad_value, first, columns, stride_gvn, count, DV, T, EVEN_V)
-        grad_key, from_state = from_state_after(
-            grad_key, gamma_key, g, weight, to_end, HAS_Z, HAS_WEIGHT, HAS_DECAY
-        )
+        grad_key, from_state = from_state_after(grad_key, gamma_key, g, weight, to_end, HAS_Z, HAS_WEIGHT, HAS_DECAY)
 
     if CAUSAL or QUERIES:
         for r in range(R):
@@ -192,7 +187,6 @@ def gradient_kernel(
                 pairs_operand = operand(pairs, EXACT)
                 grad_pairs = tl.zeros([T, T], tl.float32)
                 pair_unit = 1.0
-            bound = 0.0
             for v in tl.static_range(NV):
                 columns = v * BV + tl.arange(0, BV)
                 dn, dn_scale = load_gradient(
@@ -207,13 +201,11 @@ def gradient_kernel(
                             value_pointer, first, columns, stride_vn, count, DV, value_scale,
                             T, EVEN_V, HAS_WEIGHT, EXACT,
                         )  # fmt: skip
-                    unscaled = 1.0 / (dn_scale * value_scale)
                     if NV == 1:
                         grad_pairs = product(dn, tl.trans(value), PRECISION)
                         pair_unit = dn_scale * value_scale
                     else:
-                        grad_pairs += product(dn, tl.trans(value), PRECISION) * unscaled
-                    bound += 4.0 * BV * UNIT * UNIT * unscaled
+                        grad_pairs += product(dn, tl.trans(value), PRECISION) * (1.0 / (dn_scale * value_scale))
                 if NORMALIZE or not CAUSAL:
                     state, state_scale = load_state(
                         ChunkStates, ChunkScales, slab, chunk, chunks, v, CP, BV, NV, CAUSAL, EXACT
@@ -237,18 +229,18 @@ def gradient_kernel(
                 grad_query += z_grad[:, None] * z[None, :]
                 if CAUSAL:
                     grad_pairs += (grad_denominator * pair_unit)[:, None]
-                    bound += tl.max(tl.abs(grad_denominator), 0)
             if CAUSAL:
                 if GRAD_WEIGHT:
                     if has_tiny:
                         both = grad_pairs * pairs_operand.to(tl.float32)
                         grad_weight += tl.sum(both, 0) * (1.0 / (UNIT * pair_unit))
-                scale = tile_scale(bound, EXACT)
-                grad_pairs = decayed(grad_pairs, UNIT * scale / pair_unit, factors, HAS_DECAY)
+                grad_pairs = decayed(grad_pairs, UNIT / pair_unit, factors, HAS_DECAY)
                 if HAS_WEIGHT:
-                    grad_pairs *= (weight * weight_unit)[None, :]
-                grad_pairs_operand = operand(grad_pairs, EXACT)
-                unscaled_pairs = 1.0 / (UNIT * scale * weight_unit)
+                    grad_pairs *= weight[None, :]
+                # Of these themselves: a first token after nothing divides by eps, and a bound would leave others no bits
+                scale = tile_scale(tl.max(tl.max(tl.abs(grad_pairs), 1), 0), EXACT)
+                grad_pairs_operand = operand(grad_pairs * scale, EXACT)
+                unscaled_pairs = 1.0 / (UNIT * scale)
 
             # Values and keys
             if KEYS:
@@ -277,7 +269,9 @@ def gradient_kernel(
                         if HAS_WEIGHT:
                             grad_value *= weight[:, None]
                         store_tile(grad_value_pointer, grad_value, first, columns, stride_gvn, count, DV, T, EVEN_V)
-                        grad_key += product(value, tl.trans(grad_state), PRECISION) * (1.0 / (value_scale * grad_scale))
+                        grad_key += product(value, tl.trans(grad_state), PRECISION) * (
+                            1.0 / (value_scale * grad_scale)
+                        )
                     if HAS_DECAY:
                         if r == 0:
                             state, state_scale = load_state(
@@ -287,8 +281,8 @@ def gradient_kernel(
                             carried += tl.sum(tl.sum(both, 1), 0) * (1.0 / (state_scale * grad_scale))
                 if R == 1:
                     grad_key, from_state = from_state_after(
-            grad_key, gamma_key, g, weight, to_end, HAS_Z, HAS_WEIGHT, HAS_DECAY
-        )
+                        grad_key, gamma_key, g, weight, to_end, HAS_Z, HAS_WEIGHT, HAS_DECAY
+                    )
                 grad_key += product(tl.trans(grad_pairs_operand), gamma_query, PRECISION) * unscaled_pairs
 
             # Queries

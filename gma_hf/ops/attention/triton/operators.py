@@ -31,7 +31,9 @@ class Saved(NamedTuple):
     """What the forward pass keeps for the backward pass; of size 0 where nothing needs it."""
 
     rd: Tensor  # [B, HQ, NQ], 1 / D
-    states: Tensor  # [B * M, chunks, CP, DVP], S before every chunk times its scale; bidirectional: [B * M, CP * DVP + CP]
+    states: (
+        Tensor  # [B * M, chunks, CP, DVP], S before every chunk times its scale; bidirectional: [B * M, CP * DVP + CP]
+    )
     norms: Tensor  # [B * M, chunks, CP], z
     scales: Tensor  # [B * M, NV, chunks]
     largest_value: Tensor  # [B * M, NV, chunks of keys]
@@ -233,7 +235,9 @@ def fused_attention(
         S, z = bias.new_empty(0), bias.new_empty(0)
     if not save:
         return output, normalizer, S, z, *nothing_saved(bias)
-    norms, scales = (states.norms, states.scales) if causal else (bias.new_empty(0, 0, plan.CP), bias.new_empty(0, plan.NV, 0))
+    norms, scales = (
+        (states.norms, states.scales) if causal else (bias.new_empty(0, 0, plan.CP), bias.new_empty(0, plan.NV, 0))
+    )
     saved = Saved(rd, states.chunks if causal else states.last, norms, scales, states.largest, weights, bias)
     return output, normalizer, S, z, *saved
 

@@ -54,17 +54,26 @@ def read_kernel(
     count = N - first
     components = tl.arange(0, CP)
     if HAS_DECAY:
-        sums, resets, total, total_resets = load_decays(
+        sums, resets, _, _ = load_decays(
             LA + batch * stride_ab + mixture.to(tl.int64) * stride_ah, first, stride_an, count, T
         )
         from_start = tl.where(resets == 0.0, tl.exp2(sums), 0.0)
     if CAUSAL:
         gamma_key = load_tile(
-            GammaK + batch * stride_kb + mixture.to(tl.int64) * stride_kh, first, components, stride_kn, count, CP, T, True
+            GammaK + batch * stride_kb + mixture.to(tl.int64) * stride_kh,
+            first,
+            components,
+            stride_kn,
+            count,
+            CP,
+            T,
+            True,
         )
         weight = (tl.arange(0, T) < count).to(tl.float32)
         if HAS_WEIGHT:
-            weight = load_row(W + batch * stride_wb + mixture.to(tl.int64) * stride_wh, first, stride_wn, count, 0.0, T)
+            weight = load_row(
+                W + batch * stride_wb + mixture.to(tl.int64) * stride_wh, first, stride_wn, count, 0.0, T
+            )
         if not HAS_DECAY:
             sums = weight
             resets = weight
@@ -76,7 +85,14 @@ def read_kernel(
         head = mixture * R + r
         token = (batch * M * R + head) * N
         gamma_query = load_tile(
-            GammaQ + batch * stride_qb + head.to(tl.int64) * stride_qh, first, components, stride_qn, count, CP, T, True
+            GammaQ + batch * stride_qb + head.to(tl.int64) * stride_qh,
+            first,
+            components,
+            stride_qn,
+            count,
+            CP,
+            T,
+            True,
         )
         reciprocal = tl.full([T], 1.0, tl.float32)
         if CAUSAL:

@@ -135,7 +135,14 @@ def logit_gradients_kernel(
             first, components, stride_g, count, CP, T, True,
         )  # fmt: skip
         x = load_tile(
-            X + batch * stride_b + (x_head + of_head).to(tl.int64) * stride_h, first, columns, stride, count, D, T, EVEN_D
+            X + batch * stride_b + (x_head + of_head).to(tl.int64) * stride_h,
+            first,
+            columns,
+            stride,
+            count,
+            D,
+            T,
+            EVEN_D,
         )
         x = compute_tile(x, EXACT)
         by_square = product(grad, quadratic, PRECISION)
