@@ -205,3 +205,16 @@ def test_after_an_error_the_model_keeps_no_cache_alive(kind, tokens):
     gc.collect()
     assert all(layer() is None for layer in layers)
     assert torch.equal(output_of(model, input_ids=tokens), expected)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("kind", ["all", "one layer kept", "native"])
+def test_continuous_batching_is_refused_by_name(kind):
+    model = (
+        make_model(gma_hf.GMAForCausalLM, tiny_config("gated"))
+        if kind == "native"
+        else make_converted_model("llama", **KINDS[kind])
+    )
+    for start in (model.generate_batch, model.init_continuous_batching):
+        with pytest.raises(NotImplementedError, match=r"GMA layers .* continuous batching"):
+            start([[5, 6, 7]])

@@ -36,6 +36,7 @@ from ...compat import (
     share_processors,
     transformers_model_types,
 )
+from ...modeling.modeling_gma import NO_CONTINUOUS_BATCHING
 from ...modeling.step_loss import as_part_of_step
 from ...modeling.window import LACKING_BEFORE
 from ...remote_code import write_remote_code
@@ -148,6 +149,15 @@ class ConvertedModelMixin:
     def _can_set_attn_implementation(cls) -> bool:
         # Transformers looks for this in the source of the class's module, which a class made at run time has not
         return cls.softmax_class._can_set_attn_implementation()
+
+    def generate_batch(self, *args, **kwargs):
+        """
+        Raises:
+            NotImplementedError: always.
+        """
+        raise NotImplementedError(NO_CONTINUOUS_BATCHING)
+
+    init_continuous_batching = continuous_batching_context_manager = generate_batch
 
     @property
     def _is_stateful(self) -> bool:
