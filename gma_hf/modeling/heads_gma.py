@@ -22,6 +22,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple, logging
 
 from ..configuration import GMAConfig
 from .cache_gma import adopt_cache
+from .generation_gma import GMAGenerationMixin
 from .modeling_gma import GMAModel, GMAPreTrainedModel
 from .step_loss import as_part_of_step
 
@@ -29,7 +30,7 @@ from .step_loss import as_part_of_step
 logger = logging.get_logger(__name__)
 
 
-class GMAForCausalLM(GMAPreTrainedModel, GenerationMixin):
+class GMAForCausalLM(GMAGenerationMixin, GMAPreTrainedModel, GenerationMixin):
     """GMA language model: a causal `GMAModel` and a head that predicts the next token."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}

@@ -34,12 +34,6 @@ from .short_convolution import GMAShortConvolution
 from .window import LACKING_BEFORE, GMAWindow
 
 
-NO_CONTINUOUS_BATCHING = (
-    "GMA layers have a state instead of pages of keys and values, so that Transformers' continuous batching (`generate_batch`) "
-    "cannot serve them. Use `generate` on a padded batch, or serve the model with vLLM."
-)
-
-
 class GMAMLP(nn.Module):
     """SwiGLU."""
 
@@ -103,15 +97,6 @@ class GMAPreTrainedModel(PreTrainedModel):
     @classmethod
     def register_for_auto_class(cls, auto_class="AutoModel"):
         """Nothing to do: every folder that `save_pretrained` writes already loads with `trust_remote_code=True`."""
-
-    def generate_batch(self, *args, **kwargs):
-        """
-        Raises:
-            NotImplementedError: always.
-        """
-        raise NotImplementedError(NO_CONTINUOUS_BATCHING)
-
-    init_continuous_batching = continuous_batching_context_manager = generate_batch
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):

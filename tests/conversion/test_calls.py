@@ -216,5 +216,5 @@ def test_continuous_batching_is_refused_by_name(kind):
         else make_converted_model("llama", **KINDS[kind])
     )
     for start in (model.generate_batch, model.init_continuous_batching):
-        with pytest.raises(NotImplementedError, match=r"GMA layers .* continuous batching"):
+        with pytest.raises(ValueError, match=r"GMA layers .* continuous batching"):
             start([[5, 6, 7]])

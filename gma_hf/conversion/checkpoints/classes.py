@@ -23,7 +23,7 @@ from typing import Any
 
 import transformers
 from huggingface_hub.dataclasses import strict
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel
 
 from ...compat import (
     attention_implementation,
@@ -36,7 +36,7 @@ from ...compat import (
     share_processors,
     transformers_model_types,
 )
-from ...modeling.modeling_gma import NO_CONTINUOUS_BATCHING
+from ...modeling.generation_gma import GMAGenerationMixin
 from ...modeling.step_loss import as_part_of_step
 from ...modeling.window import LACKING_BEFORE
 from ...remote_code import write_remote_code
@@ -150,15 +150,6 @@ class ConvertedModelMixin:
         # Transformers looks for this in the source of the class's module, which a class made at run time has not
         return cls.softmax_class._can_set_attn_implementation()
 
-    def generate_batch(self, *args, **kwargs):
-        """
-        Raises:
-            NotImplementedError: always.
-        """
-        raise NotImplementedError(NO_CONTINUOUS_BATCHING)
-
-    init_continuous_batching = continuous_batching_context_manager = generate_batch
-
     @property
     def _is_stateful(self) -> bool:
         # A running sum cannot be rolled back, as assisted decoding would need
@@ -244,7 +235,8 @@ def converted_model_class(
     if "labels" in inspect.signature(model_class.forward).parameters:
         # Many heads ignore `num_items_in_batch`, and some have no argument for it
         members |= {"forward": as_part_of_step(model_class.forward), "accepts_loss_kwargs": True}
-    return type(PREFIX + model_class.__name__, (ConvertedModelMixin, model_class), members)
+    generates = (GMAGenerationMixin,) if issubclass(model_class, GenerationMixin) else ()
+    return type(PREFIX + model_class.__name__, (ConvertedModelMixin, *generates, model_class), members)
 
 
 def gathered_plan(plan: dict[str, str] | None) -> dict[str, str] | None:
