@@ -279,6 +279,11 @@ def version_of(tensor: Tensor) -> int:
     return tensor._version
 
 
+def is_exporting_to_onnx() -> bool:
+    """Whether `torch.onnx.export(dynamo=True)` traces the code: ONNX has standard operators alone."""
+    return is_exporting() and torch.onnx.is_in_onnx_export()
+
+
 def mark_static_address(tensor: Tensor) -> None:
     """Tell `torch.compile` that a tensor of a static cache stays where it is, so that CUDA graphs need no copy of it."""
     torch._dynamo.mark_static_address(tensor)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers.utils import is_tracing
 
-from ..ops.window.plan import WindowPlan, plan_window
+from ..ops.window.plan import WindowPlan, padding_first, plan_window
 
 
 class Layout:
@@ -105,12 +105,16 @@ class Layout:
         """The order `(batch, length)` in which padding stands to the left of all real tokens; `None` if nothing has to move."""
         if not self.has_gaps:
             return None
-        return self.once("order", lambda: torch.argsort(self.padding_mask.to(torch.uint8), dim=1, stable=True))
+        return self._orders[0]
 
     @property
     def inverse(self) -> Tensor | None:
         """The order that undoes it."""
-        return None if self.order is None else self.once("inverse", lambda: self.order.argsort(dim=1))
+        return self._orders[1] if self.has_gaps else None
+
+    @property
+    def _orders(self) -> tuple[Tensor, Tensor]:
+        return self.once("orders", lambda: padding_first(self.padding_mask))
 
     def sort(self, x: Tensor, dim: int) -> Tensor:
         """`x`, whose tokens stand along `dim`, in that order."""

@@ -20,7 +20,7 @@ from transformers.utils import is_tracing
 from ..compat import version_of
 from ..ops.attention.functional import without_autocast
 from ..ops.window.blocks import EMPTY, accumulation_dtype
-from ..ops.window.plan import WindowPlan, first_tokens, last_tokens, plan_window, take_tokens, token_dim
+from ..ops.window.plan import WindowPlan, first_tokens, last_tokens, padding_first, plan_window, take_tokens, token_dim
 from .layout import Layout
 from .window import GMAWindow
 
@@ -316,7 +316,7 @@ class GMAMemory(nn.Module):
             tokens, valid, runs = join_history(tokens, layout, history, size + num_sinks)
             num_tokens = tokens.keys.shape[2]
             if layout.padding_mask is not None:
-                order = torch.argsort(valid.to(torch.uint8), dim=1, stable=True)
+                order, inverse = padding_first(valid)
                 valid, runs = (None if x is None else x.gather(1, order) for x in (valid, runs))
                 tokens = tokens.map(lambda x: take_tokens(x, order))
                 query, routing_query = (take_queries(x, order) for x in (query, routing_query))
@@ -359,7 +359,7 @@ class GMAMemory(nn.Module):
                 softcap=softcap,
             )
         if order is not None:
-            back = order.argsort(dim=1)[:, -length:] - (order.shape[1] - length)
+            back = inverse[:, -length:] - (order.shape[1] - length)
             output = take_tokens(output, back.clamp(min=0))
         elif layout.order is not None:
             output = layout.unsort(output, 2)

@@ -9,6 +9,7 @@ from torch import nn
 
 from ..ops.dispatch import PLAIN, Way, choose
 from ..ops.triton_support import DTYPES, is_on_gpu, missing
+from ..ops.window.plan import padding_first
 from .layout import Layout
 from .memory import KeptValues
 
@@ -86,7 +87,7 @@ class GMAShortConvolution(nn.Conv1d):
             # Padding moves in front of the history, so that neighbours are neighbouring real tokens. The history counts
             # as real: where a row is shorter it holds zeros, as in front of any sequence.
             is_real = torch.cat([padding_mask.new_ones(batch_size, before), padding_mask], dim=1)
-            order = torch.argsort(is_real.to(torch.uint8), dim=1, stable=True)
+            order, _ = padding_first(is_real)
             gather_index = order[..., None].expand(-1, -1, num_channels)
         elif padding_mask is not None:
             # Without a history only padding between real tokens has to move

@@ -6,6 +6,8 @@ import os
 
 import torch
 
+from ..compat import is_exporting_to_onnx
+
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_DIM = 256  # of a vector of one head: a tile has to fit a multiprocessor
@@ -15,6 +17,8 @@ INSTALLED = importlib.util.find_spec("triton") is not None
 @torch.compiler.assume_constant_result
 def missing(device_type: str, device_index: int | None) -> str | None:
     """What the machine lacks to run kernels on a device, or `None`."""
+    if is_exporting_to_onnx():
+        return "ONNX has standard operators alone."
     if not INSTALLED:
         return "Triton is not installed (`pip install triton`)."
     if device_type == "cpu":

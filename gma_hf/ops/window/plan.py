@@ -61,6 +61,19 @@ def take_tokens(x: Tensor, order: Tensor) -> Tensor:
     return x.gather(dim, index.expand(*x.shape[:dim], -1, *x.shape[dim + 1 :]))
 
 
+def padding_first(is_real: Tensor) -> tuple[Tensor, Tensor]:
+    """
+    The order in which what is not real stands to the left of all that is, and else nothing changes places; and its inverse, both
+    `(batch, length)`. Counted, not sorted: ONNX has no stable sort.
+    """
+    number = is_real.long().cumsum(dim=1)
+    places = torch.arange(is_real.shape[1], device=is_real.device)
+    num_missing = is_real.shape[1] - number[:, -1:]
+    inverse = torch.where(is_real, num_missing + number - 1, places - number)
+    order = torch.zeros_like(inverse).scatter(1, inverse, places.expand_as(inverse))
+    return order, inverse
+
+
 def plan_window(
     batch_size: int,
     num_tokens: int,

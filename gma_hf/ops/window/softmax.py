@@ -20,6 +20,7 @@ by the latter behind the kernels, too.
 import torch
 from torch import Tensor
 
+from ...compat import is_exporting_to_onnx
 from ..dispatch import PLAIN, Way, choose
 from ..operators import differentiate_once, on_one_device, vmapped_by_loops
 from ..triton_support import DTYPES, MAX_DIM, is_on_gpu, missing
@@ -32,6 +33,7 @@ from .blocks import (
     attend_sinks_backward,
     left_window,
 )
+from .dense import dense_window
 
 
 def cannot_run(query: Tensor, key: Tensor, value: Tensor, read: Tensor) -> str | None:
@@ -307,6 +309,11 @@ def window_softmax(
             f"{weighing_query.shape[3]}, but `memory_query` has shape {list(memory_query.shape)}. Give it vectors of the same "
             "heads and dimension."
         )
+    if is_exporting_to_onnx():
+        return dense_window(
+            query, key, value, valid, runs, read, log_weight, memory_bias, memory_query, weighing_query, sinks, sink_tokens,
+            num_sinks=num_sinks, size=size, causal=causal, scaling=scaling, softcap=softcap,
+        )  # fmt: skip
     output, _ = WindowSoftmax.apply(
         query,
         key,

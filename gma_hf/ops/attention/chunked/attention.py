@@ -11,13 +11,17 @@ query [B, Hq, Nq, d], key [B, Hk, N, d], value [B, Hk, N, dv], mixtures M -> out
 S [B, M, C, dv], z [B, M, C], denominators [B, Hq, Nq].
 """
 
+from ....compat import is_exporting_to_onnx
 from ..call import AttentionCall, AttentionResult
+from ..standard import standard_attention
 from .bidirectional import ReadState, WriteState
 from .causal_operators import CausalChunks
 
 
 def chunked_attention(call: AttentionCall) -> AttentionResult:
-    """Evaluate the call chunk by chunk."""
+    """Evaluate the call chunk by chunk; in a program for ONNX, which has no chunks, by standard operators."""
+    if is_exporting_to_onnx():
+        return standard_attention(call)
     dtype, mixtures = call.state_dtype, call.means.shape[0]
     coefficients = call.coefficients()
     if call.initial_state is None:
