@@ -5,8 +5,9 @@ BIN := $(VENV)/bin
 OLDEST := .venv-oldest
 SERVING := .venv-serving
 DOCS := .venv-docs
+ECOSYSTEM := .venv-ecosystem
 
-.PHONY: help demo test test-oldest docs test-serving lint clean
+.PHONY: help demo test test-oldest docs test-serving test-ecosystem lint clean
 
 help:
 	@echo "make demo         train a small GMA language model, generate, reload it, plot its components (3 minutes)"
@@ -14,6 +15,7 @@ help:
 	@echo "make test-oldest  run a quick part of the tests against the oldest supported versions"
 	@echo "make docs         build the documentation into site/, with all links checked"
 	@echo "make test-serving run the tests of the vLLM plugin, on a CPU"
+	@echo "make test-ecosystem run the examples of docs/ecosystem.md and the tests beside them"
 	@echo "make lint         check style and formatting"
 	@echo "make clean        remove the environments and what the demo wrote"
 
@@ -45,6 +47,14 @@ $(SERVING)/.ready: pyproject.toml requirements/serving.txt
 	$(SERVING)/bin/python -m pip install --quiet --no-deps --editable .
 	@touch $@
 
+$(ECOSYSTEM)/.ready: pyproject.toml requirements/ecosystem.txt
+	$(PYTHON) -m venv $(ECOSYSTEM)
+	$(ECOSYSTEM)/bin/python -m pip install --quiet --upgrade pip
+	$(ECOSYSTEM)/bin/python -m pip install --quiet "$$(grep '^torch==' requirements/ecosystem.txt)"
+	$(ECOSYSTEM)/bin/python -m pip install --quiet --no-deps -r requirements/ecosystem.txt
+	$(ECOSYSTEM)/bin/python -m pip install --quiet --no-deps --editable .
+	@touch $@
+
 demo: $(VENV)/.ready
 	$(BIN)/python scripts/demo.py
 
@@ -60,9 +70,12 @@ docs: $(DOCS)/.ready
 test-serving: $(SERVING)/.ready
 	$(SERVING)/bin/python -m pytest tests/serving
 
+test-ecosystem: $(ECOSYSTEM)/.ready
+	$(ECOSYSTEM)/bin/python -m pytest tests/ecosystem
+
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
 clean:
-	rm -rf $(VENV) $(OLDEST) $(SERVING) $(DOCS) outputs site
+	rm -rf $(VENV) $(OLDEST) $(SERVING) $(DOCS) $(ECOSYSTEM) outputs site
