@@ -124,8 +124,16 @@ class GMAAttention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, num_key_value_heads * self.head_dim, bias=config.attention_bias)
         self.o_proj = nn.Linear(num_heads * self.head_dim, config.hidden_size, bias=config.attention_bias)
         self.mixture_norm = GMAMixture(
-            num_heads, config.num_components, self.routing_dim, config.variance_floor, config.read_eps
+            num_heads,
+            config.num_components,
+            self.routing_dim,
+            config.variance_floor,
+            config.read_eps,
+            correlate=config.correlate,
         )
+        if config.use_qk_norm:
+            self.q_norm = GMARMSNorm(self.routing_dim, config.rms_norm_eps)
+            self.k_norm = GMARMSNorm(self.routing_dim, config.rms_norm_eps)
         self.window_norm = None
         if config.window_size > 0:
             self.window_norm = GMAWindow(num_heads, self.routing_dim, config.window_size, config.num_sink_tokens)
@@ -146,10 +154,20 @@ class GMAAttention(nn.Module):
             self.g_proj = nn.Linear(config.hidden_size, num_heads * self.head_dim, bias=False)
         self.o_norm = None
         if config.use_output_gate or not config.normalize_read:
-            self.o_norm = GMARMSNorm(self.head_dim, config.rms_norm_eps)
+            eps = config.rms_norm_eps if config.head_norm_eps is None else config.head_norm_eps
+            self.o_norm = GMARMSNorm(self.head_dim, eps)
 
     def reset_parameters(self):
         config = self.config
+        if config.tie_qk_init:
+            # A token begins with one route, as a query and as a key
+            of_keys = self.k_proj.weight.unflatten(0, (-1, self.routing_dim))
+            groups = config.num_attention_heads // config.num_key_value_heads
+            init.copy_(self.q_proj.weight, of_keys.repeat_interleave(groups, dim=0).flatten(0, 1))
+        if config.scale_output_init:
+            # All layers together then add as much to the residual stream as one of them would (GPT-2)
+            std = config.initializer_range / math.sqrt(2 * config.num_hidden_layers)
+            init.normal_(self.o_proj.weight, mean=0.0, std=std)
         if config.use_write_weight or config.use_decay:
             # softplus(dt_bias) is log-uniform in [time_step_min, time_step_max], as in Mamba-2
             low, high = math.log(config.time_step_min), math.log(config.time_step_max)
@@ -198,6 +216,8 @@ class GMAAttention(nn.Module):
         query_states = heads_first(query_states, self.routing_dim)
         key_states = heads_first(key_states, self.routing_dim)
         value_states = heads_first(value_states, self.head_dim)
+        if self.config.use_qk_norm:
+            query_states, key_states = self.q_norm(query_states), self.k_norm(key_states)
         if position_embeddings is not None:
             query_states, key_states = apply_rotary_pos_emb(query_states, key_states, *position_embeddings)
 

@@ -30,6 +30,8 @@ class GMAMixture(nn.Module):
         routing_dim (`int`): dimension of queries and keys.
         variance_floor (`float`): smallest variance.
         eps (`float`): constant added to the normaliser of the read.
+        correlate (`bool`, *optional*, defaults to `False`): tokens write and read by the correlation of their routes, see
+            [`gaussian_mixture_attention`].
 
     Attributes:
         means (`torch.Tensor` of shape `(num_heads, num_components, routing_dim)`): mu.
@@ -37,8 +39,17 @@ class GMAMixture(nn.Module):
         prior_logits (`torch.Tensor` of shape `(num_heads, num_components)`): alpha, with pi = softmax(alpha).
     """
 
-    def __init__(self, num_heads: int, num_components: int, routing_dim: int, variance_floor: float, eps: float):
+    def __init__(
+        self,
+        num_heads: int,
+        num_components: int,
+        routing_dim: int,
+        variance_floor: float,
+        eps: float,
+        correlate: bool = False,
+    ):
         super().__init__()
+        self.correlate = correlate
         self.variance_floor = variance_floor
         self.eps = eps
         self.means = nn.Parameter(torch.empty(num_heads, num_components, routing_dim))
@@ -87,6 +98,7 @@ class GMAMixture(nn.Module):
             self.prior_logits,
             eps=eps,
             variance_floor=self.variance_floor,
+            correlate=self.correlate,
             **kwargs,
         )
 
@@ -118,7 +130,7 @@ class GMAMixture(nn.Module):
             log_decay=kwargs.get("log_decay"),
             eps=eps,
             output_normalizer=output_normalizer,
-            correlate=kwargs.get("correlate", False),
+            correlate=self.correlate,
             writes_all=writes_all,
         )
         return (output, normalizer, state) if output_normalizer else (output, state)
@@ -133,6 +145,7 @@ class GMAMixture(nn.Module):
             self.prior_logits,
             eps=self.eps,
             variance_floor=self.variance_floor,
+            correlate=self.correlate,
             **kwargs,
         )
 
