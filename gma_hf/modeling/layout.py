@@ -126,7 +126,8 @@ class Layout:
 
     def _take(self, name: Any, order: Tensor, x: Tensor, dim: int) -> Tensor:
         """The tokens of `x` in an order `(batch, number)` that has a name."""
-        if self._is_complete:
+        # Sizes that are still open (torch.export) cannot be looked up
+        if self._is_complete or not all(isinstance(size, int) for size in x.shape):
             return x.gather(dim, spread_index(order, x, dim))
         return x.gather(dim, self.once((name, x.shape, dim), lambda: spread_index(order, x, dim)))
 
