@@ -135,7 +135,8 @@ class GMAShortConvolution(nn.Conv1d):
             from ..ops.convolution.triton.fused import short_convolution
 
             return short_convolution(inputs, self.weight, sequence_ids, before, first)
-        if sequence_ids is None and inputs.shape[1] == width and first == width - 1:
+        # A bidirectional convolution is asked first: its length may still be open (torch.export)
+        if sequence_ids is None and first == width - 1 and inputs.shape[1] == width:
             # One token: a sum of so many products is faster than a convolution
             taps = rows_of(self.weight) if kept is None else kept.get("convolution", (self.weight,), rows_of)
             outputs = (inputs * taps).sum(dim=1, keepdim=True).to(inputs.dtype)
