@@ -68,8 +68,11 @@ def save_cache(cache: DynamicCache, path: str | os.PathLike, model: nn.Module | 
         ValueError: for a cache that is empty, static, quantized, or of a converted model.
     """
     layers = getattr(cache, "layers", None)
-    if not layers or not any(layer.is_initialized for layer in layers):
-        raise ValueError("The cache is empty: run the model on a prompt with `use_cache=True` first.")
+    # Layers that no GMA model has taken over yet say less of themselves
+    if not layers or not any(getattr(layer, "is_initialized", False) for layer in layers):
+        raise ValueError(
+            "The cache is empty, or no GMA model filled it: run the GMA model on a prompt with `use_cache=True` first."
+        )
     if model is None:
         owners = [layer.owner.model() for layer in layers if isinstance(layer, GMACacheLayer)]
         model = owners[0] if owners else None
