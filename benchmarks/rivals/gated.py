@@ -12,10 +12,11 @@ from torch.nn import functional as F
 from transformers import Qwen3NextConfig
 from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextGatedDeltaNet
 
-from benchmarks.rivals.linear_attention import check_inputs
+from benchmarks.rivals.linear_attention import padding_mask_of
 from benchmarks.rivals.mamba2 import decayed_attention, short_convolution, step_bias_
 from gma_hf import GMAConfig
 from gma_hf.modeling.attention_gma import GMARMSNorm
+from gma_hf.modeling.layout import Layout
 
 
 class GatedMixer(nn.Module):
@@ -66,14 +67,12 @@ class GatedMixer(nn.Module):
     def forward(
         self,
         hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
         past_key_values=None,
-        sequence_ids: Tensor | None = None,
+        layout: Layout | None = None,
         is_causal: bool = True,
         **kwargs,
     ) -> tuple[Tensor, None]:
-        check_inputs(past_key_values, sequence_ids)
-        mask = None if attention_mask is None else attention_mask.bool()
+        mask = padding_mask_of(layout, past_key_values)
         if mask is not None:
             hidden_states = hidden_states * mask[..., None]
         states = torch.cat([proj(hidden_states) for proj in (self.q_proj, self.k_proj, self.v_proj)], dim=-1)
@@ -178,8 +177,14 @@ class GatedDeltaNet(nn.Module):
         step_bias_(self.net.dt_bias, self.config.time_step_min, self.config.time_step_max)
 
     def forward(
-        self, hidden_states, attention_mask=None, past_key_values=None, sequence_ids=None, is_causal=True, **kwargs
+        self,
+        hidden_states: Tensor,
+        past_key_values=None,
+        layout: Layout | None = None,
+        is_causal: bool = True,
+        **kwargs,
     ) -> tuple[Tensor, None]:
-        check_inputs(past_key_values, sequence_ids)
-        mask = None if attention_mask is None else attention_mask.to(hidden_states.dtype)
-        return self.net(hidden_states, attention_mask=mask), None
+        mask = padding_mask_of(layout, past_key_values)
+        if mask is not None:  # the module itself masks batches of several rows only
+            hidden_states = hidden_states * mask[..., None]
+        return self.net(hidden_states), None

@@ -11,8 +11,10 @@ arXiv:2006.16236) and the positive orthogonal random features of the Performer (
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers.utils import is_tracing
 
 from gma_hf import GMAConfig
+from gma_hf.modeling.layout import Layout
 
 
 CHUNK_SIZE = 128
@@ -92,18 +94,17 @@ class LinearAttention(nn.Module):
     def forward(
         self,
         hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
         past_key_values=None,
-        sequence_ids: Tensor | None = None,
+        layout: Layout | None = None,
         is_causal: bool = True,
         **kwargs,
     ) -> tuple[Tensor, None]:
-        check_inputs(past_key_values, sequence_ids)
+        mask = padding_mask_of(layout, past_key_values)
         query, key, value = (
             projection(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
-        mask = None if attention_mask is None else attention_mask[:, None, :, None].bool()
+        mask = None if mask is None else mask[:, None, :, None]
         key_features = self.features(key, False, mask)
         if mask is not None:
             key_features = key_features.masked_fill(~mask, 0)
@@ -156,9 +157,28 @@ class PerformerAttention(LinearAttention):
             return (exponents - exponents.amax(dim=(-2, -1), keepdim=True).detach()).exp()
 
 
-def check_inputs(past_key_values, sequence_ids: Tensor | None) -> None:
-    """The rivals are there to be trained and evaluated on whole sequences."""
-    if past_key_values is not None or sequence_ids is not None:
+def padding_mask_of(layout: Layout | None, past_key_values=None) -> Tensor | None:
+    """
+    Where tokens are real, `(batch, length)`, or `None` if all are. The rivals are there to be trained and evaluated on whole
+    sequences, with padding at their ends.
+
+    Args:
+        layout ([`Layout`], *optional*): what a GMA model tells its layers of the tokens.
+        past_key_values (`Cache`, *optional*): must be `None`.
+
+    Raises:
+        ValueError: for a cache, packed sequences, or padding between real tokens.
+    """
+    if past_key_values is not None or (layout is not None and layout.sequence_ids is not None):
         raise ValueError(
             "The rival mixers know neither caches nor packed sequences: use whole sequences, use_cache=False."
         )
+    if layout is None or layout.padding_mask is None:
+        return None
+    # A graph that is being traced has no values to look at
+    if layout.has_gaps and not is_tracing(layout.padding_mask):
+        raise ValueError(
+            "The attention mask has padding between real tokens, which convolutions and positions of the rival mixers would "
+            "count as tokens: pad at the ends of the sequences."
+        )
+    return layout.padding_mask

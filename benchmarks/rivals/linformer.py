@@ -5,9 +5,11 @@ positions shorten to a fixed number."""
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers.utils import is_tracing
 
-from benchmarks.rivals.linear_attention import check_inputs
+from benchmarks.rivals.linear_attention import padding_mask_of
 from gma_hf import GMAConfig
+from gma_hf.modeling.layout import Layout
 
 
 class LinformerAttention(nn.Module):
@@ -31,9 +33,14 @@ class LinformerAttention(nn.Module):
         self.shorten.normal_(std=self.shorten.shape[0] ** -0.5)
 
     def forward(
-        self, hidden_states, attention_mask=None, past_key_values=None, sequence_ids=None, is_causal=False, **kwargs
+        self,
+        hidden_states: Tensor,
+        past_key_values=None,
+        layout: Layout | None = None,
+        is_causal: bool = False,
+        **kwargs,
     ) -> tuple[Tensor, None]:
-        check_inputs(past_key_values, sequence_ids)
+        mask = padding_mask_of(layout, past_key_values)
         if is_causal:
             raise ValueError("Linformer mixes all positions: use it in encoders (`is_causal=False`).")
         query, key, value = (
@@ -41,8 +48,12 @@ class LinformerAttention(nn.Module):
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
         shorten = self.shorten[:, : hidden_states.shape[1]].to(key.dtype)
-        if attention_mask is not None:
-            real = attention_mask[:, None, :, None].to(key.dtype)
+        if mask is not None:
+            if not is_tracing(mask) and bool((mask[:, 1:] & ~mask[:, :-1]).any()):
+                raise ValueError(
+                    "Padding stands to the left of tokens, but Linformer maps positions in the row: pad on the right."
+                )
+            real = mask[:, None, :, None].to(key.dtype)
             key, value = key * real, value * real
         output = F.scaled_dot_product_attention(query, shorten @ key, shorten @ value)
         return self.o_proj(output.transpose(1, 2).flatten(2)), None

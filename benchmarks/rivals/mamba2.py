@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from benchmarks.rivals.linear_attention import check_inputs
+from benchmarks.rivals.linear_attention import padding_mask_of
 from gma_hf import GMAConfig
 from gma_hf.modeling.attention_gma import GMARMSNorm
+from gma_hf.modeling.layout import Layout
 
 
 CHUNK_SIZE = 128
@@ -170,17 +171,16 @@ class Mamba2Mixer(nn.Module):
     def forward(
         self,
         hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
         past_key_values=None,
-        sequence_ids: Tensor | None = None,
+        layout: Layout | None = None,
         is_causal: bool = True,
         **kwargs,
     ) -> tuple[Tensor, None]:
-        check_inputs(past_key_values, sequence_ids)
         if not is_causal:
             raise ValueError("Mamba-2 is causal.")
-        mask = None if attention_mask is None else attention_mask[..., None].to(hidden_states.dtype)
+        mask = padding_mask_of(layout, past_key_values)
         if mask is not None:
+            mask = mask[..., None].to(hidden_states.dtype)
             hidden_states = hidden_states * mask
         gate, mixed, dt = self.in_proj(hidden_states).split(self.sizes, dim=-1)
         mixed = short_convolution(mixed, self.conv_weight, self.conv_bias)

@@ -186,28 +186,38 @@ def test_language_models_do_not_see_the_future(mixer):
     assert not torch.allclose(logits[:, 150:], other_logits[:, 150:], atol=1e-3)
 
 
+def logits_of_padded_and_alone(model, tokens, side):
+    """A row of 23 tokens, padded beside one of 32, and the same alone."""
+    short, long = tokens[:1, :23], tokens[1:]
+    padding = torch.zeros(1, 9, dtype=torch.long)
+    padded = torch.cat([padding, short] if side == "left" else [short, padding], dim=1)
+    mask = (torch.cat([padded, long]) != 0).long()
+    with torch.no_grad():
+        return model(torch.cat([padded, long]), attention_mask=mask).logits[:1], model(short).logits
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("mixer", BIDIRECTIONAL)
-def test_padding_changes_nothing_in_an_encoder(mixer):
+def test_padding_changes_nothing_in_an_encoder(mixer, side):
     torch.manual_seed(0)
     config = make_config(mixer, is_causal=False, num_labels=3, **SIZES)
     model = make_model(mixer, config, GMAForSequenceClassification).eval()
-    tokens = torch.randint(1, 50, (1, 23))
-    padded = torch.cat([tokens, torch.zeros(1, 9, dtype=torch.long)], dim=1)
-    with torch.no_grad():
-        expected = model(tokens).logits
-        logits = model(padded, attention_mask=(padded != 0).long()).logits
+    tokens = torch.randint(1, 50, (2, 32))
+    if mixer == "linformer" and side == "left":
+        with pytest.raises(ValueError, match="pad on the right"):
+            logits_of_padded_and_alone(model, tokens, side)
+        return
+    logits, expected = logits_of_padded_and_alone(model, tokens, side)
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("mixer", CAUSAL)
-def test_left_padding_changes_nothing_in_a_language_model(mixer):
+def test_padding_changes_nothing_in_a_language_model(mixer, side):
     torch.manual_seed(0)
     model = make_model(mixer, make_config(mixer, **SIZES)).eval()
-    tokens = torch.randint(1, 50, (1, 23))
-    padded = torch.cat([torch.zeros(1, 9, dtype=torch.long), tokens], dim=1)
-    with torch.no_grad():
-        expected = model(tokens).logits
-        logits = model(padded, attention_mask=(padded != 0).long()).logits[:, 9:]
+    logits, expected = logits_of_padded_and_alone(model, torch.randint(1, 50, (2, 32)), side)
+    logits = logits[:, 9:] if side == "left" else logits[:, :23]
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -316,6 +326,8 @@ def test_rivals_refuse_what_they_would_ignore():
         model(tokens, position_ids=torch.tensor([[0, 1, 2, 0, 1, 2]]))
     with pytest.raises(ValueError, match="cache"):
         model(tokens, use_cache=True)
+    with pytest.raises(ValueError, match="padding between real tokens"):
+        model(tokens, attention_mask=torch.tensor([[1, 1, 0, 1, 1, 1]]))
 
 
 def test_weight_decay_spares_what_is_no_matrix():
