@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers.utils import is_tracing
 
+from ..compat import sequences_are_sharded
 from ..ops.window.plan import WindowPlan, padding_first, plan_window
 
 
@@ -223,6 +224,21 @@ def may_have_gaps(padding_mask: Tensor) -> bool:
         return True
     begins = padding_mask[:, 1:] & ~padding_mask[:, :-1]
     return bool((begins.sum(dim=1) + padding_mask[:, 0] > 1).any())
+
+
+def expect_whole_sequences() -> None:
+    """
+    Where each process has a part of every sequence, each memory would start anew with the part, and outputs and gradients would
+    be wrong without a sign of it.
+
+    Raises:
+        ValueError: under context or sequence parallelism.
+    """
+    if sequences_are_sharded():
+        raise ValueError(
+            "Context parallelism and sequence parallelism cut every sequence over processes, and the memory of a GMA layer "
+            "would start anew in each of them. Set `cp_size` and `sp_size` to 1; use data, tensor or pipeline parallelism."
+        )
 
 
 def select_padding_mask(attention_mask: Tensor | None, query_length: int) -> Tensor | None:

@@ -24,6 +24,7 @@ from .cache_gma import GMACacheLayer, Owner, adopt_cache, expect_continuation
 from .layout import (
     Layout,
     count_positions,
+    expect_whole_sequences,
     find_sequence_ids,
     same_sequence_mask_function,
     select_padding_mask,
@@ -83,6 +84,8 @@ class GMAPreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = True
     # A running sum cannot be rolled back, as assisted decoding would need
     _is_stateful = True
+    # Each process would have a memory of its own; `expect_whole_sequences` stands where Transformers and Accelerate do not look
+    _supports_context_parallel = False
     _keys_to_ignore_on_load_missing = [LACKING_BEFORE]
     _can_record_outputs = {
         "hidden_states": GMADecoderLayer,
@@ -172,6 +175,8 @@ class GMAModel(GMAPreTrainedModel):
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         batch_size, length = inputs_embeds.shape[:2]
+        if "linear_attention" in self.config.layer_types:
+            expect_whole_sequences()
 
         is_causal = kwargs.pop("is_causal", self.config.is_causal)
         if not is_causal:

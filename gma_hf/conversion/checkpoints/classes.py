@@ -128,7 +128,7 @@ class ConvertedConfigMixin:
 class ConvertedModelMixin:
     """What the class of a converted model adds to that of the original."""
 
-    # Transformers and Accelerate look here; `refuse_sharded_sequences` stands where they do not look
+    # Transformers and Accelerate look here; `expect_whole_sequences` stands where they do not look
     _supports_context_parallel = False
 
     @classmethod

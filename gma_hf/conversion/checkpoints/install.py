@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ...compat import attention_implementation, execution_device, sequences_are_sharded, set_attention_implementation
+from ...compat import attention_implementation, execution_device, set_attention_implementation
+from ...modeling.layout import expect_whole_sequences
 from ..config import GMAConversionConfig
 from ..runtime.attention import IMPLEMENTATION
 from ..runtime.calls import begin_attention, models_around, watch_model
@@ -100,18 +101,8 @@ def attach_layers(model: PreTrainedModel, layers: dict[nn.Module, GMAConversion]
 
 
 def refuse_sharded_sequences(module: nn.Module, args: tuple) -> None:
-    """
-    Forward pre-hook of the first converted module. Where each process has a part of every sequence, each memory would start
-    anew with the part, and gradients would be wrong without a sign of it.
-
-    Raises:
-        ValueError: under context or sequence parallelism.
-    """
-    if sequences_are_sharded():
-        raise ValueError(
-            "Context parallelism and sequence parallelism cut every sequence over processes, and the memory of a GMA layer "
-            "would start anew in each of them. Set `cp_size` and `sp_size` to 1; use data, tensor or pipeline parallelism."
-        )
+    """Forward pre-hook of the first converted module, see [`expect_whole_sequences`]."""
+    expect_whole_sequences()
 
 
 def install_layers(model: PreTrainedModel) -> None:
