@@ -244,9 +244,20 @@ def expect_shapes(
         ValueError: unless a layer of the file holds what a layer of the model remembers.
     """
     found = {name: tuple(tensor.shape[1:]) for name, tensor in named.items() if name not in OPTIONAL}
-    if found != expected:
+    if found == expected:
+        return
+    has, needs = kept_tokens(found), kept_tokens(expected)
+    if has == needs:
         differing = sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
-        raise ValueError(
-            f"{path} does not fit the model: of layer {layer_idx} the file has { {x: found.get(x) for x in differing} }, the model "
-            f"needs { {x: expected.get(x) for x in differing} } (shapes per row; `None` for nothing)."
-        )
+        has, needs = ({name: shapes.get(name) for name in differing} for shapes in (found, expected))
+        needs = f"{needs} (shapes per row; `None` for nothing)"
+    raise ValueError(
+        f"{path} does not fit the model: of layer {layer_idx} the file has {has}, the model needs {needs}. Load the cache with the "
+        "model that filled it, or process the prompt again."
+    )
+
+
+def kept_tokens(shapes: dict[str, tuple[int, ...]]) -> str:
+    """How many tokens a layer keeps as they are, in words."""
+    window, sinks = (shapes[name][1] if name in shapes else 0 for name in ("keys", "sink_keys"))
+    return f"a window of {window} tokens and {sinks} sink tokens"
