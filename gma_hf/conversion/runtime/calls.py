@@ -69,17 +69,20 @@ class CallLayout:
         is_of_tokens = mask is None or (isinstance(mask, Tensor) and mask.ndim == 2 and mask.dtype == torch.bool)
         if self.layout is not None and is_of_tokens:
             return self.layout
+        # A compiled graph that knew the number of a mask would serve that one mask
+        if torch.compiler.is_compiling():
+            return self._read_layout(mask, query, cache_layer, is_causal)
         # The mask is held as long as its number is
         known = self._read.get(id(mask))
         if known is None:
-            padding_mask, sequence_ids = read_mask(mask, query, cache_layer, is_causal)
-            layout = self.layout
-            if layout is None or (isinstance(mask, Tensor) and mask.ndim == 2):
-                layout = Layout(query.shape[0], query.shape[2], padding_mask, sequence_ids)
-            known = mask, layout
-            if not torch.compiler.is_compiling():
-                self._read[id(mask)] = known
+            known = self._read[id(mask)] = mask, self._read_layout(mask, query, cache_layer, is_causal)
         return known[1]
+
+    def _read_layout(self, mask: Any, query: Tensor, cache_layer: GMACacheLayer | None, is_causal: bool) -> Layout:
+        padding_mask, sequence_ids = read_mask(mask, query, cache_layer, is_causal)
+        if self.layout is not None and not (isinstance(mask, Tensor) and mask.ndim == 2):
+            return self.layout
+        return Layout(query.shape[0], query.shape[2], padding_mask, sequence_ids)
 
 
 def arguments(model: PreTrainedModel) -> list[str]:
