@@ -45,7 +45,7 @@ def saved_shapes(plan: Plan, query, key, means, causal, normalize, has_z) -> dic
     """The shapes of `Saved`."""
     batch, heads, length, _ = query.shape
     mixtures = means.shape[0]
-    slabs, chunks = batch * mixtures, cdiv(length, plan.T)
+    slabs, chunks = batch * mixtures, cdiv(length, plan.T) if causal else 0
     return {
         "rd": (batch if normalize else 0, heads, length),
         "states": (slabs, chunks, plan.CP, plan.DVP) if causal else (slabs, plan.state_size),
