@@ -275,22 +275,17 @@ class GMAModel(GMAPreTrainedModel):
                     f"The attention mask covers {attention_mask.shape[1]} tokens, but softmax layers read the "
                     f"{seen_tokens} cached tokens again: it must cover them as well, {expected} tokens in all."
                 )
-        arguments = {
-            "config": self.config,
-            "inputs_embeds": inputs_embeds,
-            "attention_mask": attention_mask,
-            "past_key_values": past_key_values,
-        }
+        # By their places: versions of Transformers call the cache by different names
+        arguments, others = (self.config, inputs_embeds, attention_mask), {}
         # Flash attention takes packed sequences from the positions or from `cu_seq_lens_q`, the others from their mask
         if sequence_ids is not None and "flash" not in attention_implementation(self.config):
             if seen_tokens > 0:
                 raise ValueError("Softmax layers cannot go on from a cache with several packed sequences per row.")
-            arguments["and_mask_function"] = same_sequence_mask_function(sequence_ids)
+            others["and_mask_function"] = same_sequence_mask_function(sequence_ids)
         if is_causal:
-            return create_causal_mask(
-                **arguments, position_ids=None if "and_mask_function" in arguments else position_ids
-            )
-        return create_bidirectional_mask(**arguments)
+            position_ids = None if others else position_ids
+            return create_causal_mask(*arguments, past_key_values, position_ids=position_ids, **others)
+        return create_bidirectional_mask(*arguments, **others)
 
     def _check_positions(self, position_ids: torch.Tensor, length: int, seen_tokens: int | torch.Tensor):
         """Learned positions end somewhere; an index error on a GPU would not say so."""
