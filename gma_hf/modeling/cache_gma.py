@@ -280,15 +280,22 @@ def adopt_cache(cache: Cache, config: PreTrainedConfig) -> Cache:
         if layer_type != "linear_attention" or isinstance(layer, GMACacheLayer):
             continue
         if getattr(layer, "is_initialized", False) or any(getattr(layer, "has_previous_state", {}).values()):
-            raise ValueError(
-                f"Layer {layer_idx} of the cache already holds a {type(layer).__name__} with content, but layer "
-                f"{layer_idx} of the model is a GMA layer. Was the cache filled by another model?"
-            )
+            raise ValueError(foreign_content(layer, layer_idx))
         if isinstance(cache, StaticCache):
             cache.layers[layer_idx] = StaticGMACacheLayer(_static_length(cache))
         else:
             cache.layers[layer_idx] = GMACacheLayer()
     return cache
+
+
+def foreign_content(layer: CacheLayerMixin, layer_idx: int) -> str:
+    """Why a layer of a cache that holds keys and values of softmax attention cannot serve a GMA layer."""
+    return (
+        f"Layer {layer_idx} of the cache already holds a {type(layer).__name__} with content, but layer {layer_idx} of the model is a "
+        "GMA layer, which goes on from a running state and not from keys and values. If prefix tuning (`PrefixTuningConfig`) put "
+        "learned keys and values there: use prompt tuning (`PromptTuningConfig`) or LoRA, which work with GMA layers. If another "
+        "model filled the cache: start with a new one (`past_key_values=None`)."
+    )
 
 
 def _static_length(cache: StaticCache) -> int:
@@ -329,7 +336,8 @@ def expect_continuation(
         seen = seen | memory.valid.any(dim=1)
     if bool((starts.to(seen.device) & seen).any()):
         raise ValueError(
-            f"`position_ids` start at 0, but the cache has seen {int(cache.get_seq_length())} tokens of the same rows. A new "
-            "sequence needs a new cache (`past_key_values=None`); to continue the old one, leave `position_ids` out or let them "
-            "go on."
+            f"`position_ids` start at 0, but the cache has seen {int(cache.get_seq_length())} tokens of the same rows. `generate` with "
+            "`past_key_values` takes the whole text, the tokens in the cache first and at least one new token behind them: a prompt "
+            "that is no longer than the cache starts anew. A new sequence needs a new cache (`past_key_values=None`); to continue "
+            "the old one without `generate`, leave `position_ids` out or let them go on."
         )

@@ -53,3 +53,33 @@ def test_a_gma_model_is_no_assistant(name):
 def test_a_model_that_does_not_generate_gains_no_way_to_generate():
     encoder = gma_hf.convert_to_gma(llama().model, num_components=6)
     assert not hasattr(encoder, "generate_batch")
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("length", [5, 12])
+def test_a_prompt_no_longer_than_its_cache_is_told_so(name, length):
+    model, tokens = MODELS[name](), torch.arange(3, 15)[None]
+    arguments = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    cache = model(tokens, use_cache=True).past_key_values
+    with pytest.raises(ValueError, match=r"seen 12 tokens.*takes the whole text.*at least one new token"):
+        model.generate(tokens[:, :length], past_key_values=cache, **arguments)
+    # The advice works
+    longer = torch.cat([tokens, torch.tensor([[20]])], dim=1)
+    cache = model(tokens, use_cache=True).past_key_values
+    generated = model.generate(longer, past_key_values=cache, **arguments)
+    assert torch.equal(generated, model.generate(longer, **arguments))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_prefix_tuning_is_refused_and_prompt_tuning_works(name):
+    peft = pytest.importorskip("peft")
+    tokens = torch.arange(3, 15)[None]
+    options = {"task_type": "CAUSAL_LM", "num_virtual_tokens": 4}
+    tuned = peft.get_peft_model(MODELS[name](), peft.PrefixTuningConfig(**options))
+    with pytest.raises(
+        ValueError, match=r"prefix tuning .*PrefixTuningConfig.* use prompt tuning .*PromptTuningConfig"
+    ):
+        tuned(tokens)
+    tuned = peft.get_peft_model(MODELS[name](), peft.PromptTuningConfig(**options))
+    tuned(tokens, labels=tokens).loss.backward()
+    assert all(p.grad is not None for p in tuned.parameters() if p.requires_grad)

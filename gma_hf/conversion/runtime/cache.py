@@ -8,7 +8,7 @@ new keys and values back unchanged, and its state advances when the attention fu
 
 from transformers.cache_utils import Cache, DynamicLayer, EncoderDecoderCache, StaticCache
 
-from ...modeling.cache_gma import GMACacheLayer, StaticGMACacheLayer
+from ...modeling.cache_gma import GMACacheLayer, StaticGMACacheLayer, foreign_content
 
 
 def converted_cache_layer(cache: Cache, layer_idx: int) -> GMACacheLayer:
@@ -30,10 +30,7 @@ def converted_cache_layer(cache: Cache, layer_idx: int) -> GMACacheLayer:
     if isinstance(layer, GMACacheLayer):
         return layer
     if getattr(layer, "is_initialized", False) and int(layer.get_seq_length()) > 0:
-        raise ValueError(
-            f"Layer {layer_idx} of the cache already holds a {type(layer).__name__} with content, but this layer of the "
-            "model was converted to GMA. Was the cache filled by another model, or by a prefix-tuning adapter?"
-        )
+        raise ValueError(foreign_content(layer, layer_idx))
     if isinstance(cache, StaticCache):
         layer = StaticGMACacheLayer(max(getattr(other, "max_cache_len", -1) for other in cache.layers))
     else:
