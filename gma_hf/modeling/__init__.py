@@ -8,7 +8,8 @@ from .heads_gma import (
     GMAForTokenClassification,
 )
 from .layout import Layout
-from .memory import GMAMemory, MemoryState
+from .memory import GMAMemory
+from .memory_state import MemoryState
 from .mixture import GMAMixture
 from .modeling_gma import GMAModel, GMAPreTrainedModel
 from .saved_cache import load_cache, save_cache

@@ -22,7 +22,7 @@ from transformers.cache_utils import (
 from transformers.utils import is_torchdynamo_compiling, is_tracing
 
 from ..compat import mark_static_address
-from .memory import KeptValues, MemoryState
+from .memory_state import KeptValues, MemoryState
 
 
 class Owner:

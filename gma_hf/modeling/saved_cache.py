@@ -17,7 +17,7 @@ from transformers.cache_utils import DynamicLayer
 
 from ..configuration import GMAConfig
 from .cache_gma import GMACacheLayer, Owner, adopt_cache
-from .memory import MemoryState
+from .memory_state import MemoryState
 
 
 FORMAT = "gma_hf.cache"

@@ -11,7 +11,7 @@ from ..ops.dispatch import PLAIN, Way, choose
 from ..ops.triton_support import DTYPES, is_on_gpu, missing
 from ..ops.window.plan import padding_first
 from .layout import Layout
-from .memory import KeptValues
+from .memory_state import KeptValues
 
 
 MAX_WIDTH = 8  # taps of a tile stay in registers

@@ -16,7 +16,7 @@ from vllm.v1.attention.backend import AttentionBackend, AttentionMetadataBuilder
 from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 from vllm.v1.kv_cache_interface import KVCacheSpec
 
-from ..modeling.memory import KeptValues
+from ..modeling.memory_state import KeptValues
 from .layouts import model_layout
 from .slots import SlotLayout, SlotMemory, run_step
 from .steps import StepGroup, group_step

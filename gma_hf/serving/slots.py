@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..modeling.cache_gma import counted
-from ..modeling.memory import KeptValues, MemoryState
+from ..modeling.memory_state import KeptValues, MemoryState
 from .steps import StepGroup
 
 
