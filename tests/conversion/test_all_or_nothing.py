@@ -46,11 +46,11 @@ def tokens():
     [
         (GMAConversion, "__init__", 3),  # while layers are built: the third of four
         (GMAConversion, "reset_parameters", 2),  # while they are initialised
-        (nn.Module, "register_forward_hook", 3),  # while they are swapped in
+        (nn.Module, "register_forward_pre_hook", 3),  # while they are swapped in
         (convert, "exchange_class", 1),
         (convert, "use_linear_masks", 1),
         (install, "converted_view", 1),
-        (install, "count_positions_of", 1),
+        (install, "watch_model", 1),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

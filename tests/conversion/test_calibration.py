@@ -15,6 +15,7 @@ from gma_hf.conversion.calibration.memory_weight import balance_memory, far_mass
 from gma_hf.conversion.calibration.mixture_fitting import fit_mixtures
 from gma_hf.conversion.calibration.sensitivity import choose_layers, rank_layers
 from gma_hf.conversion.calibration.teacher import as_teacher
+from gma_hf.modeling.memory import GMAMemory
 from tests.conversion.tiny_models import FAMILIES, make_inputs, make_softmax_model, output_of
 
 
@@ -181,8 +182,8 @@ def test_the_memory_weighs_what_softmax_pays_outside_of_the_window(num_sinks):
     def measure(call):
         routed = dict(zip(("routing_query", "routing_key"), call.routed(), strict=True))
         window, mixture = call.layer.window_norm, call.layer.mixture_norm
-        affinity = window.affinity(
-            mixture, call.query, call.key, scaling=call.scaling, weigh_by_routing=True, **routed
+        affinity = GMAMemory().affinity(
+            mixture, window, call.query, call.key, scaling=call.scaling, weigh_by_routing=True, **routed
         )
         index = torch.arange(32)
         is_far = (index[:, None] - index >= 6) & (index >= num_sinks)
