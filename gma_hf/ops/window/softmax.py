@@ -223,15 +223,20 @@ class WindowSoftmax(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(*arguments):
-        """o, and l, which the backward pass needs."""
-        inputs, (sinks, *sink_tokens, num_sinks), options = arguments[:10], arguments[10:16], arguments[16:]
-        sink_tokens = SinkTokens(*sink_tokens)
-        seen = operator_sinks(inputs[1], inputs[2], sink_tokens, num_sinks)
-        output, log_sum = torch.ops.gma_hf.window_softmax(*inputs, *seen, sinks, *options)
-        if sink_tokens.index is not None:
-            scaling, softcap = options[2:]
-            attend_sinks(output, log_sum, inputs[0], sink_tokens, scaling, softcap)
+    def forward(
+        query, key, value, valid, runs, read, log_weight, memory_bias, memory_query, weighing_query, sinks,
+        sink_keys, sink_values, visible, index, num_sinks, size, causal, scaling, softcap,
+    ):  # fmt: skip
+        """
+        o, and l, which the backward pass needs. Every argument has a name: without gradients `torch.compile` counts the names,
+        and gives a function of `*arguments` a context before them.
+        """
+        inputs = (query, key, value, valid, runs, read, log_weight, memory_bias, memory_query, weighing_query)
+        sink_tokens = SinkTokens(sink_keys, sink_values, visible, index)
+        seen = operator_sinks(key, value, sink_tokens, num_sinks)
+        output, log_sum = torch.ops.gma_hf.window_softmax(*inputs, *seen, sinks, size, causal, scaling, softcap)
+        if index is not None:
+            attend_sinks(output, log_sum, query, sink_tokens, scaling, softcap)
         return output, log_sum
 
     @staticmethod
