@@ -326,7 +326,11 @@ def has_adapters(model: PreTrainedModel) -> bool:
 def sequences_are_sharded() -> bool:
     """Whether PyTorch's context parallelism is on, or Accelerate's parallelism over sequences: each process has a part."""
     parallelism = AcceleratorState._shared_state.get("parallelism_config")
-    if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled):
+    if parallelism is not None and any(
+        # Older versions know no parallelism over sequences
+        getattr(parallelism, name, False)
+        for name in ("cp_enabled", "sp_enabled")
+    ):
         return True
     # No import: the module is there once somebody has called `context_parallel`
     context_parallel = sys.modules.get("torch.distributed.tensor.experimental._context_parallel._attention")

@@ -96,7 +96,8 @@ def save_cache(cache: DynamicCache, path: str | os.PathLike, model: nn.Module | 
             )
         for name, value in named.items():
             if isinstance(value, Tensor):
-                tensors[f"layers.{layer_idx}.{name}"] = value.detach().contiguous()
+                # A copy: layers that saw the same tokens share what tells which of them are real
+                tensors[f"layers.{layer_idx}.{name}"] = value.detach().clone(memory_format=torch.contiguous_format)
             elif value is not None:
                 metadata[f"layers.{layer_idx}.{name}"] = str(value)
     expect_finite(tensors, "The cache")

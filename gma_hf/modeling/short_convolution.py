@@ -162,5 +162,5 @@ class GMAShortConvolution(nn.Conv1d):
 
 
 def rows_of(weight: torch.Tensor) -> torch.Tensor:
-    """The weights tap by tap, `(kernel_size, channels)`, in float32."""
-    return weight[:, 0].t().float()
+    """The weights tap by tap, `(kernel_size, channels)`, in float32 or, if the weights have it, float64."""
+    return weight[:, 0].t().to(torch.promote_types(weight.dtype, torch.float32))

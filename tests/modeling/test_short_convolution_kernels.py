@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from gma_hf.modeling import GMAShortConvolution, short_convolution
+from gma_hf.modeling.layout import Layout
 from gma_hf.ops import dispatch
 from tests.ops.kernels import DEVICE, what_a_model_learns
 from tests.ops.problems import assert_close
@@ -59,7 +60,8 @@ class ConvolutionProblem:
         # The very tensor, a leaf or not, so that its gradient is seen
         del module.weight
         module.weight = weight
-        return module(hidden_states, self.causal, history=history, **self.masks())
+        layout = Layout(*hidden_states.shape[:2], **self.masks())
+        return module(hidden_states, self.causal, layout, history)
 
     def define(self, hidden_states: Tensor, weight: Tensor, history: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """y_t = SiLU(sum_j weight_j x_{t-j}), token by token, over the real ones of a sequence."""
