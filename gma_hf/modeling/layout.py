@@ -72,7 +72,8 @@ class Layout:
         if self.padding_mask is not None:
             self.is_missing(1), self.is_missing(2), self.write_weight, self.sorted_padding_mask, self.inverse
         self.sorted_sequence_ids  # noqa: B018
-        for window_size, num_sinks in windows:
+        # A length that is still open (torch.export) is no int, and must not be decided on: each layer looks for itself
+        for window_size, num_sinks in windows if isinstance(self.length, int) else ():
             self.window(window_size, num_sinks if causal else 0, causal, dtype, device, output_history)
         self._is_complete = True
 

@@ -256,7 +256,10 @@ def kept_tokens(
     if num_sinks > 0:
         last_start = start[:, -1:]
         # While there are fewer than s of them they are what stands before the window; what is before their sequence is none
-        limit = torch.as_tensor(stop - size - num_sinks, device=device)
+        limit = stop - size - num_sinks
+        if not isinstance(limit, Tensor):
+            # Not `as_tensor`, which makes compiled graphs for this length alone
+            limit = torch.full((1, 1), limit, device=device)
         sink_places = torch.minimum(last_start, limit) + torch.arange(num_sinks, device=device)
         sink_valid, sink_places = sink_places >= last_start, sink_places.clamp(min=0)
     return places, valid_there, sink_places, sink_valid
