@@ -9,12 +9,11 @@ from .heads_gma import (
 )
 from .layout import Layout
 from .memory import GMAMemory
+from .memory_parts import GMAMixture, GMAWindow
 from .memory_state import MemoryState
-from .mixture import GMAMixture
 from .modeling_gma import GMAModel, GMAPreTrainedModel
 from .saved_cache import load_cache, save_cache
 from .short_convolution import GMAShortConvolution
-from .window import GMAWindow
 
 
 GMAWindowHistory = MemoryState  # its name in version 0.1

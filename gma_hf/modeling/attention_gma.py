@@ -18,10 +18,9 @@ from ..compat import attention_implementation
 from ..configuration import GMAConfig
 from .layout import Layout
 from .memory import NO_AFFINITY_BEHIND_CACHE, GMAMemory
+from .memory_parts import GMAMixture, GMAWindow
 from .memory_state import KeptValues
-from .mixture import GMAMixture
 from .short_convolution import GMAShortConvolution
-from .window import GMAWindow
 
 
 class GMARMSNorm(nn.Module):

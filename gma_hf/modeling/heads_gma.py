@@ -22,9 +22,8 @@ from transformers.utils import TransformersKwargs, can_return_tuple, logging
 
 from ..configuration import GMAConfig
 from .cache_gma import adopt_cache
-from .generation_gma import GMAGenerationMixin
+from .heads_common import GMAGenerationMixin, as_part_of_step
 from .modeling_gma import GMAModel, GMAPreTrainedModel
-from .step_loss import as_part_of_step
 
 
 logger = logging.get_logger(__name__)

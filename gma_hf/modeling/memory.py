@@ -17,8 +17,10 @@ from ..ops.attention.functional import without_autocast
 from ..ops.window.blocks import EMPTY, accumulation_dtype
 from ..ops.window.plan import WindowPlan, first_tokens, last_tokens, padding_first, plan_window, take_tokens, token_dim
 from .layout import Layout
-from .memory_state import KeptValues, MemoryState
-from .memory_tokens import (
+from .memory_parts import GMAWindow
+from .memory_state import (
+    KeptValues,
+    MemoryState,
     Tokens,
     is_step,
     join_history,
@@ -29,7 +31,6 @@ from .memory_tokens import (
     sink_tokens_of,
     take_queries,
 )
-from .window import GMAWindow
 
 
 NO_AFFINITY_BEHIND_CACHE = (

@@ -1,14 +1,20 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
-"""What a layer keeps between calls: of the tokens, a [`MemoryState`]; of its parameters, [`KeptValues`]."""
+"""
+What a layer keeps between calls: of the tokens, a [`MemoryState`]; of its parameters, [`KeptValues`]. And how tokens come into a
+window and its memory, and out of it: joined with what was remembered, shifted by a step, kept.
+"""
 
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers.utils import is_tracing
 
 from ..compat import version_of
+from ..ops.window.plan import WindowPlan, first_tokens, last_tokens, take_tokens, token_dim
+from .layout import Layout
 
 
 class MemoryState(NamedTuple):
@@ -76,3 +82,163 @@ class KeptValues:
 
     def __reduce__(self):
         return KeptValues, ()
+
+
+class Tokens(NamedTuple):
+    """Tokens side by side, as a window and its memory see them."""
+
+    keys: Tensor
+    values: Tensor
+    routing_keys: Tensor | None  # where they are not the keys
+    write_weight: Tensor | None
+    log_decay: Tensor | None
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "Tokens":
+        """The same with `function` of every tensor."""
+        return Tokens(*(None if x is None else function(x) for x in self))
+
+
+def is_step(tokens: Tokens, layout: Layout, history: MemoryState | None) -> bool:
+    """Whether a call is a step: one real token, behind a history that keeps of its tokens what this one has, too."""
+    length = tokens.keys.shape[2]
+    if history is None or not isinstance(length, int) or length != 1 or not layout.is_plain:
+        return False
+    kept = (history.routing_keys, history.write_weight, history.log_decay)
+    given = (tokens.routing_keys, tokens.write_weight, tokens.log_decay)
+    return all((x is None) == (y is None) for x, y in zip(kept, given, strict=True))
+
+
+def shifted(window: Tensor, new: Tensor, in_front: Tensor | None = None) -> Tensor:
+    """A window without its first token and with a new one behind its last, optionally with others in front of it."""
+    dim = token_dim(window)
+    kept = last_tokens(window, window.shape[dim] - 1)
+    parts = [kept, new] if in_front is None else [in_front, kept, new]
+    if window.dtype != new.dtype:
+        parts = [x.to(new.dtype) for x in parts]
+    return torch.cat(parts, dim=dim)
+
+
+def leave_window(history: MemoryState) -> tuple[Tensor | None, tuple[Tensor | None, ...]]:
+    """
+    Whether the oldest token is to be written, [B, 1], or `None` if it is in every row, and keys, values and validity of the
+    sinks after it has left.
+    """
+    if history.valid is None:
+        return None, (history.sink_keys, history.sink_values, None)
+    is_real = first_tokens(history.valid, 1)
+    if history.sink_keys is None:
+        return is_real, (None, None, None)
+    # Sinks stand to the right: there is room as long as the first place is empty
+    is_full = first_tokens(history.sink_valid, 1)
+    is_sink = is_real & ~is_full
+    sinks = []
+    for kept, window in (
+        (history.sink_keys, history.keys),
+        (history.sink_values, history.values),
+        (history.sink_valid, history.valid),
+    ):
+        becomes = is_sink if kept.ndim == 2 else is_sink[:, None, :, None]
+        sinks.append(torch.where(becomes, shifted(kept, first_tokens(window, 1).to(kept.dtype)), kept))
+    return is_real & is_full, tuple(sinks)
+
+
+def take_queries(x: Tensor, order: Tensor) -> Tensor:
+    """Queries, the last ones of all tokens, in an order of all tokens. What reads for the history is dropped later."""
+    length = x.shape[2]
+    past = order.shape[1] - length
+    return take_tokens(x, (order[:, past:] - past).clamp(min=0))
+
+
+def sink_tokens_of(tokens: Tokens, plan: WindowPlan) -> tuple[Tensor | None, ...]:
+    """Keys, values, visibility and, packed, places of the sink tokens."""
+    if plan.sink_places.ndim == 3:
+        return tokens.keys, tokens.values, plan.sink_visible, plan.sink_places
+    return *(take_tokens(x, plan.sink_places) for x in tokens[:2]), plan.sink_visible, None
+
+
+def join_history(
+    tokens: Tokens, layout: Layout, history: MemoryState | None, size: int
+) -> tuple[Tokens, Tensor, Tensor | None]:
+    """The tokens behind those of the history, its sinks first, or behind `size` invalid ones; which exist; and their runs."""
+    valid, runs = layout.padding_mask, layout.sequence_ids
+    batch_size, length = tokens.keys.shape[0], tokens.keys.shape[2]
+    if valid is None:
+        rows = 1 if history is None else batch_size
+        valid = torch.ones(rows, length, dtype=torch.bool, device=tokens.keys.device)
+    if runs is not None:
+        # The history and padding count to the first sequence
+        first = runs.gather(1, valid.expand(batch_size, -1).to(torch.uint8).argmax(dim=1, keepdim=True))
+        runs = torch.cat([first.expand(-1, size), torch.where(valid, runs, first)], dim=1)
+    past = MemoryState(None, None) if history is None else with_sinks_in_front(history)
+
+    def join(before: Tensor | None, now: Tensor | None, fill: float = 0.0) -> Tensor | None:
+        if now is None and before is None:
+            return None
+        if now is None:
+            now = before.new_full((*before.shape[:2], length), fill)
+        if before is None:
+            before_shape = [size if dim == token_dim(now) else n for dim, n in enumerate(now.shape)]
+            before = now.new_full(before_shape, fill)
+        return torch.cat([before.to(now.dtype), now], dim=token_dim(now))
+
+    tokens = Tokens(
+        join(past.keys, tokens.keys),
+        join(past.values, tokens.values),
+        join(past.routing_keys, tokens.routing_keys),
+        join(past.write_weight, tokens.write_weight, fill=1.0),
+        join(past.log_decay, tokens.log_decay),
+    )
+    return tokens, join(past.valid, valid, fill=history is not None), runs
+
+
+def with_sinks_in_front(history: MemoryState) -> MemoryState:
+    """The window of a history behind its sink slots. What only the memory asks for is zero there: they do not get into it."""
+    if history.sink_keys is None:
+        return history
+    num_sinks = history.sink_keys.shape[2]
+    valid = None if history.valid is None else torch.cat([history.sink_valid, history.valid], dim=1)
+
+    def widen(x: Tensor | None) -> Tensor | None:
+        return None if x is None else F.pad(x, (*[0, 0] * (x.ndim - 1 - token_dim(x)), num_sinks, 0))
+
+    return history._replace(
+        keys=torch.cat([history.sink_keys, history.keys], dim=2),
+        values=torch.cat([history.sink_values, history.values], dim=2),
+        valid=valid,
+        routing_keys=widen(history.routing_keys),
+        write_weight=widen(history.write_weight),
+        log_decay=widen(history.log_decay),
+    )
+
+
+def new_history(
+    layout: Layout,
+    tokens: Tokens,
+    plan: WindowPlan,
+    size: int,
+    num_sinks: int,
+    state: tuple[Tensor, Tensor],
+    count: Tensor | int,
+) -> MemoryState:
+    """What is to be remembered of tokens, with the memory's state after them."""
+    batch_size, num_tokens = tokens.keys.shape[0], tokens.keys.shape[2]
+    sinks = ()
+    if num_sinks > 0:
+        is_sink = plan.kept_sink_valid.expand(batch_size, -1)
+        places = plan.kept_sink_places.expand(batch_size, -1)
+        sinks = [take_tokens(x, places).masked_fill(~is_sink[:, None, :, None], 0) for x in tokens[:2]]
+        sinks = (*sinks, is_sink)
+    if plan.kept_places is not None:
+        last = tokens.map(lambda x: layout.take_kept(x, plan))
+    elif isinstance(num_tokens, int) and num_tokens < size:
+        last = tokens.map(lambda x: F.pad(x, (*[0, 0] * (x.ndim - 1 - token_dim(x)), size - num_tokens, 0)))
+    else:
+        last = tokens.map(lambda x: last_tokens(x, size))
+    valid = rows(plan.kept_valid, batch_size)
+    others = (last.routing_keys, last.write_weight, last.log_decay)
+    return MemoryState(*state, last.keys, last.values, valid, *others, *(sinks or (None,) * 3), count)
+
+
+def rows(x: Tensor, batch_size: int) -> Tensor:
+    """`x` for every row, where there is one for all."""
+    return x if x.shape[0] == batch_size else x.expand(batch_size, *x.shape[1:])

@@ -29,10 +29,9 @@ from .layout import (
     same_sequence_mask_function,
     select_padding_mask,
 )
-from .mixture import GMAMixture
+from .memory_parts import LACKING_BEFORE, GMAMixture, GMAWindow
 from .saved_cache import expect_fingerprint
 from .short_convolution import GMAShortConvolution
-from .window import LACKING_BEFORE, GMAWindow
 
 
 class GMAMLP(nn.Module):

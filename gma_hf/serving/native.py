@@ -29,8 +29,8 @@ from ..modeling.attention_gma import (
     GMASoftmaxAttention,
     apply_rotary_pos_emb,
 )
+from ..modeling.memory_parts import LACKING_BEFORE
 from ..modeling.modeling_gma import GMAMLP
-from ..modeling.window import LACKING_BEFORE
 from .layer import GMASlotLayer, StatesFromConfig
 from .layouts import native_layout, rank_config
 from .sharding import shard_weights

@@ -22,7 +22,7 @@ from gma_hf.analysis import (
 from gma_hf.analysis.routing import MARGIN_CAP
 from gma_hf.analysis.statistics import MARGIN_EDGES
 from gma_hf.modeling import GMAMemory, GMAMixture, Layout
-from gma_hf.modeling.window import GMAWindow
+from gma_hf.modeling.memory_parts import GMAWindow
 from gma_hf.training import measure_mixture_health
 from tests.conftest import make_model, tiny_config
 

@@ -11,7 +11,7 @@ from transformers import AutoModel, Trainer, TrainingArguments
 
 import gma_hf
 from gma_hf import convert_to_gma
-from gma_hf.modeling.step_loss import as_part_of_step
+from gma_hf.modeling.heads_common import as_part_of_step
 from tests.conftest import make_model, tiny_config
 from tests.conversion.tiny_models import BART, ENCODER, GQA, IMAGE, SIZES
 

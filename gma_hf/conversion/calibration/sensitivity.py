@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from ..checkpoints.install import gma_layers, unchanged_on_error
 from ..convert import convert_to_gma, revert_to_softmax
-from ..discovery.probe import find_attention_layers
+from ..discovery import find_attention_layers
 from ..distillation.losses import kl_divergence, real_tokens
 from .calibrate import calibrate
 from .data import as_it_is, model_batches, no_cache

@@ -36,9 +36,8 @@ from ...compat import (
     share_processors,
     transformers_model_types,
 )
-from ...modeling.generation_gma import GMAGenerationMixin
-from ...modeling.step_loss import as_part_of_step
-from ...modeling.window import LACKING_BEFORE
+from ...modeling.heads_common import GMAGenerationMixin, as_part_of_step
+from ...modeling.memory_parts import LACKING_BEFORE
 from ...remote_code import write_remote_code
 from ...version import __version__
 from ..config import GMAConversionConfig

@@ -7,6 +7,10 @@ What the layers of a converted model know of a call. Nothing of it is kept on a 
 - Before an attention module runs, its hook hands its attention function, as `gma_call`, what that is not told: the layer's part
   of the cache, the rotation of its queries and keys, whether the attentions are asked for.
 
+The states of converted layers live inside the caches of Transformers. The model's own code still calls
+`cache.update(keys, values, layer_idx)` before its attention. A converted layer hands the new keys and values back unchanged, and
+its state advances when the attention function has computed it.
+
 Positions: softmax over rotated queries and keys sees only how far apart two tokens are, so models with RoPE count padding and
 other sequences like tokens, and it makes no difference. A mixture that routes rotated vectors does not turn with them: it has to
 be told how many real tokens of its sequence precede a token, as `generate` tells it. So where a call gives a padding mask, or says
@@ -21,19 +25,18 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, StaticCache
+from transformers.cache_utils import Cache, DynamicLayer, EncoderDecoderCache, StaticCache
 from transformers.masking_utils import create_masks_for_generate
 from transformers.utils import is_tracing
 
 from ...compat import attention_implementation, collected_outputs
-from ...modeling.cache_gma import GMACacheLayer, expect_continuation
+from ...modeling.cache_gma import GMACacheLayer, StaticGMACacheLayer, expect_continuation, foreign_content
 from ...modeling.layout import (
     Layout,
     count_positions,
     find_sequence_ids,
     same_sequence_mask_function,
 )
-from .cache import converted_cache_layer
 from .masks import current_tokens, first_column, read_mask
 from .rotation import Rotation, find_position_embeddings
 
@@ -237,3 +240,33 @@ def begin_attention(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple
     embeddings = find_position_embeddings(args, kwargs) if module.gma_rotary is not None else None
     rotation = None if embeddings is None else Rotation(module.gma_rotary, *embeddings)
     return args, {**kwargs, "gma_call": AttentionCall(cache_layer, output_attentions, rotation)}
+
+
+def converted_cache_layer(cache: Cache, layer_idx: int) -> GMACacheLayer:
+    """
+    The state of layer `layer_idx`, put into the cache if it is not there yet.
+
+    Args:
+        cache (`Cache`): the cache that the model was given or made.
+        layer_idx (`int`): the layer's index in it.
+
+    Raises:
+        ValueError: if the layer holds keys and values already.
+    """
+    if isinstance(cache, EncoderDecoderCache):
+        cache = cache.self_attention_cache
+    while len(cache.layers) <= layer_idx:
+        cache.layers.append((cache.layer_class_to_replicate or DynamicLayer)())
+    layer = cache.layers[layer_idx]
+    if isinstance(layer, GMACacheLayer):
+        return layer
+    if getattr(layer, "is_initialized", False) and int(layer.get_seq_length()) > 0:
+        raise ValueError(foreign_content(layer, layer_idx))
+    if isinstance(cache, StaticCache):
+        layer = StaticGMACacheLayer(max(getattr(other, "max_cache_len", -1) for other in cache.layers))
+    else:
+        layer = GMACacheLayer()
+    cache.layers[layer_idx] = layer
+    if getattr(cache, "offloading", False) and all(isinstance(other, GMACacheLayer) for other in cache.layers):
+        cache.offloading = False  # nothing is left to move
+    return layer

@@ -10,8 +10,7 @@ from transformers import initialization as init
 from ...modeling.cache_gma import GMACacheLayer
 from ...modeling.layout import Layout
 from ...modeling.memory import NO_AFFINITY_BEHIND_CACHE, GMAMemory
-from ...modeling.mixture import GMAMixture
-from ...modeling.window import GMAWindow
+from ...modeling.memory_parts import GMAMixture, GMAWindow
 from .rotation import Columns, Rotation
 
 

@@ -1,14 +1,21 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
-"""A call of the operator, as every way to compute it receives it, and what it returns."""
+"""
+A call of the operator, as every way to compute it receives it, and what it returns; and the checks of what a caller passes: shapes
+and combinations only, never values, so that calls can be compiled.
+"""
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..operators import expect_one_device
 from .mixture import MixtureCoefficients, mixture_coefficients
 
 
+TENSORS = ("query", "key", "value", "means", "raw_variances", "prior_logits", "write_weight", "log_decay")
+OPTIONAL = ("write_weight", "log_decay", "sequence_ids")
 State = tuple[Tensor, Tensor]  # S [batch, mixtures, components, value_dim], z [batch, mixtures, components]
 
 
@@ -66,3 +73,130 @@ class AttentionResult(NamedTuple):
     normalizer: Tensor | None = (
         None  # D = gamma^Q z + eps [batch, query_heads, query_length], in the state's precision
     )
+
+
+# Messages are formatted only when they are raised: formatting a size would fix it to a constant in a compiled graph.
+
+
+def expect_shape(name: str, x: Tensor, layout: str, *sizes: int) -> None:
+    """`x` has the sizes, which `layout` names."""
+    if x.shape != sizes:
+        raise ValueError(f"{name} has shape {list(x.shape)}, expected {layout} = {list(sizes)}.")
+
+
+def expect_floating(name: str, x: Tensor) -> None:
+    """`x` is a floating point tensor."""
+    if not x.is_floating_point():
+        raise ValueError(f"{name} has dtype {x.dtype}, expected a floating point dtype.")
+
+
+def validate_mixture(means: Tensor, raw_variances: Tensor, prior_logits: Tensor, routing_dim: int) -> None:
+    """The mixture's tensors fit each other and the tokens."""
+    for name, x in (("means", means), ("raw_variances", raw_variances), ("prior_logits", prior_logits)):
+        expect_floating(name, x)
+    if means.ndim != 3 or means.shape[-1] != routing_dim:
+        raise ValueError(
+            f"means has shape {list(means.shape)}, expected [mixtures, components, routing_dim] with routing_dim = "
+            f"{routing_dim}, the last size of the tokens."
+        )
+    expect_shape("raw_variances", raw_variances, "means.shape", *means.shape)
+    expect_shape("prior_logits", prior_logits, "[mixtures, components]", *means.shape[:2])
+
+
+def validate_numbers(call: AttentionCall) -> None:
+    """Constants and flags are such; their values are known before anything is computed."""
+    for name in ("causal", "normalize", "output_final_state", "output_normalizer", "correlate"):
+        if not isinstance(getattr(call, name), bool):
+            raise ValueError(f"{name} is {getattr(call, name)!r}, expected True or False.")
+    for name in ("eps", "variance_floor"):
+        number = getattr(call, name)
+        if isinstance(number, bool) or not isinstance(number, int | float):
+            raise ValueError(f"{name} is {number!r}, expected a number.")
+        if not 0.0 <= number < math.inf:
+            raise ValueError(f"{name} is {number}, expected a finite number that is not negative.")
+    if call.correlate and call.normalize:
+        raise ValueError(
+            "correlate is given with normalize=True, but the weights of correlated routes may sum to 0 or less; use "
+            "normalize=False."
+        )
+
+
+def validate_call(call: AttentionCall, sequence_ids: Tensor | None) -> None:
+    """Every argument of the operator has the shape, dtype and device that the others imply."""
+    query, key, value = call.query, call.key, call.value
+    validate_numbers(call)
+    tensors = {name: getattr(call, name) for name in TENSORS} | {"sequence_ids": sequence_ids}
+    for name, x in tensors.items():
+        if not isinstance(x, Tensor) and (x is not None or name not in OPTIONAL):
+            raise ValueError(f"{name} is {type(x).__name__}, expected a tensor.")
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        if x.ndim != 4:
+            raise ValueError(f"{name} has shape {list(x.shape)}, expected [batch, heads, length, dim].")
+        expect_floating(name, x)
+    batch, query_heads, _, routing_dim = query.shape
+    _, key_heads, key_length, _ = key.shape
+    expect_shape(
+        "key", key, "[batch, key_value_heads, key_length, routing_dim]", batch, key_heads, key_length, routing_dim
+    )
+    expect_shape(
+        "value", value, "[batch, key_value_heads, key_length, value_dim]", batch, key_heads, key_length, value.shape[3]
+    )
+    validate_mixture(call.means, call.raw_variances, call.prior_logits, routing_dim)
+    mixtures, components = call.prior_logits.shape
+    if mixtures % key_heads != 0 or query_heads % mixtures != 0:
+        raise ValueError(
+            f"query has {query_heads} heads, means {mixtures} mixtures, key and value {key_heads} heads; expected the "
+            "heads of key and value to divide the mixtures, and the mixtures to divide the heads of query."
+        )
+    if call.correlate and components < 2:
+        raise ValueError(
+            "correlate is given with one component, beside which no token can prefer anything; use 2 or more."
+        )
+    for name, x in (("write_weight", call.write_weight), ("log_decay", call.log_decay)):
+        if x is not None:
+            expect_floating(name, x)
+            if x.ndim != 3 or mixtures % x.shape[1] != 0:
+                raise ValueError(
+                    f"{name} has shape {list(x.shape)}, expected [batch, h, key_length] with h dividing the {mixtures} "
+                    "mixtures."
+                )
+            expect_shape(name, x, "[batch, h, key_length]", batch, x.shape[1], key_length)
+    if call.initial_state is not None:
+        if len(call.initial_state) != 2:
+            raise ValueError(f"initial_state has {len(call.initial_state)} parts, expected the pair (S, z).")
+        S, z = call.initial_state
+        layout = "[batch, mixtures, components"
+        tensors |= {"initial_state S": S, "initial_state z": z}
+        expect_shape("initial_state S", S, f"{layout}, value_dim]", batch, mixtures, components, value.shape[3])
+        expect_shape("initial_state z", z, f"{layout}]", batch, mixtures, components)
+    expect_one_device(tensors.items())
+    validate_mode(call, sequence_ids)
+
+
+def validate_mode(call: AttentionCall, sequence_ids: Tensor | None) -> None:
+    """Causal and bidirectional calls have the arguments that they can use."""
+    batch, _, query_length, _ = call.query.shape
+    key_length = call.key.shape[2]
+    if call.output_normalizer and not call.normalize:
+        raise ValueError(
+            "output_normalizer is given with normalize=False, where nothing is divided by it; use normalize=True."
+        )
+    if call.causal or sequence_ids is not None:
+        mode = "causal=True" if call.causal else "sequence_ids"
+        if query_length != key_length:
+            raise ValueError(
+                f"{mode} needs queries and keys of one length, got query length {query_length} and key length "
+                f"{key_length}; cross-attention is causal=False without sequence_ids."
+            )
+    if sequence_ids is not None:
+        expect_shape("sequence_ids", sequence_ids, "[batch, length]", batch, key_length)
+        if sequence_ids.is_floating_point() or sequence_ids.dtype == torch.bool:
+            raise ValueError(f"sequence_ids has dtype {sequence_ids.dtype}, expected integers.")
+    if not call.causal:
+        if call.log_decay is not None:
+            raise ValueError("log_decay is given with causal=False, but forgetting has a direction; use causal=True.")
+        if sequence_ids is not None and (call.initial_state is not None or call.output_final_state):
+            raise ValueError(
+                "initial_state or output_final_state is given with sequence_ids and causal=False, where each packed "
+                "sequence has a state of its own; drop it, or run the sequences one by one."
+            )

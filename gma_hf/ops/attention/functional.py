@@ -9,10 +9,9 @@ from torch.nn import functional as F
 
 from ..dispatch import choose
 from ..operators import expect_one_device
-from .call import AttentionCall, AttentionResult, State
+from .call import AttentionCall, AttentionResult, State, expect_floating, validate_call, validate_mixture
 from .mixture import mixture_coefficients, repeat_heads, responsibilities
 from .reference import pair_weights
-from .validation import expect_floating, validate_call, validate_mixture
 from .ways import WAYS
 
 

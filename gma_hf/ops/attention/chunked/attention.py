@@ -13,7 +13,7 @@ S [B, M, C, dv], z [B, M, C], denominators [B, Hq, Nq].
 
 from ....compat import is_exporting_to_onnx
 from ..call import AttentionCall, AttentionResult
-from ..standard import standard_attention
+from ..reference import standard_attention
 from .bidirectional import ReadState, WriteState
 from .causal_operators import CausalChunks
 

@@ -18,10 +18,10 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.masking_utils import sdpa_mask
 
-from ...compat import execution_device, set_attention_implementation
-from ..checkpoints.install import copied_configs, held_configs, nested_configs
-from ..runtime.masks import MASKED
-from ..runtime.rotation import find_position_embeddings, find_rotary_dim, slow_columns
+from ..compat import execution_device, set_attention_implementation
+from .checkpoints.install import copied_configs, held_configs, nested_configs
+from .runtime.masks import MASKED
+from .runtime.rotation import find_position_embeddings, find_rotary_dim, slow_columns
 
 
 PROBE = "gma_probe"
