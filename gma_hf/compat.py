@@ -279,6 +279,22 @@ def version_of(tensor: Tensor) -> int:
     return tensor._version
 
 
+def is_forward_mode() -> bool:
+    """
+    Whether forward mode differentiates the code: `torch.func.jvp`, `jacfwd`, `hessian`, dual numbers. Operators without a rule
+    for it would return results without tangents, which count as zero. A compiler reports them by itself.
+    """
+    return not torch.compiler.is_compiling() and torch.autograd.forward_ad._current_level >= 0
+
+
+def is_transformed() -> bool:
+    """
+    Whether a function of `torch.func` runs the code. Inside of `torch.vmap` a tensor does not tell whether a gradient is asked
+    for outside.
+    """
+    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
+
+
 def is_exporting_to_onnx() -> bool:
     """Whether `torch.onnx.export(dynamo=True)` traces the code: ONNX has standard operators alone."""
     return is_exporting() and torch.onnx.is_in_onnx_export()

@@ -171,6 +171,24 @@ def test_torch_export_says_that_it_traces():
     assert seen[-1] is False
 
 
+def test_forward_mode_and_transformations_are_seen():
+    seen = []
+
+    def function(x):
+        seen.append((compat.is_forward_mode(), compat.is_transformed()))
+        return (x * x).sum()
+
+    x = torch.ones(2)
+    function(x)
+    torch.func.jvp(function, (x,), (x,))
+    torch.func.grad(function)(x)
+    torch.vmap(function)(x[None])
+    with torch.autograd.forward_ad.dual_level():
+        function(torch.autograd.forward_ad.make_dual(x, x))
+    function(x)
+    assert seen == [(False, False), (True, True), (False, True), (False, True), (True, False), (False, False)]
+
+
 def test_tensors_can_be_marked_as_static():
     compat.mark_static_address(torch.zeros(2))
 

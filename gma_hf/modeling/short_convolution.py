@@ -7,7 +7,7 @@ sequence alone: padding, wherever it stands, and other packed sequences do not t
 import torch
 from torch import nn
 
-from ..ops.dispatch import PLAIN, Way, choose
+from ..ops.dispatch import PLAIN, Way, choose, not_in_forward_mode
 from ..ops.triton_support import DTYPES, is_on_gpu, missing
 from ..ops.window.plan import padding_first
 from .layout import Layout
@@ -23,7 +23,7 @@ def cannot_run(inputs: torch.Tensor, weight: torch.Tensor) -> str | None:
         return "the inputs or the weights are float64."
     if weight.shape[-1] > MAX_WIDTH:
         return f"it is wider than {MAX_WIDTH} tokens."
-    return missing(inputs.device.type, inputs.device.index)
+    return not_in_forward_mode() or missing(inputs.device.type, inputs.device.index)
 
 
 WAYS = (Way("triton", cannot_run, is_on_gpu), PLAIN)

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..compat import is_forward_mode
+
 
 logger = logging.getLogger(__name__)
 ENVIRONMENT_VARIABLE = "GMA_HF_BACKEND"  # forces a way, for debugging
@@ -29,6 +31,11 @@ class Way(NamedTuple):
     run: Callable[..., Any] | None = (
         None  # of a call: its result; None where the operator's own file branches on the name
     )
+
+
+def not_in_forward_mode() -> str | None:
+    """Why a way whose gradient is written by hand cannot run a call, or `None`."""
+    return "it has no forward-mode derivative." if is_forward_mode() else None
 
 
 # The last way of operators that have kernels and plain PyTorch: it can run everything

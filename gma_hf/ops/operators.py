@@ -38,11 +38,15 @@ def on_one_device(function: Callable) -> Callable:
     Check the tensors of an operator's implementation, real or fake, before it runs. PyTorch calls the fake one, which returns
     memory that nobody has written, whenever one tensor is on "meta".
     """
-    names = tuple(inspect.signature(function).parameters)
+    parameters = inspect.signature(function).parameters
+    names = tuple(parameters)
+    # `*saved` stands for as many tensors as there are
+    last = names[-1] if any(x.kind is x.VAR_POSITIONAL for x in parameters.values()) else None
 
     @functools.wraps(function)
     def checked(*arguments):
-        expect_one_device(zip(names, arguments, strict=False))
+        rest = () if last is None else (last,) * (len(arguments) - len(names))
+        expect_one_device(zip((*names, *rest), arguments, strict=False))
         return function(*arguments)
 
     return checked
@@ -94,8 +98,9 @@ class DifferentiatedOnce(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads):
         raise RuntimeError(
-            "This operator cannot be differentiated twice: its gradient is written by hand. Use backend='reference', which "
-            "PyTorch differentiates as often as you like."
+            "This operator cannot be differentiated twice in reverse mode: its gradient is written by hand. For the product of a "
+            "Hessian and a vector use `torch.func.jvp` of `torch.func.grad`, which works. Or give `gaussian_mixture_attention` "
+            "backend='reference', which PyTorch differentiates as often as you like."
         )
 
 

@@ -23,7 +23,7 @@ from transformers.cache_utils import Cache
 
 from ...compat import function_of_modeling_file
 from ...modeling.layout import Layout
-from ...ops.dispatch import PLAIN, Way, choose
+from ...ops.dispatch import PLAIN, Way, choose, not_in_forward_mode
 from ...ops.triton_support import DTYPES, is_on_gpu, missing
 
 
@@ -37,7 +37,7 @@ def cannot_run(query: Tensor, *others: Tensor) -> str | None:
     """Why the kernel cannot run a call, or `None`."""
     if not all(x.dtype in DTYPES for x in (query, *others)):
         return "queries, keys or angles are float64."
-    return missing(query.device.type, query.device.index)
+    return not_in_forward_mode() or missing(query.device.type, query.device.index)
 
 
 WAYS = (Way("triton", cannot_run, is_on_gpu), PLAIN)

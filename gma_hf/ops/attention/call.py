@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ...compat import is_transformed
 from ..operators import expect_one_device
 from .mixture import MixtureCoefficients, mixture_coefficients
 
@@ -52,9 +53,11 @@ class AttentionCall(NamedTuple):
 
     @property
     def needs_gradients(self) -> bool:
-        """Whether autograd records the call."""
+        """Whether autograd records the call, or may do so."""
         if not torch.is_grad_enabled():
             return False
+        if is_transformed():
+            return True
         tensors = (*self[:6], self.write_weight, self.log_decay, *(self.initial_state or ()))
         return any(x is not None and x.requires_grad for x in tensors)
 

@@ -13,6 +13,7 @@ S [B, M, C, dv], z [B, M, C], denominators [B, Hq, Nq].
 import torch
 
 from ...compat import is_exporting
+from ..dispatch import not_in_forward_mode
 from ..triton_support import DTYPES, MAX_DIM, missing
 from .call import AttentionCall, AttentionResult
 from .recurrent import SHORT
@@ -39,7 +40,7 @@ def is_step(call: AttentionCall) -> bool:
 
 def fused_attention(call: AttentionCall) -> AttentionResult:
     """Evaluate the call with the fused kernels."""
-    from .triton import decoding, operators  # noqa: F401 (define the operators)
+    from .triton import decoding, operators  # noqa: F401 (decoding defines an operator)
 
     S, z = (None, None) if call.initial_state is None else call.initial_state
     tensors = (
@@ -52,7 +53,7 @@ def fused_attention(call: AttentionCall) -> AttentionResult:
             *tensors, eps, call.variance_floor, call.output_normalizer
         )
     else:
-        output, normalizer, S, z, *_ = torch.ops.gma_hf.fused_attention(
+        output, normalizer, S, z, *_ = operators.FusedAttention.apply(
             *tensors, call.causal, call.strict, eps, call.variance_floor, needs_gradients(call),
             call.output_final_state, call.output_normalizer,
         )  # fmt: skip
@@ -76,7 +77,7 @@ def cannot_run(call: AttentionCall) -> str | None:
         return "a tensor is empty."
     if call.correlate:
         return "they do not know the correlation of routes."
-    return missing(call.query.device.type, call.query.device.index)
+    return not_in_forward_mode() or missing(call.query.device.type, call.query.device.index)
 
 
 def suits(call: AttentionCall) -> bool:

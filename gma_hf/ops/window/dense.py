@@ -1,7 +1,7 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
 """
-The window's softmax with all pairs of tokens written out, by the standard operators of PyTorch alone: for ONNX. Quadratic in the
-length. The equations are those of `softmax.py`; they become one softmax over what a query sees:
+The window's softmax with all pairs of tokens written out, by the standard operators of PyTorch alone: for ONNX and for forward-mode
+derivatives. Quadratic in the length. The equations are those of `softmax.py`; they become one softmax over what a query sees:
 
     o_i = softmax([s_i, s'_i, m_i, sink]) [V; V'; r_i; 0]
 

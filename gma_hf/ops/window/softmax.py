@@ -20,7 +20,7 @@ by the latter behind the kernels, too.
 import torch
 from torch import Tensor
 
-from ...compat import is_exporting_to_onnx
+from ...compat import is_exporting_to_onnx, is_forward_mode
 from ..dispatch import PLAIN, Way, choose
 from ..operators import differentiate_once, on_one_device, vmapped_by_loops
 from ..triton_support import DTYPES, MAX_DIM, is_on_gpu, missing
@@ -314,7 +314,7 @@ def window_softmax(
             f"{weighing_query.shape[3]}, but `memory_query` has shape {list(memory_query.shape)}. Give it vectors of the same "
             "heads and dimension."
         )
-    if is_exporting_to_onnx():
+    if is_exporting_to_onnx() or is_forward_mode():
         return dense_window(
             query, key, value, valid, runs, read, log_weight, memory_bias, memory_query, weighing_query, sinks, sink_tokens,
             num_sinks=num_sinks, size=size, causal=causal, scaling=scaling, softcap=softcap,

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...operators import on_one_device, vmapped_by_loops
 from .coefficients import load_centred, log_priors
 from .launching import on_its_device
 from .operators import INPUTS, empty_normalizer, empty_output, row_contiguous, strides
@@ -120,6 +121,7 @@ torch.library.define(
 
 
 @torch.library.impl("gma_hf::fused_decoding", ("cpu", "cuda"))
+@on_one_device
 @on_its_device
 def fused_decoding(
     query, key, value, means, raw_variances, prior_logits, write_weight, log_decay, share, S, z, eps, variance_floor,
@@ -163,8 +165,12 @@ def empty_state(query: Tensor, means: Tensor, value: Tensor) -> tuple[Tensor, Te
 
 
 @torch.library.register_fake("gma_hf::fused_decoding")
+@on_one_device
 def _(
     query, key, value, means, raw_variances, prior_logits, write_weight, log_decay, share, S, z, eps, variance_floor,
     output_normalizer,
 ):  # fmt: skip
     return empty_output(query, value), empty_normalizer(query, output_normalizer), *empty_state(query, means, value)
+
+
+vmapped_by_loops(torch.ops.gma_hf.fused_decoding, "gma_hf::fused_decoding")

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ...operators import differentiate_once, on_one_device, vmapped_by_loops
 from .coefficients import coefficients_backward_kernel, coefficients_kernel
 from .fused_outputs import fused_read_kernel, write_kernel
 from .gradients import gradient_kernel
@@ -211,6 +212,7 @@ torch.library.define(
 
 
 @torch.library.impl("gma_hf::fused_attention", ("cpu", "cuda"))
+@on_one_device
 @on_its_device
 def fused_attention(
     query, key, value, means, raw_variances, prior_logits, write_weight, log_decay, share, S, z, causal, strict, eps,
@@ -335,6 +337,7 @@ def empty_normalizer(query: Tensor, output_normalizer: bool) -> Tensor:
 
 
 @torch.library.register_fake("gma_hf::fused_attention")
+@on_one_device
 def _(
     query, key, value, means, raw_variances, prior_logits, write_weight, log_decay, share, S, z, causal, strict, eps,
     variance_floor, save, final_state, output_normalizer,
@@ -373,6 +376,7 @@ def responsibilities_like(plan: Plan, grad: Tensor, heads: int) -> Tensor:
 
 
 @torch.library.impl("gma_hf::fused_attention_backward", ("cpu", "cuda"))
+@on_one_device
 @on_its_device
 def fused_attention_backward(
     query, key, value, means, raw_variances, prior_logits, write_weight, log_decay, share, output, grad_output,
@@ -478,6 +482,7 @@ def sum_heads(x: Tensor, like: Tensor | None) -> Tensor:
 
 
 @torch.library.register_fake("gma_hf::fused_attention_backward")
+@on_one_device
 def _(
     query, key, value, means, raw_variances, prior_logits, write_weight, log_decay, share, output, grad_output,
     grad_normalizer, grad_S, grad_z, causal, strict, normalize, variance_floor, grad_weight, grad_state, *saved,
@@ -494,39 +499,57 @@ def _(
     )
 
 
-def setup_context(ctx, inputs, output):
-    """Keep inputs, output and what the forward pass saved for the gradients."""
-    *tensors, S, z, ctx.causal, ctx.strict, ctx.eps, ctx.variance_floor, _, ctx.final_state, ctx.output_normalizer = (
-        inputs
-    )
-    ctx.state_dtypes = None if S is None else (S.dtype, z.dtype)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors, output[0], *output[4:])
+for name in ("fused_attention", "fused_attention_backward"):
+    vmapped_by_loops(getattr(torch.ops.gma_hf, name), f"gma_hf::{name}")
 
 
-def backward(ctx, grad_output, grad_normalizer, grad_S, grad_z, *_):
-    """Gradients of `fused_attention`'s arguments."""
-    tensors = ctx.saved_tensors  # asked for once: activation checkpointing computes them again
-    if tensors[-1].numel() == 0:
-        raise RuntimeError(
-            "The fused kernels kept nothing for a backward pass, as in programs of torch.export. Train the model itself."
-        )
-    if grad_output is None:
-        grad_output = torch.zeros_like(tensors[9])
-    if not ctx.final_state:
-        grad_S = grad_z = None
-    if not ctx.output_normalizer:
-        grad_normalizer = None
-    needed = ctx.needs_input_grad
-    *grads, grad_S, grad_z = torch.ops.gma_hf.fused_attention_backward(
-        *tensors[:10], grad_output, grad_normalizer, grad_S, grad_z, ctx.causal, ctx.strict, ctx.eps is not None,
-        ctx.variance_floor, needed[6], ctx.state_dtypes is not None, *tensors[10:],
-    )  # fmt: skip
-    grads = [grad if need else None for grad, need in zip(grads, needed, strict=False)]
-    states = (None, None)
-    if ctx.state_dtypes is not None:
-        states = (grad.to(dtype) for grad, dtype in zip((grad_S, grad_z), ctx.state_dtypes, strict=True))
-    return *grads, *states, *(None,) * 7
+class FusedAttention(torch.autograd.Function):
+    """The operator with its gradient."""
 
+    generate_vmap_rule = True
 
-torch.library.register_autograd("gma_hf::fused_attention", backward, setup_context=setup_context)
+    @staticmethod
+    def forward(
+        query, key, value, means, raw_variances, prior_logits, write_weight, log_decay, share, S, z, causal, strict, eps,
+        variance_floor, save, final_state, output_normalizer,
+    ):  # fmt: skip
+        """Output, D, S, z, and what the backward pass needs."""
+        return torch.ops.gma_hf.fused_attention(
+            query, key, value, means, raw_variances, prior_logits, write_weight, log_decay, share, S, z, causal, strict, eps,
+            variance_floor, save, final_state, output_normalizer,
+        )  # fmt: skip
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        """Keep inputs, output and what the forward pass saved for the gradients."""
+        *tensors, S, z, causal, strict, eps, variance_floor, _, ctx.final_state, ctx.output_normalizer = inputs
+        ctx.options = causal, strict, eps is not None, variance_floor
+        ctx.state_dtypes = None if S is None else (S.dtype, z.dtype)
+        ctx.mark_non_differentiable(*output[4:])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors, output[0], *output[4:])
+
+    @staticmethod
+    def backward(ctx, grad_output, grad_normalizer, grad_S, grad_z, *_):
+        tensors = ctx.saved_tensors  # asked for once: activation checkpointing computes them again
+        if tensors[-1].numel() == 0:
+            raise RuntimeError(
+                "The fused kernels kept nothing for a backward pass, as in programs of torch.export. Train the model itself."
+            )
+        if grad_output is None:
+            grad_output = torch.zeros_like(tensors[9])
+        if not ctx.final_state:
+            grad_S = grad_z = None
+        if not ctx.output_normalizer:
+            grad_normalizer = None
+        needed = ctx.needs_input_grad
+        *grads, grad_S, grad_z = differentiate_once(
+            torch.ops.gma_hf.fused_attention_backward,
+            *tensors[:10], grad_output, grad_normalizer, grad_S, grad_z, *ctx.options, needed[6],
+            ctx.state_dtypes is not None, *tensors[10:],
+        )  # fmt: skip
+        grads = [grad if need else None for grad, need in zip(grads, needed, strict=False)]
+        states = (None, None)
+        if ctx.state_dtypes is not None:
+            states = (grad.to(dtype) for grad, dtype in zip((grad_S, grad_z), ctx.state_dtypes, strict=True))
+        return *grads, *states, *(None,) * 7
