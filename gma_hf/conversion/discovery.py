@@ -15,13 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.masking_utils import sdpa_mask
 
 from ..compat import execution_device, set_attention_implementation
+from ..ops.rotation.functional import Rotation, is_close, slow_columns
 from .checkpoints.install import copied_configs, held_configs, nested_configs
+from .runtime.calls import find_position_embeddings, rotary_function
 from .runtime.masks import MASKED
-from .runtime.rotation import find_position_embeddings, find_rotary_dim, slow_columns
 
 
 PROBE = "gma_probe"
@@ -130,6 +131,47 @@ def find_attention_layers(
                 layer.rotation = find_position_embeddings(*arguments[module])
                 layer.rotary_dim = find_rotary_dim(module, *arguments[module], states[module], states)
     return [found[module] for module in names if module in found]
+
+
+def find_rotary_dim(
+    module: nn.Module, args: tuple, kwargs: dict, states: tuple[Tensor, Tensor], watched: dict[nn.Module, tuple]
+) -> int:
+    """
+    How many of the first dimensions of its queries and keys an attention module rotates such that [`Rotation.undo`] turns them
+    back. The module is called once more, with the rotation by nothing: that is what has to come out.
+
+    Args:
+        module (`nn.Module`): the attention module.
+        args (`tuple`), kwargs (`dict`): what it was called with.
+        states (`tuple[Tensor, Tensor]`): the query and key that its attention function got then.
+        watched (`dict`): from a module to the query and key of its latest call, filled in while it runs.
+
+    Returns:
+        `int`: 0 if it rotates nothing, or in another way.
+    """
+    embeddings, rotate = find_position_embeddings(args, kwargs), rotary_function(module)
+    if embeddings is None or rotate is None:
+        return 0
+    nothing = (torch.ones_like(embeddings[0]), torch.zeros_like(embeddings[1]))
+
+    def replace(argument: Any) -> Any:
+        if isinstance(argument, Cache):
+            return None
+        return argument if find_position_embeddings((argument,), {}) is None else nothing
+
+    # Ignore failures: the model may reject these inputs
+    with suppress(Exception):
+        module(*map(replace, args), **{name: replace(argument) for name, argument in kwargs.items()})
+    plain = watched[module]
+    if all(torch.equal(x, y) for x, y in zip(plain, states, strict=True)):
+        return 0
+    # Some functions take cosines for every dimension, some for every pair of dimensions
+    for rotary_dim in (embeddings[0].shape[-1], 2 * embeddings[0].shape[-1]):
+        with suppress(Exception):
+            undone = Rotation(rotate, *embeddings).undo(*states, rotary_dim)
+            if rotary_dim <= states[0].shape[-1] and all(map(is_close, undone, plain)):
+                return rotary_dim
+    return 0
 
 
 def describe(

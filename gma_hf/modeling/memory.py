@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers.utils import is_tracing
 
 from ..ops.attention.functional import without_autocast
-from ..ops.window.blocks import EMPTY, accumulation_dtype
+from ..ops.window.functional import EMPTY, accumulation_dtype
 from ..ops.window.plan import WindowPlan, first_tokens, last_tokens, padding_first, plan_window, take_tokens, token_dim
 from .layout import Layout
 from .memory_parts import GMAWindow

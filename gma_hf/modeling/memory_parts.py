@@ -46,8 +46,7 @@ from ..ops import gaussian_mixture_affinity, gaussian_mixture_attention, gaussia
 from ..ops.attention.mixture import mixture_coefficients
 from ..ops.attention.recurrent import step, step_coefficients
 from ..ops.dispatch import ENVIRONMENT_VARIABLE
-from ..ops.window.blocks import EMPTY, LOG_NOTHING, SinkTokens, accumulation_dtype, attend_step
-from ..ops.window.softmax import window_softmax
+from ..ops.window.functional import EMPTY, LOG_NOTHING, SinkTokens, accumulation_dtype, attend_step, window_softmax
 
 
 # Of checkpoints from before there was a `memory_dilution`, which lack it: it starts at the 0 that they mean

@@ -1,37 +1,18 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
 """
-The depthwise short convolution in front of the mixture, y_t = SiLU(sum_j weight_j * x_{t-j}), over the real tokens of a
-sequence alone: padding, wherever it stands, and other packed sequences do not take part.
+The module of the short convolution in front of the mixture. It has the weights, and sees to it that the convolution takes in the
+real tokens of a sequence alone: padding, wherever it stands, and other packed sequences do not take part.
 """
+
+from functools import partial
 
 import torch
 from torch import nn
 
-from ..ops.dispatch import PLAIN, Way, choose, not_in_forward_mode
-from ..ops.triton_support import DTYPES, is_on_gpu, missing
+from ..ops.convolution.functional import rows_of, short_convolution
 from ..ops.window.plan import padding_first
 from .layout import Layout
 from .memory_state import KeptValues
-
-
-MAX_WIDTH = 8  # taps of a tile stay in registers
-
-
-def cannot_run(inputs: torch.Tensor, weight: torch.Tensor) -> str | None:
-    """Why the kernels cannot run a call, or None."""
-    if inputs.dtype not in DTYPES or weight.dtype not in DTYPES:
-        return "the inputs or the weights are float64."
-    if weight.shape[-1] > MAX_WIDTH:
-        return f"it is wider than {MAX_WIDTH} tokens."
-    return not_in_forward_mode() or missing(inputs.device.type, inputs.device.index)
-
-
-WAYS = (Way("triton", cannot_run, is_on_gpu), PLAIN)
-
-
-def uses_kernels(inputs: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether a call goes to the kernels."""
-    return choose("short convolution", WAYS, inputs, weight).name == "triton"
 
 
 class GMAShortConvolution(nn.Conv1d):
@@ -116,7 +97,8 @@ class GMAShortConvolution(nn.Conv1d):
                 new_history = new_history * is_last[:, inputs.shape[1] - (width - 1) :, None]
 
         # Where padding moved in front of the history, that is among the tokens: its outputs are cut off afterwards
-        outputs = self._convolve(inputs, sequence_ids, before, before if order is None else 0, kept)
+        taps = None if kept is None else partial(kept.get, "convolution", (self.weight,), rows_of)
+        outputs = short_convolution(inputs, self.weight, sequence_ids, before, before if order is None else 0, taps)
 
         if order is not None:
             outputs = outputs.new_zeros(inputs.shape).scatter(1, gather_index, outputs)[:, before:]
@@ -125,42 +107,3 @@ class GMAShortConvolution(nn.Conv1d):
         if padding_mask is not None:
             outputs = outputs.masked_fill(layout.is_missing(2), 0)
         return outputs, new_history
-
-    def _convolve(
-        self, inputs: torch.Tensor, sequence_ids: torch.Tensor | None, before: int, first: int, kept: KeptValues | None
-    ) -> torch.Tensor:
-        """SiLU of the convolution at the positions from `first` on; each of them sees `before` tokens before it."""
-        width, num_channels = self.kernel_size[0], inputs.shape[2]
-        if uses_kernels(inputs, self.weight):
-            from ..ops.convolution.triton.fused import short_convolution
-
-            return short_convolution(inputs, self.weight, sequence_ids, before, first)
-        # A bidirectional convolution is asked first: its length may still be open (torch.export)
-        if sequence_ids is None and first == width - 1 and inputs.shape[1] == width:
-            # One token: a sum of so many products is faster than a convolution
-            taps = rows_of(self.weight) if kept is None else kept.get("convolution", (self.weight,), rows_of)
-            outputs = (inputs * taps).sum(dim=1, keepdim=True).to(inputs.dtype)
-        elif sequence_ids is None:
-            channels_first = nn.functional.pad(inputs.transpose(1, 2), (before - first, width - 1 - before))
-            outputs = nn.functional.conv1d(channels_first, self.weight, groups=num_channels).transpose(1, 2)
-        else:
-            outputs = self._convolve_packed(inputs, sequence_ids, before)[:, first:]
-        return nn.functional.silu(outputs)
-
-    def _convolve_packed(self, inputs: torch.Tensor, sequence_ids: torch.Tensor, before: int) -> torch.Tensor:
-        """The convolution tap by tap, each tap closed where it would reach into another sequence."""
-        width, length = self.kernel_size[0], inputs.shape[1]
-        padded_inputs = nn.functional.pad(inputs, (0, 0, before, width - 1 - before))
-        # -1 is no sequence's number
-        padded_ids = nn.functional.pad(sequence_ids, (before, width - 1 - before), value=-1)
-        outputs = torch.zeros_like(inputs)
-        for tap in range(width):
-            is_same = padded_ids[:, tap : tap + length] == sequence_ids
-            outputs = outputs + padded_inputs[:, tap : tap + length] * is_same[..., None] * self.weight[:, 0, tap]
-        # Weights may be float32 beside 16-bit inputs: autocast leaves this product alone
-        return outputs.to(inputs.dtype)
-
-
-def rows_of(weight: torch.Tensor) -> torch.Tensor:
-    """The weights tap by tap, `(kernel_size, channels)`, in float32 or, if the weights have it, float64."""
-    return weight[:, 0].t().to(torch.promote_types(weight.dtype, torch.float32))

@@ -1,12 +1,15 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
-"""The operator: one public function, `gaussian_mixture_attention`, and its interchangeable backends."""
+"""
+The operator: one public function, `gaussian_mixture_attention`, and its interchangeable backends. Each operator has a room of its
+own, with its equations on top; `dispatch` chooses among the ways of each.
+"""
 
-from .attention.functional import (
+from .attention import (
+    available_backends,
     gaussian_mixture_affinity,
     gaussian_mixture_attention,
     gaussian_mixture_responsibilities,
 )
-from .attention.ways import available_backends
 
 
 __all__ = [

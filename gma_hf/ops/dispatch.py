@@ -2,16 +2,18 @@
 """
 Which way runs a call, and why another cannot: one dispatcher for all operators (attention, window, convolution, rotation).
 
-An operator lists its ways in order of preference, each with a function that says why it cannot run a call. The first way that
-suits a call and can run it is taken. All ways of an operator give the same numbers.
+An operator has a table of ways in order of preference, each with a function that says why it cannot run a call. The first way
+that suits a call and can run it is taken. All ways of an operator give the same numbers. What every call of an operator must
+satisfy stands here, too: its tensors are on one device.
 """
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from ..compat import is_forward_mode
 
@@ -26,66 +28,86 @@ class Way(NamedTuple):
     """One way to compute an operator."""
 
     name: str
-    cannot_run: Callable[..., str | None]  # of a call: why this way cannot run it, or None
-    suits: Callable[..., bool]  # of a call: whether "auto" wants this way, where it can run
+    cannot_run: Callable[..., str | None] = lambda *call: None  # of a call: why this way cannot run it, or None
+    suits: Callable[..., bool] = lambda *call: True  # of a call: whether "auto" wants this way, where it can run
     run: Callable[..., Any] | None = (
         None  # of a call: its result; None where the operator's own file branches on the name
     )
 
 
-def not_in_forward_mode() -> str | None:
+def not_in_forward_mode(*call: Any) -> str | None:
     """Why a way whose gradient is written by hand cannot run a call, or `None`."""
     return "it has no forward-mode derivative." if is_forward_mode() else None
 
 
-# The last way of operators that have kernels and plain PyTorch: it can run everything
-PLAIN = Way("pytorch", lambda *call: None, lambda *call: True)
-
-
-def choose(what: str, ways: tuple[Way, ...], *call: Any, backend: str = "auto") -> Way:
+class Ways:
     """
-    The way that runs a call.
+    The ways of one operator. A way joins when its file is imported, and the room of the operator imports the files of all: so the
+    file of the public function knows the table alone, and none of the ways.
 
     Args:
         what (`str`): what is computed, for messages.
-        ways (`tuple[Way, ...]`): the ways of the operator, by preference; the last one can run everything.
-        call: what the ways' functions are given.
-        backend (`str`, *optional*, defaults to `"auto"`): `"auto"` or the name of a way. The environment variable
-            GMA_HF_BACKEND takes its place, if it is set. An operator that lacks the way it names takes its last one.
-
-    Returns:
-        `Way`: the way that was named; with `"auto"` the first that suits the call and can run it.
-
-    Raises:
-        ValueError: if there is no way of that name, or if it cannot run the call.
+        order (`tuple[str, ...]`): the names of the ways by preference. The last way can run every call.
     """
-    forced = os.environ.get(ENVIRONMENT_VARIABLE)
-    name = forced or backend
-    if name == "auto":
-        return first_that_can(what, ways, call)
-    for way in ways:
-        if way.name == name:
-            reason = way.cannot_run(*call)
-            if reason is None:
-                return way
-            able = [other.name for other in ways if other.cannot_run(*call) is None]
-            advice = f"Unset {ENVIRONMENT_VARIABLE}, or use" if forced else "Use"
-            raise ValueError(f"Backend {name!r} cannot run this {what}: {reason} {advice} 'auto' or one of {able}.")
-    if forced and name in BACKENDS:
+
+    def __init__(self, what: str, order: tuple[str, ...]):
+        self.what = what
+        self.order = order
+        self.ways: tuple[Way, ...] = ()
+
+    def register(self, way: Way) -> None:
+        """Add a way, in the place of one of the same name if there is such."""
+        others = [other for other in self.ways if other.name != way.name]
+        self.ways = tuple(sorted([*others, way], key=lambda one: self.order.index(one.name)))
+
+    @property
+    def last(self) -> Way:
+        """The way that can run every call."""
+        return self.ways[-1]
+
+    def choose(self, *call: Any, backend: str = "auto") -> Way:
+        """
+        The way that runs a call.
+
+        Args:
+            call: what the functions of the ways are given.
+            backend (`str`, *optional*, defaults to `"auto"`): `"auto"` or the name of a way. The environment variable
+                GMA_HF_BACKEND takes its place, if it is set. An operator that lacks the way it names runs without kernels.
+
+        Returns:
+            `Way`: the way that was named; with `"auto"` the first that suits the call and can run it.
+
+        Raises:
+            ValueError: if there is no way of that name, or if it cannot run the call.
+        """
+        forced = os.environ.get(ENVIRONMENT_VARIABLE)
+        name = forced or backend
+        if name == "auto":
+            return self._first_that_can(self.ways, call)
+        for way in self.ways:
+            if way.name == name:
+                reason = way.cannot_run(*call)
+                if reason is None:
+                    return way
+                able = [other.name for other in self.ways if other.cannot_run(*call) is None]
+                advice = f"Unset {ENVIRONMENT_VARIABLE}, or use" if forced else "Use"
+                raise ValueError(
+                    f"Backend {name!r} cannot run this {self.what}: {reason} {advice} 'auto' or one of {able}."
+                )
+        if forced and name in BACKENDS:
+            return self._first_that_can([way for way in self.ways if way.name != "triton"], call)
+        known, source = (BACKENDS, f" in {ENVIRONMENT_VARIABLE}") if forced else (self.order, "")
+        raise ValueError(f"Unknown backend {name!r}{source}; expected 'auto' or one of {list(known)}.")
+
+    def _first_that_can(self, ways: Sequence[Way], call: tuple) -> Way:
+        """The first way that suits a call and can run it; why others were passed over is logged once."""
+        for way in ways[:-1]:
+            if way.suits(*call):
+                reason = way.cannot_run(*call)
+                if reason is None:
+                    return way
+                explain(f"The {way.name} backend cannot run this {self.what}: {reason} Plain PyTorch runs it.")
         return ways[-1]
-    known, source = (BACKENDS, f" in {ENVIRONMENT_VARIABLE}") if forced else ([way.name for way in ways], "")
-    raise ValueError(f"Unknown backend {name!r}{source}; expected 'auto' or one of {list(known)}.")
-
-
-def first_that_can(what: str, ways: tuple[Way, ...], call: tuple) -> Way:
-    """The first way that suits a call and can run it; why others were passed over is logged once."""
-    for way in ways[:-1]:
-        if way.suits(*call):
-            reason = way.cannot_run(*call)
-            if reason is None:
-                return way
-            explain(f"The {way.name} backend cannot run this {what}: {reason} Plain PyTorch runs it.")
-    return ways[-1]
 
 
 def explain(message: str) -> None:
@@ -93,3 +115,26 @@ def explain(message: str) -> None:
     if not torch.compiler.is_compiling() and message not in _EXPLAINED:
         _EXPLAINED.add(message)
         logger.info(message)
+
+
+def expect_one_device(named: Iterable[tuple[str, Any]]) -> None:
+    """
+    All tensors are on one device; none is on "meta" beside tensors that have values.
+
+    Args:
+        named (`Iterable[tuple[str, Any]]`): names with tensors, lists of tensors, or anything else, which is passed over.
+
+    Raises:
+        ValueError: with the first name whose device is another than that of the first tensor.
+    """
+    first_name = device = None
+    for name, x in named:
+        for part in x if isinstance(x, list | tuple) else (x,):
+            if not isinstance(part, Tensor):
+                continue
+            if device is None:
+                first_name, device = name, part.device
+            elif part.device != device:
+                missing = name if part.device.type == "meta" else first_name if device.type == "meta" else None
+                advice = "Move all to one device" if missing is None else f"Load the values of {missing} first"
+                raise ValueError(f"{name} is on {part.device}, but {first_name} is on {device}. {advice}.")

@@ -9,28 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-
-def expect_one_device(named: Iterable[tuple[str, Any]]) -> None:
-    """
-    All tensors are on one device; none is on "meta" beside tensors that have values.
-
-    Args:
-        named (`Iterable[tuple[str, Any]]`): names with tensors, lists of tensors, or anything else, which is passed over.
-
-    Raises:
-        ValueError: with the first name whose device is another than that of the first tensor.
-    """
-    first_name = device = None
-    for name, x in named:
-        for part in x if isinstance(x, list | tuple) else (x,):
-            if not isinstance(part, Tensor):
-                continue
-            if device is None:
-                first_name, device = name, part.device
-            elif part.device != device:
-                missing = name if part.device.type == "meta" else first_name if device.type == "meta" else None
-                advice = "Move all to one device" if missing is None else f"Load the values of {missing} first"
-                raise ValueError(f"{name} is on {part.device}, but {first_name} is on {device}. {advice}.")
+from .dispatch import expect_one_device
 
 
 def on_one_device(function: Callable) -> Callable:

@@ -20,8 +20,8 @@ from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
 
 from ..conversion.config import GMAConversionConfig
 from ..conversion.runtime.layer import GMAConversion
-from ..conversion.runtime.rotation import Rotation
 from ..modeling.memory_parts import LACKING_BEFORE
+from ..ops.rotation.functional import Rotation
 from .layer import GMASlotLayer, StatesFromConfig, configured_layout
 from .sharding import shard_weights
 from .slots import SlotLayout, SlotMemory

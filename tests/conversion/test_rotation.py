@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from gma_hf import convert_to_gma, gma_layers
 from gma_hf.conversion.calibration.teacher import as_teacher
-from gma_hf.conversion.runtime.rotation import Rotation, slow_columns, turns_halves
+from gma_hf.ops.rotation.functional import Rotation, slow_columns, turns_halves
 from tests.conversion.tiny_models import (
     FAMILIES,
     GQA,

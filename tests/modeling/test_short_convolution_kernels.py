@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gma_hf.modeling import GMAShortConvolution, short_convolution
+from gma_hf.modeling import GMAShortConvolution
 from gma_hf.modeling.layout import Layout
 from gma_hf.ops import dispatch
 from tests.ops.kernels import DEVICE, what_a_model_learns
@@ -19,6 +19,7 @@ from tests.ops.problems import assert_close
 
 pytest.importorskip("triton", reason="Triton has no wheel for this platform")
 
+from gma_hf.ops.convolution.functional import WAYS
 from gma_hf.ops.convolution.triton import fused as short_convolution_fused
 
 
@@ -130,13 +131,19 @@ def exact(problem: ConvolutionProblem, dtype: torch.dtype = torch.float64) -> di
     return problem.results(torch.float64, problem.define, lambda x: x.to(dtype).double())
 
 
+def always_take(name, monkeypatch):
+    """Whatever suits, one way runs every convolution."""
+    (way,) = (way for way in WAYS.ways if way.name == name)
+    monkeypatch.setattr(WAYS, "choose", lambda *call: way)
+
+
 def assert_same_bits(expected: dict[str, Tensor], actual: dict[str, Tensor]):
     assert [name for name in expected if not torch.equal(expected[name], actual[name])] == []
 
 
 @cases
 def test_plain_pytorch_is_the_definition(case, monkeypatch):
-    monkeypatch.setattr(short_convolution, "uses_kernels", lambda *call: False)
+    always_take("pytorch", monkeypatch)
     assert_close(exact(CASES[case]), CASES[case].results(torch.float64), 1e-13)
 
 
@@ -208,7 +215,7 @@ def test_history_continues_a_text(kernels):
 @pytest.mark.parametrize("padded", [False, True], ids=["real", "padded"])
 def test_autocast_keeps_the_dtype_of_projections(answer, packed, padded, monkeypatch):
     """bfloat16 from a projection stays bfloat16; the weight is float32, and so is its gradient."""
-    monkeypatch.setattr(short_convolution, "uses_kernels", lambda *call: answer)
+    always_take("triton" if answer else "pytorch", monkeypatch)
     problem = ConvolutionProblem(12, packed=packed, padded=padded)
     tensors = {name: x.float().to(DEVICE).requires_grad_() for name, x in problem.tensors().items()}
     with torch.autocast(DEVICE, torch.bfloat16):
@@ -262,7 +269,7 @@ def test_compiles_into_one_graph_for_all_lengths(autocast, kernels):
 def test_a_model_learns_the_same(monkeypatch):
     results = []
     for answer in (False, True):
-        monkeypatch.setattr(short_convolution, "uses_kernels", lambda *call, answer=answer: answer)
+        always_take("triton" if answer else "pytorch", monkeypatch)
         results.append(what_a_model_learns("gated"))
     # The rest of the model amplifies float32 rounding by some tens
     assert_close(*results, 2e-5)
@@ -294,7 +301,7 @@ def test_the_reason_for_plain_pytorch_on_a_gpu_is_logged_once(monkeypatch, caplo
     monkeypatch.setattr(dispatch, "_EXPLAINED", set())
     with caplog.at_level(logging.INFO, logger=dispatch.__name__):
         for _ in range(2):
-            assert not short_convolution.uses_kernels(on_gpu, on_gpu)
+            assert WAYS.choose(on_gpu, on_gpu).name == "pytorch"
     assert [record.message for record in caplog.records] == [
         "The triton backend cannot run this short convolution: the inputs or the weights are float64. Plain PyTorch runs it."
     ]

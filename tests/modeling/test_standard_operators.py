@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from gma_hf.ops.attention.chunked import attention as chunked
-from gma_hf.ops.window import softmax
+from gma_hf.ops.window import dense
 from gma_hf.ops.window.plan import padding_first
 from tests.modeling.window_problems import KeysApart, WindowProblem
 from tests.ops.problems import Problem, assert_close
@@ -44,7 +44,7 @@ def test_attention_by_standard_operators(name, monkeypatch):
 @pytest.mark.parametrize("name", WINDOWS)
 def test_window_by_standard_operators(name, monkeypatch):
     expected = WINDOWS[name].results(torch.float64)
-    monkeypatch.setattr(softmax, "is_exporting_to_onnx", lambda: True)
+    monkeypatch.setattr(dense, "is_exporting_to_onnx", lambda: True)
     assert_close(expected, WINDOWS[name].results(torch.float64), DOUBLE)
 
 

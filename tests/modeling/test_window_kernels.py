@@ -15,7 +15,7 @@ from torch import Tensor
 import gma_hf
 from gma_hf.ops import dispatch
 from gma_hf.ops.window import softmax as module
-from gma_hf.ops.window.softmax import window_softmax
+from gma_hf.ops.window.functional import window_softmax
 from tests.conftest import make_model, tiny_config
 from tests.modeling import window_problems
 from tests.modeling.window_problems import KeysApart, WindowProblem

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gma_hf.ops.window.blocks import SinkTokens
-from gma_hf.ops.window.softmax import window_softmax
+from gma_hf.ops.window.functional import SinkTokens, window_softmax
 from tests.ops.kernels import DEVICE
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from gma_hf.ops import gaussian_mixture_attention
-from gma_hf.ops.window.softmax import window_softmax
+from gma_hf.ops.window.functional import window_softmax
 
 
 pytest.importorskip("triton", reason="Triton has no wheel for this platform")

@@ -14,10 +14,9 @@ from gma_hf.ops import (
     gaussian_mixture_attention,
     gaussian_mixture_responsibilities,
 )
-from gma_hf.ops.attention import functional
+from gma_hf.ops.attention.call import WAYS
 from gma_hf.ops.attention.chunked.blocks import causal_blocks, state_slots
-from gma_hf.ops.attention.ways import WAYS
-from gma_hf.ops.dispatch import PLAIN, Way, choose
+from gma_hf.ops.dispatch import Way, Ways
 
 from .problems import Problem, assert_close
 
@@ -119,7 +118,7 @@ def named_after_what_runs(monkeypatch) -> list[str]:
 
         return way._replace(run=run)
 
-    monkeypatch.setattr(functional, "WAYS", tuple(spy(way) for way in WAYS))
+    monkeypatch.setattr(WAYS, "ways", tuple(spy(way) for way in WAYS.ways))
     return taken
 
 
@@ -132,7 +131,7 @@ def test_auto_takes_the_recurrence_for_a_token_and_chunks_for_many(monkeypatch):
 
 
 def test_every_backend_can_be_named(monkeypatch):
-    assert available_backends() == tuple(way.name for way in WAYS) == dispatch.BACKENDS
+    assert available_backends() == tuple(way.name for way in WAYS.ways) == dispatch.BACKENDS
     taken = named_after_what_runs(monkeypatch)
     for name in ("recurrent", "chunked", "reference"):
         call(backend=name)
@@ -160,27 +159,35 @@ def way(name: str, reason: str | None = None, suits: bool = True) -> Way:
     return Way(name, lambda *call: reason, lambda *call: suits)
 
 
+def walk(*ways: Way) -> Ways:
+    """The table of an operator; the ways register themselves in any order."""
+    table = Ways("walk", tuple(way.name for way in ways))
+    for one in reversed(ways):
+        table.register(one)
+    return table
+
+
 def test_the_first_way_that_suits_and_can_is_taken_and_the_reason_logged_once(monkeypatch, caplog):
     monkeypatch.delenv("GMA_HF_BACKEND", raising=False)
     monkeypatch.setattr(dispatch, "_EXPLAINED", set())
-    ways = (way("triton", "it is Tuesday."), way("recurrent", suits=False), way("chunked"), way("reference"))
+    ways = walk(way("triton", "it is Tuesday."), way("recurrent", suits=False), way("chunked"), way("reference"))
     with caplog.at_level(logging.INFO, logger=dispatch.__name__):
-        assert [choose("walk", ways).name for _ in range(2)] == ["chunked", "chunked"]
+        assert [ways.choose().name for _ in range(2)] == ["chunked", "chunked"]
     assert [record.message for record in caplog.records] == [
         "The triton backend cannot run this walk: it is Tuesday. Plain PyTorch runs it."
     ]
-    assert choose("walk", ways, backend="recurrent").name == "recurrent"  # what is named need not suit
+    assert ways.choose(backend="recurrent").name == "recurrent"  # what is named need not suit
     with pytest.raises(ValueError, match=r"cannot run this walk: it is Tuesday. Use 'auto' or one of .*'chunked'"):
-        choose("walk", ways, backend="triton")
+        ways.choose(backend="triton")
 
 
 @pytest.mark.parametrize("name", ["chunked", "recurrent", "reference"])
 def test_operators_with_two_ways_are_plain_pytorch_for_every_other_backend(name, monkeypatch):
     monkeypatch.setenv("GMA_HF_BACKEND", name)
-    assert choose("walk", (way("triton"), PLAIN)).name == "pytorch"
+    assert walk(way("triton"), way("pytorch")).choose().name == "pytorch"
     monkeypatch.setenv("GMA_HF_BACKEND", "trition")
     with pytest.raises(ValueError, match="Unknown backend 'trition' in GMA_HF_BACKEND"):
-        choose("walk", (way("triton"), PLAIN))
+        walk(way("triton"), way("pytorch")).choose()
 
 
 CASES = {

@@ -24,9 +24,8 @@ from .problems import MIXTURE, QKV, Problem, assert_close, few_examples, problem
 pytest.importorskip("triton", reason="Triton has no wheel for this platform")
 
 from gma_hf.ops import triton_support
-from gma_hf.ops.attention import functional
+from gma_hf.ops.attention.call import WAYS
 from gma_hf.ops.attention.triton import operators, plan
-from gma_hf.ops.attention.ways import WAYS
 
 
 # float32 rounds at 6e-8; sums over 100 tokens and 64 products amplify it by some tens, a small denominator by more.
@@ -397,7 +396,7 @@ def test_auto_never_chooses_the_interpreter(monkeypatch):
     def refuse(call):
         raise AssertionError("the interpreter was chosen")
 
-    monkeypatch.setattr(functional, "WAYS", (WAYS[0]._replace(run=refuse), *WAYS[1:]))
+    monkeypatch.setattr(WAYS, "ways", (WAYS.ways[0]._replace(run=refuse), *WAYS.ways[1:]))
     for length, causal in ((1, True), (100, True), (100, False)):
         tensors = {name: x.float() for name, x in Problem(length=length).tensors().items()}
         gaussian_mixture_attention(**tensors, causal=causal)

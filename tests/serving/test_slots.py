@@ -12,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from gma_hf.conversion.runtime.rotation import Rotation
 from gma_hf.modeling import GMACacheLayer
 from gma_hf.modeling.attention_gma import GMAAttention
 from gma_hf.modeling.cache_gma import counted
+from gma_hf.ops.rotation.functional import Rotation
 from gma_hf.serving.layouts import model_layout, stream_bytes
 from gma_hf.serving.slots import ALIGNMENT, SlotCache, run_step
 from gma_hf.serving.steps import FREE_PADDING, PADDED_SHARE, group_step

@@ -15,12 +15,12 @@ from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ...compat import attention_implementation, function_of_modeling_file, set_attention_implementation
+from ...ops.rotation.functional import Rotation
 from ..checkpoints.install import gma_layers, restore_softmax_implementations, use_linear_masks
 from ..runtime.attention import gma_attention_forward
 from ..runtime.calls import AttentionCall, CallLayout
 from ..runtime.layer import GMAConversion
 from ..runtime.masks import read_mask
-from ..runtime.rotation import Rotation
 
 
 TEACHER_IMPLEMENTATION = "gma_teacher"

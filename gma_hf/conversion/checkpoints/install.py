@@ -17,9 +17,8 @@ from ...compat import attention_implementation, execution_device, set_attention_
 from ...modeling.layout import expect_whole_sequences
 from ..config import GMAConversionConfig
 from ..runtime.attention import IMPLEMENTATION
-from ..runtime.calls import begin_attention, models_around, watch_model
+from ..runtime.calls import begin_attention, models_around, rotary_function, watch_model
 from ..runtime.layer import GMAConversion
-from ..runtime.rotation import rotary_function
 
 
 def gma_layers(model: nn.Module) -> dict[str, GMAConversion]:

@@ -14,9 +14,9 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from ...compat import attention_implementation
 from ...modeling.layout import Layout, find_sequence_ids
+from ...ops.rotation.functional import Rotation
 from .calls import AttentionCall, CallLayout
 from .masks import gaussian_mixture_mask, read_mask
-from .rotation import Rotation
 
 
 IMPLEMENTATION = "gma"

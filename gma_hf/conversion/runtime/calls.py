@@ -18,6 +18,7 @@ what is packed, and no positions, they are counted.
 """
 
 import inspect
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -29,7 +30,7 @@ from transformers.cache_utils import Cache, DynamicLayer, EncoderDecoderCache, S
 from transformers.masking_utils import create_masks_for_generate
 from transformers.utils import is_tracing
 
-from ...compat import attention_implementation, collected_outputs
+from ...compat import attention_implementation, collected_outputs, function_of_modeling_file
 from ...modeling.cache_gma import GMACacheLayer, StaticGMACacheLayer, expect_continuation, foreign_content
 from ...modeling.layout import (
     Layout,
@@ -37,8 +38,8 @@ from ...modeling.layout import (
     find_sequence_ids,
     same_sequence_mask_function,
 )
+from ...ops.rotation.functional import Rotation
 from .masks import current_tokens, first_column, read_mask
-from .rotation import Rotation, find_position_embeddings
 
 
 class AttentionCall(NamedTuple):
@@ -270,3 +271,16 @@ def converted_cache_layer(cache: Cache, layer_idx: int) -> GMACacheLayer:
     if getattr(cache, "offloading", False) and all(isinstance(other, GMACacheLayer) for other in cache.layers):
         cache.offloading = False  # nothing is left to move
     return layer
+
+
+def rotary_function(module: nn.Module) -> Callable[..., tuple[Tensor, Tensor]] | None:
+    """`apply_rotary_pos_emb` of a module's modeling file; `None` if there is none."""
+    return function_of_modeling_file(module, "apply_rotary_pos_emb")
+
+
+def find_position_embeddings(args: tuple, kwargs: dict) -> tuple[Tensor, Tensor] | None:
+    """Cosines and sines among the arguments of an attention module."""
+    for argument in (kwargs.get("position_embeddings"), *args):
+        if isinstance(argument, tuple | list) and len(argument) == 2 and all(isinstance(x, Tensor) for x in argument):
+            return tuple(argument)
+    return None

@@ -11,7 +11,7 @@ from ...modeling.cache_gma import GMACacheLayer
 from ...modeling.layout import Layout
 from ...modeling.memory import NO_AFFINITY_BEHIND_CACHE, GMAMemory
 from ...modeling.memory_parts import GMAMixture, GMAWindow
-from .rotation import Columns, Rotation
+from ...ops.rotation.functional import Columns, Rotation, each_time
 
 
 # Time scales of the forgetting gate at the beginning, in tokens, spread over the heads: next to nothing is forgotten
@@ -187,7 +187,8 @@ class GMAConversion(nn.Module):
                     f"The layer undoes the rotary positions of {self.rotary_dim} dimensions, but its attention module was "
                     "called without `position_embeddings=(cos, sin)`. Pass them, or convert with `undo_rotation=False`."
                 )
-            query, key = rotation.undo(query, key, self.rotary_dim, self.undone_columns, layout)
+            once = each_time if layout is None else layout.once
+            query, key = rotation.undo(query, key, self.rotary_dim, self.undone_columns, once)
         if self.q_routing is not None:
             query, key = self.q_routing(query), self.k_routing(key)
         return query, key

@@ -6,7 +6,27 @@ Gaussian mixture attention. Tokens write values to the components of a mixture, 
     z_t = a_t z_{t-1} + w_t gamma(k_t)
     o_t = gamma(q_t) S_t / (gamma(q_t) z_t + eps)        or gamma(q_t) S_t, un-normalised
 
-`functional` is the public door, `call` what passes it, `validation` its checks, `mixture` gamma. The ways, listed in `ways`:
-`reference` (the definition), `minimal` (the chunked pass, to be read), `chunked` (the same with gradients and care for digits),
-`recurrent` (token by token, and one decoding step), `fused` (the kernels in `triton`).
+`functional` is the public door, `call` what passes it, its checks and the table of the ways, `mixture` gamma. The ways register
+themselves in the table when they are imported, here: `fused` (the kernels in `triton`), `recurrent` (token by token, and one
+decoding step), `chunked` (linear time, with gradients), `reference` (the definition). `minimal` is the chunked pass, to be read.
 """
+
+from . import chunked, fused, recurrent, reference
+from .functional import (
+    available_backends,
+    gaussian_mixture_affinity,
+    gaussian_mixture_attention,
+    gaussian_mixture_responsibilities,
+)
+
+
+__all__ = [
+    "available_backends",
+    "chunked",
+    "fused",
+    "gaussian_mixture_affinity",
+    "gaussian_mixture_attention",
+    "gaussian_mixture_responsibilities",
+    "recurrent",
+    "reference",
+]

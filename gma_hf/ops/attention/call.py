@@ -11,10 +11,14 @@ import torch
 from torch import Tensor
 
 from ...compat import is_transformed
-from ..operators import expect_one_device
+from ..dispatch import BACKENDS, Ways, expect_one_device
 from .mixture import MixtureCoefficients, mixture_coefficients
 
 
+# The ways to compute attention. Each registers itself: see the package
+WAYS = Ways("call", BACKENDS)
+# The matrix that attention implies, of a call without values: by its definition alone
+AFFINITY = Ways("affinity", ("reference",))
 TENSORS = ("query", "key", "value", "means", "raw_variances", "prior_logits", "write_weight", "log_decay")
 OPTIONAL = ("write_weight", "log_decay", "sequence_ids")
 State = tuple[Tensor, Tensor]  # S [batch, mixtures, components, value_dim], z [batch, mixtures, components]
@@ -33,17 +37,17 @@ class AttentionCall(NamedTuple):
     means: Tensor  # [mixtures, components, routing_dim]
     raw_variances: Tensor  # [mixtures, components, routing_dim]
     prior_logits: Tensor  # [mixtures, components]
-    causal: bool
-    strict: bool  # position i reads j < i instead of j <= i; only in causal calls with log_decay
-    write_weight: Tensor | None  # [batch, 1 or mixtures, key_length]
-    log_decay: Tensor | None  # [batch, 1 or mixtures, key_length], causal only
-    normalize: bool
-    eps: float
-    variance_floor: float
-    initial_state: State | None
-    output_final_state: bool
+    causal: bool = True
+    write_weight: Tensor | None = None  # [batch, 1 or mixtures, key_length]
+    log_decay: Tensor | None = None  # [batch, 1 or mixtures, key_length], causal only
+    normalize: bool = True
+    eps: float = 1e-6
+    variance_floor: float = 1e-4
+    initial_state: State | None = None
+    output_final_state: bool = False
     output_normalizer: bool = False  # only where the read is normalised
     correlate: bool = False  # rho instead of gamma, where the read is not normalised
+    strict: bool = False  # position i reads j < i instead of j <= i; only in causal calls with log_decay
 
     @property
     def state_dtype(self) -> torch.dtype:

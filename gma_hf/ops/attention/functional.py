@@ -7,12 +7,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..dispatch import choose
-from ..operators import expect_one_device
-from .call import AttentionCall, AttentionResult, State, expect_floating, validate_call, validate_mixture
+from ..dispatch import expect_one_device
+from .call import (
+    AFFINITY,
+    WAYS,
+    AttentionCall,
+    AttentionResult,
+    State,
+    expect_floating,
+    validate_call,
+    validate_mixture,
+)
 from .mixture import mixture_coefficients, repeat_heads, responsibilities
-from .reference import pair_weights
-from .ways import WAYS
 
 
 def gaussian_mixture_attention(
@@ -99,7 +105,6 @@ def gaussian_mixture_attention(
         raw_variances=raw_variances,
         prior_logits=prior_logits,
         causal=causal,
-        strict=False,
         write_weight=write_weight,
         log_decay=log_decay,
         normalize=normalize,
@@ -117,7 +122,7 @@ def gaussian_mixture_attention(
             result = packed_bidirectional(call, sequence_ids, backend)
         else:
             call = with_resets(call, sequence_ids)
-            result = AttentionResult(*choose("call", WAYS, call, backend=backend).run(call))
+            result = AttentionResult(*WAYS.choose(call, backend=backend).run(call))
     if correlate and result.state is not None:
         S, z = result.state
         result = result._replace(state=(S, torch.zeros_like(z)))
@@ -127,6 +132,11 @@ def gaussian_mixture_attention(
     if output_final_state:
         asked_for += (result.state,)
     return asked_for if len(asked_for) > 1 else result.output
+
+
+def available_backends() -> tuple[str, ...]:
+    """Names that `backend=` of [`gaussian_mixture_attention`] accepts besides "auto", by preference."""
+    return WAYS.order
 
 
 def gaussian_mixture_affinity(
@@ -170,19 +180,17 @@ def gaussian_mixture_affinity(
         raw_variances=raw_variances,
         prior_logits=prior_logits,
         causal=causal,
-        strict=False,
         write_weight=write_weight,
         log_decay=log_decay,
         normalize=normalize,
         eps=eps,
         variance_floor=variance_floor,
-        initial_state=None,
-        output_final_state=False,
         correlate=correlate,
     )
     validate_call(call, sequence_ids)
     with without_autocast(query.device.type):
-        pairs = pair_weights(with_mixture_heads(call))
+        call = with_mixture_heads(call)
+        pairs = AFFINITY.choose(call).run(call)
         if sequence_ids is not None:
             run = run_starts(sequence_ids).cumsum(dim=-1)
             pairs = pairs * (run.unsqueeze(-1) == run.unsqueeze(-2)).unsqueeze(1)
@@ -280,7 +288,7 @@ def packed_bidirectional(call: AttentionCall, sequence_ids: Tensor, backend: str
     )
     backwards = with_resets(mirrored, sequence_ids.flip(1))
     # One way for both halves: one that can leave out the diagonal.
-    way = choose("call", WAYS, backwards, backend=backend)
+    way = WAYS.choose(backwards, backend=backend)
     output = way.run(forwards)[0] + way.run(backwards)[0].flip(2)
     normalizer = None
     if call.normalize:

@@ -13,9 +13,9 @@ S [B, M, C, dv], z [B, M, C], denominators [B, Hq, Nq].
 import torch
 
 from ...compat import is_exporting
-from ..dispatch import not_in_forward_mode
+from ..dispatch import Way, not_in_forward_mode
 from ..triton_support import DTYPES, MAX_DIM, missing
-from .call import AttentionCall, AttentionResult
+from .call import WAYS, AttentionCall, AttentionResult
 from .recurrent import SHORT
 
 
@@ -85,3 +85,6 @@ def suits(call: AttentionCall) -> bool:
     length = call.key.shape[2]
     is_short = isinstance(length, int) and length <= SHORT and call.causal and not call.strict
     return call.query.is_cuda and (not is_short or is_step(call))
+
+
+WAYS.register(Way("triton", cannot_run, suits, fused_attention))

@@ -14,7 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .call import AttentionCall, AttentionResult, State
+from ..dispatch import Way
+from .call import WAYS, AttentionCall, AttentionResult, State
 from .mixture import (
     MAX_DISTANCE,
     MixtureCoefficients,
@@ -209,3 +210,6 @@ def suits(call: AttentionCall) -> bool:
     # A length that is still open (torch.export) is no int, and must not be decided on
     length = call.key.shape[2]
     return isinstance(length, int) and length <= SHORT and call.causal and not call.strict
+
+
+WAYS.register(Way("recurrent", cannot_run, suits, recurrent_attention))

@@ -19,7 +19,8 @@ S [B, M, C, dv], z [B, M, C], D [B, Hq, Nq].
 import torch
 from torch import Tensor
 
-from .call import AttentionCall, AttentionResult
+from ..dispatch import Way
+from .call import AFFINITY, WAYS, AttentionCall, AttentionResult
 from .mixture import repeat_heads, responsibilities, unwritten_as_zero
 
 
@@ -125,3 +126,7 @@ def standard_attention(call: AttentionCall) -> AttentionResult:
         output = output / denominator
         normalizer = denominator.flatten(1, 2).squeeze(-1) if call.output_normalizer else None
     return AttentionResult(output.flatten(1, 2).to(call.value.dtype), (S, z), normalizer)
+
+
+WAYS.register(Way("reference", run=reference_attention))
+AFFINITY.register(Way("reference", run=pair_weights))

@@ -1,5 +1,5 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
-"""`window_softmax` in PyTorch, in any precision and on any device: its two passes, the sink tokens, and one query alone.
+"""`window_softmax` in PyTorch, in any precision and on any device: its two passes and the sink tokens.
 
 A block of T queries stands against the T keys beside it and the W before (bidirectional, also the W behind) them, so there
 are T + W logits per query. B rows, Hq query heads, Hk key/value heads, R = Hq / Hk, length N, n blocks: queries
@@ -16,26 +16,19 @@ that they would have alone, with o' and l' in the place of o and l, and with p_i
     ds_ij = p_ij (do_i . v_j - delta_i)        dq += scaling ds K        dk = scaling ds^T Q        dv = p^T do
 
 B rows, Hq query heads, Hk key/value heads, R = Hq / Hk; the n queries that may see sinks, the last of N.
-
-The last function is for one query: decoding.
 """
 
-import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ...compat import can_use_flash_on_cpu, flash_attention_on_cpu
+from .functional import LOG_NOTHING, SinkTokens, accumulation_dtype
 
 
 SHORTEST_BLOCK = 16  # queries: narrow windows would make the matrix products small
 PIECE = 2**24  # logits that exist at the same time
-# As in the operator, what is below 1e-19 is nothing, and its inverse is finite. It is added to the weight of a memory, so that
-# less than twice of it says that there is none
-EMPTY = torch.finfo(torch.float32).tiny ** 0.5
-LOG_NOTHING = math.log(2 * EMPTY)
 
 
 class Band(NamedTuple):
@@ -118,11 +111,6 @@ def masked_logits(query: Tensor, key: Tensor, visible: Tensor, softcap: float | 
         logits.div_(softcap).tanh_().mul_(softcap)
     logits.unflatten(3, (-1, visible.shape[2])).masked_fill_(~visible[:, None, :, None], float("-inf"))
     return logits
-
-
-def accumulation_dtype(query: Tensor, value: Tensor) -> torch.dtype:
-    """Precision of logits and sums: float32, or float64 when an input has it."""
-    return torch.float64 if torch.float64 in (query.dtype, value.dtype) else torch.float32
 
 
 def memory_logits(query: Tensor, log_weight: Tensor, memory_bias: Tensor, memory_query: Tensor, dtype) -> Tensor:
@@ -227,15 +215,6 @@ def attend_backward(
     return tuple(x.contiguous() for x in (*grads, grad_logit, grad_memory_query, delta, grad_weighing))
 
 
-class SinkTokens(NamedTuple):
-    """The sink tokens that the last n queries may see, s each."""
-
-    keys: Tensor  # [B, Hk, S, d]
-    values: Tensor  # [B, Hk, S, dv]
-    visible: Tensor  # [B or 1, n, s], whether a query sees them: they have left its window
-    index: Tensor | None = None  # [B, n, s], which of the S are those of a query's sequence; by default all, S = s
-
-
 def left_window(num_sinks: int, num_queries: int, num_keys: int, size: int, device: torch.device) -> Tensor:
     """Which of the first keys the queries, those of the last keys, see behind a window of `size` tokens, [1, n, s]."""
     places = torch.arange(num_keys - num_queries, num_keys, device=device)[:, None]
@@ -331,45 +310,3 @@ def attend_sinks_backward(
         grad_keys = collected(grad_logits, queries, sinks.index, num_sinks)
         grad_values = collected(weights, reads, sinks.index, num_sinks)
         return grad_keys, grad_values
-
-
-def attend_step(
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    valid: Tensor | None,
-    read: Tensor,
-    memory_logit: Tensor,
-    scaling: float,
-    softcap: float | None,
-    sinks: Tensor | None,
-) -> Tensor:
-    """o [B, Hq, 1, dv] of one query per row, from the keys [B, Hk, K, d] that it may see, r and m + log D [B, Hq, 1]."""
-    dtype = accumulation_dtype(query, values)
-    batch_size, num_heads, (num_key_heads, num_keys) = *query.shape[:2], keys.shape[1:3]
-    if softcap is None and valid is None and sinks is None and can_use_flash_on_cpu(query, keys, values):
-        if num_heads > num_key_heads:
-            query, read = (x.view(batch_size, num_key_heads, -1, x.shape[3]) for x in (query, read))
-            memory_logit = memory_logit.view(batch_size, num_key_heads, -1)
-        near, log_sum = flash_attention_on_cpu(query, keys, values, scaling)
-        # The memory's share of the softmax over near tokens and memory
-        share = torch.sigmoid(memory_logit - log_sum).unsqueeze(-1)
-        output = torch.lerp(near, read, share)
-        return output if num_heads == num_key_heads else output.view(batch_size, num_heads, 1, -1)
-    # Queries that share a key are rows of one matrix
-    rows = (batch_size * num_key_heads, num_heads // num_key_heads)
-    memory_logit = memory_logit.view(*rows, 1)
-    transposed = keys.to(dtype).flatten(0, 1).transpose(1, 2)
-    logits = torch.baddbmm(memory_logit, query.to(dtype).reshape(*rows, -1), transposed, beta=0, alpha=scaling)
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
-    if valid is not None:
-        is_hidden = ~valid[:, None].expand(-1, num_key_heads, -1).reshape(-1, 1, num_keys)
-        logits = logits.masked_fill(is_hidden, float("-inf"))
-    logits = [logits, memory_logit]
-    if sinks is not None:
-        logits.append(sinks.to(dtype).view(num_key_heads, -1, 1).repeat(batch_size, 1, 1))
-    weights = torch.cat(logits, dim=-1).softmax(dim=-1)
-    near = torch.bmm(weights.narrow(2, 0, num_keys), values.to(dtype).flatten(0, 1))
-    output = torch.addcmul(near, weights.narrow(2, num_keys, 1), read.to(dtype).reshape(*rows, -1))
-    return output.view(batch_size, num_heads, 1, -1).to(values.dtype)

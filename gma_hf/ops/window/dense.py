@@ -1,7 +1,7 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
 """
 The window's softmax with all pairs of tokens written out, by the standard operators of PyTorch alone: for ONNX and for forward-mode
-derivatives. Quadratic in the length. The equations are those of `softmax.py`; they become one softmax over what a query sees:
+derivatives. Quadratic in the length. The equations are those of `functional`; they become one softmax over what a query sees:
 
     o_i = softmax([s_i, s'_i, m_i, sink]) [V; V'; r_i; 0]
 
@@ -13,8 +13,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ...compat import is_exporting_to_onnx, is_forward_mode
 from ..attention.mixture import repeat_heads
-from .blocks import SinkTokens, accumulation_dtype, all_valid, left_window, memory_logits
+from ..dispatch import Way
+from .blocks import all_valid, left_window, memory_logits
+from .functional import WAYS, SinkTokens, accumulation_dtype
 
 
 def dense_window(
@@ -30,7 +33,6 @@ def dense_window(
     weighing_query: Tensor | None,
     sinks: Tensor | None,
     sink_tokens: SinkTokens | None,
-    *,
     num_sinks: int,
     size: int,
     causal: bool,
@@ -91,3 +93,6 @@ def dense_window(
     read = F.pad(read.to(dtype), (0, 0, length - read.shape[2], 0))
     output = output + weights.narrow(3, num_keys + num_sink_tokens, 1) * read
     return output.to(value.dtype)
+
+
+WAYS.register(Way("dense", suits=lambda *call: is_exporting_to_onnx() or is_forward_mode(), run=dense_window))

@@ -1,12 +1,7 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
-"""Softmax attention to the nearest tokens and to what a memory has read, in linear time and memory.
+"""The window's softmax by operators of our own, forward and backward. The equations of the forward pass are in `functional`.
 
-    o_i = (sum_{j near i} e^{s_ij} v_j + e^{m_i} r_i) / e^{l_i}     s_ij = scaling q_i . k_j, or c tanh(s / c) of that
-    l_i = log(sum_{j near i} e^{s_ij} + e^{m_i} + e^{sink})         m_i = a + u . q'_i + log D_i
-
-A memory is one more thing to attend to: its value r_i is what was read, a mean of values, and D_i how much that is a mean of.
-What weighs it, q', is q unless the call has others. Sink tokens are among the near: keys and values of their own, or the first
-of all when they have left the window. Backwards, with p_ij = e^{s_ij - l_i}, p_i = e^{m_i - l_i}, delta_i = do_i . o_i:
+Backwards, with p_ij = e^{s_ij - l_i}, p_i = e^{m_i - l_i}, delta_i = do_i . o_i:
 
     ds_ij = p_ij (do_i . v_j - delta_i)        dm_i = dlog D_i = p_i (do_i . r_i - delta_i)        dr_i = p_i do_i
     dq = scaling ds K        dk = scaling ds^T Q        dv = p^T do        dsink = -sum_i e^{sink - l_i} delta_i
@@ -20,20 +15,11 @@ by the latter behind the kernels, too.
 import torch
 from torch import Tensor
 
-from ...compat import is_exporting_to_onnx, is_forward_mode
-from ..dispatch import PLAIN, Way, choose
+from ..dispatch import Way, Ways
 from ..operators import differentiate_once, on_one_device, vmapped_by_loops
 from ..triton_support import DTYPES, MAX_DIM, is_on_gpu, missing
-from .blocks import (
-    SinkTokens,
-    accumulation_dtype,
-    attend,
-    attend_backward,
-    attend_sinks,
-    attend_sinks_backward,
-    left_window,
-)
-from .dense import dense_window
+from .blocks import attend, attend_backward, attend_sinks, attend_sinks_backward, left_window
+from .functional import WAYS, SinkTokens, accumulation_dtype
 
 
 def cannot_run(query: Tensor, key: Tensor, value: Tensor, read: Tensor) -> str | None:
@@ -45,12 +31,15 @@ def cannot_run(query: Tensor, key: Tensor, value: Tensor, read: Tensor) -> str |
     return missing(query.device.type, query.device.index)
 
 
-WAYS = (Way("triton", cannot_run, is_on_gpu), PLAIN)
+# Who computes the two passes of the operators
+PASSES = Ways("window", ("triton", "pytorch"))
+PASSES.register(Way("triton", cannot_run, is_on_gpu))
+PASSES.register(Way("pytorch"))
 
 
 def uses_kernels(query: Tensor, key: Tensor, value: Tensor, read: Tensor) -> bool:
     """Whether a call goes to the kernels."""
-    return choose("window", WAYS, query, key, value, read).name == "triton"
+    return PASSES.choose(query, key, value, read).name == "triton"
 
 
 # As in `ops`, the two passes are opaque operators to torch.compile and torch.export, and lengths stay dynamic. Defined and
@@ -255,87 +244,16 @@ class WindowSoftmax(torch.autograd.Function):
         return *differentiate_once(window_gradients, grad_output, *ctx.constants, *saved), None, None, None, None, None
 
 
-def window_softmax(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    valid: Tensor | None,
-    runs: Tensor | None,
-    read: Tensor,
-    log_weight: Tensor,
-    memory_bias: Tensor,
-    memory_query: Tensor,
-    weighing_query: Tensor | None = None,
-    sinks: Tensor | None = None,
-    sink_tokens: SinkTokens | None = None,
-    *,
-    num_sinks: int = 0,
-    size: int,
-    causal: bool,
-    scaling: float,
-    softcap: float | None = None,
-) -> Tensor:
-    """
-    Attention of every query to the near tokens that are valid and of its own run (itself and the `size` - 1 before it, or
-    `size` to each side), and to what it read from a memory, by the equations of this file's opening.
-
-    Args:
-        query (`torch.Tensor` of shape `(batch, heads, length, head_dim)`): the last `length` tokens.
-        key (`torch.Tensor` of shape `(batch, key_value_heads, num_keys, head_dim)`): of the same `length` tokens, if causal
-            optionally of the `size` tokens before them as well.
-        value (`torch.Tensor` of shape `(batch, key_value_heads, num_keys, value_dim)`): likewise.
-        valid (`torch.BoolTensor` of shape `(batch or 1, num_keys)`, *optional*): which tokens may be seen; by default all.
-        runs (`torch.LongTensor` of shape `(batch, num_keys)`, *optional*): tokens of different runs are apart.
-        read (`torch.Tensor` of shape `(batch, heads, asked, value_dim)`): r, of the last `asked` queries, at most `length`;
-            for the others there is no memory.
-        log_weight (`torch.Tensor` of shape `(batch, heads, asked)`): log D. What is below log 2e-19 counts as nothing.
-        memory_bias (`torch.Tensor` of shape `(heads,)`), memory_query (`torch.Tensor` of shape `(heads, head_dim)`): a and
-            u, which tell how much the memory weighs.
-        weighing_query (`torch.Tensor` of shape `(batch, heads, length, head_dim)`, *optional*): q', which u is multiplied
-            with; by default `query`.
-        sinks (`torch.Tensor` of shape `(heads,)`, *optional*): logits that join the normaliser alone.
-        sink_tokens (`SinkTokens`, *optional*): further tokens that are seen, from before the window.
-        num_sinks (`int`): how many of the first keys go on being seen when they have left the window of a query, instead of
-            `sink_tokens`.
-        size (`int`): W.
-        causal (`bool`): look back only.
-        scaling (`float`): factor of the logits.
-        softcap (`float`, *optional*): c, where logits become c tanh(s / c).
-
-    Returns:
-        `torch.Tensor` of shape `(batch, heads, length, value_dim)` in the dtype of `value`; 0 where a query sees nothing.
-
-    Raises:
-        ValueError: if `weighing_query` has other heads or another dimension than `memory_query`.
-    """
-    if weighing_query is not None and weighing_query.shape[1::2] != memory_query.shape:
-        raise ValueError(
-            f"The queries that weigh the memory have {weighing_query.shape[1]} heads of dimension "
-            f"{weighing_query.shape[3]}, but `memory_query` has shape {list(memory_query.shape)}. Give it vectors of the same "
-            "heads and dimension."
-        )
-    if is_exporting_to_onnx() or is_forward_mode():
-        return dense_window(
-            query, key, value, valid, runs, read, log_weight, memory_bias, memory_query, weighing_query, sinks, sink_tokens,
-            num_sinks=num_sinks, size=size, causal=causal, scaling=scaling, softcap=softcap,
-        )  # fmt: skip
+def window_by_operators(
+    query, key, value, valid, runs, read, log_weight, memory_bias, memory_query, weighing_query, sinks, sink_tokens, *options
+) -> Tensor:  # fmt: skip
+    """o. For arguments see `window_softmax`."""
+    sink_tokens = (None,) * 4 if sink_tokens is None else sink_tokens
     output, _ = WindowSoftmax.apply(
-        query,
-        key,
-        value,
-        valid,
-        runs,
-        read,
-        log_weight,
-        memory_bias,
-        memory_query,
-        weighing_query,
-        sinks,
-        *([None] * 4 if sink_tokens is None else sink_tokens),
-        num_sinks,
-        size,
-        causal,
-        scaling,
-        softcap,
-    )
+        query, key, value, valid, runs, read, log_weight, memory_bias, memory_query, weighing_query, sinks, *sink_tokens,
+        *options,
+    )  # fmt: skip
     return output
+
+
+WAYS.register(Way("operators", run=window_by_operators))

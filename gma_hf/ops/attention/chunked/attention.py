@@ -12,7 +12,8 @@ S [B, M, C, dv], z [B, M, C], denominators [B, Hq, Nq].
 """
 
 from ....compat import is_exporting_to_onnx
-from ..call import AttentionCall, AttentionResult
+from ...dispatch import Way, not_in_forward_mode
+from ..call import WAYS, AttentionCall, AttentionResult
 from ..reference import standard_attention
 from .bidirectional import ReadState, WriteState
 from .causal_operators import CausalChunks
@@ -45,3 +46,6 @@ def chunked_attention(call: AttentionCall) -> AttentionResult:
         )
     state = (S.transpose(0, 1), z.transpose(0, 1))
     return AttentionResult(output, state, normalizer if call.output_normalizer else None)
+
+
+WAYS.register(Way("chunked", not_in_forward_mode, run=chunked_attention))

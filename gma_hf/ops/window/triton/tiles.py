@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from ...attention.triton.tiles import LOG2E, load_row, load_tile, product, rounded
-from ..blocks import LOG_NOTHING as NATURAL_LOG_NOTHING
+from ..functional import LOG_NOTHING as NATURAL_LOG_NOTHING
 
 
 SINKS = tl.constexpr(16)  # sink tokens of a tile: the least that matrix units multiply
