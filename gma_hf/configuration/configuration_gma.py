@@ -11,6 +11,7 @@ from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from ..cache_argument import CACHE_NAME
 from ..compat import share_adapter_defaults
 from ..remote_code import add_remote_code
 from ..version import __version__
@@ -180,7 +181,7 @@ class GMAConfig(PreTrainedConfig):
     """
 
     model_type = "gma"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = [CACHE_NAME]
     # The parameters of a mixture, of the convolution and of the forgetting belong to whole heads; attention itself is
     # cheap. So the projections are computed in shards and gathered, and every rank runs the attention.
     base_model_tp_plan = {

@@ -14,6 +14,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
+from ..cache_argument import takes_cache
 from ..compat import attention_implementation
 from ..configuration import GMAConfig
 from .layout import Layout
@@ -177,11 +178,12 @@ class GMAAttention(nn.Module):
             rate = torch.empty_like(self.A_log_bias, dtype=torch.float32).uniform_(*config.decay_rate_range)
             init.copy_(self.A_log_bias, rate.log())
 
+    @takes_cache
     def forward(
         self,
         hidden_states: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         layout: Layout | None = None,
         is_causal: bool = True,
         output_attentions: bool = False,
@@ -192,7 +194,7 @@ class GMAAttention(nn.Module):
                 "A GMA layer takes no `attention_mask`: pass `layout=Layout(batch, length, padding_mask)`."
             )
         input_shape = hidden_states.shape[:-1]
-        cache_layer = past_key_values.layers[self.layer_idx] if past_key_values is not None else None
+        cache_layer = cache.layers[self.layer_idx] if cache is not None else None
         history = cache_layer.history if cache_layer is not None else None
         kept = cache_layer.kept if cache_layer is not None else None
         if output_attentions and history is not None:
@@ -341,12 +343,13 @@ class GMASoftmaxAttention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, key_value_size, bias=config.attention_bias)
         self.o_proj = nn.Linear(query_size, config.hidden_size, bias=config.attention_bias)
 
+    @takes_cache
     def forward(
         self,
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         layout: Layout | None = None,
         output_attentions: bool = False,
         **kwargs: Unpack[TransformersKwargs],
@@ -364,8 +367,8 @@ class GMASoftmaxAttention(nn.Module):
         value_states = self.v_proj(hidden_states).view(hidden_shape).transpose(1, 2)
         if position_embeddings is not None:
             query_states, key_states = apply_rotary_pos_emb(query_states, key_states, *position_embeddings)
-        if past_key_values is not None:
-            key_states, value_states = past_key_values.update(key_states, value_states, self.layer_idx)
+        if cache is not None:
+            key_states, value_states = cache.update(key_states, value_states, self.layer_idx)
 
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             attention_implementation(self.config), eager_attention_forward

@@ -294,7 +294,7 @@ def foreign_content(layer: CacheLayerMixin, layer_idx: int) -> str:
         f"Layer {layer_idx} of the cache already holds a {type(layer).__name__} with content, but layer {layer_idx} of the model is a "
         "GMA layer, which goes on from a running state and not from keys and values. If prefix tuning (`PrefixTuningConfig`) put "
         "learned keys and values there: use prompt tuning (`PromptTuningConfig`) or LoRA, which work with GMA layers. If another "
-        "model filled the cache: start with a new one (`past_key_values=None`)."
+        "model filled the cache: start with a new one."
     )
 
 
@@ -337,7 +337,7 @@ def expect_continuation(
     if bool((starts.to(seen.device) & seen).any()):
         raise ValueError(
             f"`position_ids` start at 0, but the cache has seen {int(cache.get_seq_length())} tokens of the same rows. `generate` with "
-            "`past_key_values` takes the whole text, the tokens in the cache first and at least one new token behind them: a prompt "
-            "that is no longer than the cache starts anew. A new sequence needs a new cache (`past_key_values=None`); to continue "
+            "a cache takes the whole text, the tokens in the cache first and at least one new token behind them: a prompt "
+            "that is no longer than the cache starts anew. A new sequence needs a new cache; to continue "
             "the old one without `generate`, leave `position_ids` out or let them go on."
         )

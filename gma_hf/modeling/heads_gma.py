@@ -20,6 +20,7 @@ from transformers.modeling_outputs import (
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, logging
 
+from ..cache_argument import CACHE_NAME, takes_cache
 from ..configuration import GMAConfig
 from .cache_gma import adopt_cache
 from .heads_common import GMAGenerationMixin, as_part_of_step
@@ -53,8 +54,8 @@ class GMAForCausalLM(GMAGenerationMixin, GMAPreTrainedModel, GenerationMixin):
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         # `generate` asks the cache for its length before the first forward pass
-        if isinstance(model_kwargs.get("past_key_values"), Cache):
-            adopt_cache(model_kwargs["past_key_values"], self.config)
+        if isinstance(model_kwargs.get(CACHE_NAME), Cache):
+            adopt_cache(model_kwargs[CACHE_NAME], self.config)
 
     def _get_stopping_criteria(self, *args, **kwargs):
         criteria = super()._get_stopping_criteria(*args, **kwargs)
@@ -69,13 +70,14 @@ class GMAForCausalLM(GMAGenerationMixin, GMAPreTrainedModel, GenerationMixin):
                     criterion.max_position_embeddings = None
         return criteria
 
+    @takes_cache
     @can_return_tuple
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
@@ -91,7 +93,7 @@ class GMAForCausalLM(GMAGenerationMixin, GMAPreTrainedModel, GenerationMixin):
             For the others see [`GMAModel.forward`].
 
         Returns:
-            `CausalLMOutputWithPast`: `loss`, `logits` of shape `(batch, kept length, vocab_size)`, `past_key_values`.
+            `CausalLMOutputWithPast`: `loss`, `logits` of shape `(batch, kept length, vocab_size)`, `cache`.
 
         ```python
         >>> import gma_hf
@@ -107,7 +109,7 @@ class GMAForCausalLM(GMAGenerationMixin, GMAPreTrainedModel, GenerationMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            **{CACHE_NAME: cache},
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             **kwargs,
@@ -122,7 +124,7 @@ class GMAForCausalLM(GMAGenerationMixin, GMAPreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            **{CACHE_NAME: outputs.get(CACHE_NAME)},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
@@ -191,6 +193,7 @@ class GMAForSequenceClassification(GenericForSequenceClassification, GMAPreTrain
         super().__init__(config)
         self.dropout = nn.Dropout(config.classifier_dropout)
 
+    @takes_cache
     @as_part_of_step
     @can_return_tuple
     def forward(
@@ -198,7 +201,7 @@ class GMAForSequenceClassification(GenericForSequenceClassification, GMAPreTrain
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
@@ -217,7 +220,7 @@ class GMAForSequenceClassification(GenericForSequenceClassification, GMAPreTrain
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            **{CACHE_NAME: cache},
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             **kwargs,
@@ -234,7 +237,7 @@ class GMAForSequenceClassification(GenericForSequenceClassification, GMAPreTrain
         return SequenceClassifierOutputWithPast(
             loss=loss,
             logits=pooled_logits,
-            past_key_values=outputs.past_key_values,
+            **{CACHE_NAME: outputs.get(CACHE_NAME)},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )

@@ -17,6 +17,7 @@ from transformers.utils import TransformersKwargs, is_tracing
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from ..cache_argument import CACHE_NAME, expect_known_cache, takes_cache
 from ..compat import attention_implementation
 from ..configuration import GMAConfig
 from .attention_gma import ATTENTION_CLASSES, GMAAttention, GMARMSNorm, GMARotaryEmbedding, GMASoftmaxAttention
@@ -75,7 +76,7 @@ class GMAPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["GMADecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = [CACHE_NAME]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -141,6 +142,7 @@ class GMAModel(GMAPreTrainedModel):
         # Initialize weights and apply final processing
         self.post_init()
 
+    @takes_cache
     @merge_with_config_defaults
     @capture_outputs
     def forward(
@@ -148,7 +150,7 @@ class GMAModel(GMAPreTrainedModel):
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | dict[str, torch.Tensor | None] | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
@@ -160,7 +162,7 @@ class GMAModel(GMAPreTrainedModel):
                 may stand anywhere.
             position_ids (`torch.LongTensor` of shape `(batch or 1, length)`, *optional*): positions; where they start
                 anew, a new packed sequence begins. By default real tokens are counted.
-            past_key_values (`Cache`, *optional*): state to go on from; a `DynamicCache` or `StaticCache`.
+            cache (`Cache`, *optional*): state to go on from; a `DynamicCache` or `StaticCache`.
             inputs_embeds (`torch.FloatTensor` of shape `(batch, length, hidden_size)`, *optional*): instead of tokens.
             use_cache (`bool`, *optional*): return the state (causal models).
             kwargs: `output_hidden_states`, `output_attentions`; `seq_idx` `(batch, length)` or `cu_seq_lens_q`
@@ -169,6 +171,7 @@ class GMAModel(GMAPreTrainedModel):
         Returns:
             `BaseModelOutputWithPast`: `last_hidden_state` of shape `(batch, length, hidden_size)`.
         """
+        expect_known_cache(cache, kwargs)
         if (input_ids is None) ^ (inputs_embeds is not None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         if inputs_embeds is None:
@@ -179,16 +182,16 @@ class GMAModel(GMAPreTrainedModel):
 
         is_causal = kwargs.pop("is_causal", self.config.is_causal)
         if not is_causal:
-            if past_key_values is not None:
-                raise ValueError("A bidirectional model has no state to go on from: do not pass `past_key_values`.")
+            if cache is not None:
+                raise ValueError("A bidirectional model has no state to go on from: do not pass a cache.")
             use_cache = False
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
-        if past_key_values is not None:
-            adopt_cache(past_key_values, self.config)
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
+        if cache is not None:
+            adopt_cache(cache, self.config)
             if not is_tracing(inputs_embeds):
-                self._own(past_key_values)
-        seen_tokens = past_key_values.get_seq_length() if past_key_values is not None else 0
+                self._own(cache)
+        seen_tokens = cache.get_seq_length() if cache is not None else 0
 
         # `generate` makes the masks of compiled decoding itself, one per type of layer
         masks = attention_mask if isinstance(attention_mask, dict) else None
@@ -203,8 +206,8 @@ class GMAModel(GMAPreTrainedModel):
         if is_tracing(inputs_embeds):
             windows = [(self.config.window_size, self.config.num_sink_tokens)] if self.config.window_size > 0 else []
             dtype = torch.promote_types(inputs_embeds.dtype, torch.float32)
-            layout.complete(windows, is_causal, dtype, inputs_embeds.device, past_key_values is not None)
-        expect_continuation(past_key_values, position_ids, padding_mask)
+            layout.complete(windows, is_causal, dtype, inputs_embeds.device, cache is not None)
+        expect_continuation(cache, position_ids, padding_mask)
         if position_ids is None:
             position_ids = count_positions(
                 batch_size, length, inputs_embeds.device, token_mask, sequence_ids, seen_tokens
@@ -213,7 +216,7 @@ class GMAModel(GMAPreTrainedModel):
             softmax_mask = masks.get("full_attention")
         else:
             softmax_mask = self._softmax_mask(
-                is_causal, inputs_embeds, attention_mask, position_ids, sequence_ids, past_key_values, seen_tokens
+                is_causal, inputs_embeds, attention_mask, position_ids, sequence_ids, cache, seen_tokens
             )
 
         hidden_states = inputs_embeds
@@ -232,14 +235,14 @@ class GMAModel(GMAPreTrainedModel):
                 attention_mask=softmax_mask if decoder_layer.layer_type == "full_attention" else None,
                 position_embeddings=position_embeddings.get(decoder_layer.layer_type),
                 position_ids=position_ids,
-                past_key_values=past_key_values,
+                **{CACHE_NAME: cache},
                 use_cache=use_cache,
                 layout=layout,
                 is_causal=is_causal,
                 **kwargs,
             )
         hidden_states = self.norm(hidden_states)
-        return BaseModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=past_key_values)
+        return BaseModelOutputWithPast(last_hidden_state=hidden_states, **{CACHE_NAME: cache})
 
     def _own(self, cache: Cache) -> None:
         """Tell a cache which model fills it; a cache from a file must have been filled by the same weights."""
@@ -261,7 +264,7 @@ class GMAModel(GMAPreTrainedModel):
         attention_mask: torch.Tensor | None,
         position_ids: torch.Tensor,
         sequence_ids: torch.Tensor | None,
-        past_key_values: Cache | None,
+        cache: Cache | None,
         seen_tokens: int | torch.Tensor,
     ) -> torch.Tensor | None:
         """The mask of the softmax layers, in the form that their attention implementation wants."""
@@ -283,7 +286,7 @@ class GMAModel(GMAPreTrainedModel):
             others["and_mask_function"] = same_sequence_mask_function(sequence_ids)
         if is_causal:
             position_ids = None if others else position_ids
-            return create_causal_mask(*arguments, past_key_values, position_ids=position_ids, **others)
+            return create_causal_mask(*arguments, cache, position_ids=position_ids, **others)
         return create_bidirectional_mask(*arguments, **others)
 
     def _check_positions(self, position_ids: torch.Tensor, length: int, seen_tokens: int | torch.Tensor):

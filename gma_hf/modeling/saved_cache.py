@@ -59,7 +59,7 @@ def save_cache(cache: DynamicCache, path: str | os.PathLike, model: nn.Module | 
     Write the state of a native model, say after a long prompt, to a safetensors file.
 
     Args:
-        cache (`DynamicCache`): as returned in `past_key_values`.
+        cache (`DynamicCache`): as a model returns it.
         path (`str` or `os.PathLike`): the file, conventionally `*.safetensors`.
         model (`PreTrainedModel`, *optional*): the model that filled the cache. The cache knows its model as long as the model
             lives, unless the cache was pickled.
@@ -124,7 +124,7 @@ def load_cache(
         device (`str` or `torch.device`): where to put the tensors.
 
     Returns:
-        `DynamicCache`: to pass as `past_key_values`.
+        `DynamicCache`: to pass to the model, or to `generate`, as `cache` (before Transformers 5.24: `past_key_values`).
 
     Raises:
         ValueError: if the file is no such state, or does not fit the model.

@@ -21,6 +21,7 @@ from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.models.utils import AutoWeightsLoader, maybe_prefix
 
+from ..cache_argument import CACHE_NAME
 from ..configuration import GMAConfig
 from ..modeling.attention_gma import (
     GMAAttention,
@@ -59,7 +60,7 @@ class ServedGMAAttention(GMAAttention, GMASlotLayer):
             hidden_states,
             layout=group.layout,
             position_embeddings=tuple(position_embeddings) or None,
-            past_key_values=SlotCache(self.layer_idx, memory),
+            **{CACHE_NAME: SlotCache(self.layer_idx, memory)},
         )
         return output
 

@@ -30,6 +30,7 @@ from transformers.cache_utils import Cache, DynamicLayer, EncoderDecoderCache, S
 from transformers.masking_utils import create_masks_for_generate
 from transformers.utils import is_tracing
 
+from ...cache_argument import CACHE_NAME, OLD_CACHE_NAME, expect_known_cache
 from ...compat import attention_implementation, collected_outputs, function_of_modeling_file
 from ...modeling.cache_gma import GMACacheLayer, StaticGMACacheLayer, expect_continuation, foreign_content
 from ...modeling.layout import (
@@ -135,10 +136,21 @@ def begin_call(
 ) -> tuple[tuple, dict]:
     """The forward pre-hook of a model, after what [`watch_model`] knows of the model."""
     given = {**dict(zip(names, args, strict=False)), **kwargs}
+    expect_known_cache(None, {name: value for name, value in given.items() if not takes_as_cache(names, name)})
     given = begin_model(model, given, counts_positions, has_softmax, is_causal, windows)
     if not takes_layout:
         given.pop("gma_layout")
     return (), given
+
+
+def takes_as_cache(names: list[str], name: str) -> bool:
+    """Whether a model whose `forward` has the arguments `names` reads an argument, under this name or under the new one."""
+    return name in names or (name == OLD_CACHE_NAME and CACHE_NAME in names)
+
+
+def cache_of(given: dict[str, Any]) -> Cache | None:
+    """The cache among the arguments of a model. Its name depends on the version of Transformers that the model was written for."""
+    return next((value for value in given.values() if isinstance(value, Cache)), None)
 
 
 def begin_model(
@@ -155,8 +167,7 @@ def begin_model(
     if tokens is None or tokens.ndim < 2 or not (mask is None or (isinstance(mask, Tensor) and mask.ndim == 2)):
         return {**given, "gma_layout": CallLayout(None)}
     (batch_size, length), device = tokens.shape[:2], tokens.device
-    cache = given.get("past_key_values")
-    cache = cache if isinstance(cache, Cache) else None
+    cache = cache_of(given)
     seen_tokens = cache.get_seq_length() if cache is not None else 0
     if isinstance(getattr(cache, "self_attention_cache", cache), StaticCache) and not isinstance(seen_tokens, Tensor):
         # Masks may be as long as the cache
@@ -225,7 +236,7 @@ def softmax_masks(
         model.config,
         tokens,
         given.get("attention_mask"),
-        given.get("past_key_values"),
+        cache_of(given),
         and_mask_function=same_sequence_mask_function(sequence_ids),
     )
 

@@ -233,7 +233,7 @@ class GMAConversion(nn.Module):
                 "call go through a cache that it was not given, or attend to other tokens than its own?"
             )
         if cache_layer is not None and not causal:
-            raise ValueError("A bidirectional layer has no state to go on from: do not pass `past_key_values`.")
+            raise ValueError("A bidirectional layer has no state to go on from: do not pass a cache.")
         history = None if cache_layer is None else cache_layer.history
         if output_attentions and history is not None:
             raise ValueError(NO_AFFINITY_BEHIND_CACHE)
