@@ -80,6 +80,32 @@ def keep_one_name(given: dict[str, Any]) -> None:
     del given[CACHE_NAME if new is None and old is not None else OLD_CACHE_NAME]
 
 
+def tells_wrappers(prepare: Callable) -> Callable:
+    """
+    PEFT wraps `prepare_inputs_for_generation` of an instance, and PEFT 0.21 looks there for the cache under the old name. Where it
+    found none, it would put the learned prompt of prompt tuning before every new token. So a wrapper is told both names.
+
+    Args:
+        prepare (`Callable`): the `prepare_inputs_for_generation` of a class.
+
+    Returns:
+        `Callable`: the same, for models whose `forward` knows [`keep_one_name`].
+    """
+
+    @functools.wraps(prepare)
+    def wrapper(self, *args, **kwargs):
+        inputs = prepare(self, *args, **kwargs)
+        if (
+            CACHE_NAME != OLD_CACHE_NAME
+            and "prepare_inputs_for_generation" in vars(self)
+            and inputs.get(CACHE_NAME) is not None
+        ):
+            inputs[OLD_CACHE_NAME] = inputs[CACHE_NAME]
+        return inputs
+
+    return wrapper
+
+
 def expect_known_cache(cache: Any, others: dict[str, Any]) -> None:
     """
     A model ignores the arguments that it does not know. A cache among them must not be ignored: the model would begin anew.

@@ -20,7 +20,7 @@ from transformers.modeling_outputs import (
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, logging
 
-from ..cache_argument import CACHE_NAME, takes_cache
+from ..cache_argument import CACHE_NAME, takes_cache, tells_wrappers
 from ..configuration import GMAConfig
 from .cache_gma import adopt_cache
 from .heads_common import GMAGenerationMixin, as_part_of_step
@@ -56,6 +56,8 @@ class GMAForCausalLM(GMAGenerationMixin, GMAPreTrainedModel, GenerationMixin):
         # `generate` asks the cache for its length before the first forward pass
         if isinstance(model_kwargs.get(CACHE_NAME), Cache):
             adopt_cache(model_kwargs[CACHE_NAME], self.config)
+
+    prepare_inputs_for_generation = tells_wrappers(GenerationMixin.prepare_inputs_for_generation)
 
     def _get_stopping_criteria(self, *args, **kwargs):
         criteria = super()._get_stopping_criteria(*args, **kwargs)

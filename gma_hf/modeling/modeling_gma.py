@@ -162,7 +162,8 @@ class GMAModel(GMAPreTrainedModel):
                 may stand anywhere.
             position_ids (`torch.LongTensor` of shape `(batch or 1, length)`, *optional*): positions; where they start
                 anew, a new packed sequence begins. By default real tokens are counted.
-            cache (`Cache`, *optional*): state to go on from; a `DynamicCache` or `StaticCache`.
+            cache (`Cache`, *optional*): state to go on from; a `DynamicCache` or `StaticCache`. Before Transformers 5.24 this
+                argument is `past_key_values`.
             inputs_embeds (`torch.FloatTensor` of shape `(batch, length, hidden_size)`, *optional*): instead of tokens.
             use_cache (`bool`, *optional*): return the state (causal models).
             kwargs: `output_hidden_states`, `output_attentions`; `seq_idx` `(batch, length)` or `cu_seq_lens_q`

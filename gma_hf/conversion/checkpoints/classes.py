@@ -25,6 +25,7 @@ import transformers
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel
 
+from ...cache_argument import CACHE_NAME, takes_cache, tells_wrappers
 from ...compat import (
     attention_implementation,
     auto_classes_of,
@@ -231,10 +232,17 @@ def converted_model_class(
         "config_class": converted_config_class(config_class),
         "softmax_class": model_class,
     }
-    if "labels" in inspect.signature(model_class.forward).parameters:
+    names = inspect.signature(model_class.forward).parameters
+    if "labels" in names:
         # Many heads ignore `num_items_in_batch`, and some have no argument for it
         members |= {"forward": as_part_of_step(model_class.forward), "accepts_loss_kwargs": True}
-    generates = (GMAGenerationMixin,) if issubclass(model_class, GenerationMixin) else ()
+    if CACHE_NAME == "cache" and CACHE_NAME in names:
+        # Of a cache under each of two names, Transformers ignores one
+        members["forward"] = takes_cache(members.get("forward", model_class.forward))
+    generates = ()
+    if issubclass(model_class, GenerationMixin):
+        generates = (GMAGenerationMixin,)
+        members["prepare_inputs_for_generation"] = tells_wrappers(model_class.prepare_inputs_for_generation)
     return type(PREFIX + model_class.__name__, (ConvertedModelMixin, *generates, model_class), members)
 
 

@@ -30,7 +30,7 @@ from transformers.cache_utils import Cache, DynamicLayer, EncoderDecoderCache, S
 from transformers.masking_utils import create_masks_for_generate
 from transformers.utils import is_tracing
 
-from ...cache_argument import CACHE_NAME, OLD_CACHE_NAME, expect_known_cache
+from ...cache_argument import CACHE_NAME, OLD_CACHE_NAME, expect_known_cache, keep_one_name
 from ...compat import attention_implementation, collected_outputs, function_of_modeling_file
 from ...modeling.cache_gma import GMACacheLayer, StaticGMACacheLayer, expect_continuation, foreign_content
 from ...modeling.layout import (
@@ -136,7 +136,9 @@ def begin_call(
 ) -> tuple[tuple, dict]:
     """The forward pre-hook of a model, after what [`watch_model`] knows of the model."""
     given = {**dict(zip(names, args, strict=False)), **kwargs}
-    expect_known_cache(None, {name: value for name, value in given.items() if not takes_as_cache(names, name)})
+    keep_one_name(given)
+    others = {name: value for name, value in given.items() if not takes_as_cache(names, name)}
+    expect_known_cache(given.get(CACHE_NAME, given.get(OLD_CACHE_NAME)), others)
     given = begin_model(model, given, counts_positions, has_softmax, is_causal, windows)
     if not takes_layout:
         given.pop("gma_layout")
