@@ -64,11 +64,15 @@ def padding(tensors: dict[str, Tensor]) -> None:
 
 
 GATED = {"weights": True, "decay": True, "normalize": False}
+CORRELATED = {"weights": True, "decay": True, "correlate": True}
 # Features of a problem, and what is done to its tensors
 HALF_CASES = {
     "plain": ({}, None),
     "normaliser": ({"normalizer": True, "weights": True}, None),
     "gated": (GATED, None),
+    "correlated": (CORRELATED, None),
+    "correlated, outliers": (CORRELATED, outliers),
+    "correlated, one-hot priors": (CORRELATED, one_hot_priors),
     "outliers": ({}, outliers),
     "near-zero variances": ({}, near_zero_variances),
     "one-hot priors": ({}, one_hot_priors),

@@ -29,6 +29,7 @@ CASES = {
         "queries_per_mixture": 2,
         **EVERYTHING,
     },
+    "correlated": {"length": 3, "components": 12, "queries_per_mixture": 2, "correlate": True, **EVERYTHING},
     "large": {"length": 2, "normalizer": True, "components": 70, "routing_dim": 70, "value_dim": 65, "state": True},
 }
 
@@ -98,9 +99,9 @@ def test_the_operator_can_be_compiled_and_exported():
         actual = torch.compile(step, fullgraph=True, backend="aot_eager")(*state)
     torch.testing.assert_close(actual, expected)
     arguments = [tensors.get(name) for name in AttentionCall._fields[:6]]
-    arguments += [tensors["write_weight"], tensors["log_decay"].expand(-1, 1, -1), None, *state, 1e-6, 1e-4]
+    arguments += [tensors["write_weight"], tensors["log_decay"].expand(-1, 1, -1), *state, 1e-6, 1e-4]
     fused_decoding = torch.ops.gma_hf.fused_decoding.default
     for output_normalizer in (False, True):
         torch.library.opcheck(
-            fused_decoding, [*arguments, output_normalizer], test_utils=("test_schema", "test_faketensor")
+            fused_decoding, [*arguments, output_normalizer, False], test_utils=("test_schema", "test_faketensor")
         )

@@ -45,17 +45,17 @@ def fused_attention(call: AttentionCall) -> AttentionResult:
     S, z = (None, None) if call.initial_state is None else call.initial_state
     tensors = (
         call.query, call.key, call.value, call.means, call.raw_variances, call.prior_logits, call.write_weight,
-        call.log_decay, None, S, z,
+        call.log_decay, S, z,
     )  # fmt: skip
     eps = call.eps if call.normalize else None
     if is_step(call):
         output, normalizer, S, z = torch.ops.gma_hf.fused_decoding(
-            *tensors, eps, call.variance_floor, call.output_normalizer
+            *tensors, eps, call.variance_floor, call.output_normalizer, call.correlate
         )
     else:
         output, normalizer, S, z, *_ = operators.FusedAttention.apply(
             *tensors, call.causal, call.strict, eps, call.variance_floor, needs_gradients(call),
-            call.output_final_state, call.output_normalizer,
+            call.output_final_state, call.output_normalizer, call.correlate,
         )  # fmt: skip
     state = (S, z) if call.output_final_state else None
     return AttentionResult(output, state, normalizer if call.output_normalizer else None)
@@ -75,8 +75,6 @@ def cannot_run(call: AttentionCall) -> str | None:
         return f"components times dimension are above {MAX_STATE}."
     if 0 in (call.query.numel(), call.key.numel(), call.value.numel()):
         return "a tensor is empty."
-    if call.correlate:
-        return "they do not know the correlation of routes."
     return not_in_forward_mode() or missing(call.query.device.type, call.query.device.index)
 
 

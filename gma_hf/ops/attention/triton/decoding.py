@@ -2,7 +2,7 @@
 """Decoding: one launch advances all heads of a layer by a token, or by a few.
 
     S_t = a_t S_{t-1} + w_t gamma^K_t v_t^T,    z_t = a_t z_{t-1} + w_t gamma^K_t
-    o_t = gamma^Q_t S_t / (gamma^Q_t z_t + eps)        or gamma^Q_t S_t, or (gamma^Q_t - share / C) S_t
+    o_t = gamma^Q_t S_t / (gamma^Q_t z_t + eps)        or gamma^Q_t S_t; with correlation rho stands for gamma
 
 A program has one mixture and a block of the value dimensions; the mixture's coefficients and its part of the state stay in
 registers. All of it in float32: there is nothing for matrix units here.
@@ -23,30 +23,34 @@ from .coefficients import load_centred, log_priors
 from .launching import on_its_device
 from .operators import INPUTS, empty_normalizer, empty_output, row_contiguous, strides
 from .plan import cdiv, padded
-from .tiles import LOG2E, rounded
+from .tiles import CORRELATION_EPS, LOG2E, rounded
 
 
 VALUE_BLOCK = 32  # value dimensions of a program: few, because a small batch has few programs
 
 
 @triton.jit
-def responsibilities_of(X, columns, D, linear, quadratic, bias):
-    """gamma of one token, [CP]."""
+def route_of(X, columns, C, D, linear, quadratic, bias, CP: tl.constexpr, CORRELATE: tl.constexpr):
+    """gamma or rho of one token, [CP]."""
     x = tl.load(X + columns, mask=columns < D, other=0.0).to(tl.float32)
     x = tl.clamp(x, -1e12, 1e12)  # so that squares are finite
     logits = bias + tl.sum((linear + quadratic * x[None, :]) * x[None, :], 1)
     likelihoods = tl.exp2(logits - tl.max(logits, 0))
-    return likelihoods / tl.sum(likelihoods, 0)
+    gamma = likelihoods / tl.sum(likelihoods, 0)
+    if CORRELATE:
+        delta = tl.where(tl.arange(0, CP) < C, gamma - 1.0 / C, 0.0)
+        gamma = delta * tl.rsqrt(tl.sum(delta * delta, 0) + CORRELATION_EPS / C)
+    return gamma
 
 
 @triton.jit(do_not_specialize=["N", "M", "kv_groups"])
 def decode_kernel(
-    Q, K, V, Means, RawVariances, Priors, W, LA, Share, S, Z, Output, Normalizer, NewS, NewZ,
+    Q, K, V, Means, RawVariances, Priors, W, LA, S, Z, Output, Normalizer, NewS, NewZ,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     stride_wb, stride_wh, stride_wn, stride_ab, stride_ah, stride_an, stride_ob, stride_oh, stride_on,
     N, M, C, D, DV, kv_groups, eps, variance_floor,
     R: tl.constexpr, CP: tl.constexpr, DP: tl.constexpr, BV: tl.constexpr, NV: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr, HAS_DECAY: tl.constexpr, HAS_SHARE: tl.constexpr, HAS_STATE: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr, HAS_DECAY: tl.constexpr, CORRELATE: tl.constexpr, HAS_STATE: tl.constexpr,
     NORMALIZE: tl.constexpr, OUTPUT_NORMALIZER: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
@@ -78,7 +82,7 @@ def decode_kernel(
     K += batch * stride_kb + kv_head * stride_kh
     V += batch * stride_vb + kv_head * stride_vh
     for token in range(N):
-        written = responsibilities_of(K + token * stride_kn, columns, D, linear, quadratic, bias)
+        written = route_of(K + token * stride_kn, columns, C, D, linear, quadratic, bias, CP, CORRELATE)
         value = tl.load(V + token * stride_vn + value_columns, mask=has_value, other=0.0).to(tl.float32)
         if HAS_DECAY:
             decay = tl.load(LA + batch * stride_ab + mixture * stride_ah + token * stride_an).to(tl.float32)
@@ -94,9 +98,7 @@ def decode_kernel(
         for r in range(R):
             head = (mixture * R + r).to(tl.int64)
             query = Q + batch * stride_qb + head * stride_qh + token * stride_qn
-            gamma = responsibilities_of(query, columns, D, linear, quadratic, bias)
-            if HAS_SHARE:
-                gamma -= tl.where(exists, tl.load(Share + mixture).to(tl.float32) / C, 0.0)
+            gamma = route_of(query, columns, C, D, linear, quadratic, bias, CP, CORRELATE)
             read = tl.sum(gamma[:, None] * state, 0)
             if NORMALIZE:
                 denominator = tl.sum(gamma * norm, 0) + eps
@@ -114,7 +116,8 @@ def decode_kernel(
 
 torch.library.define(
     "gma_hf::fused_decoding",
-    f"({INPUTS}, Tensor? S, Tensor? z, float? eps, float variance_floor, bool output_normalizer) "
+    f"({INPUTS}, Tensor? S, Tensor? z, float? eps, float variance_floor, bool output_normalizer, "
+    "bool correlate) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
     tags=torch.Tag.pt2_compliant_tag,
 )
@@ -124,8 +127,8 @@ torch.library.define(
 @on_one_device
 @on_its_device
 def fused_decoding(
-    query, key, value, means, raw_variances, prior_logits, write_weight, log_decay, share, S, z, eps, variance_floor,
-    output_normalizer,
+    query, key, value, means, raw_variances, prior_logits, write_weight, log_decay, S, z, eps, variance_floor,
+    output_normalizer, correlate,
 ):  # fmt: skip
     """Output, D (of size 0 unless output_normalizer), S, z."""
     batch, query_heads, length, dim = query.shape
@@ -137,12 +140,12 @@ def fused_decoding(
     state = (None, None) if S is None else (S.contiguous(), z.contiguous())
     decode_kernel[(batch * mixtures * blocks,)](
         query, key, value, means.contiguous(), raw_variances.contiguous(), prior_logits.contiguous(), write_weight,
-        log_decay, share, *state, output, normalizer if output_normalizer else None, new_S, new_z,
+        log_decay, *state, output, normalizer if output_normalizer else None, new_S, new_z,
         *strides(query), *strides(key), *strides(value), *strides(write_weight), *strides(log_decay),
         *output.stride()[:3], length, mixtures, components, dim, value_dim, mixtures // key.shape[1],
         0.0 if eps is None else eps, variance_floor,
         R=query_heads // mixtures, CP=CP, DP=DP, BV=block, NV=blocks, HAS_WEIGHT=write_weight is not None,
-        HAS_DECAY=log_decay is not None, HAS_SHARE=share is not None, HAS_STATE=S is not None, NORMALIZE=eps is not None,
+        HAS_DECAY=log_decay is not None, CORRELATE=correlate, HAS_STATE=S is not None, NORMALIZE=eps is not None,
         OUTPUT_NORMALIZER=output_normalizer, num_warps=8 if CP * DP > 4096 else 4,
     )  # fmt: skip
     return output, normalizer, new_S, new_z
@@ -167,8 +170,8 @@ def empty_state(query: Tensor, means: Tensor, value: Tensor) -> tuple[Tensor, Te
 @torch.library.register_fake("gma_hf::fused_decoding")
 @on_one_device
 def _(
-    query, key, value, means, raw_variances, prior_logits, write_weight, log_decay, share, S, z, eps, variance_floor,
-    output_normalizer,
+    query, key, value, means, raw_variances, prior_logits, write_weight, log_decay, S, z, eps, variance_floor,
+    output_normalizer, correlate,
 ):  # fmt: skip
     return empty_output(query, value), empty_normalizer(query, output_normalizer), *empty_state(query, means, value)
 

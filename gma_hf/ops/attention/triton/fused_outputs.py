@@ -24,7 +24,7 @@ from .tiles import (
     operand,
     pair_factors,
     product,
-    responsibilities,
+    route,
     store_row,
     store_tile,
     tile_logits,
@@ -65,10 +65,10 @@ def write_operands(
 def write_kernel(
     K, V, W, LA, Coefficients, Bias, States, SegmentDecays, LargestV,
     stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, stride_wb, stride_wh, stride_wn,
-    stride_ab, stride_ah, stride_an, N, D, DV, M, segments, chunks_per_segment, kv_groups,
+    stride_ab, stride_ah, stride_an, N, C, D, DV, M, segments, chunks_per_segment, kv_groups,
     T: tl.constexpr, CP: tl.constexpr, DP: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
     EVEN_D: tl.constexpr, EVEN_V: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_DECAY: tl.constexpr, HAS_Z: tl.constexpr,
-    EXACT: tl.constexpr, PRECISION: tl.constexpr,
+    CORRELATE: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """What one segment writes, as `states_kernel` leaves it."""
     program = tl.program_id(0)
@@ -102,8 +102,7 @@ def write_kernel(
             K, first, stride_kn, count, D, Coefficients, bias,
             linear, quadratic, linear_rest, quadratic_rest, T, CP, DP, BD, EVEN_D, EXACT, PRECISION,
         )  # fmt: skip
-        gamma, _ = responsibilities(logits)
-        gamma = tl.trans(operand(gamma, EXACT))
+        gamma = tl.trans(operand(route(logits, C, CP, CORRELATE), EXACT))
         if HAS_DECAY:
             S *= keep
             z *= keep
@@ -136,14 +135,14 @@ def add_written(
 
 @triton.jit(do_not_specialize=["N", "M", "segments", "chunks_per_segment", "kv_groups"])
 def fused_read_kernel(
-    Q, K, V, Output, Normalizer, RD, W, LA, Share, Coefficients, Bias, States, Last,
+    Q, K, V, Output, Normalizer, RD, W, LA, Coefficients, Bias, States, Last,
     LargestV, ChunkStates, ChunkNorms, ChunkScales,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     stride_ob, stride_oh, stride_on, stride_wb, stride_wh, stride_wn, stride_ab, stride_ah, stride_an,
     stride_state, N, C, D, DV, M, segments, chunks_per_segment, kv_groups, eps,
     R: tl.constexpr, T: tl.constexpr, CP: tl.constexpr, DP: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
     EVEN_D: tl.constexpr, EVEN_V: tl.constexpr,
-    CAUSAL: tl.constexpr, ONE_PASS: tl.constexpr, LAST: tl.constexpr, HAS_STATE: tl.constexpr, STRICT: tl.constexpr, HAS_SHARE: tl.constexpr,
+    CAUSAL: tl.constexpr, ONE_PASS: tl.constexpr, LAST: tl.constexpr, HAS_STATE: tl.constexpr, STRICT: tl.constexpr, CORRELATE: tl.constexpr,
     HAS_WEIGHT: tl.constexpr, HAS_DECAY: tl.constexpr, HAS_Z: tl.constexpr, NORMALIZE: tl.constexpr,
     OUTPUT_NORMALIZER: tl.constexpr, SAVE: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -200,8 +199,7 @@ def fused_read_kernel(
                 K, first, stride_kn, count, D, Coefficients, bias,
                 linear, quadratic, linear_rest, quadratic_rest, T, CP, DP, BD, EVEN_D, EXACT, PRECISION,
             )  # fmt: skip
-            gamma, _ = responsibilities(logits)
-            gamma_key = operand(gamma, EXACT)
+            gamma_key = operand(route(logits, C, CP, CORRELATE), EXACT)
             value, largest, heaviest, weight, sums, resets, to_end, keep, _, _ = write_operands(
                 V, W, LA, first, columns, stride_vn, stride_wn, stride_an, count, DV, T, EVEN_V, HAS_WEIGHT, HAS_DECAY
             )
@@ -236,10 +234,7 @@ def fused_read_kernel(
                 Q + batch * stride_qb + head.to(tl.int64) * stride_qh, first, stride_qn, count, D, Coefficients, bias,
                 linear, quadratic, linear_rest, quadratic_rest, T, CP, DP, BD, EVEN_D, EXACT, PRECISION,
             )  # fmt: skip
-            gamma_query, _ = responsibilities(logits)
-            if HAS_SHARE:
-                share = tl.load(Share + mixture).to(tl.float32) * (UNIT / C)
-                gamma_query -= tl.where(tl.arange(0, CP) < C, share, 0.0)[None, :]
+            gamma_query = route(logits, C, CP, CORRELATE)
             token = (batch * M * R + head).to(tl.int64) * N
             if NORMALIZE:
                 denominator = tl.sum(gamma_query * z_before[None, :], 1) * (1.0 / UNIT)

@@ -17,8 +17,9 @@ summed over what spans l:
 
     dlog a_l = sum_{i >= l} (r_i - s_i) + A (S . G + z . g) + sum_j t_j w_j gamma^K_j . (G v_j + g)
 
-Where the read subtracts a share of the average component, gamma^Q stands for gamma(q) - share / C in all of this, and
-dshare = -sum_ic dgamma^Q_ic / C.
+With correlation rho stands for gamma in all of this but the logits, l_i = |gamma_i - 1/C| being what rho_i was divided by:
+
+    dgamma = (drho - rho (rho . drho)) / l,        gamma = l rho + 1/C
 """
 
 import triton
@@ -48,6 +49,24 @@ def logit_gradient(grad_gamma, gamma):
     # Rounded responsibilities do not add up to 1; the gradient vanishes where all of dgamma are equal all the same
     total = tl.sum(grad_gamma * gamma, 1) / tl.maximum(tl.sum(gamma, 1), 0.5)
     return (grad_gamma - total[:, None]) * gamma, total
+
+
+@triton.jit
+def route_gradient(
+    grad, route, Lengths, first, count, C, T: tl.constexpr, CP: tl.constexpr, CORRELATE: tl.constexpr, EXACT: tl.constexpr
+):  # fmt: skip
+    """The gradient of the logits from that of gamma (or rho) [T, CP], and their product [T]."""
+    if CORRELATE:
+        total = tl.sum(grad * route, 1)
+        length = load_row(Lengths, first, 1, count, 1.0, T)[:, None]
+        gamma = length * route + 1.0 / C
+        # What rounding of rho leaves of responsibilities of 0 is none, or tokens far outside would have gradients
+        is_there = gamma * C > (0.0000005 if EXACT else 0.0005)
+        gamma = tl.where(is_there & (tl.arange(0, CP) < C)[None, :], gamma, 0.0)
+        grad, _ = logit_gradient((grad - route * total[:, None]) / length, gamma)
+    else:
+        grad, total = logit_gradient(grad, route)
+    return grad, total
 
 
 @triton.jit
@@ -84,15 +103,15 @@ def from_state_after(
 
 @triton.jit(do_not_specialize=["N", "M", "kv_groups"])
 def gradient_kernel(
-    GammaQ, GammaK, V, DO, RD, GradNormalizer, W, LA, DecaySums, Share,
+    GammaQ, GammaK, V, DO, RD, GradNormalizer, W, LA, DecaySums, LengthsQ, LengthsK,
     ChunkStates, ChunkNorms, ChunkScales, GradStates, GradNorms, GradScales, LargestV, LargestDN,
-    GradLogitsQ, GradLogitsK, GV, GW, GLA, GradShare,
+    GradLogitsQ, GradLogitsK, GV, GW, GLA,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     stride_ob, stride_oh, stride_on, stride_gvb, stride_gvh, stride_gvn,
     stride_wb, stride_wh, stride_wn, stride_ab, stride_ah, stride_an,
     N, C, DV, M, kv_groups,
     R: tl.constexpr, T: tl.constexpr, CP: tl.constexpr, BV: tl.constexpr, NV: tl.constexpr, EVEN_V: tl.constexpr,
-    CAUSAL: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, STRICT: tl.constexpr, HAS_SHARE: tl.constexpr,
+    CAUSAL: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, STRICT: tl.constexpr, CORRELATE: tl.constexpr,
     HAS_WEIGHT: tl.constexpr, HAS_DECAY: tl.constexpr, HAS_Z: tl.constexpr, NORMALIZE: tl.constexpr,
     HAS_GRAD_NORMALIZER: tl.constexpr, GRAD_WEIGHT: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -303,17 +322,11 @@ def gradient_kernel(
                         grad_query *= from_start[:, None]
                 if CAUSAL:
                     grad_query += product(grad_pairs_operand, gamma_key, PRECISION) * unscaled_pairs
-                gamma = gamma_query.to(tl.float32) * (1.0 / UNIT)
-                if HAS_SHARE:
-                    if HAS_DECAY:  # of what was read, without the share that is subtracted
-                        read_minus_write += tl.sum(grad_query * gamma, 1)
-                    total_grad = tl.sum(tl.sum(tl.where((components < C)[None, :], grad_query, 0.0), 1), 0)
-                    tl.store(GradShare + (batch * M * R + head) * chunks + chunk, -total_grad / C)
-                    share = tl.load(Share + mixture).to(tl.float32) / C
-                    inside = (tokens < count)[:, None] & (components < C)[None, :]
-                    gamma += tl.where(inside, share, 0.0)
-                grad_query, total_read = logit_gradient(grad_query, gamma)
-                if HAS_DECAY and not HAS_SHARE:
+                grad_query, total_read = route_gradient(
+                    grad_query, gamma_query.to(tl.float32) * (1.0 / UNIT), LengthsQ + token if CORRELATE else LengthsQ,
+                    first, count, C, T, CP, CORRELATE, EXACT,
+                )  # fmt: skip
+                if HAS_DECAY:
                     read_minus_write += total_read
                 store_tile(
                     GradLogitsQ + batch * stride_qb + head.to(tl.int64) * stride_qh, grad_query,
@@ -325,7 +338,10 @@ def gradient_kernel(
             if HAS_WEIGHT:
                 grad_value *= weight[:, None]
             store_tile(grad_value_pointer, grad_value, first, tl.arange(0, BV), stride_gvn, count, DV, T, EVEN_V)
-        grad_key, total_write = logit_gradient(grad_key, gamma_key.to(tl.float32) * (1.0 / UNIT))
+        grad_key, total_write = route_gradient(
+            grad_key, gamma_key.to(tl.float32) * (1.0 / UNIT), LengthsK + slab * N if CORRELATE else LengthsK,
+            first, count, C, T, CP, CORRELATE, EXACT,
+        )  # fmt: skip
         if GRAD_WEIGHT:
             if CAUSAL:
                 grad_weight = tl.where(has_tiny, grad_weight + from_state, total_write / tl.maximum(weight, 1e-30))

@@ -97,19 +97,20 @@ def compute_coefficients(plan: Plan, means, raw_variances, prior_logits, floor: 
 
 
 def compute_responsibilities(
-    plan: Plan, query, key, weights, bias, share, components: int, gamma_query: Tensor, gamma_key: Tensor
-) -> None:
-    """Fill gamma_query [B, HQ, NQ, CP] and gamma_key [B, M, NK, CP]."""
+    plan: Plan, query, key, weights, bias, components: int, gamma_query: Tensor, gamma_key: Tensor, correlate: bool,
+    lengths: tuple[Tensor | None, Tensor | None] = (None, None),
+) -> None:  # fmt: skip
+    """Fill gamma_query [B, HQ, NQ, CP], gamma_key [B, M, NK, CP] and, if given, `lengths` [B, HQ, NQ] and [B, M, NK]."""
     batch, query_heads, query_length, dim = query.shape
     mixtures, key_length = gamma_key.shape[1], gamma_key.shape[2]
     rows = TILES * plan.rows
     query_programs = batch * query_heads * cdiv(query_length, rows)
     responsibilities_kernel[(query_programs + batch * mixtures * cdiv(key_length, rows),)](
-        query, key, weights, bias, share, gamma_query, gamma_key,
+        query, key, weights, bias, gamma_query, gamma_key, *lengths,
         *strides(query), *strides(key), *strides(gamma_query), *strides(gamma_key),
         query_length, key_length, components, dim, mixtures, query_programs, mixtures // key.shape[1],
         R=query_heads // mixtures, T=plan.rows, TILES=TILES, CP=plan.CP, DP=plan.DP, BD=plan.BR, EVEN_D=dim == plan.DP,
-        HAS_SHARE=share is not None, EXACT=plan.exact, PRECISION=PRECISION, **plan.responsibilities,
+        CORRELATE=correlate, SAVE=lengths[0] is not None, EXACT=plan.exact, PRECISION=PRECISION, **plan.responsibilities,
     )  # fmt: skip
 
 
@@ -198,7 +199,7 @@ def from_slabs(plan: Plan, slabs: Tensor, batch: int, components: int, dim: int)
 
 INPUTS = (
     "Tensor query, Tensor key, Tensor value, Tensor means, Tensor raw_variances, Tensor prior_logits, "
-    "Tensor? write_weight, Tensor? log_decay, Tensor? share"
+    "Tensor? write_weight, Tensor? log_decay"
 )
 
 
@@ -206,7 +207,7 @@ INPUTS = (
 torch.library.define(
     "gma_hf::fused_attention",
     f"({INPUTS}, Tensor? S, Tensor? z, bool causal, bool strict, float? eps, float variance_floor, bool save, "
-    f"bool final_state, bool output_normalizer) -> ({', '.join(['Tensor'] * (4 + len(Saved._fields)))})",
+    f"bool final_state, bool output_normalizer, bool correlate) -> ({', '.join(['Tensor'] * (4 + len(Saved._fields)))})",
     tags=torch.Tag.pt2_compliant_tag,
 )
 
@@ -215,8 +216,8 @@ torch.library.define(
 @on_one_device
 @on_its_device
 def fused_attention(
-    query, key, value, means, raw_variances, prior_logits, write_weight, log_decay, share, S, z, causal, strict, eps,
-    variance_floor, save, final_state, output_normalizer,
+    query, key, value, means, raw_variances, prior_logits, write_weight, log_decay, S, z, causal, strict, eps,
+    variance_floor, save, final_state, output_normalizer, correlate,
 ):  # fmt: skip
     """Output, D (of size 0 unless output_normalizer), S, z (unless final_state) and `Saved` (unless save)."""
     batch, query_heads, length, _ = query.shape
@@ -227,9 +228,9 @@ def fused_attention(
     output, normalizer = empty_output(query, value), empty_normalizer(query, output_normalizer)
     rd = bias.new_empty(batch if save and normalize else 0, query_heads, length)
     states = (read_fused if plan.fused else read_from_memory)(
-        plan, query, key, value, weights, bias, write_weight, log_decay, share, components,
+        plan, query, key, value, weights, bias, write_weight, log_decay, components,
         None if S is None else to_slabs(plan, S, z), output, normalizer if output_normalizer else None, rd,
-        causal, strict, eps, save, final_state,
+        causal, strict, eps, save, final_state, correlate,
     )  # fmt: skip
     if final_state:
         S, z = from_slabs(plan, states.last, batch, components, value_dim)
@@ -245,15 +246,15 @@ def fused_attention(
 
 
 def read_from_memory(
-    plan, query, key, value, weights, bias, write_weight, log_decay, share, components, first, output, normalizer, rd,
-    causal, strict, eps, save, final_state,
+    plan, query, key, value, weights, bias, write_weight, log_decay, components, first, output, normalizer, rd,
+    causal, strict, eps, save, final_state, correlate,
 ) -> States:  # fmt: skip
     """Fill output, normalizer and rd, with the responsibilities in memory."""
     batch, query_heads, length, _ = query.shape
     mixtures, normalize = weights.shape[0], eps is not None
     gamma_query = query.new_empty(batch, query_heads, length, plan.CP, dtype=plan.gamma_dtype)
     gamma_key = query.new_empty(batch, mixtures, key.shape[2], plan.CP, dtype=plan.gamma_dtype)
-    compute_responsibilities(plan, query, key, weights, bias, share, components, gamma_query, gamma_key)
+    compute_responsibilities(plan, query, key, weights, bias, components, gamma_query, gamma_key, correlate)
     states = compute_states(
         plan, gamma_key, value, None, None, None, write_weight, log_decay, mixtures, 1, first,
         False, causal, normalize or final_state, final_state,
@@ -272,8 +273,8 @@ def read_from_memory(
 
 
 def read_fused(
-    plan, query, key, value, weights, bias, write_weight, log_decay, share, components, first, output, normalizer, rd,
-    causal, strict, eps, save, final_state,
+    plan, query, key, value, weights, bias, write_weight, log_decay, components, first, output, normalizer, rd,
+    causal, strict, eps, save, final_state, correlate,
 ) -> States:  # fmt: skip
     """Fill output, normalizer and rd, with responsibilities that stay on the chip."""
     batch, query_heads, length, dim = query.shape
@@ -291,7 +292,7 @@ def read_fused(
     constants = {
         "T": plan.T, "CP": plan.CP, "DP": plan.DP, "BD": plan.BD, "BV": plan.BV, "EVEN_D": dim == plan.DP,
         "EVEN_V": value_dim == plan.BV, "HAS_WEIGHT": write_weight is not None, "HAS_DECAY": log_decay is not None,
-        "HAS_Z": has_z, "EXACT": plan.exact, "PRECISION": PRECISION, **plan.fused_launch,
+        "HAS_Z": has_z, "CORRELATE": correlate, "EXACT": plan.exact, "PRECISION": PRECISION, **plan.fused_launch,
     }  # fmt: skip
     states, per_segment = first, chunks
     if not one_pass:
@@ -301,20 +302,20 @@ def read_fused(
         write_kernel[(slabs * segments,)](
             key, value, write_weight, log_decay, weights, bias, states, decays, largest,
             *strides(key), *strides(value), *strides(write_weight), *strides(log_decay),
-            key_length, dim, value_dim, mixtures, segments, per_key_segment, mixtures // key.shape[1], **constants,
+            key_length, components, dim, value_dim, mixtures, segments, per_key_segment, mixtures // key.shape[1], **constants,
         )  # fmt: skip
         scan(states, decays, first, last, log_decay is not None, False)
         per_segment = per_key_segment if causal else segment_length(plan, slabs, chunks, query.device)
         states = states if causal else last
     segments = cdiv(chunks, per_segment)
     fused_read_kernel[(slabs * segments,)](
-        query, key, value, output, normalizer, rd, write_weight, log_decay, share, weights, bias, states, last,
+        query, key, value, output, normalizer, rd, write_weight, log_decay, weights, bias, states, last,
         largest, kept, norms, scales,
         *strides(query), *strides(key), *strides(value), *strides(output), *strides(write_weight), *strides(log_decay),
         0 if states is None else states.stride(0), length, components, dim, value_dim, mixtures, segments, per_segment,
         mixtures // key.shape[1], eps or 0.0,
         R=query_heads // mixtures, CAUSAL=causal, ONE_PASS=one_pass, LAST=one_pass and final_state,
-        HAS_STATE=states is not None, STRICT=strict, HAS_SHARE=share is not None, NORMALIZE=normalize,
+        HAS_STATE=states is not None, STRICT=strict, NORMALIZE=normalize,
         OUTPUT_NORMALIZER=normalizer is not None, SAVE=save, **constants,
     )  # fmt: skip
     return States(kept, norms, scales, largest, None, last)
@@ -339,8 +340,8 @@ def empty_normalizer(query: Tensor, output_normalizer: bool) -> Tensor:
 @torch.library.register_fake("gma_hf::fused_attention")
 @on_one_device
 def _(
-    query, key, value, means, raw_variances, prior_logits, write_weight, log_decay, share, S, z, causal, strict, eps,
-    variance_floor, save, final_state, output_normalizer,
+    query, key, value, means, raw_variances, prior_logits, write_weight, log_decay, S, z, causal, strict, eps,
+    variance_floor, save, final_state, output_normalizer, correlate,
 ):  # fmt: skip
     (mixtures, components, _), value_dim = means.shape, value.shape[-1]
     plan = plan_of(query, value, means)
@@ -358,9 +359,9 @@ def _(
 torch.library.define(
     "gma_hf::fused_attention_backward",
     f"({INPUTS}, Tensor output, Tensor grad_output, Tensor? grad_normalizer, Tensor? grad_S, Tensor? grad_z, bool causal, "
-    "bool strict, bool normalize, float variance_floor, bool grad_weight, bool grad_state, "
+    "bool strict, bool normalize, float variance_floor, bool grad_weight, bool grad_state, bool correlate, "
     f"{', '.join(f'Tensor {name}' for name in Saved._fields)}) "
-    f"-> ({', '.join(['Tensor'] * 11)})",
+    f"-> ({', '.join(['Tensor'] * 10)})",
     tags=torch.Tag.pt2_compliant_tag,
 )
 
@@ -379,8 +380,8 @@ def responsibilities_like(plan: Plan, grad: Tensor, heads: int) -> Tensor:
 @on_one_device
 @on_its_device
 def fused_attention_backward(
-    query, key, value, means, raw_variances, prior_logits, write_weight, log_decay, share, output, grad_output,
-    grad_normalizer, grad_S, grad_z, causal, strict, normalize, variance_floor, grad_weight, grad_state, *saved,
+    query, key, value, means, raw_variances, prior_logits, write_weight, log_decay, output, grad_output,
+    grad_normalizer, grad_S, grad_z, causal, strict, normalize, variance_floor, grad_weight, grad_state, correlate, *saved,
 ):  # fmt: skip
     """Gradients of the inputs in their order, S and z included; of size 0 where nothing needs them."""
     batch, query_heads, length, dim = query.shape
@@ -395,7 +396,12 @@ def fused_attention_backward(
     grad_value = new(batch, mixtures, key_length, value_dim) if shared else torch.empty_like(value)
     gamma_query = responsibilities_like(plan, grad_query, query_heads)
     gamma_key = responsibilities_like(plan, grad_key, mixtures)
-    compute_responsibilities(plan, query, key, saved.weights, saved.bias, share, components, gamma_query, gamma_key)
+    lengths = (None, None)
+    if correlate:
+        lengths = new(batch, query_heads, length), new(batch, mixtures, key_length)
+    compute_responsibilities(
+        plan, query, key, saved.weights, saved.bias, components, gamma_query, gamma_key, correlate, lengths
+    )
 
     rd = saved.rd if normalize else None
     grad_normalizer = None if grad_normalizer is None else grad_normalizer.contiguous()
@@ -411,19 +417,18 @@ def fused_attention_backward(
     )  # fmt: skip
 
     grad_gates = new(2, batch, mixtures, key_length)
-    grad_share = None if share is None else new(batch, query_heads, cdiv(length, plan.T))
     logits_dtype = torch.float32 if plan.exact else torch.bfloat16
     grad_logits = [x.view(logits_dtype) for x in (gamma_query, gamma_key)]
     sides = ((True, True, length),) if causal else ((True, False, length), (False, True, key_length))
     for queries, keys, tokens in sides:
         gradient_kernel[(batch * mixtures * cdiv(tokens, plan.T),)](
-            gamma_query, gamma_key, value, grad_output, rd, grad_normalizer, write_weight, log_decay, states.decays, share,
+            gamma_query, gamma_key, value, grad_output, rd, grad_normalizer, write_weight, log_decay, states.decays, *lengths,
             saved.states, saved.norms, saved.scales, states.chunks if causal else states.last, states.norms, states.scales,
-            saved.largest_value, states.largest, *grad_logits, grad_value, *grad_gates, grad_share,
+            saved.largest_value, states.largest, *grad_logits, grad_value, *grad_gates,
             *strides(gamma_query), *strides(gamma_key), *strides(value), *strides(grad_output), *strides(grad_value),
             *strides(write_weight), *strides(log_decay), tokens, components, value_dim, mixtures, mixtures // key_heads,
             R=repeats, T=plan.T, CP=plan.CP, BV=plan.BV, NV=plan.NV, EVEN_V=value_dim == plan.DVP,
-            CAUSAL=causal, QUERIES=queries, KEYS=keys, STRICT=strict, HAS_SHARE=share is not None,
+            CAUSAL=causal, QUERIES=queries, KEYS=keys, STRICT=strict, CORRELATE=correlate,
             HAS_WEIGHT=write_weight is not None, HAS_DECAY=log_decay is not None, HAS_Z=has_z, NORMALIZE=normalize,
             HAS_GRAD_NORMALIZER=grad_normalizer is not None, GRAD_WEIGHT=grad_weight,
             EXACT=plan.exact, PRECISION=PRECISION, **plan.gradient,
@@ -457,14 +462,10 @@ def fused_attention_backward(
         )
     gates = (write_weight if grad_weight else None, log_decay)
     grad_gates = (sum_heads(grad, gate) for grad, gate in zip(grad_gates, gates, strict=True))
-    if share is None:
-        grad_share = new(0)
-    else:
-        grad_share = grad_share.unflatten(1, (mixtures, -1)).sum(dim=(0, 2, 3)).to(share.dtype)
     grad_S, grad_z = new(0), new(0)
     if grad_state:
         grad_S, grad_z = from_slabs(plan, states.last, batch, components, value_dim)
-    return grad_query, grad_key, grad_value, *grad_mixture, *grad_gates, grad_share, grad_S, grad_z
+    return grad_query, grad_key, grad_value, *grad_mixture, *grad_gates, grad_S, grad_z
 
 
 def laid_out_as(like: Tensor, x: Tensor) -> Tensor:
@@ -484,12 +485,12 @@ def sum_heads(x: Tensor, like: Tensor | None) -> Tensor:
 @torch.library.register_fake("gma_hf::fused_attention_backward")
 @on_one_device
 def _(
-    query, key, value, means, raw_variances, prior_logits, write_weight, log_decay, share, output, grad_output,
-    grad_normalizer, grad_S, grad_z, causal, strict, normalize, variance_floor, grad_weight, grad_state, *saved,
+    query, key, value, means, raw_variances, prior_logits, write_weight, log_decay, output, grad_output,
+    grad_normalizer, grad_S, grad_z, causal, strict, normalize, variance_floor, grad_weight, grad_state, correlate, *saved,
 ):  # fmt: skip
     batch, mixtures, components, value_dim = query.shape[0], *means.shape[:2], value.shape[-1]
     bias = Saved(*saved).bias
-    gates = (write_weight if grad_weight else None, log_decay, share)
+    gates = (write_weight if grad_weight else None, log_decay)
     return (
         *(torch.empty_like(row_contiguous(x)) for x in (query, key, value)),
         *(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (means, raw_variances, prior_logits)),
@@ -510,19 +511,21 @@ class FusedAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        query, key, value, means, raw_variances, prior_logits, write_weight, log_decay, share, S, z, causal, strict, eps,
-        variance_floor, save, final_state, output_normalizer,
+        query, key, value, means, raw_variances, prior_logits, write_weight, log_decay, S, z, causal, strict, eps,
+        variance_floor, save, final_state, output_normalizer, correlate,
     ):  # fmt: skip
         """Output, D, S, z, and what the backward pass needs."""
         return torch.ops.gma_hf.fused_attention(
-            query, key, value, means, raw_variances, prior_logits, write_weight, log_decay, share, S, z, causal, strict, eps,
-            variance_floor, save, final_state, output_normalizer,
+            query, key, value, means, raw_variances, prior_logits, write_weight, log_decay, S, z, causal, strict, eps,
+            variance_floor, save, final_state, output_normalizer, correlate,
         )  # fmt: skip
 
     @staticmethod
     def setup_context(ctx, inputs, output):
         """Keep inputs, output and what the forward pass saved for the gradients."""
-        *tensors, S, z, causal, strict, eps, variance_floor, _, ctx.final_state, ctx.output_normalizer = inputs
+        (
+            *tensors, S, z, causal, strict, eps, variance_floor, _, ctx.final_state, ctx.output_normalizer, ctx.correlate,
+        ) = inputs  # fmt: skip
         ctx.options = causal, strict, eps is not None, variance_floor
         ctx.state_dtypes = None if S is None else (S.dtype, z.dtype)
         ctx.mark_non_differentiable(*output[4:])
@@ -537,7 +540,7 @@ class FusedAttention(torch.autograd.Function):
                 "The fused kernels kept nothing for a backward pass, as in programs of torch.export. Train the model itself."
             )
         if grad_output is None:
-            grad_output = torch.zeros_like(tensors[9])
+            grad_output = torch.zeros_like(tensors[8])
         if not ctx.final_state:
             grad_S = grad_z = None
         if not ctx.output_normalizer:
@@ -545,11 +548,11 @@ class FusedAttention(torch.autograd.Function):
         needed = ctx.needs_input_grad
         *grads, grad_S, grad_z = differentiate_once(
             torch.ops.gma_hf.fused_attention_backward,
-            *tensors[:10], grad_output, grad_normalizer, grad_S, grad_z, *ctx.options, needed[6],
-            ctx.state_dtypes is not None, *tensors[10:],
+            *tensors[:9], grad_output, grad_normalizer, grad_S, grad_z, *ctx.options, needed[6],
+            ctx.state_dtypes is not None, ctx.correlate, *tensors[9:],
         )  # fmt: skip
         grads = [grad if need else None for grad, need in zip(grads, needed, strict=False)]
         states = (None, None)
         if ctx.state_dtypes is not None:
             states = (grad.to(dtype) for grad, dtype in zip((grad_S, grad_z), ctx.state_dtypes, strict=True))
-        return *grads, *states, *(None,) * 7
+        return *grads, *states, *(None,) * 8

@@ -10,8 +10,8 @@ gradient):
     dlinear = sum dlogits^T x,    dquadratic = sum dlogits^T x^2,    dbias = sum dlogits          over queries and keys
 
 Q [B, HQ, NQ, D], K [B, HK, NK, D], coefficients and bias as `coefficients` leaves them -> GammaQ [B, HQ, NQ, CP], GammaK
-[B, M, NK, CP], float16 times UNIT, or float32 times UNIT in EXACT kernels. One launch for queries and keys. Where the read
-is relative to the average component, GammaQ holds gamma(q) - share / C.
+[B, M, NK, CP], float16 times UNIT, or float32 times UNIT in EXACT kernels. One launch for queries and keys. With correlation
+rho stands for gamma, and the way back also needs LengthsQ [B, HQ, NQ] and LengthsK [B, M, NK], what rho was divided by.
 """
 
 import triton
@@ -19,9 +19,9 @@ import triton.language as tl
 
 from .tiles import (
     LN2,
-    UNIT,
     add_column_sums,
     compute_tile,
+    correlated,
     load_coefficients,
     load_tile,
     ones,
@@ -29,6 +29,7 @@ from .tiles import (
     responsibilities,
     square,
     square_rest,
+    store_row,
     store_tile,
     tile_logits,
 )
@@ -36,12 +37,12 @@ from .tiles import (
 
 @triton.jit(do_not_specialize=["NQ", "NK", "M", "query_programs", "key_groups"])
 def responsibilities_kernel(
-    Q, K, Coefficients, Bias, Share, GammaQ, GammaK,
+    Q, K, Coefficients, Bias, GammaQ, GammaK, LengthsQ, LengthsK,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,
     stride_gqb, stride_gqh, stride_gqn, stride_gkb, stride_gkh, stride_gkn,
     NQ, NK, C, D, M, query_programs, key_groups,
     R: tl.constexpr, T: tl.constexpr, TILES: tl.constexpr, CP: tl.constexpr, DP: tl.constexpr, BD: tl.constexpr,
-    EVEN_D: tl.constexpr, HAS_SHARE: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
+    EVEN_D: tl.constexpr, CORRELATE: tl.constexpr, SAVE: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Responsibilities of TILES times T tokens of a head, queries first, then keys."""
     program = tl.program_id(0)
@@ -54,9 +55,9 @@ def responsibilities_kernel(
         stride, stride_g = stride_qn, stride_gqn
         X = Q + batch * stride_qb + head.to(tl.int64) * stride_qh
         Gamma = GammaQ + batch * stride_gqb + head.to(tl.int64) * stride_gqh
+        if CORRELATE and SAVE:
+            Lengths = LengthsQ + (batch * (M * R) + head) * NQ
         block = program % blocks
-        if HAS_SHARE:
-            subtracted = tl.load(Share + mixture).to(tl.float32)
     else:
         program -= query_programs
         blocks = tl.cdiv(NK, T * TILES)
@@ -66,9 +67,9 @@ def responsibilities_kernel(
         stride, stride_g = stride_kn, stride_gkn
         X = K + batch * stride_kb + (mixture // key_groups).to(tl.int64) * stride_kh
         Gamma = GammaK + batch * stride_gkb + mixture.to(tl.int64) * stride_gkh
+        if CORRELATE and SAVE:
+            Lengths = LengthsK + (batch * M + mixture) * NK
         block = program % blocks
-        if HAS_SHARE:
-            subtracted = 0.0
     parts: tl.constexpr = 2 if EXACT else 4
     Coefficients += mixture.to(tl.int64) * parts * CP * DP
     bias = tl.load(Bias + mixture * CP + tl.arange(0, CP))
@@ -81,8 +82,10 @@ def responsibilities_kernel(
             linear, quadratic, linear_rest, quadratic_rest, T, CP, DP, BD, EVEN_D, EXACT, PRECISION,
         )  # fmt: skip
         gamma, _ = responsibilities(logits)
-        if HAS_SHARE:
-            gamma -= tl.where(tl.arange(0, CP) < C, subtracted * (UNIT / C), 0.0)[None, :]
+        if CORRELATE:
+            gamma, inverse_length = correlated(gamma, C, tl.arange(0, CP)[None, :])
+            if SAVE:
+                store_row(Lengths, 1.0 / inverse_length, first, count, T)
         store_tile(Gamma, gamma, first, tl.arange(0, CP), stride_g, count, CP, T, True)
 
 

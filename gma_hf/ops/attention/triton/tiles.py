@@ -3,6 +3,7 @@
 
     logits   = x @ linear^T + (x * x) @ quadratic^T + bias            (base 2, see `coefficients`)
     gamma    = 2^(logits - lse),      lse = log2 sum_c 2^logits_c
+    rho      = sqrt(C) delta / sqrt(C |delta|^2 + CORRELATION_EPS),      delta = gamma - 1/C        (with correlation)
 
 Precision. Tensor cores multiply 16-bit numbers. Two things keep the results as good as float32 arithmetic behind rounded
 inputs would give:
@@ -20,6 +21,8 @@ import os
 import triton
 import triton.language as tl
 
+from .. import mixture as plain
+
 
 # Responsibilities and pair weights are at most 1 and are multiplied by this before they are rounded to float16.
 UNIT = tl.constexpr(16384.0)
@@ -28,6 +31,7 @@ LOG2_UNIT = tl.constexpr(14.0)
 RESET = tl.constexpr(-30.0)
 LN2 = tl.constexpr(0.6931471805599453)
 LOG2E = tl.constexpr(1.4426950408889634)
+CORRELATION_EPS = tl.constexpr(plain.CORRELATION_EPS)
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 
@@ -252,9 +256,20 @@ def responsibilities(logits):
 
 
 @triton.jit
-def responsibilities_again(logits, lse):
-    """UNIT times the responsibilities [T, CP], from the log-normaliser that was kept."""
-    return tl.exp2(logits - (lse - LOG2_UNIT)[:, None])
+def correlated(gamma, C, columns):
+    """UNIT times rho, and sqrt(C) / sqrt(C |gamma - 1/C|^2 + CORRELATION_EPS) for every row, from UNIT times gamma."""
+    delta = tl.where(columns < C, gamma * (1.0 / UNIT) - 1.0 / C, 0.0)
+    inverse_length = tl.rsqrt(tl.sum(delta * delta, 1) + CORRELATION_EPS / C)
+    return delta * (inverse_length * UNIT)[:, None], inverse_length
+
+
+@triton.jit
+def route(logits, C, CP: tl.constexpr, CORRELATE: tl.constexpr):
+    """UNIT times what tokens write to and read from the components with [T, CP]: gamma or, if CORRELATE, rho."""
+    gamma, _ = responsibilities(logits)
+    if CORRELATE:
+        gamma, _ = correlated(gamma, C, tl.arange(0, CP)[None, :])
+    return gamma
 
 
 @triton.jit

@@ -1,10 +1,10 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
 """
-A program that compiles the window's kernels for an H100, where there is none, as they would be launched there: the name of a
-case of test_window_kernels.py and that of a dtype are its arguments. Kernels are called, but nothing runs and results are what
-fresh memory holds.
+A program that compiles kernels for an H100, where there is none, as they would be launched there: its arguments are a module with
+a function `hopper_case`, and what that takes. Kernels are called, but nothing runs and results are what fresh memory holds.
 """
 
+import importlib
 import os
 import sys
 
@@ -17,8 +17,6 @@ import torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
-
-from gma_hf.ops.window import softmax as window_softmax
 
 
 class Hopper:
@@ -37,20 +35,18 @@ class Hopper:
         return torch.device("cpu")
 
 
-def compile_for_hopper(case: str, dtype: torch.dtype) -> None:
+def compile_only() -> None:
+    """From now on kernels are compiled and named, not run."""
     launch = JITFunction.run
 
-    def compile_only(self, *args, warmup, **kwargs):
+    def compile_kernel(self, *args, warmup, **kwargs):
         print(self.fn.__name__)
         return launch(self, *args, warmup=True, **kwargs)
 
     driver.set_active(Hopper())
-    JITFunction.run = compile_only
-    window_softmax.missing = lambda *device: None
-    from tests.modeling.test_window_kernels import CASES
-
-    CASES[case].results(dtype)
+    JITFunction.run = compile_kernel
 
 
 if __name__ == "__main__":
-    compile_for_hopper(sys.argv[1], getattr(torch, sys.argv[2]))
+    compile_only()
+    importlib.import_module(sys.argv[1]).hopper_case(*sys.argv[2:])
