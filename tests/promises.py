@@ -5,6 +5,8 @@ import torch
 from torch._dynamo.testing import CompileCounter
 from transformers import StaticCache
 
+from gma_hf.cache_argument import CACHE_NAME
+
 
 def left_padded_prompts_generate_as_alone(model, tokens, **length):
     """`tokens` `(2, 19)`; `length` are the arguments of `generate` that say how long its texts are."""
@@ -30,12 +32,12 @@ def compiled_decoding_never_recompiles(model, tokens, num_steps, vocab_size, **t
     step = torch.compile(model.forward, fullgraph=True, backend=counter)
     steps = torch.randint(3, vocab_size, (2, num_steps), generator=torch.Generator().manual_seed(4))
     with torch.no_grad():
-        model(tokens, past_key_values=cache)
+        model(tokens, **{CACHE_NAME: cache})
         logits = []
         for position in range(num_steps):
             arguments = model.prepare_inputs_for_generation(
                 steps[:, position : position + 1],
-                past_key_values=cache,
+                **{CACHE_NAME: cache},
                 position_ids=torch.full((2, 1), 19 + position),
             )
             logits.append(step(**arguments).logits)

@@ -36,6 +36,7 @@ from benchmarks.lib.results import Results, add_output_options, need_gpu, output
 from benchmarks.lib.tables import pivot
 from benchmarks.lib.timing import first_line, free_memory, median_time, peak_bytes
 from gma_hf import convert_to_gma
+from gma_hf.cache_argument import CACHE_NAME
 from gma_hf.modeling import GMACacheLayer
 
 
@@ -117,7 +118,7 @@ def fill_cache(model, mode: str, position: int) -> Cache:
     """A cache like that of a sequence which has reached `position`."""
     config, tokens = model.config, torch.randint(model.config.vocab_size, (1, PROMPT), device=model.device)
     cache = DynamicCache(config=config) if mode == "eager" else StaticCache(config=config, max_cache_len=position)
-    model(tokens, past_key_values=cache, logits_to_keep=1)
+    model(tokens, **{CACHE_NAME: cache}, logits_to_keep=1)
     fill_softmax_layers(cache, mode, position)
     return cache
 
@@ -134,7 +135,7 @@ def measure_decode(model, mode: str, position: int, seconds: float) -> dict:
         forward = torch.compile(model.forward, dynamic=False)
 
     def step() -> None:
-        logits = forward(input_ids=token, position_ids=place, past_key_values=cache).logits
+        logits = forward(input_ids=token, position_ids=place, **{CACHE_NAME: cache}).logits
         token.copy_(logits[:, -1:].argmax(dim=-1))
         place.add_(1)
 

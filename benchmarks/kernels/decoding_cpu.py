@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from gma_hf import GMAConfig, GMAForCausalLM, convert_to_gma
+from gma_hf.cache_argument import CACHE_NAME
 
 
 SIZES = {
@@ -70,7 +71,7 @@ MODELS = {
 def prompted(model) -> DynamicCache:
     cache = DynamicCache(config=model.config)
     tokens = torch.arange(3, 3 + PROMPT)[None]
-    model(tokens, past_key_values=cache)
+    model(tokens, **{CACHE_NAME: cache})
     return cache
 
 
@@ -81,16 +82,16 @@ def measure(turns: int) -> dict[str, dict[str, float]]:
     for name, model in models.items():
         cache = prompted(model)
         for _ in range(2):
-            model(token, past_key_values=cache)
+            model(token, **{CACHE_NAME: cache})
         with CountCalls() as counted:
-            model(token, past_key_values=cache)
+            model(token, **{CACHE_NAME: cache})
         calls[name] = counted.number / SIZES["num_hidden_layers"]
     for _ in range(turns):
         for name, model in models.items():
             cache = prompted(model)
             start = time.perf_counter()
             for _ in range(TOKENS):
-                model(token, past_key_values=cache)
+                model(token, **{CACHE_NAME: cache})
             times[name].append((time.perf_counter() - start) / TOKENS * 1e3)
     return {
         name: {

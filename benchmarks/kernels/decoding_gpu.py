@@ -35,6 +35,7 @@ from benchmarks.lib.results import Results, add_output_options, need_gpu, output
 from benchmarks.lib.tables import pivot
 from benchmarks.lib.timing import first_line, free_memory
 from gma_hf import GMAConfig, GMAForCausalLM
+from gma_hf.cache_argument import CACHE_NAME
 from gma_hf.modeling import GMACacheLayer
 
 
@@ -76,7 +77,7 @@ def fill_cache(model: GMAForCausalLM, mode: str, batch: int, position: int) -> C
     cache = DynamicCache(config=config) if mode == "eager" else StaticCache(config=config, max_cache_len=position)
     # A static cache of softmax layers takes its shape from the first tokens; they are overwritten below
     length = PROMPT if "linear_attention" in config.layer_types else 1
-    model(torch.randint(config.vocab_size, (batch, length), device=device), past_key_values=cache)
+    model(torch.randint(config.vocab_size, (batch, length), device=device), **{CACHE_NAME: cache})
     fill_softmax_layers(cache, mode, position)
     return cache
 
@@ -128,7 +129,7 @@ def make_step(model: GMAForCausalLM, mode: str, cache: Cache, batch: int) -> Cal
         forward = model.forward
 
     def step() -> None:
-        logits = forward(input_ids=token, past_key_values=cache, attention_mask=NO_MASK).logits
+        logits = forward(input_ids=token, **{CACHE_NAME: cache}, attention_mask=NO_MASK).logits
         token.copy_(logits[:, -1:].argmax(dim=-1))
 
     return step

@@ -15,6 +15,7 @@ from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextGatedDel
 from benchmarks.rivals.linear_attention import padding_mask_of
 from benchmarks.rivals.mamba2 import decayed_attention, short_convolution, step_bias_
 from gma_hf import GMAConfig
+from gma_hf.cache_argument import takes_cache
 from gma_hf.modeling.attention_gma import GMARMSNorm
 from gma_hf.modeling.layout import Layout
 
@@ -64,15 +65,16 @@ class GatedMixer(nn.Module):
         """
         raise NotImplementedError
 
+    @takes_cache
     def forward(
         self,
         hidden_states: Tensor,
-        past_key_values=None,
+        cache=None,
         layout: Layout | None = None,
         is_causal: bool = True,
         **kwargs,
     ) -> tuple[Tensor, None]:
-        mask = padding_mask_of(layout, past_key_values)
+        mask = padding_mask_of(layout, cache)
         if mask is not None:
             hidden_states = hidden_states * mask[..., None]
         states = torch.cat([proj(hidden_states) for proj in (self.q_proj, self.k_proj, self.v_proj)], dim=-1)
@@ -176,15 +178,16 @@ class GatedDeltaNet(nn.Module):
     def reset_parameters(self) -> None:
         step_bias_(self.net.dt_bias, self.config.time_step_min, self.config.time_step_max)
 
+    @takes_cache
     def forward(
         self,
         hidden_states: Tensor,
-        past_key_values=None,
+        cache=None,
         layout: Layout | None = None,
         is_causal: bool = True,
         **kwargs,
     ) -> tuple[Tensor, None]:
-        mask = padding_mask_of(layout, past_key_values)
+        mask = padding_mask_of(layout, cache)
         if mask is not None:  # the module itself masks batches of several rows only
             hidden_states = hidden_states * mask[..., None]
         return self.net(hidden_states), None

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from transformers.utils import is_tracing
 
 from gma_hf import GMAConfig
+from gma_hf.cache_argument import takes_cache
 from gma_hf.modeling.layout import Layout
 
 
@@ -91,15 +92,16 @@ class LinearAttention(nn.Module):
     def reset_parameters(self) -> None:
         """Draw what is neither a linear map nor a norm."""
 
+    @takes_cache
     def forward(
         self,
         hidden_states: Tensor,
-        past_key_values=None,
+        cache=None,
         layout: Layout | None = None,
         is_causal: bool = True,
         **kwargs,
     ) -> tuple[Tensor, None]:
-        mask = padding_mask_of(layout, past_key_values)
+        mask = padding_mask_of(layout, cache)
         query, key, value = (
             projection(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
@@ -157,19 +159,19 @@ class PerformerAttention(LinearAttention):
             return (exponents - exponents.amax(dim=(-2, -1), keepdim=True).detach()).exp()
 
 
-def padding_mask_of(layout: Layout | None, past_key_values=None) -> Tensor | None:
+def padding_mask_of(layout: Layout | None, cache=None) -> Tensor | None:
     """
     Where tokens are real, `(batch, length)`, or `None` if all are. The rivals are there to be trained and evaluated on whole
     sequences, with padding at their ends.
 
     Args:
         layout ([`Layout`], *optional*): what a GMA model tells its layers of the tokens.
-        past_key_values (`Cache`, *optional*): must be `None`.
+        cache (`Cache`, *optional*): must be `None`.
 
     Raises:
         ValueError: for a cache, packed sequences, or padding between real tokens.
     """
-    if past_key_values is not None or (layout is not None and layout.sequence_ids is not None):
+    if cache is not None or (layout is not None and layout.sequence_ids is not None):
         raise ValueError(
             "The rival mixers know neither caches nor packed sequences: use whole sequences, use_cache=False."
         )

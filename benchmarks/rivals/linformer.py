@@ -9,6 +9,7 @@ from transformers.utils import is_tracing
 
 from benchmarks.rivals.linear_attention import padding_mask_of
 from gma_hf import GMAConfig
+from gma_hf.cache_argument import takes_cache
 from gma_hf.modeling.layout import Layout
 
 
@@ -32,15 +33,16 @@ class LinformerAttention(nn.Module):
     def reset_parameters(self) -> None:
         self.shorten.normal_(std=self.shorten.shape[0] ** -0.5)
 
+    @takes_cache
     def forward(
         self,
         hidden_states: Tensor,
-        past_key_values=None,
+        cache=None,
         layout: Layout | None = None,
         is_causal: bool = False,
         **kwargs,
     ) -> tuple[Tensor, None]:
-        mask = padding_mask_of(layout, past_key_values)
+        mask = padding_mask_of(layout, cache)
         if is_causal:
             raise ValueError("Linformer mixes all positions: use it in encoders (`is_causal=False`).")
         query, key, value = (

@@ -17,6 +17,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from benchmarks.rivals.linear_attention import padding_mask_of
 from gma_hf import GMAConfig
+from gma_hf.cache_argument import takes_cache
 from gma_hf.modeling.attention_gma import GMARMSNorm
 from gma_hf.modeling.layout import Layout
 
@@ -168,17 +169,18 @@ class Mamba2Mixer(nn.Module):
         self.A_log_bias.uniform_(1, 16).log_()
         self.D_bias.fill_(1)
 
+    @takes_cache
     def forward(
         self,
         hidden_states: Tensor,
-        past_key_values=None,
+        cache=None,
         layout: Layout | None = None,
         is_causal: bool = True,
         **kwargs,
     ) -> tuple[Tensor, None]:
         if not is_causal:
             raise ValueError("Mamba-2 is causal.")
-        mask = padding_mask_of(layout, past_key_values)
+        mask = padding_mask_of(layout, cache)
         if mask is not None:
             mask = mask[..., None].to(hidden_states.dtype)
             hidden_states = hidden_states * mask

@@ -11,6 +11,7 @@ import torch
 from transformers import DynamicCache, StaticCache
 
 import gma_hf
+from gma_hf.cache_argument import CACHE_NAME
 from tests.conftest import make_model, tiny_config
 from tests.conversion.tiny_models import VOCAB, make_converted_model, make_inputs, output_of
 
@@ -117,13 +118,13 @@ def test_families_keep_packed_sequences_apart_with_the_cache_that_they_make(mode
 def test_the_text_goes_on_with_the_last_of_the_packed_sequences(kind, tokens):
     model = make_converted_model("llama", **KINDS[kind])
     if "kept" in kind:
-        cache = model(tokens, position_ids=POSITIONS, use_cache=True).past_key_values
+        cache = model(tokens, position_ids=POSITIONS, use_cache=True)[CACHE_NAME]
         with pytest.raises(ValueError, match="cannot go on from a cache with several packed sequences"):
-            model(tokens[:, :5], position_ids=torch.tensor([[3, 4, 0, 1, 2]]), past_key_values=cache)
+            model(tokens[:, :5], position_ids=torch.tensor([[3, 4, 0, 1, 2]]), **{CACHE_NAME: cache})
         return
-    cache = model(tokens, position_ids=POSITIONS, use_cache=True).past_key_values
+    cache = model(tokens, position_ids=POSITIONS, use_cache=True)[CACHE_NAME]
     expected = output_of(model, input_ids=torch.cat([tokens[:, 10:], tokens[:, :2]], dim=1))[:, 3:]
-    got = output_of(model, input_ids=tokens[:, :2], position_ids=torch.tensor([[3, 4]]), past_key_values=cache)
+    got = output_of(model, input_ids=tokens[:, :2], position_ids=torch.tensor([[3, 4]]), **{CACHE_NAME: cache})
     torch.testing.assert_close(got, expected, **CLOSE)
 
 
@@ -139,10 +140,10 @@ def test_a_chunk_that_starts_anew_behind_a_cache_is_refused(kind, static, tokens
     )
     cache = StaticCache(config=model.config, max_cache_len=20) if static else DynamicCache(config=model.config)
     with torch.no_grad():
-        model(tokens[:, :6], past_key_values=cache)
+        model(tokens[:, :6], **{CACHE_NAME: cache})
         with pytest.raises(ValueError, match="A new sequence needs a new cache"):
-            model(tokens[:, 6:], past_key_values=cache, position_ids=torch.arange(7)[None])
-        model(tokens[:, 6:], past_key_values=cache, position_ids=torch.arange(6, 13)[None])
+            model(tokens[:, 6:], **{CACHE_NAME: cache}, position_ids=torch.arange(7)[None])
+        model(tokens[:, 6:], **{CACHE_NAME: cache}, position_ids=torch.arange(6, 13)[None])
 
 
 @pytest.mark.quick
@@ -169,15 +170,15 @@ def test_masks_that_a_mixture_cannot_follow_are_refused_wherever_they_come(kind,
         for one in (mask, mask == 0, biased(causal)):
             with pytest.raises(ValueError, **refused):
                 model(tokens, attention_mask=one)
-        cache = model(tokens[:, :4], use_cache=True).past_key_values
+        cache = model(tokens[:, :4], use_cache=True)[CACHE_NAME]
         for one in (prefixed(causal.clone()), biased(causal)):
             with pytest.raises(ValueError, **refused):
-                model(tokens[:, 4:], attention_mask=one[:, :, 4:], past_key_values=cache)
-        got = model(tokens[:, 4:], attention_mask=causal[:, :, 4:], past_key_values=cache).logits
+                model(tokens[:, 4:], attention_mask=one[:, :, 4:], **{CACHE_NAME: cache})
+        got = model(tokens[:, 4:], attention_mask=causal[:, :, 4:], **{CACHE_NAME: cache}).logits
         torch.testing.assert_close(got, expected[:, 4:], **CLOSE)
         wide = torch.nn.functional.pad(prefixed(causal.clone()), (0, 3), value=lowest)
         with pytest.raises(ValueError, **refused):
-            model(tokens, attention_mask=wide, past_key_values=StaticCache(config=model.config, max_cache_len=16))
+            model(tokens, attention_mask=wide, **{CACHE_NAME: StaticCache(config=model.config, max_cache_len=16)})
 
 
 @pytest.mark.quick
@@ -191,7 +192,7 @@ def test_after_an_error_the_model_keeps_no_cache_alive(kind, tokens):
     expected = output_of(model, input_ids=tokens)
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
-        model(tokens, past_key_values=cache)
+        model(tokens, **{CACHE_NAME: cache})
     layers = [weakref.ref(layer) for layer in cache.layers]
 
     def fail(module, arguments):
@@ -199,7 +200,7 @@ def test_after_an_error_the_model_keeps_no_cache_alive(kind, tokens):
 
     handle = model.model.layers[0].self_attn.o_proj.register_forward_pre_hook(fail)
     with pytest.raises(RuntimeError, match="out of memory"):
-        model(tokens[:, :1], past_key_values=cache)
+        model(tokens[:, :1], **{CACHE_NAME: cache})
     handle.remove()
     del cache
     gc.collect()

@@ -8,6 +8,7 @@ import torch
 from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import DynamicLayer
 
+from gma_hf.cache_argument import CACHE_NAME
 from gma_hf.modeling import GMACacheLayer
 from tests.conversion.tiny_models import VOCAB, make_converted_model, make_softmax_model
 from tests.promises import compiled_decoding_never_recompiles, left_padded_prompts_generate_as_alone
@@ -69,7 +70,7 @@ def test_tokens_may_arrive_in_any_portions(model, tokens, splits, kind):
         "bare": lambda: DynamicCache(),
         "static": lambda: StaticCache(config=model.config, max_cache_len=32),
     }[kind]()
-    logits = [model(part, past_key_values=cache).logits for part in tokens.split(splits, dim=1)]
+    logits = [model(part, **{CACHE_NAME: cache}).logits for part in tokens.split(splits, dim=1)]
     torch.testing.assert_close(torch.cat(logits, dim=1), expected, **CLOSE)
     assert int(cache.get_seq_length()) == 19
 
@@ -91,7 +92,7 @@ def test_a_chat_goes_on_from_the_cache_of_its_last_turn(model, tokens):
     first = model.generate(tokens, attention_mask=mask, do_sample=False, return_dict_in_generate=True, **LENGTH)
     turn = torch.cat([first.sequences, tokens[:, :5]], dim=1)
     arguments = {"attention_mask": torch.cat([mask, mask.new_ones(2, 13)], dim=1), "do_sample": False, **LENGTH}
-    continued = model.generate(turn, past_key_values=first.past_key_values, **arguments)
+    continued = model.generate(turn, **{CACHE_NAME: first[CACHE_NAME]}, **arguments)
     assert torch.equal(continued, model.generate(turn, **arguments))
 
 
@@ -99,13 +100,13 @@ def test_a_chat_goes_on_from_the_cache_of_its_last_turn(model, tokens):
 def test_a_cache_is_copied_repeated_selected_and_reset(model, tokens):
     expected = model(tokens).logits[:, 9:]
     with torch.no_grad():  # PyTorch copies no tensor that a gradient flows through
-        cache = model(tokens[:, :9], use_cache=True).past_key_values
+        cache = model(tokens[:, :9], use_cache=True)[CACHE_NAME]
         fork = copy.deepcopy(cache)
-        torch.testing.assert_close(model(tokens[:, 9:], past_key_values=fork).logits, expected, **CLOSE)
+        torch.testing.assert_close(model(tokens[:, 9:], **{CACHE_NAME: fork}).logits, expected, **CLOSE)
         cache.batch_repeat_interleave(2)
         cache.batch_select_indices(torch.tensor([3, 0]))
         cache.reorder_cache(torch.tensor([1, 0]))
-        torch.testing.assert_close(model(tokens[:, 9:], past_key_values=cache).logits, expected, **CLOSE)
+        torch.testing.assert_close(model(tokens[:, 9:], **{CACHE_NAME: cache}).logits, expected, **CLOSE)
 
 
 @pytest.mark.parametrize("options", [VARIANTS["plain"], VARIANTS["all"]], ids=["plain", "all"])
@@ -113,7 +114,7 @@ def test_the_size_of_the_state_does_not_depend_on_the_length(options, tokens):
     model = make_converted_model("llama", **options).to(torch.bfloat16)
     sizes = []
     for length in (5, 12, 19):
-        cache = model(tokens[:, :length], use_cache=True).past_key_values
+        cache = model(tokens[:, :length], use_cache=True)[CACHE_NAME]
         assert all(isinstance(layer, GMACacheLayer) for layer in cache.layers)
         states = [state for layer in cache.layers for state in layer.memory if isinstance(state, torch.Tensor)]
         sizes.append(sum(state.numel() * state.element_size() for state in states))
@@ -123,7 +124,7 @@ def test_the_size_of_the_state_does_not_depend_on_the_length(options, tokens):
 
 def test_softmax_layers_beside_keep_their_own_cache(tokens):
     model = make_converted_model("llama", layers=[1])
-    cache = model(tokens, use_cache=True).past_key_values
+    cache = model(tokens, use_cache=True)[CACHE_NAME]
     assert type(cache.layers[0]) is DynamicLayer and cache.layers[0].keys.shape[2] == 19
     assert isinstance(cache.layers[1], GMACacheLayer)
 
@@ -132,8 +133,8 @@ def test_gradients_flow_from_one_segment_to_the_next(model, tokens):
     model(tokens, use_cache=False).logits[:, 12:].square().sum().backward()
     expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
-    cache = model(tokens[:, :12], use_cache=True).past_key_values
-    model(tokens[:, 12:], past_key_values=cache).logits.square().sum().backward()
+    cache = model(tokens[:, :12], use_cache=True)[CACHE_NAME]
+    model(tokens[:, 12:], **{CACHE_NAME: cache}).logits.square().sum().backward()
     for name, gradient in expected.items():
         scale = gradient.abs().max()
         assert (model.get_parameter(name).grad - gradient).abs().max() <= 1e-4 * scale + 1e-6, name
@@ -144,7 +145,7 @@ def test_gradients_flow_through_single_tokens(model, tokens):
     gradients = []
     for portions in ([19], [1] * 19):
         cache = DynamicCache(config=model.config)
-        logits = [model(part, past_key_values=cache).logits for part in tokens.split(portions, dim=1)]
+        logits = [model(part, **{CACHE_NAME: cache}).logits for part in tokens.split(portions, dim=1)]
         torch.cat(logits, dim=1).square().mean().backward()
         gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
         model.zero_grad()
@@ -162,7 +163,7 @@ def test_a_full_window_is_known_without_a_look_and_changes_nothing(tokens):
     num_places = VARIANTS["all"]["window_size"] + VARIANTS["all"]["num_sink_tokens"]
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
-        model(tokens, attention_mask=mask, past_key_values=cache)
+        model(tokens, attention_mask=mask, **{CACHE_NAME: cache})
         for step in range(num_places + 3):
             cache.reorder_cache(torch.tensor([1, 0]))
             mask = torch.nn.functional.pad(mask, (0, 1), value=1).flip(0)
@@ -173,7 +174,7 @@ def test_a_full_window_is_known_without_a_look_and_changes_nothing(tokens):
             assert (histories[0].valid is None) == (step >= num_places)
             # What is known once stays known
             assert (histories[1].valid is None) == (step > num_places)
-            outputs = [model(tokens[:, :1], attention_mask=mask, past_key_values=x).logits for x in (cache, looking)]
+            outputs = [model(tokens[:, :1], attention_mask=mask, **{CACHE_NAME: x}).logits for x in (cache, looking)]
             # Softmax over all places and softmax over the valid ones add the same numbers in another order: 2 units in the
             # last place of logits below 2
             torch.testing.assert_close(*outputs, rtol=0, atol=5e-7)
@@ -191,7 +192,7 @@ def test_a_cache_does_not_hold_on_to_the_prompt(length):
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
         for part in (prompt, prompt[:, :1], prompt):
-            model(part, past_key_values=cache)
+            model(part, **{CACHE_NAME: cache})
             for x in cache.layers[0].memory:
                 assert not isinstance(x, torch.Tensor) or x.untyped_storage().nbytes() <= 2 * x.nbytes
 
@@ -234,12 +235,12 @@ def test_what_a_running_state_cannot_do_is_refused(tokens):
         model.generate(tokens[:1], assistant_model=copy.deepcopy(model), max_new_tokens=4)
     with pytest.raises(ValueError, match="use_cache=False"):
         model.generate(tokens, output_attentions=True, return_dict_in_generate=True, max_new_tokens=4)
-    cache = model(tokens, use_cache=True).past_key_values
+    cache = model(tokens, use_cache=True)[CACHE_NAME]
     with pytest.raises(ValueError, match="cannot remove tokens"):
         cache.crop(-1)
     with torch.no_grad():
-        filled = make_softmax_model("llama")(tokens, use_cache=True).past_key_values
+        filled = make_softmax_model("llama")(tokens, use_cache=True)[CACHE_NAME]
     with pytest.raises(ValueError, match="already holds a DynamicLayer with content"):
-        model(tokens, past_key_values=filled)
+        model(tokens, **{CACHE_NAME: filled})
     with pytest.raises(ValueError, match="bidirectional layer has no state"):
-        make_converted_model("bert")(tokens, past_key_values=DynamicCache())
+        make_converted_model("bert")(tokens, **{CACHE_NAME: DynamicCache()})

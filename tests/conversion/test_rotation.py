@@ -10,6 +10,7 @@ import transformers
 from transformers import AutoModelForCausalLM
 
 from gma_hf import convert_to_gma, gma_layers
+from gma_hf.cache_argument import CACHE_NAME
 from gma_hf.conversion.calibration.teacher import as_teacher
 from gma_hf.ops.rotation.functional import Rotation, slow_columns, turns_halves
 from tests.conversion.tiny_models import (
@@ -382,7 +383,7 @@ def test_going_on_from_a_cache_is_one_pass(name, window_size):
     with torch.no_grad():
         first = model(tokens[:, :7], use_cache=True)
         parts = [first.logits]
-        parts += [model(part, past_key_values=first.past_key_values).logits for part in tokens[:, 7:].split([1, 5], 1)]
+        parts += [model(part, **{CACHE_NAME: first[CACHE_NAME]}).logits for part in tokens[:, 7:].split([1, 5], 1)]
     torch.testing.assert_close(torch.cat(parts, dim=1), expected, **CLOSE)
 
 

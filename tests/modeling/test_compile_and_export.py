@@ -7,6 +7,7 @@ from torch._dynamo.testing import CompileCounter
 from transformers import StaticCache
 
 import gma_hf
+from gma_hf.cache_argument import CACHE_NAME
 from gma_hf.modeling import GMACacheLayer
 from tests.conftest import TINY, make_model, tiny_config
 from tests.promises import compiled_decoding_never_recompiles
@@ -118,7 +119,7 @@ class DecodingStep(torch.nn.Module):
         self.model = model
         self.cache = StaticCache(config=model.config, max_cache_len=64)
         with torch.no_grad():
-            model(prompt, past_key_values=self.cache)
+            model(prompt, **{CACHE_NAME: self.cache})
         for index, layer in enumerate(self.cache.layers):
             tensors = {"count": layer.cumulative_length}
             if isinstance(layer, GMACacheLayer):
@@ -132,7 +133,7 @@ class DecodingStep(torch.nn.Module):
                     self.register_buffer(f"{name}_{index}", tensor)
 
     def forward(self, input_ids, position_ids):
-        return self.model(input_ids, position_ids=position_ids, past_key_values=self.cache).logits
+        return self.model(input_ids, position_ids=position_ids, **{CACHE_NAME: self.cache}).logits
 
 
 def test_a_decoding_step_exports_with_its_state(block, tokens):

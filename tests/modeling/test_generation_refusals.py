@@ -6,6 +6,7 @@ import torch
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 import gma_hf
+from gma_hf.cache_argument import CACHE_NAME
 from tests.conftest import HYBRID_LAYERS, TINY, make_model, tiny_config
 
 
@@ -60,16 +61,17 @@ def test_a_model_that_does_not_generate_gains_no_way_to_generate():
 def test_a_prompt_no_longer_than_its_cache_is_told_so(name, length):
     model, tokens = MODELS[name](), torch.arange(3, 15)[None]
     arguments = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-    cache = model(tokens, use_cache=True).past_key_values
+    cache = model(tokens, use_cache=True)[CACHE_NAME]
     with pytest.raises(ValueError, match=r"seen 12 tokens.*takes the whole text.*at least one new token"):
-        model.generate(tokens[:, :length], past_key_values=cache, **arguments)
+        model.generate(tokens[:, :length], **{CACHE_NAME: cache}, **arguments)
     # The advice works
     longer = torch.cat([tokens, torch.tensor([[20]])], dim=1)
-    cache = model(tokens, use_cache=True).past_key_values
-    generated = model.generate(longer, past_key_values=cache, **arguments)
+    cache = model(tokens, use_cache=True)[CACHE_NAME]
+    generated = model.generate(longer, **{CACHE_NAME: cache}, **arguments)
     assert torch.equal(generated, model.generate(longer, **arguments))
 
 
+@pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated")  # PEFT 0.21 uses the old name
 @pytest.mark.parametrize("name", MODELS)
 def test_prefix_tuning_is_refused_and_prompt_tuning_works(name):
     peft = pytest.importorskip("peft")

@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import gma_hf
+from gma_hf.cache_argument import CACHE_NAME
 
 
 SIZES = {"vocab_size": 99, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}
@@ -59,11 +60,11 @@ def tokens():
 def test_a_decoding_step_makes_few_calls(name, tokens, batch_size):
     model, tokens = make_model(name), tokens[:batch_size]
     cache = DynamicCache(config=model.config)
-    model(tokens, past_key_values=cache)
+    model(tokens, **{CACHE_NAME: cache})
     for _ in range(2):
-        model(tokens[:, :1], past_key_values=cache)
+        model(tokens[:, :1], **{CACHE_NAME: cache})
     with CountCalls() as calls:
-        model(tokens[:, :1], past_key_values=cache)
+        model(tokens[:, :1], **{CACHE_NAME: cache})
     # Rows of a batch have to be brought into the order of the heads
     assert calls.number / NUM_LAYERS <= WANTED[name] + (10 if batch_size > 1 else 0)
 
@@ -109,8 +110,8 @@ def test_what_is_kept_of_the_parameters_is_forgotten_when_they_change(name, toke
     model = make_model(name)
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
-        model(tokens, past_key_values=cache)
-        model(tokens[:, :1], past_key_values=cache)
+        model(tokens, **{CACHE_NAME: cache})
+        model(tokens[:, :1], **{CACHE_NAME: cache})
         for part in (
             "mixture_norm.means",
             "mixture_norm.prior_logits",
@@ -127,8 +128,8 @@ def test_what_is_kept_of_the_parameters_is_forgotten_when_they_change(name, toke
             ):
                 layer.advance(old.memory, old.cumulative_length)
                 layer.num_plain = old.num_plain
-            expected = model(tokens[:, :1], past_key_values=fresh).logits
-            torch.testing.assert_close(model(tokens[:, :1], past_key_values=cache).logits, expected, rtol=0, atol=0)
+            expected = model(tokens[:, :1], **{CACHE_NAME: fresh}).logits
+            torch.testing.assert_close(model(tokens[:, :1], **{CACHE_NAME: cache}).logits, expected, rtol=0, atol=0)
 
 
 def native_like(model):
@@ -140,7 +141,7 @@ def native_like(model):
 def test_under_gradients_nothing_is_kept(tokens):
     model = make_model("gated + window").train()
     cache = DynamicCache(config=model.config)
-    model(tokens, past_key_values=cache)
-    model(tokens[:, :1], past_key_values=cache).logits.sum().backward()
+    model(tokens, **{CACHE_NAME: cache})
+    model(tokens[:, :1], **{CACHE_NAME: cache}).logits.sum().backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
     assert not cache.layers[0].kept.names

@@ -8,6 +8,7 @@ import torch
 import transformers
 
 import gma_hf
+from gma_hf.cache_argument import CACHE_NAME
 from gma_hf.modeling import GMAMixture
 from tests.conftest import HYBRID_LAYERS, TINY, make_model, tiny_config
 
@@ -143,9 +144,9 @@ def test_attentions_that_cannot_be_had_are_refused_with_the_way_out(tokens):
     with pytest.raises(ValueError, match="attn_implementation='eager'"):
         hybrid(tokens, output_attentions=True)
     model = make_model(gma_hf.GMAForCausalLM, tiny_config("gated"))
-    cache = model(tokens, use_cache=True).past_key_values
+    cache = model(tokens, use_cache=True)[CACHE_NAME]
     with pytest.raises(ValueError, match="use_cache=False"):
-        model(tokens, past_key_values=cache, output_attentions=True)
+        model(tokens, **{CACHE_NAME: cache}, output_attentions=True)
 
 
 @pytest.mark.quick
@@ -219,7 +220,7 @@ def test_autocast_keeps_the_state_in_float32(dtype, tokens):
     with torch.autocast("cpu", dtype=dtype):
         outputs = model(tokens, labels=tokens, use_cache=True)
     outputs.loss.backward()
-    for layer in outputs.past_key_values.layers:
+    for layer in outputs[CACHE_NAME].layers:
         assert all(state.dtype == torch.float32 for state in layer.state)
     # 16-bit projections: a few units in the last place of bfloat16 (2^-8) relative to the scale of the logits
     assert (outputs.logits - expected).abs().max() < 0.05 * expected.abs().max()

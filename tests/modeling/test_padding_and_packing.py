@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from transformers import DataCollatorWithFlattening
 
 import gma_hf
+from gma_hf.cache_argument import CACHE_NAME
 from gma_hf.modeling.layout import count_positions, find_sequence_ids
 from tests.conftest import BLOCKS, TINY, make_model, tiny_config
 
@@ -189,7 +190,7 @@ def test_padding_and_continuation_together(block, real, split):
     outputs, cache = [], None
     for part in (slice(0, split), slice(split, 12)):
         if part.start < part.stop:
-            result = model(tokens[:, part], attention_mask=mask[:, : part.stop], past_key_values=cache, use_cache=True)
+            result = model(tokens[:, part], attention_mask=mask[:, : part.stop], **{CACHE_NAME: cache}, use_cache=True)
             outputs.append(result.last_hidden_state)
-            cache = result.past_key_values
+            cache = result[CACHE_NAME]
     torch.testing.assert_close(torch.cat(outputs, 1)[mask == 1], expected, **TOLERANCE)

@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, DynamicCache
 
 import gma_hf
+from gma_hf.cache_argument import CACHE_NAME
 from tests.conftest import make_model, tiny_config
 
 
@@ -35,7 +36,7 @@ def model(block):
 @pytest.fixture
 def path(model, tokens, tmp_path):
     path = tmp_path / "prompt.safetensors"
-    gma_hf.save_cache(model(tokens[:, :12], use_cache=True).past_key_values, path)
+    gma_hf.save_cache(model(tokens[:, :12], use_cache=True)[CACHE_NAME], path)
     return path
 
 
@@ -52,7 +53,7 @@ def test_the_checkpoint_that_wrote_it_goes_on(model, path, tokens, tmp_path):
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
     expected = model(tokens).logits[:, 12:]
     for given in (model, again, again.config, again.model):
-        logits = again(tokens[:, 12:], past_key_values=gma_hf.load_cache(path, given)).logits
+        logits = again(tokens[:, 12:], **{CACHE_NAME: gma_hf.load_cache(path, given)}).logits
         torch.testing.assert_close(logits, expected, **CLOSE)
 
 
@@ -71,7 +72,7 @@ def test_other_weights_of_the_same_shapes_are_refused(model, block, path, tokens
     # A configuration knows no weights: the first call compares them
     cache = gma_hf.load_cache(path, other.config)
     with pytest.raises(ValueError, match="does not fit the model: other weights"):
-        other(tokens[:, 12:], past_key_values=cache)
+        other(tokens[:, 12:], **{CACHE_NAME: cache})
 
 
 @pytest.mark.parametrize("num_layers", [1, 2, 4])
@@ -112,13 +113,13 @@ def test_files_that_are_no_cache_are_refused_by_name(model, path, tmp_path):
 
 
 def test_a_cache_whose_model_is_unknown_asks_for_the_model(model, tokens, tmp_path):
-    cache = pickle.loads(pickle.dumps(model(tokens[:, :12], use_cache=True).past_key_values))
+    cache = pickle.loads(pickle.dumps(model(tokens[:, :12], use_cache=True)[CACHE_NAME]))
     with pytest.raises(ValueError, match="Pass the native GMA model as `model=`"):
         gma_hf.save_cache(cache, tmp_path / "cache.safetensors")
     assert not any(tmp_path.iterdir())
     gma_hf.save_cache(cache, tmp_path / "cache.safetensors", model=model)
     loaded = gma_hf.load_cache(tmp_path / "cache.safetensors", model)
-    logits = model(tokens[:, 12:], past_key_values=loaded).logits
+    logits = model(tokens[:, 12:], **{CACHE_NAME: loaded}).logits
     torch.testing.assert_close(logits, model(tokens).logits[:, 12:], **CLOSE)
 
 
@@ -126,7 +127,7 @@ def test_a_failed_save_leaves_the_older_file(model, path, tokens):
     before = path.read_bytes()
     with pytest.raises(ValueError, match="cache is empty"):
         gma_hf.save_cache(DynamicCache(config=model.config), path)
-    cache = model(tokens, use_cache=True).past_key_values
+    cache = model(tokens, use_cache=True)[CACHE_NAME]
     cache.layers[0].memory.state[0] = float("nan")
     with pytest.raises(ValueError, match="NaN or infinite"):
         gma_hf.save_cache(cache, path)

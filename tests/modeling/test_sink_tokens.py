@@ -9,6 +9,7 @@ import torch
 from transformers import DynamicCache, StaticCache
 
 import gma_hf
+from gma_hf.cache_argument import CACHE_NAME
 from gma_hf.modeling import GMAWindow
 from tests.conftest import TINY, make_model, tiny_config
 from tests.windows import BATCH, EXACT, HEAD_DIM, attend, implied, part, problem
@@ -139,7 +140,7 @@ def test_models_read_tokens_in_any_portions(model, tokens, splits, static):
     expected = model(tokens, use_cache=False).logits
     cache = StaticCache(config=model.config, max_cache_len=32) if static else DynamicCache(config=model.config)
     for _ in range(2):
-        logits = [model(portion, past_key_values=cache).logits for portion in tokens.split(splits, dim=1)]
+        logits = [model(portion, **{CACHE_NAME: cache}).logits for portion in tokens.split(splits, dim=1)]
         torch.testing.assert_close(torch.cat(logits, dim=1), expected, **TOLERANCE)
         # And once more from the beginning: nothing of the old sinks is left
         cache.reset()
@@ -148,8 +149,8 @@ def test_models_read_tokens_in_any_portions(model, tokens, splits, static):
 @pytest.mark.quick
 def test_prompts_survive_disk_and_fit_only_their_model(model, tokens, tmp_path):
     path = tmp_path / "prompt.safetensors"
-    gma_hf.save_cache(model(tokens[:, :12], use_cache=True).past_key_values, path)
-    logits = model(tokens[:, 12:], past_key_values=gma_hf.load_cache(path, model.config)).logits
+    gma_hf.save_cache(model(tokens[:, :12], use_cache=True)[CACHE_NAME], path)
+    logits = model(tokens[:, 12:], **{CACHE_NAME: gma_hf.load_cache(path, model.config)}).logits
     torch.testing.assert_close(logits, model(tokens).logits[:, 12:], **TOLERANCE)
     for changes in ({"num_sink_tokens": 0}, {"num_sink_tokens": 2, "window_size": 5}):
         other = gma_hf.GMAConfig.from_dict({**model.config.to_dict(), **changes})
@@ -161,7 +162,7 @@ def test_prompts_survive_disk_and_fit_only_their_model(model, tokens, tmp_path):
 def test_the_memory_held_does_not_grow(model, tokens):
     sizes = set()
     for length in (1, 5, 19):
-        history = model(tokens[:, :length], use_cache=True).past_key_values.layers[0].memory
+        history = model(tokens[:, :length], use_cache=True)[CACHE_NAME].layers[0].memory
         sizes.add(sum(x.untyped_storage().nbytes() for x in history if isinstance(x, torch.Tensor)))
         assert history.sink_valid.sum(dim=1).tolist() == [min(3, max(0, length - 4))] * 2
     assert len(sizes) == 1

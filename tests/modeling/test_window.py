@@ -13,6 +13,7 @@ from torch._dynamo.testing import CompileCounter
 from transformers import DynamicCache, StaticCache, Trainer
 
 import gma_hf
+from gma_hf.cache_argument import CACHE_NAME
 from gma_hf.modeling import GMAMemory, GMAWindow
 from gma_hf.modeling.cache_gma import counted
 from tests.conftest import TINY, make_model, tiny_config
@@ -356,7 +357,7 @@ def test_models_with_a_window_read_tokens_in_any_portions(model, tokens, static)
     expected = model(tokens, use_cache=False).logits
     for splits in ([1] * 19, [2, 1, 16], [18, 1]):
         cache = StaticCache(config=model.config, max_cache_len=32) if static else DynamicCache(config=model.config)
-        logits = [model(portion, past_key_values=cache).logits for portion in tokens.split(splits, dim=1)]
+        logits = [model(portion, **{CACHE_NAME: cache}).logits for portion in tokens.split(splits, dim=1)]
         torch.testing.assert_close(torch.cat(logits, dim=1), expected, **TOLERANCE)
 
 
@@ -387,7 +388,7 @@ def test_the_cache_of_a_window_has_a_constant_size_and_holds_nothing_else(tokens
     model = make_model(gma_hf.GMAModel, tiny_config(window_size=4)).bfloat16()
     sizes = set()
     for length in (1, 3, 19):
-        history = model(tokens[:, :length], use_cache=True).past_key_values.layers[0].memory
+        history = model(tokens[:, :length], use_cache=True)[CACHE_NAME].layers[0].memory
         assert history.state.dtype == history.normalizer.dtype == torch.float32
         assert history.keys.dtype == history.values.dtype == torch.bfloat16
         # The memory that is held, not what is looked at
@@ -401,8 +402,8 @@ def test_weights_and_prompts_survive_disk(model, tokens, tmp_path):
     reloaded = gma_hf.GMAForCausalLM.from_pretrained(tmp_path)
     torch.testing.assert_close(reloaded(tokens).logits, model(tokens).logits, rtol=0, atol=0)
     path = tmp_path / "prompt.safetensors"
-    gma_hf.save_cache(model(tokens[:, :12], use_cache=True).past_key_values, path)
-    logits = reloaded(tokens[:, 12:], past_key_values=gma_hf.load_cache(path, reloaded.config)).logits
+    gma_hf.save_cache(model(tokens[:, :12], use_cache=True)[CACHE_NAME], path)
+    logits = reloaded(tokens[:, 12:], **{CACHE_NAME: gma_hf.load_cache(path, reloaded.config)}).logits
     torch.testing.assert_close(logits, model(tokens).logits[:, 12:], **TOLERANCE)
     for window_size in (0, 3):
         with pytest.raises(ValueError, match="does not fit the model"):
@@ -430,10 +431,10 @@ def test_models_with_a_window_compile_in_one_graph_and_decode_without_recompilat
     with torch.no_grad():
         torch.testing.assert_close(step(tokens, use_cache=False).logits, expected[:, :19], **TOLERANCE)
         cache = StaticCache(config=model.config, max_cache_len=64)
-        model(tokens, past_key_values=cache)
+        model(tokens, **{CACHE_NAME: cache})
         compilations = []
         for position in range(8):
-            arguments = {"past_key_values": cache, "position_ids": torch.full((2, 1), 19 + position)}
+            arguments = {CACHE_NAME: cache, "position_ids": torch.full((2, 1), 19 + position)}
             logits = step(steps[:, position : position + 1], **arguments).logits
             torch.testing.assert_close(logits[:, 0], expected[:, 19 + position], **TOLERANCE)
             compilations.append(counter.frame_count)

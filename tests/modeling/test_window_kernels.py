@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 import gma_hf
+from gma_hf.cache_argument import CACHE_NAME
 from gma_hf.ops import dispatch
 from gma_hf.ops.window import softmax as module
 from gma_hf.ops.window.functional import window_softmax
@@ -299,8 +300,8 @@ def test_decoding_with_the_kernels_is_the_forward_pass(tokens, monkeypatch):
     with torch.no_grad():
         expected, cache, logits = model(tokens).logits, None, []
         for token in tokens.split([6, 1, 2], dim=1):
-            outputs = model(token, past_key_values=cache, use_cache=True)
-            cache = outputs.past_key_values
+            outputs = model(token, **{CACHE_NAME: cache}, use_cache=True)
+            cache = outputs[CACHE_NAME]
             logits.append(outputs.logits)
     torch.testing.assert_close(torch.cat(logits, dim=1), expected, rtol=1e-4, atol=SINGLE)
 

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
+from gma_hf.cache_argument import CACHE_NAME
 from gma_hf.modeling import GMACacheLayer
 from gma_hf.modeling.attention_gma import GMAAttention
 from gma_hf.modeling.cache_gma import counted
@@ -98,7 +99,7 @@ def test_streams_of_a_native_layer_equal_their_sequences_alone(kind):
             hidden_states,
             layout=group.layout,
             position_embeddings=tuple(rotation) or None,
-            past_key_values=SlotCache(0, memory),
+            **{CACHE_NAME: SlotCache(0, memory)},
         )[0]
 
     layout = model_layout(config, torch.float32)
@@ -179,7 +180,7 @@ def test_the_bytes_of_a_stream_are_those_of_a_cache(kind):
     """`stream_bytes` says from the configuration what `generate` keeps; only the alignment of slots comes on top."""
     model = make_model(kind)
     length = 50
-    cache = model(torch.ones(1, length, dtype=torch.long), use_cache=True).past_key_values
+    cache = model(torch.ones(1, length, dtype=torch.long), use_cache=True)[CACHE_NAME]
     kept = 0
     for layer in cache.layers:
         tensors = counted(layer.memory) if isinstance(layer, GMACacheLayer) else [layer.keys, layer.values]
