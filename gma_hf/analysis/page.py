@@ -21,6 +21,7 @@ from .plots import (
     plot_stability,
     plot_usage,
 )
+from .reading import COLUMNS, reading
 from .report import LayerReport, RoutingReport
 from .surface import CATEGORIES
 from .svg import STYLE, inline_svg
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+SCROLL_HINT = '<p class="hint" aria-hidden="true">Wider than the screen: move sideways \u2192</p>'
+TEXT, REFLOW = ' class="text"', ' class="reflow"'
 MAX_HEADS = 256  # heads whose components the page lists one by one; the JSON file lists them all
 MAX_COMPONENTS = 12  # the most used ones of each head
 CSS = """
@@ -56,6 +59,12 @@ th { font-weight: 600; } thead th { border-bottom: 2px solid var(--line); }
   padding: .08em .3em; border-radius: 3px; white-space: pre; }
 td.text > span { display: inline-block; margin-right: .7rem; } td.text code { margin-right: .35rem; }
 .scroll + .scroll { margin-top: 1rem; }
+.hint { display: none; color: var(--soft); font-size: .85rem; margin: 0 0 .2rem; }
+@media (max-width: 40rem) { body { padding: 1rem .8rem 3rem; } h1 { font-size: 1.35rem; overflow-wrap: anywhere; }
+  h2 { font-size: 1.15rem; } .hint { display: block; } th, td { padding: .25rem .45rem; }
+  .reflow thead { display: none; } .reflow tr { display: block; padding: .4rem 0; border-bottom: 1px solid var(--line); }
+  .reflow th, .reflow td { display: block; border: 0; padding: .05rem 0; text-align: left; }
+  .reflow td::before { content: attr(data-column) ": "; color: var(--soft); } }
 details { border: 1px solid var(--line); border-radius: 6px; padding: .5rem .9rem; margin: .6rem 0; }
 summary { cursor: pointer; font-weight: 600; } dt { font-weight: 600; } dd { margin: 0 0 .6rem 1.25rem; }
 @media print { details { break-inside: avoid; } }
@@ -87,7 +96,7 @@ def write_report(report: RoutingReport, output_dir: str | Path, position: int | 
     Args:
         report: what `analyze` returns.
         output_dir: folder for them, made if need be.
-        position: of the excerpt's token whose route is drawn; None chooses the last one that is, or begins, a word.
+        position: of the excerpt's token whose route is drawn; None chooses the last one that is a whole word.
 
     Returns:
         The paths of the two files.
@@ -155,11 +164,23 @@ def _summary(report: RoutingReport) -> str:
     layer, best = report.best_aligned()
     nmi = layer.keys.alignment.nmi[best]
     return (
-        "<p>Means over the heads of a layer; dead components are counted. Keys say where tokens write, queries where they "
+        _reading(report)
+        + "<p>Means over the heads of a layer; dead components are counted. Keys say where tokens write, queries where they "
         f"read. The head whose keys tell the categories apart best is head {best} of layer {escape(layer.label)} "
         f'(NMI {nmi:.3f}). <a href="#definitions">What the words mean</a>.</p>'
         + _table("Statistics by layer", head, rows, (0, 1))
     )
+
+
+def _reading(report: RoutingReport) -> str:
+    rows = []
+    for row in reading(report):
+        values = [
+            f'<td{TEXT if column == "A good value" else ""} data-column="{column}">{escape(value)}</td>'
+            for column, value in zip(COLUMNS, row[1:], strict=True)
+        ]
+        rows.append([f'<th scope="row" class="text">{row[0]}</th>', *values])
+    return _table("How to read the numbers", ["Mean over all heads", *COLUMNS], rows, (0, 4), reflows=True)
 
 
 def _usage(report: RoutingReport) -> str:
@@ -311,7 +332,7 @@ def _figure(draw: Callable[[], Figure], identifier: str, caption: str) -> str:
         svg = inline_svg(figure, f"figure-{identifier}", caption)
     pyplot.close(figure)
     return (
-        f'<figure><div class="scroll" role="region" tabindex="0" aria-label="{escape(caption)}">{svg}</div>'
+        f'<figure>{SCROLL_HINT}<div class="scroll" role="region" tabindex="0" aria-label="{escape(caption)}">{svg}</div>'
         f"<figcaption>{escape(caption)}</figcaption></figure>"
     )
 
@@ -320,13 +341,16 @@ def _cell(value: str) -> str:
     return f"<td>{value}</td>"
 
 
-def _table(caption: str, head: list[str], rows: list[list[str]], text_columns: tuple[int, ...]) -> str:
-    text = ' class="text"'
+def _table(
+    caption: str, head: list[str], rows: list[list[str]], text_columns: tuple[int, ...], reflows: bool = False
+) -> str:
+    """A table that scrolls sideways where the screen is narrow, or whose rows become lines there."""
     headers = "".join(
-        f'<th scope="col"{text if index in text_columns else ""}>{title}</th>' for index, title in enumerate(head)
+        f'<th scope="col"{TEXT if index in text_columns else ""}>{title}</th>' for index, title in enumerate(head)
     )
     body = "".join(f"<tr>{''.join(cells)}</tr>\n" for cells in rows)
     return (
-        f'<div class="scroll" role="region" tabindex="0" aria-label="{escape(caption)}"><table><caption>{escape(caption)}'
+        f'{"" if reflows else SCROLL_HINT}<div class="scroll" role="region" tabindex="0" aria-label="{escape(caption)}">'
+        f"<table{REFLOW if reflows else ''}><caption>{escape(caption)}"
         f"</caption><thead><tr>{headers}</tr></thead>\n<tbody>{body}</tbody></table></div>"
     )

@@ -78,7 +78,7 @@ def plot_entropy(report: RoutingReport) -> Figure:
     axes.axhline(
         float(torch.tensor(largest).log()), color=COLORS["control"], linestyle="--", label="no routing, log C"
     )
-    axes.set_ylim(bottom=0)
+    _from_zero(axes)
     axes.set_ylabel("entropy of responsibilities (nats)")
     axes.set_title("Entropy: 0 is hard routing")
     _legend(axes)
@@ -102,7 +102,7 @@ def plot_margin(report: RoutingReport) -> Figure:
         axes.vlines(place, quantiles[:, 1], quantiles[:, 3], color=COLORS[role], linewidth=5, alpha=0.7)
         axes.plot(place, quantiles[:, 2], MARKERS[role], color=COLORS[role], label=role)
     _name_layers(axes, report)
-    axes.set_ylim(bottom=0)
+    _from_zero(axes)
     axes.set_ylabel("margin (nats)")
     axes.set_title("Routing margin: median, 25 to 75 %, 5 to 95 % of the tokens (mean over heads)")
     axes.grid(axis="y", alpha=0.2)
@@ -119,7 +119,7 @@ def plot_stability(report: RoutingReport) -> Figure:
     panels[0].set_title("Stability bound: largest spread of gradients")
     panels[1].set_title("Sensitivity: norm of the derivative")
     for axes in panels:
-        axes.set_ylim(bottom=0)
+        _from_zero(axes)
         axes.set_ylabel("per unit of routing space")
     _legend(panels[1])
     return figure
@@ -136,7 +136,7 @@ def plot_alignment(report: RoutingReport) -> Figure:
         place = range(len(control))
         bars = {"fmt": "_", "markersize": 20, "markeredgewidth": 2, "color": COLORS["control"], "label": "shuffled"}
         axes.errorbar(place, control, yerr=[2 * s for s in spread], **bars)
-        axes.set_ylim(bottom=0)
+        _from_zero(axes)
         axes.set_title(title)
     _legend(panels[1])
     return figure
@@ -265,6 +265,12 @@ def _by_layer(
     return axes.figure, axes
 
 
+def _from_zero(axes: Axes) -> None:
+    """The scale from zero to a little above all that is drawn, so that no mark is cut."""
+    top = axes.dataLim.y1
+    axes.set_ylim(0, 1.1 * top if top > 0 else 1)
+
+
 def _legend(axes: Axes) -> None:
     """Beside the panel, where it covers nothing."""
     axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), borderaxespad=0, frameon=False)
@@ -283,6 +289,7 @@ def _name_layers(axes: Axes, report: RoutingReport) -> None:
     step = -(-len(labels) // MAX_LABELLED)
     rotation = 45 if max(map(len, labels)) > 3 and len(labels) > 6 else 0
     axes.set_xticks(range(0, len(labels), step), labels[::step], rotation=rotation)
+    axes.set_xlim(-0.5, len(labels) - 0.5)
     axes.set_xlabel("layer")
 
 

@@ -4,6 +4,7 @@
 import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from html import escape
 from pathlib import Path
 
 import torch
@@ -90,15 +91,29 @@ class Excerpt:
     responsibilities: dict[str, LayerResponsibilities]
     affinity: dict[str, Tensor]
 
+    def shown_position(self) -> int:
+        """The last token that is a whole word of three letters or more; else the last that is or begins a word, or the last.
+
+        Function words and parts of words tell a reader less, so whole words of the text come before function words.
+        """
+        begins = [index for index, category in enumerate(self.categories) if category in WORDS]
+        behind = [*self.categories[1:], None]
+        whole = [
+            index
+            for index in begins
+            if behind[index] != "continuation" and sum(char.isalpha() for char in self.tokens[index]) >= 3
+        ]
+        of_content = [index for index in whole if self.categories[index] != "function word"]
+        return (of_content or whole or begins or [len(self.tokens) - 1])[-1]
+
     def route(self, position: int | None = None) -> TokenRoute:
-        """The route of one token; by default of the last token that is, or begins, a word.
+        """The route of one token; by default of the last token that is a whole word, see `shown_position`.
 
         Raises:
             AnalysisError: there is no such position.
         """
         if position is None:
-            words = [index for index, category in enumerate(self.categories) if category in WORDS]
-            position = words[-1] if words else len(self.tokens) - 1
+            position = self.shown_position()
         if not -len(self.tokens) <= position < len(self.tokens):
             raise AnalysisError(
                 f"There is no token {position}: the excerpt has {len(self.tokens)} tokens, counted from 0."
@@ -117,7 +132,7 @@ class Excerpt:
         )
 
 
-@dataclass
+@dataclass(repr=False)
 class RoutingReport:
     """How a model routes the tokens of a text.
 
@@ -161,6 +176,23 @@ class RoutingReport:
         """What a component prefers, see `RoutingStatistics.top_tokens`: token, occurrences, mean responsibility."""
         found = getattr(layer, role).statistics.top_tokens(head, component, count)
         return [(self.token_names[index], occurrences, mean) for index, occurrences, mean in found]
+
+    def __repr__(self) -> str:
+        layer, head = self.best_aligned()
+        return (
+            f"RoutingReport of {self.model_name}: {len(self.layers)} layers, {self.num_tokens:,} tokens of {self.text_name}. "
+            f"Best aligned: layer {layer.label}, head {head} (NMI {layer.keys.alignment.nmi[head]:.3f}). write_report writes "
+            "it as a page."
+        )
+
+    def _repr_html_(self) -> str:
+        """The page in a frame, for notebooks; a page of its own, so that its style and that of the notebook never mix."""
+        from .page import html_page
+
+        return (
+            f'<iframe srcdoc="{escape(html_page(self))}" title="Responsibilities of {escape(self.model_name)}" '
+            'width="100%" height="640" style="border: 1px solid #888"></iframe>'
+        )
 
     def to_dict(self, num_top_tokens: int = 8) -> dict:
         """Everything as numbers, strings, lists and dictionaries, ready for JSON; docs/analysis.md explains the fields."""

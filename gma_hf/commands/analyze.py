@@ -39,7 +39,7 @@ class AnalysisArguments:
     )
     token: int | None = field(
         default=None,
-        metadata={"help": "The token of the excerpt whose route is drawn, from 0. Default: the last word."},
+        metadata={"help": "The token of the excerpt whose route is drawn, from 0. Default: the last whole word."},
     )
     num_shuffles: int = field(default=20, metadata={"help": "Permutations of the control of the alignment."})
     seed: int = field(default=0, metadata={"help": "Seed of the permutations."})
