@@ -6,18 +6,21 @@ OLDEST := .venv-oldest
 SERVING := .venv-serving
 DOCS := .venv-docs
 ECOSYSTEM := .venv-ecosystem
+RELEASE := .venv-release
 
-.PHONY: help demo test test-oldest docs test-serving test-ecosystem lint clean
+.PHONY: help demo demo-train test test-oldest docs test-serving test-ecosystem release lint clean
 
 help:
-	@echo "make demo         train a small GMA language model, generate, reload it, plot its components (3 minutes)"
-	@echo "make test         run the tests"
-	@echo "make test-oldest  run a quick part of the tests against the oldest supported versions"
-	@echo "make docs         build the documentation into site/, with all links checked"
-	@echo "make test-serving run the tests of the vLLM plugin, on a CPU"
+	@echo "make demo           train a tiny GMA language model, let it write, reload it, plot its components (a minute)"
+	@echo "make demo-train     the same model, trained for longer (some minutes)"
+	@echo "make test           run the tests"
+	@echo "make test-oldest    run a quick part of the tests against the oldest supported versions"
+	@echo "make docs           build the documentation into site/, with all links checked"
+	@echo "make test-serving   run the tests of the vLLM plugin, on a CPU"
 	@echo "make test-ecosystem run the examples of docs/ecosystem.md and the tests beside them"
-	@echo "make lint         check style and formatting"
-	@echo "make clean        remove the environments and what the demo wrote"
+	@echo "make release        build wheel and source distribution into dist/, and check them"
+	@echo "make lint           check style and formatting"
+	@echo "make clean          remove the environments, what the demo wrote, site/ and dist/"
 
 $(VENV)/.ready: pyproject.toml requirements/tested.txt
 	$(PYTHON) -m venv $(VENV)
@@ -55,7 +58,16 @@ $(ECOSYSTEM)/.ready: pyproject.toml requirements/ecosystem.txt
 	$(ECOSYSTEM)/bin/python -m pip install --quiet --no-deps --editable .
 	@touch $@
 
+$(RELEASE)/.ready: requirements/release.txt
+	$(PYTHON) -m venv $(RELEASE)
+	$(RELEASE)/bin/python -m pip install --quiet --upgrade pip
+	$(RELEASE)/bin/python -m pip install --quiet -r requirements/release.txt
+	@touch $@
+
 demo: $(VENV)/.ready
+	$(BIN)/python scripts/demo.py --max_steps 60
+
+demo-train: $(VENV)/.ready
 	$(BIN)/python scripts/demo.py
 
 test: $(VENV)/.ready
@@ -73,9 +85,16 @@ test-serving: $(SERVING)/.ready
 test-ecosystem: $(ECOSYSTEM)/.ready
 	$(ECOSYSTEM)/bin/python -m pytest tests/ecosystem
 
+# With the packages of requirements/release.txt, not with those that the build would download: the same files each time
+release: $(RELEASE)/.ready
+	rm -rf dist
+	$(RELEASE)/bin/python -m build --no-isolation
+	$(RELEASE)/bin/python -m twine check --strict dist/*
+	$(RELEASE)/bin/python .ci/check_release.py dist
+
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
 clean:
-	rm -rf $(VENV) $(OLDEST) $(SERVING) $(DOCS) $(ECOSYSTEM) outputs site
+	rm -rf $(VENV) $(OLDEST) $(SERVING) $(DOCS) $(ECOSYSTEM) $(RELEASE) outputs site dist
