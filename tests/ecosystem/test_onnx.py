@@ -1,11 +1,12 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
-"""Exported to ONNX, encoders compute the same in onnxruntime, with padding wherever it stands."""
+"""Exported to ONNX, models compute the same in onnxruntime, for any batch and length, with padding wherever it stands."""
 
 import pytest
 import torch
 from torch import nn
 
 import gma_hf
+from tests.conversion.tiny_models import make_softmax_model
 
 
 onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime runs what was exported")
@@ -26,9 +27,16 @@ def native(model_class, **options):
     return model_class(gma_hf.GMAConfig.from_preset(**{**SIZES, "num_components": 8, **options})).eval()
 
 
+def converted(model_type, **options):
+    model = make_softmax_model(model_type, max_position_embeddings=128, num_hidden_layers=1)
+    return gma_hf.convert_to_gma(model, num_components=8, **options)
+
+
 MODELS = {
     "encoder": lambda: native(gma_hf.GMAModel, preset="paper", is_causal=False),
     "encoder with a window": lambda: native(gma_hf.GMAModel, preset="gated", is_causal=False, window_size=8),
+    "converted encoder": lambda: converted("bert"),
+    "converted encoder with a window": lambda: converted("bert", window_size=8),
 }
 
 
@@ -61,10 +69,12 @@ def assert_same(session, model: nn.Module, inputs: dict[str, torch.Tensor]) -> N
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_an_exported_model_computes_the_same(name, tmp_path):
+def test_an_exported_model_computes_the_same_for_every_batch_and_length(name, tmp_path):
     model, path = Called(MODELS[name]()).eval(), tmp_path / "model.onnx"
-    options = {"dynamo": True, "verbose": False, "input_names": ["input_ids", "attention_mask"]}
+    names = ["input_ids", "attention_mask"]
+    any_shape = {part: {0: torch.export.Dim("batch"), 1: torch.export.Dim("length")} for part in names}
+    options = {"dynamo": True, "verbose": False, "input_names": names, "dynamic_shapes": any_shape}
     torch.onnx.export(model, (), path, kwargs=batch(2, 40, seed=0), **options)
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    for seed in (0, 1):
-        assert_same(session, model, batch(2, 40, seed))
+    for seed, (rows, length) in enumerate([(2, 40), (1, 7), (5, 100), (3, 41)]):
+        assert_same(session, model, batch(rows, length, seed=seed))
