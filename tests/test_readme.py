@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 
 import gma_hf
 from gma_hf.training import train_tokenizer
@@ -67,6 +68,17 @@ def test_recall_is_the_mean_of_the_best_rate_that_was_measured():
         "GMA, gated": "recall, gated, 3000 steps",
     }.items():
         assert f"| {shown} | {' | '.join(best_of_rates(rows[row], ('64@256', '128@512')))} |" in README, shown
+
+
+def test_no_run_of_the_readme_ends_while_it_warms_up():
+    commands = re.findall(r"gma-hf train-\S+ (\S+\.yaml)((?:.*\\\n)*.*)", README)
+    assert len(commands) >= 3
+    for config, options in commands:
+        warm_up = yaml.safe_load((ROOT / config).read_text(encoding="utf-8"))["warmup_steps"]
+        steps = re.search(r"--max_steps (\d+)", options)
+        # Below 1, a share of the steps of the run
+        share = warm_up if warm_up < 1 else warm_up / int(steps.group(1)) if steps else None
+        assert share is not None and share <= 0.2, config
 
 
 def test_files_that_the_readme_names_exist():

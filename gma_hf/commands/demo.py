@@ -3,7 +3,7 @@
 The first minutes: train a small gated GMA language model on the source code of Python's standard library, which every
 machine has, evaluate it, let it write, reload it in a fresh process, and look at what its components specialised on.
 
-    gma-hf demo            # or `make demo`, which also builds the environment; about two minutes on two cores
+    gma-hf demo            # `make demo` builds the environment, too, and takes a quarter of the steps
 """
 
 import argparse
