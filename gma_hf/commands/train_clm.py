@@ -9,12 +9,13 @@ Arguments come from the command line, or from a JSON or YAML file that stands fi
 
 from transformers import AutoModelForCausalLM
 
-from ..training.arguments import LanguageModelingArguments, ModelArguments, parse_arguments
+from ..training.arguments import CausalLanguageModelingArguments, ModelArguments, parse_arguments
 from ..training.cards.model_card import TrainingRecord, describe_data, without_folder
 from ..training.metrics import language_model_metrics, text_metrics, token_statistics
 from ..training.run_folder import RunFolder
 from ..training.text.data import load_text_splits
 from ..training.text.packing import PackedCollator, pack_splits
+from ..training.text.streaming import SHUFFLED_BLOCKS, TOKENIZER_ROWS, stream_blocks, stream_text_splits
 from ..training.trainer import GMATrainer, GMATrainingArguments
 from ..training.workflow import (
     build_model,
@@ -40,6 +41,7 @@ COMMON = (
     "tokenizer_vocab_size",
     "block_size",
     "isolate_documents",
+    "streaming",
     "max_steps",
     "num_train_epochs",
     "learning_rate",
@@ -53,7 +55,7 @@ COMMON = (
 
 def main(argv: list[str] | None = None) -> None:
     model_args, data_args, args = parse_arguments(
-        [ModelArguments, LanguageModelingArguments, GMATrainingArguments],
+        [ModelArguments, CausalLanguageModelingArguments, GMATrainingArguments],
         argv,
         command="gma-hf train-clm",
         description=__doc__.splitlines()[0],
@@ -67,21 +69,31 @@ def main(argv: list[str] | None = None) -> None:
 
 def train(
     model_args: ModelArguments,
-    data_args: LanguageModelingArguments,
+    data_args: CausalLanguageModelingArguments,
     args: GMATrainingArguments,
     run: RunFolder,
     checkpoint: str | None,
 ) -> None:
     """Load the data, make tokenizer and model, train, and report."""
 
-    with args.main_process_first(desc="loading the data"):
-        splits = load_text_splits(data_args, args.seed, model_args.trust_remote_code)
-    tokenizer = prepare_tokenizer(model_args, args, splits["train"], run, checkpoint)
+    if data_args.streaming:
+        splits = stream_text_splits(data_args, args.max_steps)
+        to_learn_from = splits["train"].take(TOKENIZER_ROWS)
+    else:
+        with args.main_process_first(desc="loading the data"):
+            splits = load_text_splits(data_args, args.seed, model_args.trust_remote_code)
+        to_learn_from = splits["train"]
+    tokenizer = prepare_tokenizer(model_args, args, to_learn_from, run, checkpoint)
     model = build_model(AutoModelForCausalLM, model_args, tokenizer)
     check_length(model, data_args.block_size, "--block_size")
+    stream = splits.pop("train") if data_args.streaming else None
     with args.main_process_first(desc="packing the data"):
         packed = pack_splits(splits, tokenizer, data_args)
-    train_blocks = limit(packed["train"].blocks, data_args.max_train_samples)
+    if stream is not None:
+        # Neighbours in the text are apart in the training, as far as a buffer reaches
+        train_blocks = stream_blocks(stream, tokenizer, data_args).shuffle(args.seed, buffer_size=SHUFFLED_BLOCKS)
+    else:
+        train_blocks = limit(packed["train"].blocks, data_args.max_train_samples)
     eval_blocks = {
         split: limit(packed[split].blocks, data_args.max_eval_samples) for split in packed if split != "train"
     }
@@ -104,15 +116,22 @@ def train(
         scores = text_metrics(metrics[f"{split}_loss"], metrics[f"{split}_num_tokens"], text)
         return {**metrics, **{f"{split}_{name}": value for name, value in scores.items()}}
 
+    def size_of_training_data():
+        if stream is not None:
+            blocks = (
+                trainer.state.global_step * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+            )
+            return {"train_tokens": blocks * data_args.block_size}
+        return {
+            "train_documents": packed["train"].num_documents,
+            "train_tokens": len(train_blocks) * data_args.block_size,
+        }
+
     def record(metrics):
         return TrainingRecord(
             task="text-generation",
             auto_class="AutoModelForCausalLM",
-            data={
-                **describe_data(data_args),
-                "train_documents": packed["train"].num_documents,
-                "train_tokens": len(train_blocks) * data_args.block_size,
-            },
+            data={**describe_data(data_args), **size_of_training_data()},
             details={
                 "steps": trainer.state.global_step,
                 "block_size": data_args.block_size,

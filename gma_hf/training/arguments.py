@@ -28,9 +28,11 @@ class ModelArguments:
     model_name_or_path: str | None = field(
         default=None, metadata={"help": "Checkpoint (folder or hub name) to continue from. Leave out to start fresh."}
     )
-    preset: Literal["gated", "paper"] = field(
+    preset: Literal["gated", "correlated", "paper"] = field(
         default="gated",
-        metadata={"help": "From scratch: the block to train for quality (gated), or the paper's block (paper)."},
+        metadata={
+            "help": "From scratch: the block to train for perplexity (gated), for recall (correlated), or the paper's."
+        },
     )
     config_name: str | None = field(
         default=None,
@@ -133,6 +135,16 @@ class LanguageModelingArguments(DataArguments):
         super().__post_init__()
         if self.block_size < 2:
             raise TrainingInputError(f"--block_size must be at least 2, got {self.block_size}.")
+
+
+@dataclass
+class CausalLanguageModelingArguments(LanguageModelingArguments):
+    """Data of causal language modelling."""
+
+    streaming: bool = field(
+        default=False,
+        metadata={"help": "Read the data while training, without writing it to the disk first; needs --max_steps."},
+    )
 
 
 @dataclass

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, Features, Value, load_dataset
+from datasets import Dataset, Features, IterableDataset, Value, load_dataset
 from datasets.exceptions import DatasetGenerationError
 
 from ..version import __version__
@@ -114,6 +114,15 @@ def load_files(files: list[str], data_format: str = "auto", text_documents: str 
     Raises:
         TrainingInputError: for an empty, unreadable or unknown file.
     """
+    return _load(files, data_format, text_documents, streaming=False)
+
+
+def stream_files(files: list[str], data_format: str = "auto", text_documents: str = "file") -> IterableDataset:
+    """`load_files`, but the rows are read each time that somebody asks for them, and nothing is written to a cache."""
+    return _load(files, data_format, text_documents, streaming=True)
+
+
+def _load(files: list[str], data_format: str, text_documents: str, streaming: bool) -> Dataset | IterableDataset:
     kind = file_format(files, data_format)
     for name in files:
         _check_not_empty(name)
@@ -123,7 +132,7 @@ def load_files(files: list[str], data_format: str = "auto", text_documents: str 
         if kind == "text":
             # Size and time of change are part of the cache's key, so an edited file is read again.
             stamps = [(Path(name).stat().st_size, Path(name).stat().st_mtime_ns) for name in files]
-            return Dataset.from_generator(
+            return (IterableDataset if streaming else Dataset).from_generator(
                 _text_rows,
                 features=TEXT_FEATURES,
                 gen_kwargs={"files": tuple(files), "documents": text_documents, "cache_key": (*stamps, __version__)},
@@ -132,7 +141,7 @@ def load_files(files: list[str], data_format: str = "auto", text_documents: str 
         options = {"keep_default_na": False} if kind == "csv" else {}
         if kind == "csv" and _extension(Path(files[0])) == ".tsv":
             options["sep"] = "\t"
-        return load_dataset(kind, data_files={"train": files}, split="train", **options)
+        return load_dataset(kind, data_files={"train": files}, split="train", streaming=streaming, **options)
     except ValueError as error:
         if "no data" not in str(error):
             raise

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from gma_hf import GMAForCausalLM, GMAForMaskedLM
 from gma_hf.training.errors import TrainingInputError
-from gma_hf.training.text.packing import IGNORE_INDEX, PackedCollator, _blocks, pack_documents
+from gma_hf.training.text.packing import IGNORE_INDEX, PackedCollator, cut_into_blocks, pack_documents
 from gma_hf.training.text.tokenization import train_tokenizer
 
 from ..conftest import make_model, tiny_config
@@ -24,7 +24,7 @@ def blocks_of(documents, block_size, stride=None, isolate_documents=False, keep_
     stride = stride or block_size
     return [
         {name: ids.tolist() for name, ids in block.items()}
-        for block in _blocks(tokenized, END, block_size, stride, isolate_documents, keep_last, "")
+        for block in cut_into_blocks(tokenized, END, block_size, stride, isolate_documents, keep_last, "")
     ]
 
 

@@ -117,14 +117,13 @@ def load_labelled_splits(
             )
     values = {split: dataset[arguments.label_column][:] for split, dataset in raw.items()}
     for split, dataset in raw.items():
-        texts = dataset[arguments.text_column][:]
-        missing = sum(text is None for text in texts)
+        missing, has_text = _count_texts(dataset, arguments.text_column)
         if missing:
             raise TrainingInputError(
                 f"{missing} rows of the {split} data have no text in {arguments.text_column!r}. Remove the rows, or give "
                 "an empty text."
             )
-        if not any(map(_has_text, texts)):
+        if not has_text:
             raise TrainingInputError(f"The {split} data has no text: every row of {arguments.text_column!r} is empty.")
         missing = sum(value is None or value == "" for value in values[split])
         if missing:
@@ -147,12 +146,9 @@ def load_labelled_splits(
         names, index = [str(value) for value in ordered], {value: i for i, value in enumerate(ordered)}
 
     splits = {
-        split: Dataset.from_dict(
-            {
-                "text": dataset[arguments.text_column],
-                "label": [index[value] for value in values[split]],
-            }
-        ).cast_column("label", ClassLabel(names=names))
+        split: dataset.select_columns([arguments.text_column])
+        .rename_columns({arguments.text_column: "text"} if arguments.text_column != "text" else {})
+        .add_column("label", [index[value] for value in values[split]], feature=ClassLabel(names=names))
         for split, dataset in raw.items()
     }
     if "validation" not in splits:
@@ -240,6 +236,15 @@ def _text_rows(dataset: Dataset, split: str, column: str, rows_are_documents: bo
     document_end = np.full(len(dataset), rows_are_documents)
     document_end[-1] = True
     return dataset.add_column("document_end", document_end.tolist())
+
+
+def _count_texts(dataset: Dataset, column: str) -> tuple[int, bool]:
+    """How many rows have no text, and whether any row has some; read in portions, never all at once."""
+    missing, has_text = 0, False
+    for batch in dataset.select_columns([column]).iter(batch_size=1000):
+        missing += sum(text is None for text in batch[column])
+        has_text = has_text or any(map(_has_text, batch[column]))
+    return missing, has_text
 
 
 def _has_text(text: str | None) -> bool:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from datasets import Dataset, Features, NamedSplit, Sequence, Value
+from datasets import Dataset, Features, IterableDataset, NamedSplit, Sequence, Value
 from transformers import PreTrainedTokenizerBase
 
 from ...version import __version__
@@ -74,7 +74,7 @@ def pack_documents(
         TrainingInputError: when there is less text than one block, and the last one is not kept.
     """
     tokenized = dataset.map(
-        _tokenize,
+        tokenize_rows,
         batched=True,
         remove_columns=["text"],
         fn_kwargs={"tokenizer": tokenizer},
@@ -94,7 +94,7 @@ def pack_documents(
         columns["position_ids"] = Sequence(Value("int32"))
     stride = block_size - 1 if predict_every_token else block_size
     blocks = Dataset.from_generator(
-        _blocks,
+        cut_into_blocks,
         features=Features(columns),
         split=NamedSplit(split),
         gen_kwargs={
@@ -135,7 +135,8 @@ def pack_splits(
     }
 
 
-def _tokenize(batch: dict[str, list], tokenizer: PreTrainedTokenizerBase) -> dict[str, list]:
+def tokenize_rows(batch: dict[str, list], tokenizer: PreTrainedTokenizerBase) -> dict[str, list]:
+    """Token ids and sizes of a batch of rows."""
     texts = [text or "" for text in batch["text"]]
     # `verbose=False`: a row longer than the model's context is no mistake here, it gets cut into blocks
     ids = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
@@ -147,14 +148,14 @@ def _tokenize(batch: dict[str, list], tokenizer: PreTrainedTokenizerBase) -> dic
     }
 
 
-def _blocks(
-    tokenized: Dataset,
+def cut_into_blocks(
+    tokenized: Dataset | IterableDataset,
     separator_id: int,
     block_size: int,
     stride: int,
     isolate_documents: bool,
     keep_last: bool,
-    cache_key: str,
+    cache_key: str | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
     """Cut the stream into blocks; see the head of this file."""
     overlap = block_size - stride
@@ -171,7 +172,9 @@ def _blocks(
         yield _block(tokens, starts, isolate_documents)
 
 
-def _stream(tokenized: Dataset, separator_id: int, isolate_documents: bool) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def _stream(
+    tokenized: Dataset | IterableDataset, separator_id: int, isolate_documents: bool
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yield pieces of the stream: tokens, and whether a document starts at each."""
     at_start = True
     first = True
