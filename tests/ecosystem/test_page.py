@@ -36,6 +36,7 @@ def test_block_runs_as_it_stands(block, demo_model):
     run_block(block)
 
 
+@pytest.mark.timeout(1500)  # the command reads the descriptions of all tasks of the harness, some ten thousand files
 def test_the_command_of_the_page_measures_what_the_python_of_the_page_measures(demo_model, tmp_path):
     pytest.importorskip("lm_eval", reason="the section on lm-evaluation-harness needs lm_eval")
     section = next(section for section in SECTIONS if section.startswith("lm-evaluation-harness"))

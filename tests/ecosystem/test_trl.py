@@ -55,7 +55,7 @@ def test_examples_in_one_sequence_have_the_loss_and_gradient_of_separate_example
             str(tmp_path),
             packing=packing,
             padding_free=True,
-            max_length=48,
+            max_length=48 if packing else None,
             per_device_train_batch_size=4,
             bf16=False,
             use_cpu=True,
