@@ -20,6 +20,7 @@ from .modeling import (
     save_cache,
 )
 from .ops import gaussian_mixture_affinity, gaussian_mixture_attention, gaussian_mixture_responsibilities
+from .parallel import context_parallel
 from .version import __version__
 
 
@@ -35,6 +36,7 @@ __all__ = [
     "GMAModel",
     "GMAPreTrainedModel",
     "__version__",
+    "context_parallel",
     "convert_to_gma",
     "gaussian_mixture_affinity",
     "gaussian_mixture_attention",

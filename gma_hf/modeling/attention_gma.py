@@ -250,8 +250,11 @@ class GMAAttention(nn.Module):
             kept=kept,
         )
         if cache_layer is not None:
+            history, num_tokens = history._replace(convolution=conv_history), input_shape[1]
             is_plain = layout is None or layout.is_plain
-            cache_layer.advance(history._replace(convolution=conv_history), input_shape[1], is_plain)
+            if layout is not None and layout.row is not None:
+                history, num_tokens, is_plain = layout.row.last_history(history)
+            cache_layer.advance(history, num_tokens, is_plain)
 
         # 4. Norm per head, gate, output projection
         # Of one token, heads may stay where they are
@@ -367,8 +370,21 @@ class GMASoftmaxAttention(nn.Module):
         value_states = self.v_proj(hidden_states).view(hidden_shape).transpose(1, 2)
         if position_embeddings is not None:
             query_states, key_states = apply_rotary_pos_emb(query_states, key_states, *position_embeddings)
+        if layout is not None and layout.row is not None:
+            key_states, value_states = layout.row.gather_keys(key_states, value_states)
         if cache is not None:
             key_states, value_states = cache.update(key_states, value_states, self.layer_idx)
+
+        if layout is not None and layout.row is not None:
+            attn_output = layout.row.softmax(
+                query_states,
+                key_states,
+                value_states,
+                causal=kwargs.get("is_causal", self.is_causal),
+                scaling=self.scaling,
+                dropout=self.attention_dropout if self.training else 0.0,
+            )
+            return self.o_proj(attn_output.transpose(1, 2).reshape(*input_shape, -1)), None
 
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             attention_implementation(self.config), eager_attention_forward

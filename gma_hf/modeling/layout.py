@@ -29,6 +29,7 @@ class Layout:
         sequence_ids (`torch.LongTensor` of shape `(batch, length)`, *optional*): packed sequences, as runs of equal numbers
             over the real tokens; `None` if each row is one sequence.
         has_gaps (`bool`, *optional*): whether padding may stand between real tokens; looked up if it is not given.
+        row (`gma_hf.parallel.row.Row`, *optional*): of the whole rows, where these tokens are the part of one process.
 
     Attributes:
         has_gaps (`bool`): whether padding may stand between real tokens.
@@ -42,11 +43,13 @@ class Layout:
         padding_mask: Tensor | None = None,
         sequence_ids: Tensor | None = None,
         has_gaps: bool | None = None,
+        row: Any = None,
     ):
         self.batch_size = batch_size
         self.length = length
         self.padding_mask = padding_mask
         self.sequence_ids = sequence_ids
+        self.row = row
         self.has_gaps = padding_mask is not None and (may_have_gaps(padding_mask) if has_gaps is None else has_gaps)
         # In the order below, padding stands to the left
         self.ends_at_last = self.has_gaps or (padding_mask is not None and bool(padding_mask[:, -1:].all()))
@@ -208,7 +211,7 @@ class Layout:
                 None if x is None else x.to(device, non_blocking=non_blocking)
                 for x in (self.padding_mask, self.sequence_ids)
             ]
-            return Layout(self.batch_size, self.length, *moved, has_gaps=self.has_gaps)
+            return Layout(self.batch_size, self.length, *moved, has_gaps=self.has_gaps, row=self.row)
 
         return self.once(("to", device), move)
 

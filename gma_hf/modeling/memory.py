@@ -9,6 +9,8 @@ A layer makes queries, keys, values, write weights and forgetting of its tokens;
 and returns what is to be remembered for the next call, a [`MemoryState`].
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from transformers.utils import is_tracing
@@ -182,16 +184,22 @@ class GMAMemory(nn.Module):
                 log_decay = log_decay.masked_fill(layout.is_missing(1), 0.0)
         if decay_rate is not None:
             log_decay = decay_rate * write_weight
+        routing_keys = tokens.keys if tokens.routing_keys is None else tokens.routing_keys
+        initial_state = None if history is None else history[:2]
+        if layout.row is not None:
+            initial_state = layout.row.state_before(
+                mixture, routing_keys, tokens.values, write_weight, log_decay, layout.sequence_ids, causal=causal
+            )
         result = mixture(
             routing_query,
-            tokens.keys if tokens.routing_keys is None else tokens.routing_keys,
+            routing_keys,
             tokens.values,
             causal=causal,
             write_weight=write_weight,
             log_decay=log_decay,
             sequence_ids=layout.sequence_ids,
             normalize=normalize,
-            initial_state=None if history is None else history[:2],
+            initial_state=initial_state,
             output_final_state=output_history,
             kept=kept,
             writes_all=layout.padding_mask is None,
@@ -237,7 +245,9 @@ class GMAMemory(nn.Module):
         num_sinks = window.num_sink_tokens if causal else 0
         size = window.window_size
         dtype = accumulation_dtype(query, tokens.values)
-        order, near = None, tokens
+        order, near, link = None, tokens, None
+        if layout.row is not None:
+            history, link = layout.row.window_before(tokens, size, num_sinks)
         # A length that is still open (torch.export) is no int, and must not be decided on
         if causal and (history is not None or not isinstance(length, int) or length == 0):
             tokens, valid, runs = join_history(tokens, layout, history, size + num_sinks)
@@ -265,7 +275,7 @@ class GMAMemory(nn.Module):
 
         with without_autocast(device.type):
             read, log_weight, state = self._read_memory(
-                mixture, routing_query, tokens, plan, causal, history, output_history, decay_rate
+                mixture, routing_query, tokens, plan, causal, history, output_history, decay_rate, layout.row, link
             )
             output = window(
                 query,
@@ -312,6 +322,8 @@ class GMAMemory(nn.Module):
         history: MemoryState | None,
         output_history: bool,
         decay_rate: Tensor | None,
+        row: Any,
+        link: Tensor | None,
     ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
         """
         r `(batch, num_heads, asked, value_dim)` and log D `(batch, num_heads, asked)` of the queries that have a memory, the last
@@ -334,6 +346,11 @@ class GMAMemory(nn.Module):
         recurrence = {"write_weight": write_weight, "sequence_ids": plan.written_runs}
         if causal:
             initial_state = None if history is None else history[:2]
+            if row is not None:
+                initial_state = row.state_before(
+                    mixture, given.keys, given.values, write_weight, log_decay, plan.written_runs,
+                    causal=True, is_last=plan.is_last, link=link,
+                )  # fmt: skip
             recurrence.update(log_decay=log_decay, initial_state=initial_state, output_final_state=output_history)
         read, normalizer, *state = mixture(
             routing_query.narrow(2, routing_query.shape[2] - asked, asked),

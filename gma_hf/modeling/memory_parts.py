@@ -138,6 +138,27 @@ class GMAMixture(nn.Module):
             **kwargs,
         )
 
+    def write(
+        self, key: torch.Tensor, value: torch.Tensor, write_weight: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """S and z that tokens write into an empty memory which forgets nothing."""
+        no_query = key.new_zeros(key.shape[0], self.means.shape[0], 1, key.shape[3])
+        _, state = gaussian_mixture_attention(
+            no_query,
+            key,
+            value,
+            self.means,
+            self.raw_variances,
+            self.prior_logits,
+            causal=False,
+            write_weight=write_weight,
+            normalize=False,
+            variance_floor=self.variance_floor,
+            correlate=self.correlate,
+            output_final_state=True,
+        )
+        return state
+
     def _step(self, query, key, value, eps, kept, writes_all, *, initial_state, output_normalizer=False, **kwargs):
         """The same for one token that goes on from a state, with as few operations as possible."""
         dtype = accumulation_dtype(query, value)

@@ -20,6 +20,7 @@ from transformers.utils.output_capturing import capture_outputs
 from ..cache_argument import CACHE_NAME, expect_known_cache, takes_cache
 from ..compat import attention_implementation
 from ..configuration import GMAConfig
+from ..parallel.context import current_context
 from .attention_gma import ATTENTION_CLASSES, GMAAttention, GMARMSNorm, GMARotaryEmbedding, GMASoftmaxAttention
 from .cache_gma import GMACacheLayer, Owner, adopt_cache, expect_continuation
 from .layout import (
@@ -178,7 +179,8 @@ class GMAModel(GMAPreTrainedModel):
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         batch_size, length = inputs_embeds.shape[:2]
-        if "linear_attention" in self.config.layer_types:
+        context = current_context()
+        if context is None and "linear_attention" in self.config.layer_types:
             expect_whole_sequences()
 
         is_causal = kwargs.pop("is_causal", self.config.is_causal)
@@ -200,20 +202,29 @@ class GMAModel(GMAPreTrainedModel):
         if "linear_attention" not in self.config.layer_types and token_mask is not None and token_mask.ndim != 2:
             token_mask = None  # a mask of pairs of tokens, which softmax layers understand
         padding_mask = select_padding_mask(token_mask, length)
-        sequence_ids = find_sequence_ids(
-            batch_size, length, padding_mask, position_ids, kwargs.get("seq_idx"), kwargs.get("cu_seq_lens_q")
-        )
-        layout = Layout(batch_size, length, padding_mask, sequence_ids)
+        if context is not None:
+            layout = context.layout_of(inputs_embeds, padding_mask, position_ids, cache, kwargs)
+            sequence_ids = layout.sequence_ids
+        else:
+            sequence_ids = find_sequence_ids(
+                batch_size, length, padding_mask, position_ids, kwargs.get("seq_idx"), kwargs.get("cu_seq_lens_q")
+            )
+            layout = Layout(batch_size, length, padding_mask, sequence_ids)
         if is_tracing(inputs_embeds):
             windows = [(self.config.window_size, self.config.num_sink_tokens)] if self.config.window_size > 0 else []
             dtype = torch.promote_types(inputs_embeds.dtype, torch.float32)
             layout.complete(windows, is_causal, dtype, inputs_embeds.device, cache is not None)
         expect_continuation(cache, position_ids, padding_mask)
-        if position_ids is None:
+        if position_ids is None and layout.row is not None:
+            position_ids = layout.row.positions(inputs_embeds.device)
+            seen_tokens = layout.row.start
+        elif position_ids is None:
             position_ids = count_positions(
                 batch_size, length, inputs_embeds.device, token_mask, sequence_ids, seen_tokens
             )
-        if masks is not None:
+        if layout.row is not None:
+            softmax_mask = None  # softmax layers read from the layout which tokens they see
+        elif masks is not None:
             softmax_mask = masks.get("full_attention")
         else:
             softmax_mask = self._softmax_mask(

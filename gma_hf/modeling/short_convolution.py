@@ -57,6 +57,8 @@ class GMAShortConvolution(nn.Conv1d):
         padding_mask = sequence_ids = None
         if layout is not None:
             padding_mask, sequence_ids = layout.padding_mask, layout.sequence_ids
+        if layout is not None and layout.row is not None:
+            history = layout.row.convolution_before(hidden_states, width - 1)
         past = history
         if past is None:
             past = hidden_states.new_zeros(batch_size, width - 1, num_channels)

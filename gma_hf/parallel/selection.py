@@ -1,0 +1,21 @@
+# Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
+"""Tokens at places that differ from row to row."""
+
+import torch
+from torch import Tensor
+
+
+def take(x: Tensor, dim: int, places: Tensor, exists: Tensor | None = None) -> Tensor:
+    """The tokens of `x` along `dim` at places `(batch or 1, number)`, zeros where they do not exist."""
+    shape = (-1, *[1] * (dim - 1), places.shape[1], *[1] * (x.ndim - 1 - dim))
+    index = places.to(x.device).expand(x.shape[0], -1).view(shape)
+    taken = x.gather(dim, index.expand(*x.shape[:dim], -1, *x.shape[dim + 1 :]))
+    return taken if exists is None else taken.masked_fill(~exists.to(x.device).expand(x.shape[0], -1).view(shape), 0)
+
+
+def last_real(padding_mask: Tensor, number: int, offset: int) -> tuple[Tensor, Tensor]:
+    """The places of the last real tokens, right-aligned, and which exist."""
+    length = padding_mask.shape[1]
+    wanted = padding_mask.sum(dim=1, keepdim=True) - torch.arange(number - 1, -1, -1, device=padding_mask.device)
+    places = torch.searchsorted(padding_mask.long().cumsum(dim=1), wanted.clamp(min=1))
+    return places.clamp(max=length - 1) + offset, wanted >= 1
