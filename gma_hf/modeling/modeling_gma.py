@@ -21,6 +21,7 @@ from ..cache_argument import CACHE_NAME, expect_known_cache, takes_cache
 from ..compat import attention_implementation
 from ..configuration import GMAConfig
 from ..parallel.context import current_context
+from ..parallel.heads import PartOfRow
 from .attention_gma import ATTENTION_CLASSES, GMAAttention, GMARMSNorm, GMARotaryEmbedding, GMASoftmaxAttention
 from .cache_gma import GMACacheLayer, Owner, adopt_cache, expect_continuation
 from .layout import (
@@ -69,7 +70,7 @@ class GMADecoderLayer(GradientCheckpointingLayer):
         return hidden_states
 
 
-class GMAPreTrainedModel(PreTrainedModel):
+class GMAPreTrainedModel(PartOfRow, PreTrainedModel):
     """Weight initialisation and what Transformers needs to know about every GMA model."""
 
     config_class = GMAConfig
@@ -85,7 +86,7 @@ class GMAPreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = True
     # A running sum cannot be rolled back, as assisted decoding would need
     _is_stateful = True
-    # Each process would have a memory of its own; `expect_whole_sequences` stands where Transformers and Accelerate do not look
+    # PyTorch's context parallelism, which Transformers asks for, hands no memory on; `gma_hf.context_parallel` does
     _supports_context_parallel = False
     _keys_to_ignore_on_load_missing = [LACKING_BEFORE]
     _can_record_outputs = {

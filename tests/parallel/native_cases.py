@@ -186,13 +186,16 @@ def bad_input() -> None:
     refuses("needs `input_ids`", lambda context: context.split({"labels": tokens}))
     refuses(
         "every process needs at least one",
-        lambda context: model(tokens[:, : 1 + 2 * rank][:, rank and 1 :][:, : 3 * rank]),
+        lambda context: model(tokens[:, : 3 * rank]),
     )
     refuses("given different inputs: rows", lambda context: model(tokens[: 1 + (rank == 0)]))
     refuses("`output_attentions=True` needs all tokens", lambda context: model(tokens, output_attentions=True))
     cache = model(tokens).past_key_values
     refuses("Leave `context_parallel` to go on", lambda context: model(tokens, past_key_values=cache))
-    refuses("labels of a causal model", lambda context: model(tokens, labels=tokens))
+    refuses("Cut them with the whole batch", lambda context: model(tokens, labels=tokens))
+    refuses("Pass their number", lambda context: model(tokens, labels=tokens, shift_labels=tokens))
+    classifier = make_model(gma_hf.GMAForSequenceClassification, tiny_config("gated"))
+    refuses("one output of a whole sequence", lambda context: classifier(tokens))
 
 
 SOME = ("plain", "packed and padded")

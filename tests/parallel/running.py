@@ -1,7 +1,8 @@
-"""Many cases in one start of several processes: `python -m torch.distributed.run ... tests/parallel/running.py MODULE`."""
+"""Many cases in one start of several processes, which share what was imported before they were forked."""
 
 import importlib
 import json
+import multiprocessing
 import sys
 import traceback
 from collections.abc import Callable
@@ -17,12 +18,15 @@ class Case(NamedTuple):
     check: Callable[[], None]
 
 
-def main(modules: list[str], results: Path, chosen: str = "") -> None:
+def run_process(rank: int, size: int, modules: list[str], folder: Path, chosen: str) -> None:
+    """Check all cases, and write what happened into `rank.json`, case by case."""
     import torch
     import torch.distributed as dist
 
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size, timeout=timedelta(seconds=60)
+    )
     told = {}
     for module in modules:
         for case in importlib.import_module(module).CASES:
@@ -30,17 +34,27 @@ def main(modules: list[str], results: Path, chosen: str = "") -> None:
                 continue
             try:
                 case.check()
-                error = None
-            except Exception:
-                error = traceback.format_exc()
+                told[case.name] = None
+            except BaseException:
+                told[case.name] = traceback.format_exc()
+            (folder / f"{rank}.json").write_text(json.dumps(told))
             # All processes go on together, or the next case would talk to a process that is still in this one
-            errors = [None] * dist.get_world_size()
-            dist.all_gather_object(errors, error)
-            told[case.name] = next((error for error in errors if error), None)
-            if dist.get_rank() == 0:
-                results.write_text(json.dumps(told))
+            failed = torch.tensor(float(told[case.name] is not None))
+            dist.all_reduce(failed)
     dist.destroy_process_group()
 
 
+def main(size: int, modules: list[str], folder: Path, chosen: str = "") -> None:
+    for module in modules:
+        importlib.import_module(module)
+    fork = multiprocessing.get_context("fork")
+    processes = [fork.Process(target=run_process, args=(rank, size, modules, folder, chosen)) for rank in range(size)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    sys.exit(max(abs(process.exitcode) for process in processes))
+
+
 if __name__ == "__main__":
-    main(sys.argv[2].split(","), Path(sys.argv[1]), *sys.argv[3:])
+    main(int(sys.argv[1]), sys.argv[2].split(","), Path(sys.argv[3]), *sys.argv[4:])

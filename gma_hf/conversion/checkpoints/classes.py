@@ -39,6 +39,7 @@ from ...compat import (
 )
 from ...modeling.heads_common import GMAGenerationMixin, as_part_of_step
 from ...modeling.memory_parts import LACKING_BEFORE
+from ...parallel.heads import PartOfRow
 from ...remote_code import write_remote_code
 from ...version import __version__
 from ..config import GMAConversionConfig
@@ -125,10 +126,10 @@ class ConvertedConfigMixin:
             )
 
 
-class ConvertedModelMixin:
+class ConvertedModelMixin(PartOfRow):
     """What the class of a converted model adds to that of the original."""
 
-    # Transformers and Accelerate look here; `expect_whole_sequences` stands where they do not look
+    # PyTorch's context parallelism, which Transformers asks for, hands no memory on; `gma_hf.context_parallel` does
     _supports_context_parallel = False
 
     @classmethod
