@@ -5,7 +5,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.cache_utils import DynamicCache
 
+from ..modeling.cache_gma import GMACacheLayer
 from .batches import split_batch
 from .context import ContextParallel, context_parallel
 
@@ -28,5 +30,19 @@ def prefill(context: ContextParallel, model: nn.Module, **inputs: Any) -> Any:
     """
     inputs = {name: value for name, value in inputs.items() if value is not None}
     part = split_batch(context, {name: value[:, :-1] for name, value in inputs.items()})
+    cache = DynamicCache(config=model.config)
+    # Softmax layers of Transformers put the keys of their part into it
+    cache.gma_gathers = True
     with context_parallel(context):
-        return model(**part, use_cache=True, logits_to_keep=1).past_key_values
+        model(**part, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    total = inputs["input_ids"].shape[1] - 1
+    for layer in cache.layers:
+        if getattr(layer, "is_sliding", False):
+            raise ValueError(
+                "The softmax layers of this model keep the keys of a window alone, which parts cannot fill. Convert these layers too, "
+                "or read the prompt in one process."
+            )
+        if not isinstance(layer, GMACacheLayer) and layer.keys.shape[2] < total:
+            layer.keys, layer.values = context.gather(layer.keys, 2), context.gather(layer.values, 2)
+    del cache.gma_gathers
+    return cache

@@ -113,6 +113,10 @@ class MixtureHealthCallback(TrainerCallback):
             batch = dataloader.collate_fn(examples)
             batch = prepare_inputs(self.trainer, dict(batch))
             batch.pop("labels", None)
+            if getattr(self.trainer, "context", None) is not None:
+                # As many tokens as a process has of a sequence in training
+                length = -(-batch["input_ids"].shape[1] // self.trainer.context.size)
+                batch = {name: x[:, :length] if getattr(x, "ndim", 0) == 2 else x for name, x in batch.items()}
             with self.trainer.compute_loss_context_manager():
                 self.health = measure_mixture_health(self.trainer.model, batch)
         if not self.health:

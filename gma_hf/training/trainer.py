@@ -14,6 +14,8 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 
 from ..modeling import GMAMixture
+from ..parallel.context import ContextParallel
+from . import context
 from .callbacks import MixtureHealthCallback
 from .checkpoints import STATE_FILE, all_checkpoints, find_last_checkpoint
 from .errors import NonFiniteTrainingError, TrainingInputError
@@ -41,6 +43,8 @@ class GMATrainingArguments(TrainingArguments):
             `learning_rate`, which they get when this is None.
         mixture_health_steps: report the health of the mixtures every so many steps, too; they are reported at every
             evaluation anyway.
+        context_parallel_size: how many processes share every sequence, each with one part of it; divides the number of
+            processes. See docs/parallel.md.
         overwrite_output_dir: start anew in an output folder that holds checkpoints (they are deleted) or a model.
     """
 
@@ -49,6 +53,10 @@ class GMATrainingArguments(TrainingArguments):
     )
     mixture_health_steps: int | None = field(
         default=None, metadata={"help": "Report the mixtures' health every so many steps, not only at evaluations."}
+    )
+    context_parallel_size: int = field(
+        default=1,
+        metadata={"help": "How many processes share every sequence (for sequences too long for one device)."},
     )
     overwrite_output_dir: bool = field(
         default=False,
@@ -78,6 +86,14 @@ class GMATrainingArguments(TrainingArguments):
             )
         if self.mixture_learning_rate is not None and self.mixture_learning_rate < 0:
             raise ValueError(f"`mixture_learning_rate` must not be negative, got {self.mixture_learning_rate}.")
+        if self.context_parallel_size < 1:
+            raise ValueError(f"`context_parallel_size` must be at least 1, got {self.context_parallel_size}.")
+        if self.context_parallel_size > 1 and self.world_size % self.context_parallel_size != 0:
+            raise ValueError(
+                f"`context_parallel_size` is {self.context_parallel_size}, which does not divide the {self.world_size} "
+                f"processes that were started. Start a multiple of {self.context_parallel_size}, with `torchrun "
+                f"--nproc_per_node={self.context_parallel_size}` or `accelerate launch`."
+            )
         if self.mixture_health_steps is not None and self.mixture_health_steps < 1:
             raise ValueError(f"`mixture_health_steps` must be at least 1, got {self.mixture_health_steps}.")
 
@@ -88,10 +104,16 @@ class GMATrainer(Trainer):
     Takes the arguments of `transformers.Trainer`; `args` should be a `GMATrainingArguments`.
     """
 
+    context: ContextParallel | None = None  # of the processes that share every sequence with this one
+
     def __init__(self, model: nn.Module | None = None, *args, **kwargs):
         # `Trainer` turns `use_cache` off in the configuration; a saved model should have it as it came
         self._use_cache = getattr(getattr(model, "config", None), "use_cache", None)
         super().__init__(model, *args, **kwargs)
+        size = getattr(self.args, "context_parallel_size", 1)
+        if size > 1:
+            context.expect_supported(self)
+            self.context = context.context_of(self.args.world_size, size, self.args.device.type)
         self.add_callback(MixtureHealthCallback(self, every_steps=getattr(self.args, "mixture_health_steps", None)))
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -103,9 +125,18 @@ class GMATrainer(Trainer):
             give_own_learning_rate(optimizer, mixture_parameters(model or self.model), learning_rate)
         return optimizer
 
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """As in `Trainer`; of the rows that several processes share, each process returns those of its own batch."""
+        if self.context is None:
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        return context.prediction_step(self, model, inputs, prediction_loss_only)
+
     def training_step(self, *args, **kwargs) -> torch.Tensor:
         """One step as in `Trainer`; a NaN or infinite loss stops the training before the weights are touched."""
-        loss = super().training_step(*args, **kwargs)
+        if self.context is None:
+            loss = super().training_step(*args, **kwargs)
+        else:
+            loss = context.training_step(self, super().training_step, *args, **kwargs)
         finite = torch.isfinite(loss).all()
         if self.args.world_size > 1:
             # Another process may have seen the bad batch, and its gradients are already in ours

@@ -45,14 +45,19 @@ def launch(config, arguments, cache):
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-@pytest.mark.parametrize("kind", ["ddp_cpu", "fsdp2"])
-def test_two_processes_have_the_loss_of_one(kind, run_script, tiny_run, tmp_path):
+@pytest.mark.parametrize(
+    ("kind", "shared"),
+    [("ddp_cpu", 1), ("fsdp2", 1), ("ddp_cpu", 2), ("fsdp2", 2)],
+    ids=lambda x: x if isinstance(x, str) else f"context {x}",
+)
+def test_two_processes_have_the_loss_of_one(kind, shared, run_script, tiny_run, tmp_path):
     run = {**tiny_run, "mixture_learning_rate": 1e-2, "eval_strategy": "steps", "eval_steps": 2}
     run_script("train_clm", *command_line(run, per_device_train_batch_size=4, output_dir=tmp_path / "one"))
     config = yaml.safe_load((CONFIGS / f"{kind}.yaml").read_text())
     # The shipped FSDP2 configuration is for GPUs and bfloat16
     (tmp_path / "accelerate.yaml").write_text(yaml.safe_dump({**config, "use_cpu": True, "mixed_precision": "no"}))
     arguments = command_line(run, per_device_train_batch_size=2, output_dir=tmp_path / "two")
+    arguments += ["--context_parallel_size", str(shared)]
     launch(tmp_path / "accelerate.yaml", arguments, cache=tmp_path / "cache")
     assert results(tmp_path / "two")["num_processes"] == 2
     # The same sums of float32 in another order, through four steps

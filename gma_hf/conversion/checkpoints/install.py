@@ -15,6 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ...compat import attention_implementation, execution_device, set_attention_implementation
 from ...modeling.layout import expect_whole_sequences
+from ...parallel.context import current_context
 from ..config import GMAConversionConfig
 from ..runtime.attention import IMPLEMENTATION
 from ..runtime.calls import begin_attention, models_around, rotary_function, watch_model
@@ -101,7 +102,8 @@ def attach_layers(model: PreTrainedModel, layers: dict[nn.Module, GMAConversion]
 
 def refuse_sharded_sequences(module: nn.Module, args: tuple) -> None:
     """Forward pre-hook of the first converted module, see [`expect_whole_sequences`]."""
-    expect_whole_sequences()
+    if current_context() is None:
+        expect_whole_sequences()
 
 
 def install_layers(model: PreTrainedModel) -> None:

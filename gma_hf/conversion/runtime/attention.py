@@ -15,8 +15,10 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from ...compat import attention_implementation
 from ...modeling.layout import Layout, find_sequence_ids
 from ...ops.rotation.functional import Rotation
+from ...parallel.context import current_context
 from .calls import AttentionCall, CallLayout
 from .masks import gaussian_mixture_mask, read_mask
+from .parts import register_softmax_attention
 
 
 IMPLEMENTATION = "gma"
@@ -70,6 +72,11 @@ def gma_attention_forward(
     if gma_layout is not None:
         layout = gma_layout.of(attention_mask, query, call.cache_layer, causal)
     else:
+        if current_context() is not None:
+            raise ValueError(
+                f"{type(module).__name__} was not told of the other parts of its sequence: context parallelism needs a model that "
+                "takes `attention_mask` and passes further arguments on to its attention layers. Use data parallelism."
+            )
         layout = layout_of(module, query, attention_mask, call.cache_layer, causal, kwargs)
     output, weights = module.gma(
         query,
@@ -109,3 +116,4 @@ def register_attention() -> None:
     """Make `"gma"` known to Transformers; calling it again changes nothing."""
     AttentionInterface.register(IMPLEMENTATION, gma_attention_forward)
     AttentionMaskInterface.register(IMPLEMENTATION, gaussian_mixture_mask)
+    register_softmax_attention()

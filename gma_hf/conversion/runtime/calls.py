@@ -40,7 +40,9 @@ from ...modeling.layout import (
     same_sequence_mask_function,
 )
 from ...ops.rotation.functional import Rotation
+from ...parallel.context import current_context
 from .masks import current_tokens, first_column, read_mask
+from .parts import layout_of_part
 
 
 class AttentionCall(NamedTuple):
@@ -72,7 +74,7 @@ class CallLayout:
             ValueError: for a mask that a mixture cannot follow.
         """
         is_of_tokens = mask is None or (isinstance(mask, Tensor) and mask.ndim == 2 and mask.dtype == torch.bool)
-        if self.layout is not None and is_of_tokens:
+        if self.layout is not None and (is_of_tokens or self.layout.row is not None):
             return self.layout
         # A compiled graph that knew the number of a mask would serve that one mask
         if torch.compiler.is_compiling():
@@ -139,8 +141,13 @@ def begin_call(
     keep_one_name(given)
     others = {name: value for name, value in given.items() if not takes_as_cache(names, name)}
     expect_known_cache(given.get(CACHE_NAME, given.get(OLD_CACHE_NAME)), others)
-    given = begin_model(model, given, counts_positions, has_softmax, is_causal, windows)
+    given = begin_model(model, given, counts_positions, "position_ids" in names, has_softmax, is_causal, windows)
     if not takes_layout:
+        if current_context() is not None:
+            raise ValueError(
+                f"{type(model).__name__} does not pass further arguments on to its attention layers, which context parallelism "
+                "needs. Use data parallelism."
+            )
         given.pop("gma_layout")
     return (), given
 
@@ -159,6 +166,7 @@ def begin_model(
     model: PreTrainedModel,
     given: dict[str, Any],
     counts_positions: bool,
+    takes_positions: bool,
     has_softmax: bool,
     is_causal: bool,
     windows: tuple[tuple[int, int], ...],
@@ -167,6 +175,10 @@ def begin_model(
     tokens = given.get("input_ids") if given.get("inputs_embeds") is None else given["inputs_embeds"]
     mask, position_ids = given.get("attention_mask"), given.get("position_ids")
     if tokens is None or tokens.ndim < 2 or not (mask is None or (isinstance(mask, Tensor) and mask.ndim == 2)):
+        if current_context() is not None:
+            raise ValueError(
+                "Under context parallelism a converted model takes tokens and a 2D attention mask of shape (batch, length)."
+            )
         return {**given, "gma_layout": CallLayout(None)}
     (batch_size, length), device = tokens.shape[:2], tokens.device
     cache = cache_of(given)
@@ -182,6 +194,21 @@ def begin_model(
         if not is_tracing(padding_mask) and bool(padding_mask.all()):
             padding_mask = None
     announced = position_ids if position_ids is not None and position_ids.ndim == 2 else None
+    context = current_context()
+    if context is not None:
+        layout = layout_of_part(
+            context,
+            model,
+            given,
+            tokens,
+            padding_mask,
+            announced,
+            cache,
+            counts_positions,
+            takes_positions,
+            has_softmax,
+        )
+        return {**given, "gma_layout": CallLayout(layout)}
     seq_idx, cu_seq_lens = given.get("seq_idx"), given.get("cu_seq_lens_q")
     sequence_ids = find_sequence_ids(batch_size, length, padding_mask, announced, seq_idx, cu_seq_lens)
     if is_causal:

@@ -269,7 +269,10 @@ class GMAConversion(nn.Module):
             **routed,
         )
         if cache_layer is not None:
-            cache_layer.advance(history, length, is_plain=layout is None or layout.is_plain)
+            is_plain = layout is None or layout.is_plain
+            if layout is not None and layout.row is not None:
+                history, length, is_plain = layout.row.last_history(history)
+            cache_layer.advance(history, length, is_plain)
         return output, weights
 
     def extra_repr(self) -> str:
