@@ -185,6 +185,11 @@ class GMAMemory(nn.Module):
         if decay_rate is not None:
             log_decay = decay_rate * write_weight
         routing_keys = tokens.keys if tokens.routing_keys is None else tokens.routing_keys
+        if layout.row is not None and not causal:
+            values = tokens.values
+            return layout.row.read_both_sides(
+                mixture, routing_query, routing_keys, values, write_weight, normalize=normalize
+            ), None
         initial_state = None if history is None else history[:2]
         if layout.row is not None:
             initial_state = layout.row.state_before(
@@ -242,6 +247,12 @@ class GMAMemory(nn.Module):
                 softcap,
                 sinks,
             )
+        if layout.row is not None and not causal:
+            output = layout.row.read_around_window(
+                mixture, window, query, routing_query, tokens, weigh_by_routing=weigh_by_routing, scaling=scaling,
+                softcap=softcap, sinks=sinks,
+            )  # fmt: skip
+            return output, None
         num_sinks = window.num_sink_tokens if causal else 0
         size = window.window_size
         dtype = accumulation_dtype(query, tokens.values)

@@ -57,6 +57,10 @@ class GMAShortConvolution(nn.Conv1d):
         padding_mask = sequence_ids = None
         if layout is not None:
             padding_mask, sequence_ids = layout.padding_mask, layout.sequence_ids
+        if layout is not None and layout.row is not None and not causal:
+            (wide,), layout = layout.row.around([hidden_states], [1], before, width - 1 - before)
+            length = hidden_states.shape[1]
+            return self(wide, False, layout, output_history=False, kept=kept)[0][:, before : before + length], None
         if layout is not None and layout.row is not None:
             history = layout.row.convolution_before(hidden_states, width - 1)
         past = history

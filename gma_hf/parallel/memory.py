@@ -11,7 +11,7 @@ computed of all tokens at once, so that a part needs nothing but the state befor
 Tokens of another sequence than the first one of the part do not count.
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -29,25 +29,32 @@ if TYPE_CHECKING:
 
 
 def last_before(
-    row: "Row", tensors: list[Tensor], dims: list[int], number: int
+    row: "Row",
+    tensors: list[Tensor],
+    dims: list[int],
+    number: int,
+    link: Tensor | None = None,
+    same_sequence: bool = True,
 ) -> tuple[list[Tensor], Tensor | None, Tensor]:
     """
-    The last real tokens of the sequence that goes on, from before the part.
+    The last real tokens from before the part.
 
     Args:
         row ([`Row`]): the layout of the whole rows.
         tensors (`list[torch.Tensor]`): what is sent, the tokens of this part along `dims`.
         number (`int`): how many tokens are wanted.
+        link (`torch.Tensor`, *optional*): of the messages before this one.
+        same_sequence (`bool`): whether tokens of other sequences than the one that goes on do not count.
 
     Returns:
         They, with `number` tokens each, right-aligned; which of them exist, `(batch, number)` or `None` if all do; and the link
         of the message.
     """
-    halo = row.halo(number)
+    halo = row.halo(number, same_sequence)
     own = [row.take_last(x, dim, number) for x, dim in zip(tensors, dims, strict=True)]
-    arrived, link = [], None
+    arrived = []
     for distance in range(halo.hops, 0, -1):
-        got, link = shifted_from(row.context.group, distance, own, link)
+        got, link = shifted_from(row.context.group, distance * row.direction, own, link)
         arrived.append(got)
     device = tensors[0].device
     valid = None if halo.valid is None else halo.valid.to(device)
@@ -144,7 +151,8 @@ def state_before(
     causal: bool,
     is_last: Tensor | None = None,
     link: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+    output_link: bool = False,
+) -> Any:
     """
     The memory before this part or, to both sides, what the other parts write.
 
@@ -158,7 +166,8 @@ def state_before(
         link (`torch.Tensor`, *optional*): of the messages before this one.
 
     Returns:
-        S `(batch, mixtures, components, value_dim)` and z `(batch, mixtures, components)`.
+        S `(batch, mixtures, components, value_dim)` and z `(batch, mixtures, components)`; with `output_link` the pair of them
+        and the link of the message.
     """
     mixtures = mixture.means.shape[0]
     total = None
@@ -174,14 +183,16 @@ def state_before(
             ends = ends | ~is_last
             S, z = S * is_last[:, None, None, None], z * is_last[:, None, None]
         total = total.masked_fill(ends[:, None], float("-inf"))
-    S, z, total, _ = exchange_states(row.context.group, S, z, total, link)
+    S, z, total, link = exchange_states(row.context.group, S, z, total, link)
+    if row.direction < 0:
+        S, z, total = (None if x is None else x.flip(0) for x in (S, z, total))
     if not causal:
         return add_others(S, z, row.rank)
     S, z = add_before(S, z, total, row.rank)
     if row.continues is not None:
         goes_on = row.continues.to(S.device)
         S, z = S * goes_on[:, None, None, None], z * goes_on[:, None, None]
-    return S, z
+    return ((S, z), link) if output_link else (S, z)
 
 
 def last_history(row: "Row", history: MemoryState) -> MemoryState:

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from transformers.utils import is_tracing
 
 from ..modeling.layout import Layout, count_positions, find_sequence_ids
-from ..ops.window.plan import padding_first
+from ..ops.window.plan import count_written, padding_first
+from .bidirectional import around, read_around_window, read_both_sides
 from .collectives import gather_numbers, gather_tokens
 from .context import NO_COMPILER, ContextParallel
 from .memory import convolution_before, last_history, state_before, window_before
@@ -30,6 +31,7 @@ class Halo(NamedTuple):
     hops: int  # from how many processes they may come
     order: Tensor | None  # [B, hops * number], by which those that count stand to the right; None if they do
     valid: Tensor | None  # [B, number], which of them exist; None if all do
+    ids: Tensor | None  # [B, number], their sequences
 
 
 class Row:
@@ -42,6 +44,7 @@ class Row:
         lengths (`list[int]`): how many tokens of every row each process has.
         padding_mask (`torch.BoolTensor` of shape `(batch, total)`, *optional*): `True` at real tokens; `None` if all are.
         sequence_ids (`torch.LongTensor` of shape `(batch, total)`, *optional*): packed sequences, as in [`Layout`].
+        direction (`int`, *optional*, defaults to 1): -1 in mirrored rows, where the last process is the first.
 
     Attributes:
         start, end (`int`): the part of this process is `[start, end)`.
@@ -55,13 +58,15 @@ class Row:
         lengths: list[int],
         padding_mask: Tensor | None,
         sequence_ids: Tensor | None,
+        direction: int = 1,
     ):
         self.context = context
         self.batch_size, self.lengths = batch_size, lengths
         self.padding_mask, self.sequence_ids = padding_mask, sequence_ids
         self.total = sum(lengths)
         self.bounds = [sum(lengths[:rank]) for rank in range(context.size + 1)]
-        self.rank = context.rank
+        self.direction = direction
+        self.rank = context.rank if direction > 0 else context.size - 1 - context.rank
         self.start, self.end = self.bounds[self.rank], self.bounds[self.rank + 1]
         self._known: dict[Any, Any] = {}
 
@@ -75,6 +80,27 @@ class Row:
         if name not in self._known:
             self._known[name] = compute()
         return self._known[name]
+
+    @property
+    def mirrored(self) -> "Row":
+        """The rows from behind: what stands before a part in them stands behind the part."""
+
+        def compute() -> Row:
+            mask, ids = (None if x is None else x.flip(1) for x in (self.padding_mask, self.sequence_ids))
+            return Row(self.context, self.batch_size, self.lengths[::-1], mask, ids, -self.direction)
+
+        return self.once("mirrored", compute)
+
+    def counts(self, device: torch.device) -> Tensor:
+        """How many real tokens the sequence of each token of the part has, `(batch or 1, length)`."""
+        if self.is_plain:
+            return torch.full((1, self.end - self.start), self.total, device=device)
+
+        def compute() -> Tensor:
+            count = count_written(self.total, self.padding_mask, self.sequence_ids, False, None, device)
+            return self.part(count.expand(-1, self.total))
+
+        return self.once("counts", compute)
 
     def part(self, x: Tensor | None, rank: int | None = None) -> Tensor | None:
         """The columns of a process, by default of this one."""
@@ -102,6 +128,18 @@ class Row:
     def window_before(self, tokens: Any, size: int, num_sinks: int) -> tuple[Any, Tensor]:
         """See [`gma_hf.parallel.memory.window_before`]."""
         return window_before(self, tokens, size, num_sinks)
+
+    def around(self, *args: Any) -> tuple[list[Tensor], Layout]:
+        """See [`gma_hf.parallel.bidirectional.around`]."""
+        return around(self, *args)
+
+    def read_both_sides(self, *args: Any, **kwargs: Any) -> Any:
+        """See [`gma_hf.parallel.bidirectional.read_both_sides`]."""
+        return read_both_sides(self, *args, **kwargs)
+
+    def read_around_window(self, *args: Any, **kwargs: Any) -> Tensor:
+        """See [`gma_hf.parallel.bidirectional.read_around_window`]."""
+        return read_around_window(self, *args, **kwargs)
 
     def last_history(self, history: Any) -> tuple[Any, int, bool]:
         """What the last process remembers, on every process; how many tokens the rows have; and whether they are plain."""
@@ -194,32 +232,36 @@ class Row:
 
         return self.once(("hops", number), compute)
 
-    def halo(self, number: int) -> Halo:
-        """Which of the last tokens that arrive from the processes before this one belong to the sequence that goes on."""
+    def halo(self, number: int, same_sequence: bool = True) -> Halo:
+        """Which of the last tokens that arrive from the processes before this one count: those of the sequence that goes on."""
 
         def compute() -> Halo:
             hops = self.hops(number)
             if self.is_plain and self.start >= number and hops == 1:
-                return Halo(hops, None, None)
-            flags = []
+                return Halo(hops, None, None, None)
+            flags, ids = [], []
             for distance in range(hops, 0, -1):
                 if self.rank < distance:
                     flags.append(torch.zeros(1, number, dtype=torch.bool))
+                    ids.append(None if self.sequence_ids is None else self.sequence_ids[:, :1].expand(-1, number))
                     continue
                 places, valid = self.last_places(self.rank - distance, number)
                 if self.sequence_ids is not None:
                     taken = self.sequence_ids.gather(1, places.expand(self.batch_size, -1))
-                    valid = valid & (taken == self.first_id(self.rank))
+                    ids.append(taken)
+                    if same_sequence:
+                        valid = valid & (taken == self.first_id(self.rank))
                 flags.append(valid)
             device = None if self.is_plain else self._device
             valid = torch.cat([x.to(device).expand(self.batch_size, -1) for x in flags], dim=1)
-            order = None
+            order, taken = None, None if self.sequence_ids is None else torch.cat(ids, dim=1)
             if hops > 1:
                 order = padding_first(valid)[0][:, -number:]
                 valid = valid.gather(1, order)
-            return Halo(hops, order, valid)
+                taken = None if taken is None else taken.gather(1, order)
+            return Halo(hops, order, valid, taken)
 
-        return self.once(("halo", number), compute)
+        return self.once(("halo", number, same_sequence), compute)
 
     def sink_places(self, rank: int, number: int) -> tuple[Tensor, Tensor]:
         """Where the first real tokens of a part's last sequence stand, `(batch, number)`, and which of them exist."""

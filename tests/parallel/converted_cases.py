@@ -72,6 +72,7 @@ def bad_input() -> None:
 
 ROWS = ("plain", "padded anywhere", "packed and padded")
 CASES = [Case(f"{kind}, {row}", partial(agrees, kind, row)) for kind in KINDS for row in ROWS]
+CASES += [Case(f"bert with a window of {size}, {row}", partial(encodes, size, row)) for size in (0, 4) for row in ROWS]
 CASES += [
     Case(f"prefill: {kind}", partial(prefills, kind)) for kind in ("llama with a window", "llama with a softmax layer")
 ]

@@ -198,9 +198,20 @@ def bad_input() -> None:
     refuses("one output of a whole sequence", lambda context: classifier(tokens))
 
 
+def bidirectional(kind: str, row: str) -> None:
+    options = dict(KINDS[kind])
+    config = tiny_config(options.pop("block", kind), **{**options, "is_causal": False})
+    compare(make_model(gma_hf.GMAForMaskedLM, config), rows(row), shift_labels=False)
+
+
 SOME = ("plain", "packed and padded")
 HARD = ("windowed", "long window", "gated")
 CASES = [Case(f"{kind}, {row}", native(kind, row)) for kind in KINDS for row in ROWS if kind in HARD or row in SOME]
+CASES += [
+    Case(f"to both sides: {kind}, {row}", partial(bidirectional, kind, row))
+    for kind in ("paper-rope", "paper", "hybrid", "long window")
+    for row in (ROWS if kind == "long window" else ("plain", "packed and padded"))
+]
 CASES += [
     Case(f"prefill: {kind}, {row}", partial(prefills, kind, row))
     for kind in ("hybrid", "long window")
