@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from ..modeling.layout import Layout
 from ..ops.attention.functional import without_autocast
-from ..ops.window.blocks import EMPTY, accumulation_dtype
+from ..ops.window.functional import EMPTY, accumulation_dtype
 from .memory import last_before, state_before
 
 

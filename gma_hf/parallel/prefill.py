@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from transformers.cache_utils import DynamicCache
 
+from ..cache_argument import CACHE_NAME
 from ..modeling.cache_gma import GMACacheLayer
 from .batches import split_batch
 from .context import ContextParallel, context_parallel
@@ -23,7 +24,8 @@ def prefill(context: ContextParallel, model: nn.Module, **inputs: Any) -> Any:
         inputs: `input_ids` and `attention_mask` of the whole prompt, the same on every process.
 
     Returns:
-        `Cache`: the same on every process, for `model.generate(**inputs, past_key_values=cache)` outside of the context.
+        `Cache`: the same on every process, for `model.generate(**inputs, past_key_values=cache)` outside of the context (`cache=cache`
+        since Transformers 5.24).
 
     Raises:
         ValueError: if the prompt cannot be cut.
@@ -34,7 +36,7 @@ def prefill(context: ContextParallel, model: nn.Module, **inputs: Any) -> Any:
     # Softmax layers of Transformers put the keys of their part into it
     cache.gma_gathers = True
     with context_parallel(context):
-        model(**part, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        model(**part, **{CACHE_NAME: cache}, use_cache=True, logits_to_keep=1)
     total = inputs["input_ids"].shape[1] - 1
     for layer in cache.layers:
         if getattr(layer, "is_sliding", False):

@@ -7,6 +7,7 @@ import torch
 from transformers import DynamicCache
 
 import gma_hf
+from gma_hf.cache_argument import CACHE_NAME
 from gma_hf.conversion.runtime.parts import IMPLEMENTATION
 from gma_hf.parallel import ContextParallel
 from tests.conversion.tiny_models import make_converted_model
@@ -46,7 +47,7 @@ def prefills(kind: str) -> None:
     cache = ContextParallel().prefill(model, **inputs)
     assert cache.get_seq_length() == LENGTH - 1
     arguments = {"max_new_tokens": 6, "do_sample": False}
-    continued = model.generate(**inputs, past_key_values=cache, **arguments)
+    continued = model.generate(**inputs, **{CACHE_NAME: cache}, **arguments)
     assert torch.equal(continued, model.generate(**inputs, **arguments))
 
 
@@ -67,7 +68,7 @@ def bad_input() -> None:
         with pytest.raises(ValueError, match="a 2D attention mask"):
             make_converted_model("llama")(tokens, attention_mask=torch.ones(2, 1, LENGTH, LENGTH).bool().tril())
         with pytest.raises(ValueError, match=r"use_cache=False|context.prefill"):
-            model_of("llama with a softmax layer")(tokens, past_key_values=DynamicCache())
+            model_of("llama with a softmax layer")(tokens, **{CACHE_NAME: DynamicCache()})
 
 
 ROWS = ("plain", "padded anywhere", "packed and padded")

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import gma_hf
+from gma_hf.cache_argument import CACHE_NAME
 from gma_hf.modeling import GMACacheLayer, MemoryState
 from gma_hf.parallel import ContextParallel
 from gma_hf.parallel.batches import split_batch
@@ -121,7 +122,7 @@ def prefills(kind: str, row: str) -> None:
     cache = context.prefill(model, **inputs)
     whole = {name: value[:, :-1] for name, value in inputs.items()}
     with torch.no_grad():
-        expected = model(**whole, use_cache=True).past_key_values
+        expected = model(**whole, use_cache=True)[CACHE_NAME]
     assert cache.get_seq_length() == expected.get_seq_length() == LENGTH - 1
     for layer, other in zip(cache.layers, expected.layers, strict=True):
         if not isinstance(layer, GMACacheLayer):
@@ -131,7 +132,7 @@ def prefills(kind: str, row: str) -> None:
             if isinstance(y, torch.Tensor) and isinstance(x, torch.Tensor):
                 torch.testing.assert_close(x, y, **TOLERANCE, msg=lambda message, name=name: f"{name}: {message}")
     arguments = {"max_new_tokens": 6, "do_sample": False}
-    continued = model.generate(**inputs, past_key_values=cache, **arguments)
+    continued = model.generate(**inputs, **{CACHE_NAME: cache}, **arguments)
     assert torch.equal(continued, model.generate(**inputs, **arguments))
 
 
@@ -190,8 +191,8 @@ def bad_input() -> None:
     )
     refuses("given different inputs: rows", lambda context: model(tokens[: 1 + (rank == 0)]))
     refuses("`output_attentions=True` needs all tokens", lambda context: model(tokens, output_attentions=True))
-    cache = model(tokens).past_key_values
-    refuses("Leave `context_parallel` to go on", lambda context: model(tokens, past_key_values=cache))
+    cache = model(tokens)[CACHE_NAME]
+    refuses("Leave `context_parallel` to go on", lambda context: model(tokens, **{CACHE_NAME: cache}))
     refuses("Cut them with the whole batch", lambda context: model(tokens, labels=tokens))
     refuses("Pass their number", lambda context: model(tokens, labels=tokens, shift_labels=tokens))
     classifier = make_model(gma_hf.GMAForSequenceClassification, tiny_config("gated"))

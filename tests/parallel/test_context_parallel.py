@@ -10,10 +10,10 @@ import pytest
 
 import gma_hf
 
-from . import native_cases
+from . import converted_cases, native_cases
 
 
-MODULES = (native_cases,)
+MODULES = (native_cases, converted_cases)
 NAMES = [case.name for module in MODULES for case in module.CASES]
 
 
