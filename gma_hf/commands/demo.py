@@ -3,7 +3,7 @@
 The first minutes: train a small gated GMA language model on the source code of Python's standard library, which every
 machine has, evaluate it, let it write, reload it in a fresh process, and look at what its components specialised on.
 
-    gma-hf demo            # `make demo` builds the environment, too, and takes a quarter of the steps
+    gma-hf demo            # some minutes on two cores; `make demo` stops after 60 steps
 """
 
 import argparse
@@ -25,6 +25,7 @@ from ..modeling import GMAMixture
 from ..training import GMATrainer, GMATrainingArguments, PackedCollator, pack_documents, train_tokenizer
 from ..training.errors import TrainingInputError
 from ..training.metrics import language_model_metrics, token_statistics
+from ..training.progress import show_progress
 
 
 VOCAB_SIZE = 2048
@@ -211,6 +212,7 @@ def main(argv: list[str] | None = None) -> None:
         compute_metrics=language_model_metrics,
         preprocess_logits_for_metrics=token_statistics(shift_labels=True),
     )
+    show_progress(trainer)
     before = trainer.evaluate()["eval_perplexity"]
     trainer.train()
     after = trainer.evaluate()

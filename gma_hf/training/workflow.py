@@ -22,6 +22,7 @@ from .checkpoints import all_checkpoints, checkpoint_to_resume, expect_resumable
 from .errors import TrainingInputError, why_not_loaded
 from .files import resolve_files
 from .fingerprint import differences, fingerprint
+from .progress import show_progress
 from .run_folder import RunFolder, read_run
 from .text.tokenization import get_tokenizer
 from .trainer import GMATrainer, GMATrainingArguments
@@ -238,6 +239,7 @@ def train_and_report(
     if args.overwrite_output_dir and run.is_main and checkpoint is None:
         _delete_checkpoints(args.output_dir)
     run.begin()
+    show_progress(trainer)
     try:
         trained = trainer.train(resume_from_checkpoint=checkpoint)
     except KeyboardInterrupt as error:

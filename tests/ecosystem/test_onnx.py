@@ -37,6 +37,8 @@ MODELS = {
     "encoder with a window": lambda: native(gma_hf.GMAModel, preset="gated", is_causal=False, window_size=8),
     "converted encoder": lambda: converted("bert"),
     "converted encoder with a window": lambda: converted("bert", window_size=8),
+    "causal": lambda: native(gma_hf.GMAForCausalLM, preset="paper", num_hidden_layers=1),
+    "converted causal": lambda: converted("llama"),
 }
 
 
