@@ -74,24 +74,83 @@ def as_part_of_step(forward: Callable) -> Callable:
     Returns:
         `Callable`: the same `forward`, which takes `num_items_in_batch`, the number of labels of the step, besides.
     """
-    place = list(inspect.signature(forward).parameters).index("labels") - 1  # without `self`
+    place = place_of(forward, "labels")
 
     @functools.wraps(forward)
     def wrapper(self, *args, num_items_in_batch: torch.Tensor | int | None = None, **kwargs):
         outputs = forward(self, *args, **kwargs)
         labels = kwargs.get("labels", args[place] if len(args) > place else None)
-        if num_items_in_batch is None or labels is None:
+        if labels is None or (num_items_in_batch is None and not self.training):
             return outputs
         num_labels = count_labels(self, labels, kwargs.get("shift_labels"))
-        loss = outputs[0] * (num_labels / num_items_in_batch)
-        # The mean over no label is NaN
-        loss = torch.where(num_labels > 0, loss, torch.zeros_like(loss))
-        if isinstance(outputs, tuple):
-            return loss, *outputs[1:]
-        outputs["loss"] = loss
-        return outputs
+        loss = outputs[0]
+        if num_items_in_batch is not None:
+            loss = loss * (num_labels / at_least_one(num_items_in_batch))
+        return with_loss(outputs, zero_unless(num_labels > 0, loss))
 
     return wrapper
+
+
+def adds_nothing_without_labels(forward: Callable) -> Callable:
+    """
+    Make the loss of a batch without any label 0, with gradients of 0, when a head is trained. The mean over no label is NaN,
+    which one step would spread over all weights. In evaluation the mean stays NaN: a 0 would lower the mean over the batches.
+
+    Args:
+        forward (`Callable`): a `forward` with an argument `labels`, or with `start_positions` and `end_positions`, that divides by
+            `num_items_in_batch` itself where it is given.
+
+    Returns:
+        `Callable`: the same `forward`.
+    """
+    is_span = "labels" not in inspect.signature(forward).parameters
+    names = ("start_positions", "end_positions") if is_span else ("labels",)
+    places = [place_of(forward, name) for name in names]
+
+    @functools.wraps(forward)
+    def wrapper(self, *args, **kwargs):
+        num_items = kwargs.get("num_items_in_batch")
+        if num_items is not None:
+            kwargs["num_items_in_batch"] = at_least_one(num_items)
+        outputs = forward(self, *args, **kwargs)
+        given = [
+            kwargs.get(name, args[place] if len(args) > place else None)
+            for name, place in zip(names, places, strict=True)
+        ]
+        if any(x is None for x in given) or not self.training:
+            return outputs
+        if is_span:
+            # Positions behind the text are ignored, see `ForQuestionAnsweringLoss`
+            length = outputs[1].shape[1]
+            exists = torch.stack([(x < length).any() for x in given]).all()
+        else:
+            exists = count_labels(self, *given, kwargs.get("shift_labels")) > 0
+        return with_loss(outputs, zero_unless(exists, outputs[0]))
+
+    return wrapper
+
+
+def place_of(forward: Callable, name: str) -> int:
+    """Which of the positional arguments behind `self` a name is."""
+    return list(inspect.signature(forward).parameters).index(name) - 1
+
+
+def at_least_one(number: torch.Tensor | int) -> torch.Tensor | int:
+    """The number of labels of a step, as a divisor: a sum over no label is 0 already."""
+    return number.clamp(min=1) if isinstance(number, torch.Tensor) else max(number, 1)
+
+
+def zero_unless(exists: torch.Tensor, loss: torch.Tensor) -> torch.Tensor:
+    """The loss, or 0 with gradients of 0 if there is nothing that it is the mean of."""
+    return torch.where(exists.to(loss.device), loss, torch.zeros_like(loss))
+
+
+def with_loss(outputs: Any, loss: torch.Tensor) -> Any:
+    """The outputs of a head with another loss."""
+    if isinstance(outputs, tuple):
+        return loss, *outputs[1:]
+    outputs["loss"] = loss
+    return outputs
 
 
 def count_labels(model: Any, labels: torch.Tensor, shift_labels: torch.Tensor | None = None) -> torch.Tensor:
@@ -100,4 +159,6 @@ def count_labels(model: Any, labels: torch.Tensor, shift_labels: torch.Tensor | 
         labels = shift_labels
     elif LOSS_MAPPING.get(model.loss_type) is ForCausalLMLoss and not model.config.is_encoder_decoder:
         labels = labels[..., 1:]
+    if labels.is_floating_point():  # numbers to predict, none of which stands for nothing
+        return torch.tensor(labels.numel(), device=labels.device)
     return labels.ne(IGNORED_LABEL).sum()

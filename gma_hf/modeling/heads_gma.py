@@ -23,7 +23,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple, logging
 from ..cache_argument import CACHE_NAME, takes_cache, tells_wrappers
 from ..configuration import GMAConfig
 from .cache_gma import adopt_cache
-from .heads_common import GMAGenerationMixin, as_part_of_step
+from .heads_common import GMAGenerationMixin, adds_nothing_without_labels, as_part_of_step
 from .modeling_gma import GMAModel, GMAPreTrainedModel
 
 
@@ -73,6 +73,7 @@ class GMAForCausalLM(GMAGenerationMixin, GMAPreTrainedModel, GenerationMixin):
         return criteria
 
     @takes_cache
+    @adds_nothing_without_labels
     @can_return_tuple
     def forward(
         self,
@@ -151,6 +152,7 @@ class GMAForMaskedLM(GMAPreTrainedModel):
         # Initialize weights and apply final processing
         self.post_init()
 
+    @adds_nothing_without_labels
     @can_return_tuple
     def forward(
         self,
@@ -279,6 +281,8 @@ class GMAForTokenClassification(GenericForTokenClassification, GMAPreTrainedMode
 
 class GMAForQuestionAnswering(GenericForQuestionAnswering, GMAPreTrainedModel):
     """GMA extractive question answering: the first and last token of the answer."""
+
+    forward = adds_nothing_without_labels(GenericForQuestionAnswering.forward)
 
 
 __all__ = [

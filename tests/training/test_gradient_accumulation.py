@@ -131,12 +131,66 @@ def test_heads_of_converted_models(name, tmp_path):
     expect_the_same_update(model, rows_of(kind, is_image="pixel_values" == model.main_input_name), tmp_path)
 
 
-def test_a_batch_without_any_label_adds_nothing(tmp_path):
-    model = make_model(gma_hf.GMAForTokenClassification, tiny_config("gated", num_labels=3))
-    rows = rows_of("class of each token")
-    with_empty_row = [*rows[:3], {**rows[3], "labels": torch.full((LENGTH,), -100)}]
-    accumulated = gradient(model, with_empty_row, tmp_path, 1, 4)
-    torch.testing.assert_close(accumulated, gradient(model, rows[:3], tmp_path, 3, 1), rtol=1e-3, atol=1e-5)
+def without_labels(row: dict) -> dict:
+    """The row, its labels ignored, or its answer behind the end of the text."""
+    empty = {name: torch.full_like(x, -100) for name, x in row.items() if name == "labels"}
+    return row | empty | {name: torch.tensor(512) for name in row if name.endswith("_positions")}
+
+
+# Numbers, and rows of 0 and 1, have no value for "no label"
+IGNORABLE = [name for name, (kind, _) in NATIVE.items() if kind not in ("number", "rows of 0 and 1")]
+IGNORABLE_CONVERTED = [name for name, (kind, _) in CONVERTED.items() if kind != "rows of 0 and 1"]
+
+
+def head(name: str):
+    """A native or converted model, and four rows for it."""
+    if name in NATIVE:
+        kind, overrides = NATIVE[name]
+        return make_model(getattr(gma_hf, f"GMAFor{name}"), tiny_config("gated", **overrides)), rows_of(kind)
+    kind, arguments = CONVERTED[name]
+    model_class = getattr(transformers, name)
+    torch.manual_seed(0)
+    model = convert_to_gma(model_class(model_class.config_class(**arguments)), num_components=6)
+    return model, rows_of(kind, is_image="pixel_values" == model.main_input_name)
+
+
+@pytest.mark.parametrize("name", [*IGNORABLE, *IGNORABLE_CONVERTED])
+def test_a_batch_without_any_label_adds_nothing(name):
+    """Alone or as a part of a step that has no label at all; the mean over nothing, NaN, would spread over all weights."""
+    model, rows = head(name)
+    model.train()
+    empty = [without_labels(row) for row in rows]
+    batch = {name: torch.stack([row[name] for row in empty]) for name in rows[0]}
+    steps = [{}] if "labels" not in batch else [{}, {"num_items_in_batch": 0}, {"num_items_in_batch": torch.tensor(0)}]
+    for step in steps:
+        for options in ({}, {"return_dict": False}):
+            model.zero_grad()
+            loss = model(**batch, **step, **options)[0]
+            loss.backward()
+            assert loss.item() == 0.0
+            assert all(p.grad is None or not p.grad.any() for p in model.parameters())
+    # As a mean over batches has it: a 0 would flatter the model
+    assert model.eval()(**batch).loss.isnan()
+
+
+@pytest.mark.parametrize("name", ["TokenClassification", "QuestionAnswering", "CausalLM", "BertForQuestionAnswering"])
+def test_accumulation_passes_over_a_batch_without_labels(name, tmp_path):
+    model, rows = head(name)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    accumulated = gradient(model, [*rows[:3], without_labels(rows[3])], tmp_path, 1, 4)
+    # Without "labels" Trainer does not count, and divides by the number of batches
+    share = 1.0 if "labels" in rows[0] else 0.75
+    expected = share * gradient(model, rows[:3], tmp_path, 3, 1)
+    torch.testing.assert_close(accumulated, expected, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["CausalLM", "MaskedLM", "QuestionAnswering", "BertForMaskedLM"])
+def test_a_step_without_labels_changes_no_weight(name, tmp_path):
+    model, rows = head(name)
+    change = gradient(model, [without_labels(row) for row in rows], tmp_path, 2, 2)
+    assert not change.any()
 
 
 def test_a_head_keeps_its_signature_and_its_outputs():
@@ -146,6 +200,7 @@ def test_a_head_keeps_its_signature_and_its_outputs():
 
     wrapped = type("Wrapped", (Head,), {"forward": as_part_of_step(Head.forward)})()
     wrapped.loss_type, wrapped.config = "ForTokenClassification", AutoModel
+    wrapped.eval()
     labels = torch.tensor([2, 4])
     assert wrapped(None, labels)[0] == 3.0
     assert wrapped(None, labels, num_items_in_batch=4)[0] == 1.5

@@ -37,7 +37,7 @@ from ...compat import (
     share_processors,
     transformers_model_types,
 )
-from ...modeling.heads_common import GMAGenerationMixin, as_part_of_step
+from ...modeling.heads_common import GMAGenerationMixin, adds_nothing_without_labels, as_part_of_step
 from ...modeling.memory_parts import LACKING_BEFORE
 from ...parallel.heads import PartOfRow
 from ...remote_code import write_remote_code
@@ -237,6 +237,8 @@ def converted_model_class(
     if "labels" in names:
         # Many heads ignore `num_items_in_batch`, and some have no argument for it
         members |= {"forward": as_part_of_step(model_class.forward), "accepts_loss_kwargs": True}
+    elif "start_positions" in names and "end_positions" in names:
+        members["forward"] = adds_nothing_without_labels(model_class.forward)
     if CACHE_NAME == "cache" and CACHE_NAME in names:
         # Of a cache under each of two names, Transformers ignores one
         members["forward"] = takes_cache(members.get("forward", model_class.forward))
