@@ -15,8 +15,8 @@ import torch
 from ..analysis import analyze, write_report
 from ..analysis.loading import load_model, load_tokenizer, read_texts
 from ..training.arguments import parse_arguments
-from ..training.errors import TrainingInputError
 from ..training.fingerprint import fingerprint
+from ..training.options import check_options
 from ..training.run_folder import RunFolder
 from .running import expect_one_process
 
@@ -55,17 +55,7 @@ class AnalysisArguments:
     trust_remote_code: bool = field(default=False, metadata={"help": "Allow code from the model's repository to run."})
 
     def __post_init__(self):
-        smallest = {
-            "max_tokens": 0,
-            "block_size": 1,
-            "batch_size": 1,
-            "excerpt_length": 1,
-            "token": 0,
-            "num_shuffles": 0,
-        }
-        for name, least in {**smallest, "seed": 0}.items():
-            if getattr(self, name) is not None and getattr(self, name) < least:
-                raise TrainingInputError(f"--{name} is {getattr(self, name)}; it must be at least {least}.")
+        check_options(self, block_size=1, batch_size=1, excerpt_length=1)
 
 
 def main(argv: list[str] | None = None) -> None:

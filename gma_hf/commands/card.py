@@ -27,6 +27,7 @@ from ..training.cards.published_card import expect_made_here, results_of_row, wr
 from ..training.errors import TrainingInputError
 from ..training.files import write_json
 from ..training.intervals import evaluate_text
+from ..training.options import check_options
 from ..training.workflow import set_up_logging
 from .running import expect_one_process
 
@@ -53,6 +54,9 @@ class CardArguments:
         default="cuda" if torch.cuda.is_available() else "cpu", metadata={"help": "Where the model runs."}
     )
     bf16: bool = field(default=False, metadata={"help": "Compute in bfloat16 (autocast)."})
+
+    def __post_init__(self):
+        check_options(self, block_size=2, batch_size=1)
 
 
 def measure(card: Path, args: CardArguments) -> None:

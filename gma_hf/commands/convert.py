@@ -33,8 +33,8 @@ from ..conversion.distillation.recipe import (
 )
 from ..training.arguments import LanguageModelingArguments
 from ..training.cards.model_card import describe_command, describe_data, device_name, versions, without_folder
-from ..training.errors import TrainingInputError
 from ..training.files import write_json
+from ..training.options import check_options
 from ..training.run_folder import RunFolder
 from ..training.workflow import check_length, set_up_logging
 from .running import expect_one_process
@@ -73,8 +73,7 @@ class OutputArguments:
     disable_tqdm: bool = field(default=False, metadata={"help": "No progress bars."})
 
     def __post_init__(self):
-        if self.seed < 0:
-            raise TrainingInputError(f"--seed must not be negative, got {self.seed}.")
+        check_options(self)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -9,7 +9,6 @@ texts generated before and after. The same command goes on where an earlier run 
 command line, or from a JSON or YAML file that stands first; `--help` lists them.
 """
 
-import dataclasses
 import json
 import sys
 from dataclasses import dataclass, field
@@ -41,6 +40,7 @@ from ..training.arguments import LanguageModelingArguments
 from ..training.cards.model_card import describe_command, describe_data, device_name, versions, without_folder
 from ..training.errors import TrainingInputError
 from ..training.files import write_json
+from ..training.options import check_options
 from ..training.run_folder import RunFolder
 from ..training.workflow import check_length, set_up_logging
 
@@ -100,10 +100,7 @@ class RecipeArguments:
     sample_tokens: int = field(default=60, metadata={"help": "Tokens to generate for each; 0 for no samples."})
 
     def __post_init__(self):
-        for option in dataclasses.fields(self):
-            value = getattr(self, option.name)
-            if option.type in (int, float) and value < 0:
-                raise TrainingInputError(f"--{option.name} must not be negative, got {value}.")
+        check_options(self)
 
 
 def stages_of(args: GMADistillationArguments, recipe: RecipeArguments) -> list[GMADistillationArguments]:

@@ -15,6 +15,7 @@ from pathlib import Path
 from ..training import publishing
 from ..training.arguments import parse_arguments
 from ..training.errors import TrainingInputError
+from ..training.options import check_options
 from ..training.publishing import Assembly, assemble, check_repo_id, keep, read_card
 from .running import expect_one_process
 
@@ -39,6 +40,9 @@ class PublishingArguments:
         default=None, metadata={"help": "Branch to upload to, made if it is missing. Default: the main one."}
     )
     max_total_gb: float = field(default=100.0, metadata={"help": "Refuse to publish more than this."})
+
+    def __post_init__(self):
+        check_options(self)
 
 
 def describe(assembly: Assembly) -> str:

@@ -20,6 +20,7 @@ from .errors import raises_value_errors, refuse_misspelt
 
 POSITION_EMBEDDING_TYPES = ("learned", "rope", "none")
 PRIOR_INITS = ("uniform", "balanced")
+LARGEST_INTEGER = 2**63 - 1  # of PyTorch
 LAYER_TYPES = ("linear_attention", "full_attention")
 
 # Short convolution instead of positions, learned forgetting and write weight, un-normalised read, a norm per head and a gate.
@@ -255,6 +256,8 @@ class GMAConfig(PreTrainedConfig):
             value = getattr(self, field.name)
             if field.type in (float | int, float | int | None) and type(value) is int:
                 setattr(self, field.name, float(value))
+            elif type(value) is int and value > LARGEST_INTEGER:
+                raise ValueError(f"`{field.name}` must be at most {LARGEST_INTEGER}, got {value}.")
         # Before the derived values below divide by them
         for name in ("hidden_size", "num_attention_heads", "num_hidden_layers"):
             _check_positive(self, name)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 
+LARGEST_INTEGER = 2**63 - 1  # of PyTorch
 # Named choices of options. Beside each the perplexity of SmolLM2-135M on WikiText-103, of the original's 24.18, and the time of
 # the whole distillation on one H200 (docs/results.md): the choices trade quality for what has to be kept of the past.
 RECIPES: dict[str, dict[str, Any]] = {
@@ -178,7 +179,7 @@ def with_recipe(recipe: str | None, chooses_layers: bool, given: dict[str, Any])
     given = {name: value for name, value in given.items() if value is not None}
     if recipe is None:
         return given
-    if recipe not in RECIPES:
+    if not isinstance(recipe, str) or recipe not in RECIPES:
         raise ValueError(f"There is no recipe {recipe!r}. Choose one of {', '.join(map(repr, RECIPES))}.")
     options = dict(RECIPES[recipe])
     if chooses_layers:
@@ -251,6 +252,8 @@ def whole_number(name: str, value: Any, smallest: int, note: str = "") -> int:
     if whole < smallest:
         expected = "be positive" if smallest == 1 else "not be negative"
         raise ValueError(f"`{name}` must {expected}, got {value!r}.{f' {note}.' if note else ''}")
+    if whole > LARGEST_INTEGER:
+        raise ValueError(f"`{name}` must be at most {LARGEST_INTEGER}, got {value!r}.")
     return whole
 
 

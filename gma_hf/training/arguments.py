@@ -19,6 +19,7 @@ import yaml
 from transformers import HfArgumentParser
 
 from .errors import TrainingInputError
+from .options import check_options
 
 
 @dataclass
@@ -63,10 +64,15 @@ class ModelArguments:
         default=False, metadata={"help": "Allow code from the checkpoint's or the data set's repository to run."}
     )
 
+    def __post_init__(self):
+        check_options(self, tokenizer_vocab_size=1)
+
 
 @dataclass
 class DataArguments:
     """Which data: a data set of the hub, or local files."""
+
+    smallest = {}  # values of numbers that a subclass adds
 
     dataset_name: str | None = field(default=None, metadata={"help": "Data set on the hub, or a folder with one."})
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of that data set."})
@@ -105,18 +111,18 @@ class DataArguments:
         ]
         if self.dataset_name is not None and local:
             raise TrainingInputError(f"Give either --dataset_name or local files, not both ({', '.join(local)}).")
+        check_options(self, max_train_samples=1, max_eval_samples=1, preprocessing_num_workers=1, **self.smallest)
         if not 0.0 < self.validation_fraction < 1.0:
             raise TrainingInputError(
                 f"--validation_fraction must lie between 0 and 1, got {self.validation_fraction}."
             )
-        for name in ("max_train_samples", "max_eval_samples", "preprocessing_num_workers"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise TrainingInputError(f"--{name} must be at least 1, got {getattr(self, name)}.")
 
 
 @dataclass
 class LanguageModelingArguments(DataArguments):
     """Data of language modelling: text, cut into documents and packed into blocks."""
+
+    smallest = {"block_size": 2}
 
     block_size: int = field(default=1024, metadata={"help": "Tokens per block, the length the model trains on."})
     text_documents: Literal["file", "paragraph", "line"] = field(
@@ -130,11 +136,6 @@ class LanguageModelingArguments(DataArguments):
     isolate_documents: bool = field(
         default=False, metadata={"help": "Documents packed into one block do not see each other."}
     )
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.block_size < 2:
-            raise TrainingInputError(f"--block_size must be at least 2, got {self.block_size}.")
 
 
 @dataclass
@@ -163,16 +164,13 @@ class MaskedLanguageModelingArguments(LanguageModelingArguments):
 class ClassificationArguments(DataArguments):
     """Data of text classification: one text and one label a row."""
 
+    smallest = {"max_length": 1}
+
     label_column: str = field(default="label", metadata={"help": "Column that holds the class."})
     max_length: int = field(default=512, metadata={"help": "Tokens per text; longer texts are cut at the end."})
     allow_missing_labels: bool = field(
         default=False, metadata={"help": "Validation and test data may lack classes that the training data has."}
     )
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.max_length < 1:
-            raise TrainingInputError(f"--max_length must be at least 1, got {self.max_length}.")
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):

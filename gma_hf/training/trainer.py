@@ -6,7 +6,7 @@ A stock `transformers.Trainer` trains GMA models too: the mixtures get no weight
 
 import os
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import torch
@@ -19,19 +19,7 @@ from . import context
 from .callbacks import MixtureHealthCallback
 from .checkpoints import STATE_FILE, all_checkpoints, find_last_checkpoint
 from .errors import NonFiniteTrainingError, TrainingInputError
-
-
-# The least that numbers of `TrainingArguments` can be; Transformers accepts any
-SMALLEST = {
-    "learning_rate": 0,
-    "weight_decay": 0,
-    "max_grad_norm": 0,
-    "warmup_steps": 0,
-    "per_device_train_batch_size": 1,
-    "per_device_eval_batch_size": 1,
-    "gradient_accumulation_steps": 1,
-    "seed": 0,
-}
+from .options import check_options, check_training_numbers
 
 
 @dataclass
@@ -64,10 +52,10 @@ class GMATrainingArguments(TrainingArguments):
     )
 
     def __post_init__(self):
-        for name, least in SMALLEST.items():
-            value = getattr(self, name, None)
-            if isinstance(value, (int, float)) and not value >= least:
-                raise ValueError(f"`{name}` must be at least {least}, got {value}.")
+        check_training_numbers(self)
+        inherited = {option.name for option in fields(TrainingArguments)}
+        own = [option.name for option in fields(self) if option.name not in inherited]
+        check_options(self, own, mixture_health_steps=1, context_parallel_size=1)
         if self.max_steps == 0 or (self.max_steps < 0 and not self.num_train_epochs > 0):
             raise ValueError(
                 f"There is nothing to train: `max_steps` is {self.max_steps} and `num_train_epochs` {self.num_train_epochs}. "
@@ -84,18 +72,12 @@ class GMATrainingArguments(TrainingArguments):
                 "model of its own into one folder. Pass `use_cpu` (--use_cpu) to train with several processes on the CPU, or "
                 "start one process."
             )
-        if self.mixture_learning_rate is not None and self.mixture_learning_rate < 0:
-            raise ValueError(f"`mixture_learning_rate` must not be negative, got {self.mixture_learning_rate}.")
-        if self.context_parallel_size < 1:
-            raise ValueError(f"`context_parallel_size` must be at least 1, got {self.context_parallel_size}.")
         if self.context_parallel_size > 1 and self.world_size % self.context_parallel_size != 0:
             raise ValueError(
                 f"`context_parallel_size` is {self.context_parallel_size}, which does not divide the {self.world_size} "
                 f"processes that were started. Start a multiple of {self.context_parallel_size}, with `torchrun "
                 f"--nproc_per_node={self.context_parallel_size}` or `accelerate launch`."
             )
-        if self.mixture_health_steps is not None and self.mixture_health_steps < 1:
-            raise ValueError(f"`mixture_health_steps` must be at least 1, got {self.mixture_health_steps}.")
 
 
 class GMATrainer(Trainer):

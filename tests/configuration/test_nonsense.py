@@ -50,7 +50,7 @@ def test_the_epsilon_of_the_head_norm_is_one(value):
     refused("head_norm_eps", value, lambda **values: GMAConfig(normalize_read=False, **values))
 
 
-@pytest.mark.parametrize("value", [2.5, math.nan, "8", -3])
+@pytest.mark.parametrize("value", [2.5, math.nan, "8", -3, True, 2**63])
 @pytest.mark.parametrize("name", INTEGERS)
 def test_integers_are_integers_and_not_negative(name, value):
     refused(name, value)

@@ -28,13 +28,13 @@ VERBS = [verb for verb in gma_hf_command.VERBS if verb != "demo"]
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"learning_rate": -1e-3}, r"`learning_rate` must be at least 0, got -0\.001"),
-        ({"learning_rate": float("nan")}, "`learning_rate` must be at least 0, got nan"),
+        ({"learning_rate": -1e-3}, r"`learning_rate` must not be negative, got -0\.001"),
+        ({"learning_rate": float("nan")}, "`learning_rate` must be a finite number, got nan"),
         ({"per_device_train_batch_size": 0}, "`per_device_train_batch_size` must be at least 1, got 0"),
         ({"per_device_eval_batch_size": 0}, "`per_device_eval_batch_size` must be at least 1"),
         ({"gradient_accumulation_steps": 0}, "`gradient_accumulation_steps` must be at least 1"),
-        ({"seed": -1}, "`seed` must be at least 0, got -1"),
-        ({"weight_decay": -0.1}, "`weight_decay` must be at least 0"),
+        ({"seed": -1}, "`seed` must not be negative, got -1"),
+        ({"weight_decay": -0.1}, "`weight_decay` must not be negative"),
         ({"max_steps": 0}, "nothing to train"),
         ({"num_train_epochs": 0}, "nothing to train"),
     ],

@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..checkpoints.install import values_kept_on_error
-from ..config import whole_number
+from ..config import expect_bool, whole_number
 from ..runtime.layer import GMAConversion
 from .data import Reservoir, as_it_is, join_batches, model_batches, no_cache
 from .memory_weight import balance_memory, far_mass
@@ -136,7 +136,9 @@ def calibrate(
     sizes = {"max_tokens": max_tokens, "num_samples": num_samples, "evaluation_tokens": evaluation_tokens}
     for name, value in {**sizes, "batch_size": batch_size}.items():
         whole_number(name, value, 1)
-    whole_number("em_steps", em_steps, 0)
+    for name, value in {"em_steps": em_steps, "seed": seed}.items():
+        whole_number(name, value, 0)
+    expect_bool("progress", progress)
     parameters = [parameter for layer in layers.values() for parameter in layer.parameters()]
     names = {layer: name for name, layer in layers.items()}
     reservoirs = {

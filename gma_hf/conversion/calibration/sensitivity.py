@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..checkpoints.install import gma_layers, unchanged_on_error
+from ..config import expect_bool, whole_number
 from ..convert import convert_to_gma, revert_to_softmax
 from ..discovery import find_attention_layers
 from ..distillation.losses import kl_divergence, real_tokens
@@ -57,6 +58,8 @@ def rank_layers(
     """
     if iter(data) is data:
         raise ValueError("`data` can be gone through only once, and this needs it twice. Give a list or a data set.")
+    whole_number("max_tokens", max_tokens, 1)
+    expect_bool("progress", progress)
     candidates = find_attention_layers(model, conversion_options.get("example_inputs"))
     names = (layer.full_name for layer in candidates if layer.is_self_attention)
     indices = {name: index for index, name in enumerate(names)}

@@ -2,11 +2,12 @@
 """Arguments of one stage of a distillation."""
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 from torch import nn
 from transformers import TrainingArguments
 
+from ...training.options import check_options, check_training_numbers
 from ..calibration.teacher import expect_gma_layers
 
 
@@ -56,6 +57,9 @@ class GMADistillationArguments(TrainingArguments):
     embedding_pooling: str = field(default="mean", metadata={"help": "How they are made.", "choices": POOLINGS})
 
     def __post_init__(self):
+        check_training_numbers(self)
+        inherited = {option.name for option in fields(TrainingArguments)}
+        check_options(self, [option.name for option in fields(self) if option.name not in inherited])
         super().__post_init__()
         choices = {"stage": STAGES, "hidden_kind": HIDDEN_KINDS, "hidden_layers": ("all", "last")}
         choices["embedding_pooling"] = POOLINGS
@@ -64,15 +68,10 @@ class GMADistillationArguments(TrainingArguments):
                 raise ValueError(
                     f"`{name}` is {getattr(self, name)!r}; it must be one of {', '.join(map(repr, valid))}."
                 )
-        for name in ("logits_weight", "hidden_weight", "embedding_weight"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"`{name}` must not be negative, got {getattr(self, name)}.")
         if self.stage == "distillation" and not (self.logits_weight or self.hidden_weight or self.embedding_weight):
             raise ValueError("All weights are 0, so there is nothing to learn. Give `logits_weight`, for example.")
         if self.temperature <= 0:
             raise ValueError(f"`temperature` must be positive, got {self.temperature}.")
-        if self.gma_learning_rate is not None and self.gma_learning_rate < 0:
-            raise ValueError(f"`gma_learning_rate` must not be negative, got {self.gma_learning_rate}.")
         try:
             re.compile(self.trainable)
         except re.error as error:

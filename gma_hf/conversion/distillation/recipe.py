@@ -18,6 +18,7 @@ from ...training.arguments import LanguageModelingArguments, parse_arguments
 from ...training.errors import TrainingInputError, why_not_loaded
 from ...training.files import resolve_files
 from ...training.fingerprint import fingerprint
+from ...training.options import check_options
 from ...training.text.data import load_text_splits
 from ...training.text.packing import PackedCollator, pack_splits
 from ...training.workflow import limit
@@ -53,6 +54,9 @@ class SourceArguments:
     )
     revision: str = field(default="main", metadata={"help": "Branch, tag or commit of a model on the hub."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Allow code from the model's repository to run."})
+
+    def __post_init__(self):
+        check_options(self)
 
 
 @dataclass
@@ -107,6 +111,8 @@ class ConversionArguments:
     )
 
     def __post_init__(self):
+        least = {"keep_every": 2, "num_components": 1, "calibration_samples": 1, "ranking_tokens": 1}
+        check_options(self, calibration_batch_size=1, **least)
         if (self.keep is not None) != (self.layers == ["auto"]):
             raise TrainingInputError("--layers auto and --keep (how many layers stay softmax) go together.")
 
