@@ -5,8 +5,10 @@ import pytest
 import torch
 
 from gma_hf import GMAConfig, GMAForCausalLM, GMAForMaskedLM
+from gma_hf.ops.triton_support import INSTALLED
 from tests.conftest import make_model, tiny_config
 
+from .kernels import DEVICE
 from .problems import Problem
 
 
@@ -28,7 +30,14 @@ def padded(problem: Problem) -> dict[str, torch.Tensor]:
     return tensors
 
 
-@pytest.mark.parametrize("name", ["value", "key"])
+def of_real_tokens(results: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The results without what padding itself reads."""
+    is_real = torch.ones(results["output"].shape[:1] + results["output"].shape[2:3], dtype=torch.bool)
+    is_real[0, PADDING] = False
+    return results | {"output": results["output"].transpose(1, 2)[is_real]}
+
+
+@pytest.mark.parametrize("name", ["value", "key", "query"])
 @pytest.mark.parametrize("junk", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("features", FEATURES)
 @pytest.mark.parametrize("backend", ["reference", "chunked", "recurrent"])
@@ -41,8 +50,43 @@ def test_junk_at_padding_changes_no_bit(backend, features, junk, name):
     expected = problem.run(tensors, backend=backend)
     tensors[name][0, :, PADDING] = junk
     actual = problem.run(tensors, backend=backend)
+    if name == "query":
+        # What padding reads is its own; nobody else sees it
+        expected, actual = of_real_tokens(expected), of_real_tokens(actual)
     for result in expected:
         assert torch.equal(expected[result], actual[result]), result
+
+
+@pytest.mark.skipif(not INSTALLED or DEVICE != "cpu", reason="needs Triton's interpreter")
+@pytest.mark.parametrize("length", [1, 20])
+@pytest.mark.parametrize("features", ["normalised", "gated", "bidirectional"])
+def test_junk_at_padding_changes_no_bit_in_the_kernels(features, length):
+    """Nor any gradient but that of the padding's own weight, which is a constant 0 in every model."""
+    problem = Problem(weights=True, length=length, **FEATURES[features])
+
+    def results(junk: float) -> dict[str, torch.Tensor]:
+        tensors = {name: x.float() for name, x in padded(problem).items()}
+        if length == 1:
+            tensors["write_weight"][0] = 0.0
+        at = slice(0, 1) if length == 1 else PADDING
+        for name in ("query", "key", "value"):
+            tensors[name][0, :, at] = junk
+        leaves = {name: x.requires_grad_(length > 1) for name, x in tensors.items()}
+        outputs = problem.run(leaves, backend="triton")
+        if length == 1:
+            return {name: x[1:] if name == "output" else x for name, x in outputs.items()}
+        outputs = of_real_tokens(outputs)
+        grads = torch.autograd.grad(
+            outputs["output"].sin().sum(), leaves.values(), materialize_grads=True, allow_unused=True
+        )
+        named = {f"grad {name}": grad for name, grad in zip(leaves, grads, strict=True)}
+        named["grad write_weight"][0, :, PADDING] = 0.0
+        return outputs | named
+
+    expected = results(0.0)
+    for junk in (torch.nan, torch.inf):
+        for name, result in results(junk).items():
+            assert torch.equal(result, expected[name]), name
 
 
 @pytest.mark.parametrize("features", FEATURES)
@@ -104,3 +148,27 @@ def test_what_a_model_reads_at_padding_has_no_gradient(block, direction, side):
     model(inputs_embeds=embeds, attention_mask=mask, labels=labels).loss.backward()
     assert embeds.grad[1].abs().sum() > 0 and embeds.grad[0, mask[0].bool()].abs().sum() > 0
     assert not embeds.grad[0, at].any()
+
+
+@pytest.mark.parametrize("backend", ["auto", "triton"])
+@pytest.mark.parametrize("block", BLOCKS)
+def test_junk_at_padding_reaches_no_real_token_of_a_model(block, backend, monkeypatch):
+    """NaN and inf in the embeddings of padding, through attention, window and convolution, in PyTorch and in the kernels."""
+    if backend == "triton":
+        if not INSTALLED or DEVICE != "cpu":
+            pytest.skip("needs Triton's interpreter")
+        monkeypatch.setenv("GMA_HF_BACKEND", "triton")
+    model = make_model(GMAForCausalLM, tiny_config(block.split()[0], **{"num_hidden_layers": 2, **BLOCKS[block]}))
+    tokens = torch.randint(3, 90, (2, 12), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(tokens)
+    mask[0, :5] = 0
+    mask[1, 9:] = 0
+    embeds = model.get_input_embeddings()(tokens).detach()
+    with torch.no_grad():
+        expected = model(inputs_embeds=embeds, attention_mask=mask)
+        for junk in (torch.nan, torch.inf, -torch.inf):
+            spoilt = embeds.masked_fill(mask[..., None] == 0, junk)
+            actual = model(inputs_embeds=spoilt, attention_mask=mask)
+            assert torch.equal(actual.logits[mask == 1], expected.logits[mask == 1])
+            step = model(tokens[:, :1], past_key_values=actual.past_key_values).logits
+            assert step.isfinite().all()

@@ -54,8 +54,8 @@ def test_impossible_training_arguments(run_script, tiny_run, tmp_path, values, m
         ("distill", ["--transfer_steps=-3"], "--transfer_steps must not be negative, got -3"),
         ("distill", ["--lora_rank=-1"], "--lora_rank must not be negative"),
         ("convert_attention", ["--seed=-1"], "--seed must not be negative, got -1"),
-        ("analyze_responsibilities", ["--batch_size=0"], "--batch_size is 0; it must be at least 1"),
-        ("analyze_responsibilities", ["--max_tokens=-1"], "--max_tokens is -1; it must be at least 0"),
+        ("analyze_responsibilities", ["--batch_size=0"], "--batch_size must be at least 1, got 0"),
+        ("analyze_responsibilities", ["--max_tokens=-1"], "--max_tokens must not be negative, got -1"),
     ],
 )
 def test_impossible_numbers_of_other_commands(run_script, corpus, tmp_path, script, words, message):
