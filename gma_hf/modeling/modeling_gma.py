@@ -33,7 +33,7 @@ from .layout import (
     select_padding_mask,
 )
 from .memory_parts import LACKING_BEFORE, GMAMixture, GMAWindow
-from .saved_cache import expect_fingerprint
+from .saved_cache import expect_fingerprint, fingerprint_of
 from .short_convolution import GMAShortConvolution
 
 
@@ -258,16 +258,21 @@ class GMAModel(GMAPreTrainedModel):
         return BaseModelOutputWithPast(last_hidden_state=hidden_states, **{CACHE_NAME: cache})
 
     def _own(self, cache: Cache) -> None:
-        """Tell a cache which model fills it; a cache from a file must have been filled by the same weights."""
-        for layer in cache.layers:
-            if not isinstance(layer, GMACacheLayer) or layer.owner.model() is self:
-                continue
-            if layer.owner.fingerprint is not None:
-                expect_fingerprint(self, layer.owner.fingerprint, "The cache")
-                for other in cache.layers:
-                    if isinstance(other, GMACacheLayer):
-                        other.owner = Owner(self)
-                return
+        """
+        Tell a cache which model fills it. What a file or another model has filled must be of the same weights. After the model that
+        filled a cache was deleted, or the cache was pickled, nobody knows.
+        """
+        layers = [
+            layer for layer in cache.layers if isinstance(layer, GMACacheLayer) and layer.owner.model() is not self
+        ]
+        if not layers:
+            return
+        owner, fingerprint = layers[0].owner.model(), layers[0].owner.fingerprint
+        if fingerprint is None and owner is not None and layers[0].has_seen_tokens:
+            fingerprint = fingerprint_of(owner)
+        if fingerprint is not None:
+            expect_fingerprint(self, fingerprint, "The cache")
+        for layer in layers:
             layer.owner = Owner(self)
 
     def _softmax_mask(

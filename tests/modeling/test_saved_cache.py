@@ -1,13 +1,14 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
 """A cache in a file belongs to the model that wrote it: every other model, and every damaged file, is refused by name."""
 
+import copy
 import pickle
 
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
 import gma_hf
 from gma_hf.cache_argument import CACHE_NAME
@@ -110,6 +111,27 @@ def test_files_that_are_no_cache_are_refused_by_name(model, path, tmp_path):
             gma_hf.load_cache(tmp_path / f"{name}.safetensors", model.config)
     with pytest.raises(FileNotFoundError, match="none"):
         gma_hf.load_cache(tmp_path / "none.safetensors", model.config)
+
+
+@torch.no_grad()
+def test_another_model_of_the_same_shapes_is_refused_in_memory_too(model, block, tokens):
+    other = make_model(gma_hf.GMAForCausalLM, tiny_config(block), seed=1)
+    cache = model(tokens[:, :12], use_cache=True)[CACHE_NAME]
+    for filled in (cache, copy.deepcopy(cache)):
+        with pytest.raises(ValueError, match="The cache does not fit the model: other weights"):
+            other(tokens[:, 12:], **{CACHE_NAME: filled})
+    # A copy of the model has the same weights, whoever filled the cache
+    logits = copy.deepcopy(model)(tokens[:, 12:], **{CACHE_NAME: cache}).logits
+    torch.testing.assert_close(logits, model(tokens).logits[:, 12:], **CLOSE)
+
+
+def test_a_static_cache_serves_another_model_after_its_reset(model, block, tokens):
+    other = make_model(gma_hf.GMAForCausalLM, tiny_config(block), seed=1)
+    cache = StaticCache(config=model.config, max_cache_len=64)
+    expected = other(tokens).logits
+    model(tokens[:, :12], **{CACHE_NAME: cache})
+    cache.reset()
+    torch.testing.assert_close(other(tokens, **{CACHE_NAME: cache}).logits, expected, **CLOSE)
 
 
 def test_a_cache_whose_model_is_unknown_asks_for_the_model(model, tokens, tmp_path):
