@@ -348,9 +348,10 @@ def _table(
     headers = "".join(
         f'<th scope="col"{TEXT if index in text_columns else ""}>{title}</th>' for index, title in enumerate(head)
     )
+    is_wide = len(head) > 4 and not reflows
     body = "".join(f"<tr>{''.join(cells)}</tr>\n" for cells in rows)
     return (
-        f'{"" if reflows else SCROLL_HINT}<div class="scroll" role="region" tabindex="0" aria-label="{escape(caption)}">'
+        f'{SCROLL_HINT if is_wide else ""}<div class="scroll" role="region" tabindex="0" aria-label="{escape(caption)}">'
         f"<table{REFLOW if reflows else ''}><caption>{escape(caption)}"
         f"</caption><thead><tr>{headers}</tr></thead>\n<tbody>{body}</tbody></table></div>"
     )
