@@ -241,7 +241,8 @@ def expect_whole_sequences() -> None:
     if sequences_are_sharded():
         raise ValueError(
             "Context parallelism and sequence parallelism cut every sequence over processes, and the memory of a GMA layer "
-            "would start anew in each of them. Set `cp_size` and `sp_size` to 1; use data, tensor or pipeline parallelism."
+            "would start anew in each of them. Set `cp_size` and `sp_size` to 1. To share sequences among processes use "
+            "`context_parallel_size` of `GMATrainer`, or `gma_hf.context_parallel()` in a training loop of your own."
         )
 
 

@@ -23,6 +23,18 @@ class ProcessLostError(RuntimeError):
     """Another process of the group has stopped, or does not answer."""
 
 
+LOST = (
+    "Another process has stopped or does not answer, so that this process cannot go on. Look for the first error among the outputs "
+    "of all processes. Start all processes again; a training goes on from its last checkpoint with --resume_from_checkpoint. This "
+    "process reports: "
+)
+
+
+def is_lost(error: BaseException) -> bool:
+    """Whether an error says that another process does not answer. Gloo has no class of its own for such errors."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+
+
 def call_collective(function: Callable, *args: Any, **kwargs: Any) -> Any:
     """
     Call a function of `torch.distributed`.
@@ -33,11 +45,9 @@ def call_collective(function: Callable, *args: Any, **kwargs: Any) -> Any:
     try:
         return function(*args, **kwargs)
     except RuntimeError as error:
-        raise ProcessLostError(
-            "A process of the context-parallel group has stopped or does not answer, so that this process cannot go on. Look for "
-            "the first error among the outputs of all processes. Start all processes again; a training goes on from its last "
-            f"checkpoint with --resume_from_checkpoint. This process reports: {error}"
-        ) from error
+        if not is_lost(error):
+            raise
+        raise ProcessLostError(f"{LOST}{error}") from error
 
 
 class Gather(torch.autograd.Function):

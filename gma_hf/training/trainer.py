@@ -14,6 +14,7 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 
 from ..modeling import GMAMixture
+from ..parallel.collectives import LOST, ProcessLostError, is_lost
 from ..parallel.context import ContextParallel
 from . import context
 from .callbacks import MixtureHealthCallback
@@ -180,11 +181,13 @@ class GMATrainer(Trainer):
         before = set(all_checkpoints(self.args.output_dir))
         try:
             return super().train(*args, **kwargs)
-        except BaseException:
+        except BaseException as error:
             if self.args.should_save:
                 for folder in set(all_checkpoints(self.args.output_dir)) - before:
                     if not (folder / STATE_FILE).is_file():
                         shutil.rmtree(folder, ignore_errors=True)
+            if self.args.world_size > 1 and is_lost(error):
+                raise ProcessLostError(f"{self._last_good_checkpoint()} {LOST}{error}") from error
             raise
 
     def _last_good_checkpoint(self) -> str:
