@@ -42,6 +42,13 @@ def agrees(kind: str, row: str) -> None:
     compare(model_of(kind), rows(row), tolerance=TOLERANCE)
 
 
+def few_labels() -> None:
+    """Only the first process has labels."""
+    batch = rows("plain")
+    batch["labels"][:, 4:] = -100
+    compare(model_of("llama"), batch, tolerance=TOLERANCE)
+
+
 def prefills(kind: str) -> None:
     model, inputs = model_of(kind), {"input_ids": rows("plain")["input_ids"]}
     cache = ContextParallel().prefill(model, **inputs)
@@ -77,4 +84,4 @@ CASES += [Case(f"bert with a window of {size}, {row}", partial(encodes, size, ro
 CASES += [
     Case(f"prefill: {kind}", partial(prefills, kind)) for kind in ("llama with a window", "llama with a softmax layer")
 ]
-CASES += [Case("bad input of converted models", bad_input)]
+CASES += [Case("labels in one part", few_labels), Case("bad input of converted models", bad_input)]

@@ -1,0 +1,193 @@
+# Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
+"""Training speed of a language model on several devices: tokens a second, bytes sent, peak memory.
+
+    torchrun --nproc_per_node=4 benchmarks/parallel/scaling.py --mode context --length 262144
+    torchrun --nproc_per_node=4 benchmarks/parallel/scaling.py --mode ddp --length 4096 --rows 8
+    python benchmarks/parallel/scaling.py --table --output scaling.json
+
+12 layers of width 768 with 12 heads and 64 components, the gated preset; bfloat16 autocast, fused AdamW, gradient checkpointing
+with `--checkpointing`. `--rows` is the number of rows of a step: in the mode `context` all processes share each row, in the others
+the rows are spread over the processes. Strong scaling keeps rows and length while the number of processes grows, weak scaling
+grows one of them with it. `--layers softmax` has softmax layers instead, which gather keys and values in the mode `context`.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # so that `benchmarks` can be imported
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from benchmarks.lib.results import Results, add_output_options, device_name, output_path, stored
+from gma_hf import GMAConfig, GMAForCausalLM, context_parallel
+from gma_hf.parallel import collectives
+
+
+MODES = ("one", "ddp", "fsdp2", "context")
+SIZES = {
+    "hidden_size": 768,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "num_components": 64,
+    "vocab_size": 8192,
+}
+SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_components": 4, "vocab_size": 256}
+WARMUP_STEPS, STEPS = 2, 5
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--mode", choices=MODES, default="context")
+    parser.add_argument("--length", type=int, default=262144, help="tokens of a row")
+    parser.add_argument("--rows", type=int, default=1, help="rows of a step, of all processes together")
+    parser.add_argument("--layers", choices=("gma", "softmax"), default="gma")
+    parser.add_argument("--checkpointing", action="store_true", help="compute activations again in the backward pass")
+    parser.add_argument("--small", action="store_true", help="a tiny model, to see whether the benchmark runs")
+    add_output_options(parser, "parallel_*")
+    return parser.parse_args(argv)
+
+
+def build(options: argparse.Namespace, device: torch.device) -> nn.Module:
+    sizes = SMALL if options.small else SIZES
+    layer_types = ["full_attention" if options.layers == "softmax" else "linear_attention"] * sizes[
+        "num_hidden_layers"
+    ]
+    config = GMAConfig.from_preset("gated", **sizes, layer_types=layer_types, max_position_embeddings=options.length)
+    torch.manual_seed(0)
+    model = GMAForCausalLM(config).to(device).train()
+    if options.checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model
+
+
+class CountedBytes:
+    """Counts what this process hands to the collectives of context parallelism."""
+
+    def __init__(self):
+        self.total, self.function = 0, collectives.call_collective
+
+    def __call__(self, function, output, *args, **kwargs):
+        self.total += sum(x.nbytes for x in args if isinstance(x, torch.Tensor)) or getattr(output, "nbytes", 0)
+        return self.function(function, output, *args, **kwargs)
+
+
+def measure(options: argparse.Namespace) -> dict:
+    """A row of the results, measured by all processes."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    device = (
+        torch.device("cuda", rank % torch.cuda.device_count()) if torch.cuda.is_available() else torch.device("cpu")
+    )
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if options.mode == "one" and size > 1:
+        raise SystemExit("error: --mode one measures one process; start one.")
+    is_shared = options.mode == "context"
+    if not is_shared and options.rows % size != 0:
+        raise SystemExit(
+            f"error: {options.rows} rows cannot be spread over {size} processes. Choose a multiple as --rows."
+        )
+    model = build(options, device)
+    gradient_bytes = sum(x.nbytes for x in model.parameters())
+    step_model: nn.Module = model
+    if options.mode == "ddp":
+        step_model = nn.parallel.DistributedDataParallel(
+            model, device_ids=[device.index] if device.type == "cuda" else None
+        )
+    elif options.mode == "fsdp2":
+        from torch.distributed.fsdp import fully_shard
+
+        for layer in model.model.layers:
+            fully_shard(layer)
+        fully_shard(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    generator = torch.Generator().manual_seed(0 if is_shared else rank)
+    shape = (options.rows if is_shared else options.rows // size, options.length)
+    tokens = torch.randint(model.config.vocab_size, shape, generator=generator).to(device)
+    counted = CountedBytes()
+    collectives.call_collective = counted
+
+    def step() -> float:
+        with context_parallel() if is_shared else nullcontext() as context:
+            batch = {"input_ids": tokens, "labels": tokens}
+            if is_shared:
+                batch = context.split(batch)
+            with torch.autocast(device.type, torch.bfloat16):
+                loss = step_model(**batch, use_cache=False).loss
+            loss.backward()
+        if is_shared:
+            context.sum_gradients(model)
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.detach().item()  # waits for the device
+
+    try:
+        for _ in range(WARMUP_STEPS):
+            step()
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        counted.total, times = 0, []
+        for _ in range(STEPS):
+            dist.barrier()
+            start = time.perf_counter()
+            step()
+            times.append(time.perf_counter() - start)
+    finally:
+        collectives.call_collective = counted.function
+    seconds = statistics.median(times)
+    row = {
+        "seconds": seconds,
+        "tokens_per_second": options.rows * options.length / seconds,
+        "gradient_bytes": gradient_bytes if size > 1 else 0,
+        "sequence_bytes": counted.total / STEPS,  # of this process, activations and their gradients
+        "peak_bytes": torch.cuda.max_memory_allocated() if device.type == "cuda" else None,
+    }
+    return row
+
+
+def main(argv: list[str] | None = None) -> None:
+    options = parse(argv)
+    if options.table:
+        for path in stored(options):
+            print_table(Results.of(json.loads(path.read_text())))
+        return
+    if "RANK" not in os.environ:
+        os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511"}
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    try:
+        row = measure(options)
+        if dist.get_rank() == 0:
+            key = {
+                "mode": options.mode, "processes": dist.get_world_size(), "layers": options.layers, "length": options.length,
+                "rows": options.rows, "checkpointing": options.checkpointing,
+            }  # fmt: skip
+            setting = {"sizes": SMALL if options.small else SIZES, "steps": STEPS, "device": device_name()}
+            results = Results(output_path(options), "training on several devices", setting)
+            results.measure(key, lambda: row)
+            print_table(results)
+    finally:
+        dist.destroy_process_group()
+
+
+def print_table(results: Results) -> None:
+    """A line for every measurement."""
+    print("| mode | layers | processes | rows x length | tokens a second | sent for sequences, MB | peak memory, GB |")
+    print("|---|---|---|---|---|---|---|")
+    for row in results.rows.values():
+        memory = "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e9:.2f}"
+        print(
+            f"| {row['mode']} | {row['layers']} | {row['processes']} | {row['rows']} x {row['length']} | "
+            f"{row['tokens_per_second']:,.0f} | {row['sequence_bytes'] / 1e6:.2f} | {memory} |"
+        )
+
+
+if __name__ == "__main__":
+    main()
