@@ -182,6 +182,24 @@ def test_a_tokenizer_with_code_of_its_own_is_refused(trained, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("file", "entry"),
+    [
+        ("config.json", {"custom_pipelines": {"x": {"impl": "other/repository--pipeline.Pipeline"}}}),
+        ("config.json", {"attn_implementation": "other/repository"}),
+        ("config.json", {"_attn_implementation": {"text_config": "other/repository:function"}}),
+        ("config.json", {"text_config": {"auto_map": {"AutoModel": "other/repository--model.Model"}}}),
+        ("generation_config.json", {"auto_map": {"AutoModel": "model.Model"}}),
+    ],
+)
+def test_a_configuration_that_names_code_of_others_is_refused(trained, tmp_path, file, entry):
+    path = trained / file
+    path.write_text(json.dumps(json.loads(path.read_text()) | entry))
+    with pytest.raises(TrainingInputError, match=f"{file} names code of its own"):
+        assemble(trained, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("name", ["LICENSE", "README.md", "model.safetensors"])
 def test_a_link_that_leaves_the_folder_is_refused(trained, tmp_path, name):
     secret = tmp_path / "secret"

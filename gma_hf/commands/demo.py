@@ -38,7 +38,7 @@ RELOAD = """
 import sys, torch, gma_hf
 from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
-tokens, expected = torch.load(sys.argv[2])
+tokens, expected = torch.load(sys.argv[2], weights_only=True)
 with torch.no_grad():
     logits = model(tokens).logits
 assert torch.equal(logits, expected), "the logits differ"

@@ -16,6 +16,7 @@ import tempfile
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import HfApi, ModelCard
@@ -367,19 +368,41 @@ def _check_sizes(files: dict[str, Path], max_total_gb: float) -> None:
 
 
 def _check_names_no_code(chosen: dict[str, Path]) -> None:
-    """Refuse files beside the model's configuration that make others run code which is not published."""
+    """Refuse configurations that make others run code which is not published, that of another repository above all."""
     for name, path in chosen.items():
-        if not fnmatch(name, "*config.json") or name == "config.json":
+        if not fnmatch(name, "*config.json"):
             continue
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise TrainingInputError(f"{path} is no JSON: {error}.") from error
-        if isinstance(values, dict) and values.get("auto_map"):
+        if name == "config.json" and isinstance(values, dict):
+            # Written anew, see `_write_remote_code`
+            values.pop("auto_map", None)
+        code = _named_code(values)
+        if code is not None:
             raise TrainingInputError(
-                f"{name} names code of its own (auto_map: {values['auto_map']}), which is not published. Save the tokenizer or "
-                "processor with a class of Transformers."
+                f"{name} names code of its own ({code}), which is not published. Take the entry out; save a tokenizer or processor "
+                "with a class of Transformers."
             )
+
+
+def _named_code(values: Any) -> str | None:
+    """The first entry of a configuration, however deep, by which Transformers would run code from a repository."""
+    if isinstance(values, list):
+        return next((code for code in map(_named_code, values) if code is not None), None)
+    if not isinstance(values, dict):
+        return None
+    for key, value in values.items():
+        is_code = key in ("auto_map", "custom_pipelines") and value
+        # The name of a repository with compiled kernels
+        is_code = is_code or (key.strip("_").startswith("attn_implementation") and "/" in json.dumps(value))
+        if is_code:
+            return f"{key}: {value}"
+        inner = _named_code(value)
+        if inner is not None:
+            return inner
+    return None
 
 
 def _write_remote_code(source: Path, target: Path, left_behind: dict[str, str]) -> None:
@@ -440,4 +463,4 @@ def _observe(folders: list[Path], imports_gma_hf: bool, work: str) -> list[dict[
     if result.returncode != 0:
         lines = result.stderr.strip().splitlines() or ["no message"]
         raise TrainingInputError(f"{folders[-1]} does not load in a fresh process: {lines[-1]}")
-    return torch.load(output)
+    return torch.load(output, weights_only=True)
