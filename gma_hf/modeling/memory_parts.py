@@ -34,19 +34,15 @@ arXiv:2309.17453); in a memory they would thin out as the text grows. The first 
 """
 
 import math
-import os
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import initialization as init
-from transformers.utils import is_tracing
 
-from ..ops import gaussian_mixture_affinity, gaussian_mixture_attention, gaussian_mixture_responsibilities
-from ..ops.attention.mixture import mixture_coefficients
-from ..ops.attention.recurrent import step, step_coefficients
-from ..ops.dispatch import ENVIRONMENT_VARIABLE
-from ..ops.window.functional import EMPTY, LOG_NOTHING, SinkTokens, accumulation_dtype, attend_step, window_softmax
+from ..ops.attention.call import AttentionCall
+from ..ops.attention.functional import attend, gaussian_mixture_affinity, gaussian_mixture_responsibilities
+from ..ops.window.functional import EMPTY, LOG_NOTHING, SinkTokens, attend_step, window_softmax
 
 
 # Of checkpoints from before there was a `memory_dilution`, which lack it: it starts at the 0 that they mean
@@ -112,38 +108,49 @@ class GMAMixture(nn.Module):
         value: torch.Tensor,
         *,
         eps: float | None = None,
+        sequence_ids: Tensor | None = None,
+        backend: str = "auto",
         kept: Any = None,
         writes_all: bool = False,
         **kwargs,
     ):
         """
-        Gaussian mixture attention, see [`gaussian_mixture_attention`] for shapes and further arguments; `eps` is the
-        mixture's own if it is not given, `kept` a [`KeptValues`] for what a decoding step needs of the parameters, `writes_all` whether no write weight of the
-        step is zero. A forward
-        pre-hook on this module sees the queries and keys exactly as they are routed.
+        Gaussian mixture attention.
+
+        Args:
+            query, key, value: as in [`gaussian_mixture_attention`]. A forward pre-hook on this module sees queries and keys exactly
+                as they are routed.
+            eps (`float`, *optional*): added to the normaliser of the read; by default the mixture's own.
+            sequence_ids (`torch.Tensor`, *optional*), backend (`str`, *optional*): as in [`gaussian_mixture_attention`].
+            kept ([`KeptValues`], *optional*): keeps what a decoding step needs of the parameters.
+            writes_all (`bool`, *optional*, defaults to `False`): whether no write weight is zero.
+            kwargs: further arguments of [`gaussian_mixture_attention`].
+
+        Returns:
+            As [`gaussian_mixture_attention`].
         """
-        eps = self.eps if eps is None else eps
-        if kept is not None and is_step_on_cpu(query, kwargs):
-            return self._step(query, key, value, eps, kept, writes_all, **kwargs)
-        return gaussian_mixture_attention(
+        call = AttentionCall(
             query,
             key,
             value,
             self.means,
             self.raw_variances,
             self.prior_logits,
-            eps=eps,
+            eps=self.eps if eps is None else eps,
             variance_floor=self.variance_floor,
             correlate=self.correlate,
+            kept=kept,
+            writes_all=writes_all,
             **kwargs,
         )
+        return attend(call, sequence_ids, backend)
 
     def write(
         self, key: torch.Tensor, value: torch.Tensor, write_weight: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """S and z that tokens write into an empty memory which forgets nothing."""
         no_query = key.new_zeros(key.shape[0], self.means.shape[0], 1, key.shape[3])
-        _, state = gaussian_mixture_attention(
+        call = AttentionCall(
             no_query,
             key,
             value,
@@ -157,40 +164,7 @@ class GMAMixture(nn.Module):
             correlate=self.correlate,
             output_final_state=True,
         )
-        return state
-
-    def _step(self, query, key, value, eps, kept, writes_all, *, initial_state, output_normalizer=False, **kwargs):
-        """The same for one token that goes on from a state, with as few operations as possible."""
-        dtype = accumulation_dtype(query, value)
-
-        def compute(means, raw_variances, prior_logits):
-            return step_coefficients(
-                mixture_coefficients(means, raw_variances, prior_logits, self.variance_floor, dtype)
-            )
-
-        S, z = initial_state
-        shape = (query.shape[0], *self.means.shape[:2], value.shape[3])
-        if S.shape != shape:
-            raise ValueError(
-                f"initial_state S has shape {list(S.shape)}, expected [batch, mixtures, components, value_dim] = {list(shape)}. "
-                "Was it written by another model?"
-            )
-        parameters = (self.means, self.raw_variances, self.prior_logits)
-        output, state, normalizer = step(
-            query,
-            key,
-            value,
-            kept.get(f"mixture in {dtype}", parameters, compute),
-            state=(S.to(dtype), z.to(dtype)),
-            normalize=kwargs.get("normalize", True),
-            write_weight=kwargs.get("write_weight"),
-            log_decay=kwargs.get("log_decay"),
-            eps=eps,
-            output_normalizer=output_normalizer,
-            correlate=self.correlate,
-            writes_all=writes_all,
-        )
-        return (output, normalizer, state) if output_normalizer else (output, state)
+        return attend(call)[1]
 
     def affinity(self, query: torch.Tensor, key: torch.Tensor, **kwargs) -> torch.Tensor:
         """The matrix that the attention implies, `(batch, heads, query_length, key_length)`: quadratic, to look at."""
@@ -215,16 +189,6 @@ class GMAMixture(nn.Module):
     def extra_repr(self) -> str:
         num_heads, num_components, routing_dim = self.means.shape
         return f"num_heads={num_heads}, num_components={num_components}, routing_dim={routing_dim}"
-
-
-def is_step_on_cpu(query: torch.Tensor, arguments: dict[str, Any]) -> bool:
-    """Whether a call is one token that goes on from a state, without gradients, where no kernel does better."""
-    if query.shape[2] != 1 or query.device.type != "cpu" or torch.is_grad_enabled() or is_tracing(query):
-        return False
-    if os.environ.get(ENVIRONMENT_VARIABLE, "auto") not in ("", "auto", "recurrent"):
-        return False
-    known = arguments.get("initial_state") is not None and arguments.get("output_final_state", False)
-    return known and arguments.get("sequence_ids") is None
 
 
 class GMAWindow(nn.Module):

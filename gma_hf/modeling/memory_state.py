@@ -5,7 +5,7 @@ window and its memory, and out of it: joined with what was remembered, shifted b
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -57,7 +57,7 @@ class KeptValues:
     def __init__(self):
         self._values = {}
 
-    def get(self, name: str, parameters: tuple[nn.Parameter, ...], compute: Callable[..., tuple[Tensor, ...]]):
+    def get(self, name: Any, parameters: tuple[nn.Parameter, ...], compute: Callable[..., tuple[Tensor, ...]]):
         """`compute(*parameters)`, or what it was last time. Under autograd, and in compiled graphs, it is always computed."""
         if torch.is_grad_enabled() or is_tracing():
             return compute(*parameters)
@@ -73,7 +73,7 @@ class KeptValues:
         return known[2]
 
     @property
-    def names(self) -> list[str]:
+    def names(self) -> list:
         """What is kept."""
         return list(self._values)
 

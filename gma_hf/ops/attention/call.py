@@ -5,7 +5,7 @@ and combinations only, never values, so that calls can be compiled.
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -47,13 +47,20 @@ class AttentionCall(NamedTuple):
     output_final_state: bool = False
     output_normalizer: bool = False  # only where the read is normalised
     correlate: bool = False  # rho instead of gamma, where the read is not normalised
+    writes_all: bool = (
+        False  # no write weight is 0, so that no value has to be looked at: it is known, or all weights are 1
+    )
+    kept: Any = (
+        None  # keeps what depends on the mixture alone between decoding steps: `get(name, parameters, compute)`
+    )
     strict: bool = False  # position i reads j < i instead of j <= i; only in causal calls with log_decay
 
     @property
     def state_dtype(self) -> torch.dtype:
         """Precision of logits, responsibilities and state: float32, or float64 when an input has it."""
-        dtype = torch.promote_types(self.query.dtype, self.key.dtype)
-        return torch.promote_types(torch.promote_types(dtype, self.value.dtype), torch.float32)
+        # Not by `torch.promote_types`, which is a call into PyTorch of its own
+        is_double = torch.float64 in (self.query.dtype, self.key.dtype, self.value.dtype)
+        return torch.float64 if is_double else torch.float32
 
     @property
     def needs_gradients(self) -> bool:
@@ -85,10 +92,10 @@ class AttentionResult(NamedTuple):
 # Messages are formatted only when they are raised: formatting a size would fix it to a constant in a compiled graph.
 
 
-def expect_shape(name: str, x: Tensor, layout: str, *sizes: int) -> None:
+def expect_shape(name: str, x: Tensor, layout: str, *sizes: int, advice: str = "") -> None:
     """`x` has the sizes, which `layout` names."""
     if x.shape != sizes:
-        raise ValueError(f"{name} has shape {list(x.shape)}, expected {layout} = {list(sizes)}.")
+        raise ValueError(f"{name} has shape {list(x.shape)}, expected {layout} = {list(sizes)}. {advice}".rstrip())
 
 
 def expect_floating(name: str, x: Tensor) -> None:
@@ -174,8 +181,11 @@ def validate_call(call: AttentionCall, sequence_ids: Tensor | None) -> None:
         S, z = call.initial_state
         layout = "[batch, mixtures, components"
         tensors |= {"initial_state S": S, "initial_state z": z}
-        expect_shape("initial_state S", S, f"{layout}, value_dim]", batch, mixtures, components, value.shape[3])
-        expect_shape("initial_state z", z, f"{layout}]", batch, mixtures, components)
+        another = "Was it written by another model?"
+        expect_shape(
+            "initial_state S", S, f"{layout}, value_dim]", batch, mixtures, components, value.shape[3], advice=another
+        )
+        expect_shape("initial_state z", z, f"{layout}]", batch, mixtures, components, advice=another)
     expect_one_device(tensors.items())
     validate_mode(call, sequence_ids)
 

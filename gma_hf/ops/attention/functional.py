@@ -98,12 +98,12 @@ def gaussian_mixture_attention(
         ValueError: a shape or combination of arguments does not fit, or the named backend cannot run the call.
     """
     call = AttentionCall(
-        query=query,
-        key=key,
-        value=value,
-        means=means,
-        raw_variances=raw_variances,
-        prior_logits=prior_logits,
+        query,
+        key,
+        value,
+        means,
+        raw_variances,
+        prior_logits,
         causal=causal,
         write_weight=write_weight,
         log_decay=log_decay,
@@ -115,21 +115,40 @@ def gaussian_mixture_attention(
         output_normalizer=output_normalizer,
         correlate=correlate,
     )
+    return attend(call, sequence_ids, backend)
+
+
+def attend(
+    call: AttentionCall, sequence_ids: Tensor | None = None, backend: str = "auto"
+) -> Tensor | tuple[Tensor, State] | tuple[Tensor, Tensor] | tuple[Tensor, Tensor, State]:
+    """
+    Check a call, and have it computed: [`gaussian_mixture_attention`] for callers that keep something between calls.
+
+    Args:
+        call (`AttentionCall`): the call, not checked yet.
+        sequence_ids, backend: as in [`gaussian_mixture_attention`].
+
+    Returns:
+        As [`gaussian_mixture_attention`].
+
+    Raises:
+        ValueError: a shape or combination of arguments does not fit, or the named backend cannot run the call.
+    """
     validate_call(call, sequence_ids)
     call = with_mixture_heads(call)
-    with without_autocast(query.device.type):
-        if sequence_ids is not None and not causal:
+    with without_autocast(call.query.device.type):
+        if sequence_ids is not None and not call.causal:
             result = packed_bidirectional(call, sequence_ids, backend)
         else:
             call = with_resets(call, sequence_ids)
             result = AttentionResult(*WAYS.choose(call, backend=backend).run(call))
-    if correlate and result.state is not None:
+    if call.correlate and result.state is not None:
         S, z = result.state
         result = result._replace(state=(S, torch.zeros_like(z)))
     asked_for = (result.output,)
-    if output_normalizer:
+    if call.output_normalizer:
         asked_for += (result.normalizer,)
-    if output_final_state:
+    if call.output_final_state:
         asked_for += (result.state,)
     return asked_for if len(asked_for) > 1 else result.output
 
@@ -173,12 +192,12 @@ def gaussian_mixture_affinity(
         ValueError: a shape or combination of arguments does not fit.
     """
     call = AttentionCall(
-        query=query,
-        key=key,
-        value=key[..., :0],
-        means=means,
-        raw_variances=raw_variances,
-        prior_logits=prior_logits,
+        query,
+        key,
+        key[..., :0],
+        means,
+        raw_variances,
+        prior_logits,
         causal=causal,
         write_weight=write_weight,
         log_decay=log_decay,
@@ -249,14 +268,10 @@ def run_starts(sequence_ids: Tensor) -> Tensor:
 
 def with_mixture_heads(call: AttentionCall) -> AttentionCall:
     """The call with write_weight and log_decay [batch, 1 or mixtures, length]."""
-    if call.write_weight is None and call.log_decay is None:
-        return call
     mixtures = call.means.shape[0]
-
-    def widen(x: Tensor | None) -> Tensor | None:
-        return x if x is None or x.shape[1] == 1 else repeat_heads(x, mixtures)
-
-    return call._replace(write_weight=widen(call.write_weight), log_decay=widen(call.log_decay))
+    given = {"write_weight": call.write_weight, "log_decay": call.log_decay}
+    narrow = {name: x for name, x in given.items() if x is not None and x.shape[1] not in (1, mixtures)}
+    return call._replace(**{name: repeat_heads(x, mixtures) for name, x in narrow.items()}) if narrow else call
 
 
 def with_resets(call: AttentionCall, sequence_ids: Tensor | None) -> AttentionCall:

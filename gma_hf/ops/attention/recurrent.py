@@ -20,6 +20,7 @@ from .mixture import (
     MAX_DISTANCE,
     MixtureCoefficients,
     correlated,
+    mixture_coefficients,
     repeat_heads,
     responsibilities,
     smallest_share,
@@ -134,6 +135,16 @@ def step(
     return AttentionResult(output, (S, z), normalizer.view(batch, query_heads, 1) if output_normalizer else None)
 
 
+def kept_coefficients(call: AttentionCall) -> StepCoefficients:
+    """The coefficients of a call's mixture, from what the caller keeps if it does."""
+    dtype, floor, parameters = call.state_dtype, call.variance_floor, call[3:6]
+
+    def compute(*parameters: Tensor) -> StepCoefficients:
+        return step_coefficients(mixture_coefficients(*parameters, floor, dtype))
+
+    return compute(*parameters) if call.kept is None else call.kept.get(("mixture", dtype), parameters, compute)
+
+
 def is_single_step(call: AttentionCall) -> bool:
     """Whether `step` can take the call: one token, without gradients."""
     # A length that is still open (torch.export) is no int, and must not be decided on
@@ -144,13 +155,12 @@ def is_single_step(call: AttentionCall) -> bool:
 def recurrent_attention(call: AttentionCall) -> AttentionResult:
     """Evaluate a causal call token by token."""
     dtype, mixtures = call.state_dtype, call.means.shape[0]
-    coefficients = call.coefficients()
     if is_single_step(call):
         return step(
             call.query,
             call.key,
             call.value,
-            step_coefficients(coefficients),
+            kept_coefficients(call),
             write_weight=None if call.write_weight is None else call.write_weight.to(dtype),
             log_decay=call.log_decay,
             state=None if call.initial_state is None else tuple(part.to(dtype) for part in call.initial_state),
@@ -158,7 +168,9 @@ def recurrent_attention(call: AttentionCall) -> AttentionResult:
             eps=call.eps,
             output_normalizer=call.output_normalizer,
             correlate=call.correlate,
+            writes_all=call.writes_all,
         )
+    coefficients = call.coefficients()
     gamma_query = responsibilities(call.query, coefficients, call.correlate).unflatten(
         1, (mixtures, -1)
     )  # [B, M, Hq / M, N, C]
