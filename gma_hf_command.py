@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> None:
         return
     verb, *arguments = argv
     if verb == "--version":
-        from gma_hf.version import __version__
+        from gma_hf import __version__
 
         print(f"gma_hf {__version__}")
         return

@@ -5,6 +5,8 @@ Gaussian Mixture Attention for Hugging Face Transformers.
 `import gma_hf` registers the models with the Auto classes, so that `AutoModelForCausalLM.from_pretrained` loads them.
 """
 
+__version__ = "0.1.0"
+
 from .auto import register_auto_classes
 from .configuration import GMAConfig
 from .conversion import convert_to_gma, gma_layers, revert_to_softmax, supported_architectures
@@ -21,7 +23,6 @@ from .modeling import (
 )
 from .ops import gaussian_mixture_affinity, gaussian_mixture_attention, gaussian_mixture_responsibilities
 from .parallel import context_parallel
-from .version import __version__
 
 
 register_auto_classes()

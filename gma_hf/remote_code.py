@@ -4,6 +4,10 @@
 import os
 from pathlib import Path
 
+from transformers import PreTrainedConfig
+
+from . import __version__
+
 
 REMOTE_CODE_MODULE = "gma_remote"
 
@@ -36,15 +40,25 @@ AUTO_CLASSES = {
 }
 
 
-def add_remote_code(config, save_directory: str | os.PathLike):
+def add_remote_code(
+    config: PreTrainedConfig,
+    save_directory: str | os.PathLike,
+    module: str = "gma_hf",
+    auto_classes: dict[str, str] | None = None,
+):
     """
     Write the remote-code file into `save_directory` and point `config.auto_map` to it.
 
     Args:
-        config (`GMAConfig`): gains the attribute `auto_map`, which Transformers reads from config.json.
+        config (`PreTrainedConfig`): gains the attributes `auto_map`, which Transformers reads from config.json, and
+            `gma_hf_version`, by which a program with an older gma_hf can tell that it may not know all of the fields.
         save_directory (`str` or `os.PathLike`): the checkpoint's folder; created if missing.
+        module (`str`, *optional*, defaults to `"gma_hf"`): where the classes can be imported from.
+        auto_classes (`dict[str, str]`, *optional*): from the names of Auto classes to the names of what they load; by default
+            the native models.
     """
-    config.auto_map = write_remote_code(save_directory, "gma_hf", AUTO_CLASSES)
+    config.auto_map = write_remote_code(save_directory, module, AUTO_CLASSES if auto_classes is None else auto_classes)
+    config.gma_hf_version = __version__
 
 
 def write_remote_code(save_directory: str | os.PathLike, module: str, auto_classes: dict[str, str]) -> dict[str, str]:

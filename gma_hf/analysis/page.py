@@ -9,7 +9,7 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..version import __version__
+from .. import __version__
 from .plots import (
     import_pyplot,
     plot_affinity,

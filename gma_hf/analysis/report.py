@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..version import __version__
+from .. import __version__
 from .alignment import Alignment, align
 from .collection import LayerResponsibilities, find_mixtures, implied_affinity, responsibilities
 from .errors import AnalysisError

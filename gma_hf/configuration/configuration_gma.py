@@ -1,27 +1,20 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
 """Configuration of the GMA models."""
 
-import math
 import os
 from dataclasses import fields
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
-from transformers.activations import ACT2FN
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from ..cache_argument import CACHE_NAME
 from ..compat import share_adapter_defaults
 from ..remote_code import add_remote_code
-from ..version import __version__
-from .errors import raises_value_errors, refuse_misspelt
+from .validation import expect_positive, expect_possible, raises_value_errors, refuse_misspelt
 
 
-POSITION_EMBEDDING_TYPES = ("learned", "rope", "none")
-PRIOR_INITS = ("uniform", "balanced")
 LARGEST_INTEGER = 2**63 - 1  # of PyTorch
-LAYER_TYPES = ("linear_attention", "full_attention")
 
 # Short convolution instead of positions, learned forgetting and write weight, un-normalised read, a norm per head and a gate.
 # RoPE serves the softmax layers of hybrids only.
@@ -260,7 +253,7 @@ class GMAConfig(PreTrainedConfig):
                 raise ValueError(f"`{field.name}` must be at most {LARGEST_INTEGER}, got {value}.")
         # Before the derived values below divide by them
         for name in ("hidden_size", "num_attention_heads", "num_hidden_layers"):
-            _check_positive(self, name)
+            expect_positive(self, name)
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None:
@@ -300,112 +293,7 @@ class GMAConfig(PreTrainedConfig):
 
     def validate_architecture(self):
         """Part of the `@strict` validation: impossible values and combinations, with the valid choice in the message."""
-        for name in (
-            "vocab_size",
-            "intermediate_size",
-            "num_key_value_heads",
-            "head_dim",
-            "routing_dim",
-            "num_components",
-            "max_position_embeddings",
-            "read_eps",
-            "variance_floor",
-            "rms_norm_eps",
-            "time_step_min",
-        ):
-            _check_positive(self, name)
-        for name in ("mean_init_std", "initializer_range"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"`{name}` must not be negative, got {getattr(self, name)}.")
-        for name in ("mean_init_std", "initializer_range", "variance_init", "time_step_max"):
-            _check_finite(self, name)
-        for name in ("hidden_dropout", "attention_dropout", "classifier_dropout"):
-            if not 0.0 <= getattr(self, name) < 1.0:
-                raise ValueError(f"`{name}` must lie in [0, 1), got {getattr(self, name)}.")
-
-        if self.num_attention_heads % self.num_key_value_heads != 0:
-            raise ValueError(
-                f"`num_key_value_heads` ({self.num_key_value_heads}) must divide `num_attention_heads` "
-                f"({self.num_attention_heads})."
-            )
-        if self.position_embedding_type not in POSITION_EMBEDDING_TYPES:
-            raise ValueError(
-                f"`position_embedding_type` must be one of {list(POSITION_EMBEDDING_TYPES)}, "
-                f"got {self.position_embedding_type!r}."
-            )
-        if self.prior_init not in PRIOR_INITS:
-            raise ValueError(f"`prior_init` must be one of {list(PRIOR_INITS)}, got {self.prior_init!r}.")
-        if self.hidden_act not in ACT2FN:
-            raise ValueError(f"`hidden_act` must be one of {sorted(ACT2FN)}, got {self.hidden_act!r}.")
-        unknown_layer_types = sorted(set(self.layer_types) - set(LAYER_TYPES))
-        if unknown_layer_types:
-            raise ValueError(
-                f"`layer_types` must hold 'linear_attention' (GMA) and 'full_attention' (softmax) only, "
-                f"got {unknown_layer_types}."
-            )
-        if len(self.layer_types) != self.num_hidden_layers:
-            raise ValueError(
-                f"`layer_types` needs one entry per layer: `num_hidden_layers` is {self.num_hidden_layers}, "
-                f"but it has {len(self.layer_types)} entries. Change both together."
-            )
-        if self.position_embedding_type == "rope":
-            rope_types = ["default", *ROPE_INIT_FUNCTIONS]
-            if self.rope_parameters["rope_type"] not in rope_types:
-                raise ValueError(
-                    f"`rope_parameters['rope_type']` must be one of {rope_types}, "
-                    f"got {self.rope_parameters['rope_type']!r}."
-                )
-            rotated = {"head_dim": "full_attention" in self.layer_types, "routing_dim": self.rope_on_routing}
-            for name, is_rotated in rotated.items():
-                if is_rotated and getattr(self, name) % 2 != 0:
-                    raise ValueError(
-                        f"RoPE rotates pairs of dimensions: `{name}` must be even, got {getattr(self, name)}."
-                    )
-        if self.use_decay and not self.is_causal:
-            raise ValueError(
-                "`use_decay=True` needs `is_causal=True`: a bidirectional layer has no order in which to forget. "
-                "Set `use_decay=False` for an encoder."
-            )
-        if self.conv_kernel_size < 0 or self.conv_kernel_size == 1:
-            raise ValueError(
-                f"`conv_kernel_size` must be 0 (no short convolution) or at least 2, got {self.conv_kernel_size}."
-            )
-        if self.window_size < 0:
-            raise ValueError(f"`window_size` must be 0 (no window) or at least 1, got {self.window_size}.")
-        if self.num_sink_tokens < 0:
-            raise ValueError(f"`num_sink_tokens` must be 0 (none) or at least 1, got {self.num_sink_tokens}.")
-        if self.num_sink_tokens > 0 and (self.window_size == 0 or not self.is_causal):
-            raise ValueError(
-                "`num_sink_tokens` keeps first tokens visible to the softmax of a window that has moved on: it needs "
-                f"`window_size` above 0 and `is_causal=True`, got {self.window_size} and {self.is_causal}. Set it to 0."
-            )
-        if self.correlate and (self.normalize_read or self.num_components < 2 or self.window_size > 0):
-            raise ValueError(
-                "`correlate=True` needs `normalize_read=False`, `num_components` of at least 2 and `window_size=0`: weights of "
-                "correlated routes are signed, so that nothing can be divided by their sum. Got "
-                f"normalize_read={self.normalize_read}, num_components={self.num_components}, "
-                f"window_size={self.window_size}."
-            )
-        if self.head_norm_eps is not None:
-            _check_positive(self, "head_norm_eps")
-            if self.normalize_read and not self.use_output_gate:
-                raise ValueError(
-                    "`head_norm_eps` is given, but there is no norm per head: set `use_output_gate=True` or "
-                    "`normalize_read=False`, or leave it out."
-                )
-        if not self.variance_init > self.variance_floor:
-            raise ValueError(
-                f"`variance_init` ({self.variance_init}) must exceed `variance_floor` ({self.variance_floor})."
-            )
-        if not self.time_step_max >= self.time_step_min:
-            raise ValueError(
-                f"`time_step_max` ({self.time_step_max}) must not be below `time_step_min` ({self.time_step_min})."
-            )
-        rates = self.decay_rate_range
-        if len(rates) != 2 or not 0 < rates[0] <= rates[1] < math.inf:
-            raise ValueError(
-                f"`decay_rate_range` must be two finite numbers (low, high) with 0 < low <= high, got {rates}."
-            )
+        expect_possible(self)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
@@ -438,20 +326,7 @@ class GMAConfig(PreTrainedConfig):
         with `trust_remote_code=True`. See [`PreTrainedConfig.save_pretrained`] for the arguments.
         """
         add_remote_code(self, save_directory)
-        # A program with an older gma_hf can tell that it may not know all of the fields
-        self.gma_hf_version = __version__
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
-
-
-def _check_positive(config: GMAConfig, name: str):
-    if not getattr(config, name) > 0:  # so that NaN is refused too
-        raise ValueError(f"`{name}` must be positive, got {getattr(config, name)}.")
-    _check_finite(config, name)
-
-
-def _check_finite(config: GMAConfig, name: str):
-    if not math.isfinite(getattr(config, name)):
-        raise ValueError(f"`{name}` must be a finite number, got {getattr(config, name)}.")
 
 
 __all__ = ["GMA_PRESETS", "GMAConfig"]

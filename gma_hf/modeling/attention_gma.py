@@ -4,6 +4,7 @@
 import copy
 import math
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -16,12 +17,15 @@ from transformers.utils import TransformersKwargs
 
 from ..cache_argument import takes_cache
 from ..compat import attention_implementation
-from ..configuration import GMAConfig
 from .layout import Layout
 from .memory import NO_AFFINITY_BEHIND_CACHE, GMAMemory
 from .memory_parts import GMAMixture, GMAWindow
 from .memory_state import KeptValues
 from .short_convolution import GMAShortConvolution
+
+
+if TYPE_CHECKING:
+    from ..configuration import GMAConfig
 
 
 class GMARMSNorm(nn.Module):
@@ -50,7 +54,7 @@ class GMARotaryEmbedding(nn.Module):
 
     inv_freq: torch.Tensor
 
-    def __init__(self, config: GMAConfig, dim: int):
+    def __init__(self, config: "GMAConfig", dim: int):
         super().__init__()
         # The functions of Transformers read the dimension from the configuration
         self.config = copy.copy(config)
@@ -67,7 +71,7 @@ class GMARotaryEmbedding(nn.Module):
 
     @staticmethod
     def compute_default_rope_parameters(
-        config: GMAConfig, device: torch.device | None = None, seq_len: int | None = None, **kwargs
+        config: "GMAConfig", device: torch.device | None = None, seq_len: int | None = None, **kwargs
     ) -> tuple[torch.Tensor, float]:
         exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float, device=device) / config.head_dim
         return 1.0 / config.rope_parameters["rope_theta"] ** exponents, 1.0
@@ -112,7 +116,7 @@ class GMAAttention(nn.Module):
     nearest tokens exactly and only what is older through the mixture.
     """
 
-    def __init__(self, config: GMAConfig, layer_idx: int):
+    def __init__(self, config: "GMAConfig", layer_idx: int):
         super().__init__()
         self.config = config
         self.layer_idx = layer_idx
@@ -328,7 +332,7 @@ def eager_attention_forward(
 class GMASoftmaxAttention(nn.Module):
     """Softmax attention, the `"full_attention"` layers of hybrids."""
 
-    def __init__(self, config: GMAConfig, layer_idx: int):
+    def __init__(self, config: "GMAConfig", layer_idx: int):
         super().__init__()
         self.config = config
         self.layer_idx = layer_idx

@@ -113,36 +113,17 @@ class GMAMemory(nn.Module):
             value = torch.cat([value.to(identity.dtype), identity.expand(*value.shape[:2], -1, -1)], dim=-1)
         if window is None:
             output, history = self._read(
-                mixture,
-                query if routing_query is None else routing_query,
-                Tokens(key, value, routing_key, write_weight, log_decay),
-                layout,
-                causal,
-                normalize,
-                history,
-                output_history,
-                kept,
-                decay_rate,
-            )
+                mixture, query if routing_query is None else routing_query,
+                Tokens(key, value, routing_key, write_weight, log_decay), layout, causal, normalize, history, output_history,
+                kept, decay_rate,
+            )  # fmt: skip
         else:
             scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
             output, history = self._read_behind_window(
-                mixture,
-                window,
-                query,
-                query if routing_query is None else routing_query,
-                Tokens(key, value, routing_key, write_weight, log_decay),
-                layout,
-                causal,
-                history,
-                output_history,
-                kept,
-                decay_rate,
-                weigh_by_routing=weigh_by_routing,
-                scaling=scaling,
-                softcap=softcap,
-                sinks=sinks,
-            )
+                mixture, window, query, query if routing_query is None else routing_query,
+                Tokens(key, value, routing_key, write_weight, log_decay), layout, causal, history, output_history, kept,
+                decay_rate, weigh_by_routing=weigh_by_routing, scaling=scaling, softcap=softcap, sinks=sinks,
+            )  # fmt: skip
         if not output_affinity:
             return output, None, history
         if output_history:
@@ -161,18 +142,9 @@ class GMAMemory(nn.Module):
         return self.forward(mixture, window, query, key, key[..., :0], output_affinity=True, **kwargs)[1]
 
     def _read(
-        self,
-        mixture: nn.Module,
-        routing_query: Tensor,
-        tokens: Tokens,
-        layout: Layout,
-        causal: bool,
-        normalize: bool,
-        history: MemoryState | None,
-        output_history: bool,
-        kept: KeptValues | None,
-        decay_rate: Tensor | None,
-    ) -> tuple[Tensor, MemoryState | None]:
+        self, mixture: nn.Module, routing_query: Tensor, tokens: Tokens, layout: Layout, causal: bool, normalize: bool,
+        history: MemoryState | None, output_history: bool, kept: KeptValues | None, decay_rate: Tensor | None,
+    ) -> tuple[Tensor, MemoryState | None]:  # fmt: skip
         """The mixture alone."""
         write_weight, log_decay = tokens.write_weight, tokens.log_decay
         if layout.padding_mask is not None:
@@ -196,57 +168,24 @@ class GMAMemory(nn.Module):
                 mixture, routing_keys, tokens.values, write_weight, log_decay, layout.sequence_ids, causal=causal
             )
         result = mixture(
-            routing_query,
-            routing_keys,
-            tokens.values,
-            causal=causal,
-            write_weight=write_weight,
-            log_decay=log_decay,
-            sequence_ids=layout.sequence_ids,
-            normalize=normalize,
-            initial_state=initial_state,
-            output_final_state=output_history,
-            kept=kept,
-            writes_all=layout.padding_mask is None,
-        )
+            routing_query, routing_keys, tokens.values, causal=causal, write_weight=write_weight, log_decay=log_decay,
+            sequence_ids=layout.sequence_ids, normalize=normalize, initial_state=initial_state,
+            output_final_state=output_history, kept=kept, writes_all=layout.padding_mask is None,
+        )  # fmt: skip
         return (result[0], MemoryState(*result[1])) if output_history else (result, None)
 
     def _read_behind_window(
-        self,
-        mixture: nn.Module,
-        window: GMAWindow,
-        query: Tensor,
-        routing_query: Tensor,
-        tokens: Tokens,
-        layout: Layout,
-        causal: bool,
-        history: MemoryState | None,
-        output_history: bool,
-        kept: KeptValues | None,
-        decay_rate: Tensor | None,
-        *,
-        weigh_by_routing: bool,
-        scaling: float,
-        softcap: float | None,
-        sinks: Tensor | None,
-    ) -> tuple[Tensor, MemoryState | None]:
+        self, mixture: nn.Module, window: GMAWindow, query: Tensor, routing_query: Tensor, tokens: Tokens, layout: Layout,
+        causal: bool, history: MemoryState | None, output_history: bool, kept: KeptValues | None, decay_rate: Tensor | None,
+        *, weigh_by_routing: bool, scaling: float, softcap: float | None, sinks: Tensor | None,
+    ) -> tuple[Tensor, MemoryState | None]:  # fmt: skip
         """The mixture behind a window."""
         (batch_size, _, length, _), device = query.shape, query.device
         if is_step(tokens, layout, history):
             return self._step(
-                mixture,
-                window,
-                query,
-                routing_query,
-                tokens,
-                history,
-                kept,
-                decay_rate,
-                weigh_by_routing,
-                scaling,
-                softcap,
+                mixture, window, query, routing_query, tokens, history, kept, decay_rate, weigh_by_routing, scaling, softcap,
                 sinks,
-            )
+            )  # fmt: skip
         if layout.row is not None and not causal:
             output = layout.row.read_around_window(
                 mixture, window, query, routing_query, tokens, weigh_by_routing=weigh_by_routing, scaling=scaling,
@@ -289,23 +228,11 @@ class GMAMemory(nn.Module):
                 mixture, routing_query, tokens, plan, causal, history, output_history, decay_rate, layout.row, link
             )
             output = window(
-                query,
-                near.keys,
-                near.values,
-                near_valid,
-                near_runs,
-                read,
-                log_weight,
-                plan.growth,
-                weighing_query=routing_query if weigh_by_routing else None,
-                sinks=sinks,
-                sink_tokens=None if plan.sink_places is None else sink_tokens_of(tokens, plan),
-                num_leading=plan.num_leading,
-                size=plan.size,
-                causal=causal,
-                scaling=scaling,
-                softcap=softcap,
-            )
+                query, near.keys, near.values, near_valid, near_runs, read, log_weight, plan.growth,
+                weighing_query=routing_query if weigh_by_routing else None, sinks=sinks,
+                sink_tokens=None if plan.sink_places is None else sink_tokens_of(tokens, plan), num_leading=plan.num_leading,
+                size=plan.size, causal=causal, scaling=scaling, softcap=softcap,
+            )  # fmt: skip
         if order is not None:
             back = inverse[:, -length:] - (order.shape[1] - length)
             output = take_tokens(output, back.clamp(min=0))
@@ -324,18 +251,9 @@ class GMAMemory(nn.Module):
         return output, new_history(layout, tokens, plan, size, num_sinks, state, count)
 
     def _read_memory(
-        self,
-        mixture: nn.Module,
-        routing_query: Tensor,
-        tokens: Tokens,
-        plan: WindowPlan,
-        causal: bool,
-        history: MemoryState | None,
-        output_history: bool,
-        decay_rate: Tensor | None,
-        row: Any,
-        link: Tensor | None,
-    ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
+        self, mixture: nn.Module, routing_query: Tensor, tokens: Tokens, plan: WindowPlan, causal: bool,
+        history: MemoryState | None, output_history: bool, decay_rate: Tensor | None, row: Any, link: Tensor | None,
+    ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:  # fmt: skip
         """
         r `(batch, num_heads, asked, value_dim)` and log D `(batch, num_heads, asked)` of the queries that have a memory, the last
         `asked` ones, and the last S and z.
@@ -364,14 +282,9 @@ class GMAMemory(nn.Module):
                 )  # fmt: skip
             recurrence.update(log_decay=log_decay, initial_state=initial_state, output_final_state=output_history)
         read, normalizer, *state = mixture(
-            routing_query.narrow(2, routing_query.shape[2] - asked, asked),
-            given.keys,
-            given.values,
-            causal=causal,
-            eps=EMPTY,
-            output_normalizer=True,
-            **recurrence,
-        )
+            routing_query.narrow(2, routing_query.shape[2] - asked, asked), given.keys, given.values, causal=causal,
+            eps=EMPTY, output_normalizer=True, **recurrence,
+        )  # fmt: skip
         log_weight = normalizer.log()
         if plan.is_other is not None:
             log_weight = log_weight.masked_fill(plan.is_other, float("-inf"))
@@ -383,20 +296,10 @@ class GMAMemory(nn.Module):
         return read, log_weight, (S, z)
 
     def _step(
-        self,
-        mixture: nn.Module,
-        window: GMAWindow,
-        query: Tensor,
-        routing_query: Tensor,
-        token: Tokens,
-        history: MemoryState,
-        kept: KeptValues | None,
-        decay_rate: Tensor | None,
-        weigh_by_routing: bool,
-        scaling: float,
-        softcap: float | None,
-        sinks: Tensor | None,
-    ) -> tuple[Tensor, MemoryState]:
+        self, mixture: nn.Module, window: GMAWindow, query: Tensor, routing_query: Tensor, token: Tokens,
+        history: MemoryState, kept: KeptValues | None, decay_rate: Tensor | None, weigh_by_routing: bool, scaling: float,
+        softcap: float | None, sinks: Tensor | None,
+    ) -> tuple[Tensor, MemoryState]:  # fmt: skip
         """
         One further token behind a window, decoding: with one query, and nothing to tell apart but what is there, a token costs a few
         operations instead of hundreds, most of which would move tokens about.
@@ -425,19 +328,10 @@ class GMAMemory(nn.Module):
             log_decay = decay_rate * write_weight
         with without_autocast(query.device.type):
             read, normalizer, state = mixture(
-                routing_query,
-                oldest[0].to(routing_query.dtype),
-                oldest[1],
-                causal=True,
-                write_weight=write_weight,
-                log_decay=log_decay,
-                initial_state=history[:2],
-                output_final_state=True,
-                eps=EMPTY,
-                output_normalizer=True,
-                kept=kept,
-                writes_all=is_written is None,
-            )
+                routing_query, oldest[0].to(routing_query.dtype), oldest[1], causal=True, write_weight=write_weight,
+                log_decay=log_decay, initial_state=history[:2], output_final_state=True, eps=EMPTY, output_normalizer=True,
+                kept=kept, writes_all=is_written is None,
+            )  # fmt: skip
             keys, values = (
                 shifted(old, new, in_front)
                 for old, new, in_front in (
@@ -449,21 +343,9 @@ class GMAMemory(nn.Module):
             if history.valid is not None:
                 valid = shifted(history.valid, torch.ones_like(is_written), sink_tokens[2])
             output = window(
-                query,
-                keys,
-                values,
-                valid,
-                None,
-                read,
-                normalizer,
-                None,
-                count=count,
-                kept=kept,
-                weighing_query=routing_query if weigh_by_routing else None,
-                sinks=sinks,
-                scaling=scaling,
-                softcap=softcap,
-            )
+                query, keys, values, valid, None, read, normalizer, None, count=count, kept=kept,
+                weighing_query=routing_query if weigh_by_routing else None, sinks=sinks, scaling=scaling, softcap=softcap,
+            )  # fmt: skip
         # The window behind its sinks is seen at once; they are kept apart
         size = history.keys.shape[2]
         if sink_tokens[0] is not None:

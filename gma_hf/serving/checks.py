@@ -8,8 +8,8 @@ from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm.transformers_utils.model_arch_config_convertor import ModelArchConfigConvertorBase
 
+from .. import __version__
 from ..configuration import GMAConfig
-from ..version import __version__
 from .layouts import model_layout
 from .plugin import MODELS
 

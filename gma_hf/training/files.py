@@ -18,7 +18,7 @@ from typing import Any
 from datasets import Dataset, Features, IterableDataset, Value, load_dataset
 from datasets.exceptions import DatasetGenerationError
 
-from ..version import __version__
+from .. import __version__
 from .errors import TrainingInputError
 
 

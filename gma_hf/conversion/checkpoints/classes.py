@@ -40,8 +40,7 @@ from ...compat import (
 from ...modeling.heads_common import GMAGenerationMixin, adds_nothing_without_labels, as_part_of_step
 from ...modeling.memory_parts import LACKING_BEFORE
 from ...parallel.heads import PartOfRow
-from ...remote_code import write_remote_code
-from ...version import __version__
+from ...remote_code import add_remote_code
 from ..config import GMAConversionConfig
 from ..runtime.attention import IMPLEMENTATION
 from ..runtime.layer import GMAConversion
@@ -107,11 +106,7 @@ class ConvertedConfigMixin:
             ValueError: if the folder holds a checkpoint of the original model, which would be overwritten.
         """
         self.expect_no_original(save_directory)
-        self.auto_map = write_remote_code(
-            save_directory, "gma_hf.conversion.checkpoints.classes", auto_class_names(type(self))
-        )
-        # A program with an older gma_hf can tell that it may not know all of the options
-        self.gma_hf_version = __version__
+        add_remote_code(self, save_directory, "gma_hf.conversion.checkpoints.classes", auto_class_names(type(self)))
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
     def expect_no_original(self, save_directory: str | os.PathLike):

@@ -7,8 +7,8 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import PreTrainedModel
 
+from ... import __version__
 from ...training.cards.model_card import without_folder
-from ...version import __version__
 
 
 # Names in the results, and how the card writes them: name, format, name on the hub

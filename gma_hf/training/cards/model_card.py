@@ -16,7 +16,7 @@ import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import PreTrainedConfig, PreTrainedModel, TrainingArguments
 
-from ...version import __version__
+from ... import __version__
 from ..arguments import DataArguments
 from ..files import write_json
 

@@ -17,7 +17,7 @@ import torch
 from datasets import Dataset, Features, IterableDataset, NamedSplit, Sequence, Value
 from transformers import PreTrainedTokenizerBase
 
-from ...version import __version__
+from ... import __version__
 from ..arguments import LanguageModelingArguments
 from ..errors import TrainingInputError
 from .tokenization import separator_id
