@@ -16,7 +16,7 @@ LARGEST = 2 * 2**20  # bytes of a distribution; the code and its documentation a
 
 def main(folder: Path) -> None:
     (wheel,), (source,) = folder.glob("*.whl"), folder.glob("*.tar.gz")
-    version = re.search(r'"(.+)"', Path("gma_hf/version.py").read_text(encoding="utf-8")).group(1)
+    version = re.search(r'__version__ = "(.+)"', Path("gma_hf/__init__.py").read_text(encoding="utf-8")).group(1)
     with zipfile.ZipFile(wheel) as archive:
         in_wheel = archive.namelist()
         entry_points = archive.read(f"gma_hf-{version}.dist-info/entry_points.txt").decode()

@@ -22,9 +22,9 @@ TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in FILES}
 # Files that a reader opens to follow a piece: all that it imports, directly or not, inside of functions too. Not counted are files
 # that only gather names (`__init__.py`), the kernels for GPUs, and what is imported for annotations alone.
 CLOSURES = {
-    "one gated layer": (("modeling/attention_gma.py",), 14),
-    "one converted layer": (("conversion/runtime/attention.py", "conversion/runtime/layer.py"), 16),
-    "convert_to_gma": (("conversion/convert.py",), 24),
+    "one gated layer": (("modeling/attention_gma.py",), 15),
+    "one converted layer": (("conversion/runtime/attention.py", "conversion/runtime/layer.py"), 17),
+    "convert_to_gma": (("conversion/convert.py",), 25),
 }
 LONGEST_FILE = 400  # lines, or a few more
 FEW_MORE = 10
