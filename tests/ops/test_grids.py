@@ -14,6 +14,7 @@ pytest.importorskip("triton", reason="Triton has no wheel for this platform")
 
 MODULES = (
     "attention.triton.operators",
+    "attention.triton.passes",
     "attention.triton.decoding",
     "convolution.triton.fused",
     "rotation.triton.kernels",

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from ...operators import on_one_device, vmapped_by_loops
 from .coefficients import load_centred, log_priors
-from .launching import on_its_device
-from .operators import INPUTS, empty_normalizer, empty_output, row_contiguous, strides
+from .launching import empty_output, on_its_device, row_contiguous, strides
+from .operators import INPUTS, empty_normalizer
 from .plan import cdiv, padded
 from .tiles import CORRELATION_EPS, LOG2E, rounded
 

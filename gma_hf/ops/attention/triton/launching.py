@@ -5,6 +5,7 @@ import functools
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 
 def on_its_device(function: Callable) -> Callable:
@@ -16,3 +17,21 @@ def on_its_device(function: Callable) -> Callable:
             return function(first, *arguments)
 
     return launch
+
+
+def strides(x: Tensor | None) -> tuple[int, int, int]:
+    """Strides of batch, head and token; a head stride of 0 where all heads share one."""
+    if x is None:
+        return 0, 0, 0
+    return x.stride(0), 0 if x.shape[1] == 1 else x.stride(1), x.stride(2)
+
+
+def row_contiguous(x: Tensor) -> Tensor:
+    """x, copied if the elements of a row are not neighbours."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def empty_output(query: Tensor, value: Tensor) -> Tensor:
+    """[B, HQ, NQ, DV], with the heads of a token side by side: what an output projection reads without a copy."""
+    batch, heads, length, _ = query.shape
+    return value.new_empty(batch, length, heads, value.shape[-1]).transpose(1, 2)

@@ -8,8 +8,7 @@ inputs [B, N, C], weight [C, 1, K], sequence_ids [B, N] -> outputs [B, N - first
 import torch
 from torch import Tensor
 
-from ...attention.triton.launching import on_its_device
-from ...attention.triton.operators import row_contiguous
+from ...attention.triton.launching import on_its_device, row_contiguous
 from ...attention.triton.plan import cdiv
 from ...operators import differentiate_once, on_one_device, vmapped_by_loops
 from .kernels import convolve_kernel, grad_kernel

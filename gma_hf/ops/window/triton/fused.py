@@ -9,8 +9,7 @@ sink_value [B, HK, S, DV], visible [B or 1, NS, S].
 import torch
 from torch import Tensor
 
-from ...attention.triton.launching import on_its_device
-from ...attention.triton.operators import empty_output, row_contiguous, strides
+from ...attention.triton.launching import empty_output, on_its_device, row_contiguous, strides
 from ...attention.triton.plan import INTERPRETED, cdiv, padded
 from .kernels import LOG2E, attend_kernel, grad_keys_kernel, grad_queries_kernel
 
