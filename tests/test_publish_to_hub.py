@@ -12,9 +12,11 @@ from huggingface_hub import HfApi, ModelCard
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import gma_hf
+from gma_hf.commands.publishing.assembly import assemble
+from gma_hf.commands.publishing.hub import publish
+from gma_hf.commands.publishing.loading import check_loading
 from gma_hf.training import TrainingInputError, train_tokenizer
 from gma_hf.training.cards.published_card import check_metadata
-from gma_hf.training.publishing import assemble, check_loading, publish
 from tests.conftest import make_model, tiny_config
 
 
@@ -213,8 +215,8 @@ def test_a_link_that_leaves_the_folder_is_refused(trained, tmp_path, name):
 
 def test_a_publication_that_failed_can_be_tried_again(trained, tmp_path, hub, monkeypatch, capsys):
     """The same command, into the same folder: after a wrong licence, after a dry run, after an upload that broke off."""
-    monkeypatch.setattr("gma_hf.training.publishing.check_loading", lambda *folders: "equal bit for bit")
-    monkeypatch.setattr("gma_hf.training.publishing.HfApi", lambda: hub)
+    monkeypatch.setattr("gma_hf.commands.publish.check_loading", lambda *folders: "equal bit for bit")
+    monkeypatch.setattr("gma_hf.commands.publishing.hub.HfApi", lambda: hub)
     words = [trained, "--repo_id", "user/toy", "--output", tmp_path / "out"]
     with pytest.raises(SystemExit, match="no identifier"):
         run(monkeypatch, *words, "--license", "Apache 2")
@@ -230,8 +232,8 @@ def test_a_publication_that_failed_can_be_tried_again(trained, tmp_path, hub, mo
         run(monkeypatch, *words, "--upload")
     monkeypatch.undo()
     monkeypatch.setattr(ModelCard, "validate", lambda self, repo_type: None)
-    monkeypatch.setattr("gma_hf.training.publishing.check_loading", lambda *folders: "equal bit for bit")
-    monkeypatch.setattr("gma_hf.training.publishing.HfApi", lambda: hub)
+    monkeypatch.setattr("gma_hf.commands.publish.check_loading", lambda *folders: "equal bit for bit")
+    monkeypatch.setattr("gma_hf.commands.publishing.hub.HfApi", lambda: hub)
     run(monkeypatch, *words, "--upload")
     assert contents(tmp_path / "out") == contents(hub.folder / "user" / "toy") == before
     with pytest.raises(SystemExit, match=r"not empty and differs from what would be published \(README\.md\)"):
@@ -272,13 +274,13 @@ def test_a_card_that_the_hub_refuses_is_not_uploaded(trained, tmp_path, hub, mon
 def test_the_script_uploads_only_when_told_to(trained, card, hub, monkeypatch, capsys):
     monkeypatch.setattr("huggingface_hub.HfApi.__init__", lambda self: pytest.fail("a dry run asked for the hub"))
     # The processes of the real check are started in the tests above
-    monkeypatch.setattr("gma_hf.training.publishing.check_loading", lambda *folders: "equal bit for bit")
+    monkeypatch.setattr("gma_hf.commands.publish.check_loading", lambda *folders: "equal bit for bit")
     run(monkeypatch, trained, "--repo_id", "user/toy", "--card", card)
     shown = capsys.readouterr().out
     assert "Dry run" in shown and "model.safetensors" in shown and "stays behind: checkpoint-5" in shown
     assert "equal bit for bit" in shown and "1 results" in shown
 
-    monkeypatch.setattr("gma_hf.training.publishing.HfApi", lambda: hub)
+    monkeypatch.setattr("gma_hf.commands.publishing.hub.HfApi", lambda: hub)
     run(monkeypatch, trained, "--repo_id", "user/toy", "--card", card, "--upload")
     assert "published: https://huggingface.co/user/toy" in capsys.readouterr().out
     assert "recipe.yaml" in contents(hub.folder / "user" / "toy")
@@ -297,7 +299,7 @@ def test_errors_say_what_to_do(trained, card, tmp_path, monkeypatch):
     refused("stays as it is", target=trained / "inside")
     refused("no folder", card=tmp_path / "nowhere")
     refused("--max_total_gb", max_total_gb=1e-6)
-    monkeypatch.setattr("gma_hf.training.publishing.MAX_FILE_BYTES", 1000)
+    monkeypatch.setattr("gma_hf.commands.publishing.contents.MAX_FILE_BYTES", 1000)
     refused("max_shard_size")
     monkeypatch.undo()
 

@@ -33,10 +33,10 @@ from benchmarks.lib.corpora import texts_of
 from benchmarks.lib.results import Results, add_output_options, device, output_path, stored
 from benchmarks.lib.tables import markdown
 from gma_hf import convert_to_gma, gma_layers
+from gma_hf.commands.shared.conversion import sample_texts
 from gma_hf.conversion.calibration.calibrate import calibrate
 from gma_hf.conversion.calibration.sensitivity import choose_layers, rank_layers
 from gma_hf.conversion.distillation.losses import kl_divergence
-from gma_hf.conversion.distillation.recipe import sample_texts
 from gma_hf.conversion.distillation.trainer import GMADistillationTrainer
 from gma_hf.training import GMATrainer
 

@@ -26,6 +26,16 @@ NUM_MARGIN_BINS = 64
 MARGIN_EDGES = MARGIN_CAP * torch.linspace(0, 1, NUM_MARGIN_BINS + 1, dtype=torch.float64).square()
 
 
+def effective_number(usage: Tensor) -> Tensor:
+    """`[heads]` usage perplexity: how many components are in use, from their shares `[heads, components]`."""
+    return torch.special.entr(usage).sum(dim=-1).exp()
+
+
+def is_dead(usage: Tensor) -> Tensor:
+    """`[heads, components]`, True where a component gets less than a tenth of an equal share."""
+    return usage < DEAD_SHARE / usage.shape[-1]
+
+
 class RoutingStatistics:
     """Running sums over the queries, or the keys, of one layer, and the statistics they give. Everything on the CPU.
 
@@ -91,7 +101,7 @@ class RoutingStatistics:
     @property
     def usage_perplexity(self) -> Tensor:
         """`[heads]` effective number of components in use."""
-        return torch.special.entr(self.usage).sum(dim=-1).exp()
+        return effective_number(self.usage)
 
     @property
     def entropy(self) -> Tensor:
@@ -101,7 +111,7 @@ class RoutingStatistics:
     @property
     def dead_components(self) -> Tensor:
         """`[heads, components]`, True where a component gets less than a tenth of an equal share."""
-        return self.usage < DEAD_SHARE / self.usage.shape[-1]
+        return is_dead(self.usage)
 
     @property
     def margin(self) -> Tensor:

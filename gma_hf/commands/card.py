@@ -28,8 +28,8 @@ from ..training.errors import TrainingInputError
 from ..training.files import write_json
 from ..training.intervals import evaluate_text
 from ..training.options import check_options
-from ..training.workflow import set_up_logging
 from .running import expect_one_process
+from .shared.training import set_up_logging
 
 
 @dataclass

@@ -10,17 +10,20 @@ the model, its tokenizer, `results.json` and a model card. `gma-hf distill` reco
 """
 
 import logging
-import sys
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
 import transformers
 from transformers import TrainingArguments
 
-from ..conversion.distillation.card import write_conversion_card
-from ..conversion.distillation.recipe import (
+from ..training.arguments import LanguageModelingArguments
+from ..training.cards.conversion_card import write_conversion_card
+from ..training.files import write_json
+from ..training.options import check_options
+from ..training.run_folder import RunFolder
+from .running import expect_one_process
+from .shared.conversion import (
     AUTO_CLASSES,
     ConversionArguments,
     SourceArguments,
@@ -29,36 +32,10 @@ from ..conversion.distillation.recipe import (
     load_source,
     parse_model_arguments,
     prepare_data,
+    results_of,
     run_of,
 )
-from ..training.arguments import LanguageModelingArguments
-from ..training.cards.model_card import describe_command, describe_data, device_name, versions, without_folder
-from ..training.files import write_json
-from ..training.options import check_options
-from ..training.run_folder import RunFolder
-from ..training.workflow import check_length, set_up_logging
-from .running import expect_one_process
-
-
-# What `--help` shows
-COMMON = (
-    "model_name_or_path",
-    "train_file",
-    "dataset_name",
-    "output_dir",
-    "task",
-    "layers",
-    "keep",
-    "keep_every",
-    "num_components",
-    "window_size",
-    "num_sink_tokens",
-    "use_forgetting",
-    "calibration_tokens",
-    "block_size",
-    "seed",
-    "device",
-)
+from .shared.training import check_length, set_up_logging
 
 
 @dataclass
@@ -77,12 +54,9 @@ class OutputArguments:
 
 
 def main(argv: list[str] | None = None) -> None:
+    types = [SourceArguments, ConversionArguments, LanguageModelingArguments, OutputArguments]
     source, conversion, data_args, output = parse_model_arguments(
-        [SourceArguments, ConversionArguments, LanguageModelingArguments, OutputArguments],
-        argv,
-        command="gma-hf convert",
-        description=__doc__.splitlines()[0],
-        common=COMMON,
+        "convert", types, argv, __doc__, ("use_forgetting", "seed", "device")
     )
     set_up_logging()
     expect_one_process()
@@ -101,16 +75,8 @@ def main(argv: list[str] | None = None) -> None:
         folder = run.beside("converted")
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        results = {
-            "base_model": without_folder(source.model_name_or_path),
-            "task": source.task,
-            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "command": describe_command(sys.argv),
-            "conversion": report,
-            "data": describe_data(data_args),
-            "device": device_name(TrainingArguments(output_dir=str(folder), use_cpu=output.device == "cpu")),
-            "versions": versions(),
-        }
+        args = TrainingArguments(output_dir=str(folder), use_cpu=output.device == "cpu")
+        results = results_of(source, data_args, report, args)
         write_json(folder / "results.json", results)
         name = Path(output.output_dir).resolve().name
         write_conversion_card(folder, model, source.task, AUTO_CLASSES[source.task], results, name)

@@ -10,9 +10,7 @@ command line, or from a JSON or YAML file that stands first; `--help` lists them
 """
 
 import json
-import sys
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
 from pathlib import Path
 
 import transformers
@@ -20,8 +18,15 @@ from transformers import AutoTokenizer
 
 from ..conversion.calibration.teacher import as_teacher
 from ..conversion.distillation.arguments import GMADistillationArguments
-from ..conversion.distillation.card import evaluation_table, write_conversion_card
-from ..conversion.distillation.recipe import (
+from ..conversion.distillation.stages import distill
+from ..conversion.distillation.trainer import GMADistillationTrainer
+from ..training.arguments import LanguageModelingArguments
+from ..training.cards.conversion_card import evaluation_table, write_conversion_card
+from ..training.errors import TrainingInputError
+from ..training.files import write_json
+from ..training.options import check_options
+from ..training.run_folder import RunFolder
+from .shared.conversion import (
     AUTO_CLASSES,
     ConversionArguments,
     SourceArguments,
@@ -30,36 +35,16 @@ from ..conversion.distillation.recipe import (
     load_source,
     parse_model_arguments,
     prepare_data,
+    results_of,
     run_of,
     sample_texts,
     stage_arguments,
 )
-from ..conversion.distillation.stages import distill
-from ..conversion.distillation.trainer import GMADistillationTrainer
-from ..training.arguments import LanguageModelingArguments
-from ..training.cards.model_card import describe_command, describe_data, device_name, versions, without_folder
-from ..training.errors import TrainingInputError
-from ..training.files import write_json
-from ..training.options import check_options
-from ..training.run_folder import RunFolder
-from ..training.workflow import check_length, set_up_logging
+from .shared.training import check_length, set_up_logging
 
 
-# What `--help` shows
+# What `--help` shows beside the options of every conversion
 COMMON = (
-    "model_name_or_path",
-    "train_file",
-    "dataset_name",
-    "output_dir",
-    "task",
-    "layers",
-    "keep",
-    "keep_every",
-    "num_components",
-    "window_size",
-    "num_sink_tokens",
-    "calibration_tokens",
-    "block_size",
     "transfer_steps",
     "transfer_learning_rate",
     "distillation_steps",
@@ -142,13 +127,14 @@ def adapters(recipe: RecipeArguments):
 
 
 def main(argv: list[str] | None = None) -> None:
-    source, conversion, recipe, data_args, args = parse_model_arguments(
-        [SourceArguments, ConversionArguments, RecipeArguments, LanguageModelingArguments, GMADistillationArguments],
-        argv,
-        command="gma-hf distill",
-        description=__doc__.splitlines()[0],
-        common=COMMON,
-    )
+    types = [
+        SourceArguments,
+        ConversionArguments,
+        RecipeArguments,
+        LanguageModelingArguments,
+        GMADistillationArguments,
+    ]
+    source, conversion, recipe, data_args, args = parse_model_arguments("distill", types, argv, __doc__, COMMON)
     set_up_logging(args.process_index == 0)
     transformers.set_seed(args.seed)
     check_output(source, args.output_dir)
@@ -239,21 +225,16 @@ def convert_and_distil(
             samples[STATES[finished[-1].stage]] = sample_texts(model, tokenizer, prompts, recipe.sample_tokens)
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+        common = results_of(source, data_args, report, args)
         results = {
-            "base_model": without_folder(source.model_name_or_path),
-            "task": source.task,
-            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "command": describe_command(sys.argv),
-            "conversion": report,
+            **common,
             "stages": [
                 {"stage": result.stage, "steps": result.steps, "seconds": result.seconds} for result in finished
             ],
             "evaluations": evaluations,
             "samples": samples,
-            "data": {**describe_data(data_args), "block_size": data_args.block_size},
-            "device": device_name(args),
+            "data": {**common["data"], "block_size": data_args.block_size},
             "num_processes": args.world_size,
-            "versions": versions(),
         }
         write_json(folder / "results.json", results)
         write_conversion_card(folder, model, source.task, AUTO_CLASSES[source.task], results)

@@ -12,11 +12,12 @@ import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..training import publishing
 from ..training.arguments import parse_arguments
 from ..training.errors import TrainingInputError
 from ..training.options import check_options
-from ..training.publishing import Assembly, assemble, check_repo_id, keep, read_card
+from .publishing.assembly import Assembly, assemble, keep
+from .publishing.hub import check_repo_id, publish, read_card
+from .publishing.loading import check_loading
 from .running import expect_one_process
 
 
@@ -68,13 +69,13 @@ def main(argv: list[str] | None = None) -> None:
         metadata = {name: getattr(args, name) for name in ("license", "language") if getattr(args, name)}
         assembly = assemble(positional.model, Path(work) / "model", args.card, args.max_total_gb, metadata)
         print(describe(assembly))
-        print(f"model: {publishing.check_loading(positional.model, assembly.folder)}")
+        print(f"model: {check_loading(positional.model, assembly.folder)}")
         if args.output is not None:
             assembly = keep(assembly, args.output)
         data = read_card(assembly.folder / "README.md").data
         print(f"card: {data.pipeline_tag}, licence {data.license}, {len(data.eval_results or [])} results")
         if args.upload:
-            print(f"published: {publishing.publish(assembly, args.repo_id, args.private, args.revision)}")
+            print(f"published: {publish(assembly, args.repo_id, args.private, args.revision)}")
             return
         visibility = "private" if args.private else "public"
         branch = f", branch {args.revision}" if args.revision else ""

@@ -9,74 +9,25 @@ Arguments come from the command line, or from a JSON or YAML file that stands fi
 
 from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding
 
-from ..training.arguments import ClassificationArguments, ModelArguments, parse_arguments
-from ..training.cards.model_card import TrainingRecord, describe_data, without_folder
-from ..training.metrics import classification_metrics, predicted_classes
-from ..training.run_folder import RunFolder
+from ..training.arguments import ClassificationArguments
+from ..training.metrics import classification_metrics, expect_scikit_learn, predicted_classes
 from ..training.text.data import load_labelled_splits, tokenize_texts
-from ..training.trainer import GMATrainer, GMATrainingArguments
-from ..training.workflow import (
-    build_model,
-    check_length,
-    limit,
-    prepare_tokenizer,
-    start,
-    train_and_report,
-)
-
-
-# What `--help` shows
-COMMON = (
-    "train_file",
-    "validation_file",
-    "test_file",
-    "dataset_name",
-    "dataset_config_name",
-    "output_dir",
-    "model_name_or_path",
-    "preset",
-    "config_overrides",
-    "tokenizer_vocab_size",
-    "max_steps",
-    "num_train_epochs",
-    "learning_rate",
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-    "bf16",
-    "torch_compile",
-    "overwrite_output_dir",
-    "text_column",
-    "label_column",
-    "max_length",
-)
+from ..training.trainer import GMATrainer
+from .shared.training import Job, build_model, check_length, limit, prepare_tokenizer, run_training, train_and_report
 
 
 def main(argv: list[str] | None = None) -> None:
-    model_args, data_args, args = parse_arguments(
-        [ModelArguments, ClassificationArguments, GMATrainingArguments],
-        argv,
-        command="gma-hf train-classification",
-        description=__doc__.splitlines()[0],
-        common=COMMON,
-    )
-    run, checkpoint = start("train-classification", model_args, data_args, args)
-    if not run.is_finished:
-        with run:
-            train(model_args, data_args, args, run, checkpoint)
+    options = ("text_column", "label_column", "max_length")
+    run_training("train-classification", ClassificationArguments, argv, __doc__, options, train)
 
 
-def train(
-    model_args: ModelArguments,
-    data_args: ClassificationArguments,
-    args: GMATrainingArguments,
-    run: RunFolder,
-    checkpoint: str | None,
-) -> None:
+def train(job: Job) -> None:
     """Load the data, make tokenizer and model, train, and report."""
-
+    model_args, data_args, args = job.model_args, job.data_args, job.args
+    expect_scikit_learn()
     with args.main_process_first(desc="loading the data"):
         splits, names = load_labelled_splits(data_args, args.seed, model_args.trust_remote_code)
-    tokenizer = prepare_tokenizer(model_args, args, splits["train"], run, checkpoint)
+    tokenizer = prepare_tokenizer(job, splits["train"])
     model = build_model(
         AutoModelForSequenceClassification,
         model_args,
@@ -111,23 +62,14 @@ def train(
     )
 
     def record(metrics):
-        return TrainingRecord(
-            task="text-classification",
-            auto_class="AutoModelForSequenceClassification",
-            data={
-                **describe_data(data_args),
-                "text_column": data_args.text_column,
-                "label_column": data_args.label_column,
-                "classes": names,
-                **{f"{split}_texts": len(dataset) for split, dataset in tokenized.items()},
-            },
-            details={
-                "steps": trainer.state.global_step,
-                "max_length": data_args.max_length,
-                "preset": None if model_args.model_name_or_path or model_args.config_name else model_args.preset,
-            },
-            metrics=metrics,
-            base_model=model_args.model_name_or_path and without_folder(model_args.model_name_or_path),
-        )
+        data = {
+            "text_column": data_args.text_column,
+            "label_column": data_args.label_column,
+            "classes": names,
+            **{f"{split}_texts": len(dataset) for split, dataset in tokenized.items()},
+        }
+        task, auto_class = "text-classification", "AutoModelForSequenceClassification"
+        details = {"max_length": data_args.max_length}
+        return job.record(trainer, details, data, task=task, auto_class=auto_class, metrics=metrics)
 
-    train_and_report(trainer, run, checkpoint, tokenized.get("test"), lambda metrics, split: metrics, record)
+    train_and_report(trainer, job, tokenized.get("test"), lambda metrics, split: metrics, record)

@@ -9,73 +9,23 @@ Arguments come from the command line, or from a JSON or YAML file that stands fi
 
 from transformers import AutoModelForCausalLM
 
-from ..training.arguments import CausalLanguageModelingArguments, ModelArguments, parse_arguments
-from ..training.cards.model_card import TrainingRecord, describe_data, without_folder
+from ..training.arguments import CausalLanguageModelingArguments
 from ..training.metrics import language_model_metrics, text_metrics, token_statistics
-from ..training.run_folder import RunFolder
 from ..training.text.data import load_text_splits
 from ..training.text.packing import PackedCollator, pack_splits
 from ..training.text.streaming import SHUFFLED_BLOCKS, TOKENIZER_ROWS, stream_blocks, stream_text_splits
-from ..training.trainer import GMATrainer, GMATrainingArguments
-from ..training.workflow import (
-    build_model,
-    check_length,
-    limit,
-    prepare_tokenizer,
-    start,
-    train_and_report,
-)
-
-
-# What `--help` shows
-COMMON = (
-    "train_file",
-    "validation_file",
-    "test_file",
-    "dataset_name",
-    "dataset_config_name",
-    "output_dir",
-    "model_name_or_path",
-    "preset",
-    "config_overrides",
-    "tokenizer_vocab_size",
-    "block_size",
-    "isolate_documents",
-    "streaming",
-    "max_steps",
-    "num_train_epochs",
-    "learning_rate",
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-    "bf16",
-    "torch_compile",
-    "overwrite_output_dir",
-)
+from ..training.trainer import GMATrainer
+from .shared.training import Job, build_model, check_length, limit, prepare_tokenizer, run_training, train_and_report
 
 
 def main(argv: list[str] | None = None) -> None:
-    model_args, data_args, args = parse_arguments(
-        [ModelArguments, CausalLanguageModelingArguments, GMATrainingArguments],
-        argv,
-        command="gma-hf train-clm",
-        description=__doc__.splitlines()[0],
-        common=COMMON,
-    )
-    run, checkpoint = start("train-clm", model_args, data_args, args)
-    if not run.is_finished:
-        with run:
-            train(model_args, data_args, args, run, checkpoint)
+    options = ("block_size", "isolate_documents", "streaming")
+    run_training("train-clm", CausalLanguageModelingArguments, argv, __doc__, options, train)
 
 
-def train(
-    model_args: ModelArguments,
-    data_args: CausalLanguageModelingArguments,
-    args: GMATrainingArguments,
-    run: RunFolder,
-    checkpoint: str | None,
-) -> None:
+def train(job: Job) -> None:
     """Load the data, make tokenizer and model, train, and report."""
-
+    model_args, data_args, args = job.model_args, job.data_args, job.args
     if data_args.streaming:
         splits = stream_text_splits(data_args, args.max_steps)
         to_learn_from = splits["train"].take(TOKENIZER_ROWS)
@@ -83,7 +33,7 @@ def train(
         with args.main_process_first(desc="loading the data"):
             splits = load_text_splits(data_args, args.seed, model_args.trust_remote_code)
         to_learn_from = splits["train"]
-    tokenizer = prepare_tokenizer(model_args, args, to_learn_from, run, checkpoint)
+    tokenizer = prepare_tokenizer(job, to_learn_from)
     model = build_model(AutoModelForCausalLM, model_args, tokenizer)
     check_length(model, data_args.block_size, "--block_size")
     stream = splits.pop("train") if data_args.streaming else None
@@ -128,18 +78,9 @@ def train(
         }
 
     def record(metrics):
-        return TrainingRecord(
-            task="text-generation",
-            auto_class="AutoModelForCausalLM",
-            data={**describe_data(data_args), **size_of_training_data()},
-            details={
-                "steps": trainer.state.global_step,
-                "block_size": data_args.block_size,
-                "isolate_documents": data_args.isolate_documents,
-                "preset": None if model_args.model_name_or_path or model_args.config_name else model_args.preset,
-            },
-            metrics=metrics,
-            base_model=model_args.model_name_or_path and without_folder(model_args.model_name_or_path),
-        )
+        details = {"block_size": data_args.block_size, "isolate_documents": data_args.isolate_documents}
+        task, auto_class = "text-generation", "AutoModelForCausalLM"
+        size = size_of_training_data()
+        return job.record(trainer, details, size, task=task, auto_class=auto_class, metrics=metrics)
 
-    train_and_report(trainer, run, checkpoint, eval_blocks.get("test"), finish_metrics, record)
+    train_and_report(trainer, job, eval_blocks.get("test"), finish_metrics, record)

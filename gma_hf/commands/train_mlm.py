@@ -8,76 +8,26 @@ Arguments come from the command line, or from a JSON or YAML file that stands fi
 
 from transformers import AutoModelForMaskedLM
 
-from ..training.arguments import MaskedLanguageModelingArguments, ModelArguments, parse_arguments
-from ..training.cards.model_card import TrainingRecord, describe_data, without_folder
+from ..training.arguments import MaskedLanguageModelingArguments
 from ..training.metrics import language_model_metrics, token_statistics
-from ..training.run_folder import RunFolder
 from ..training.text.data import load_text_splits
 from ..training.text.masking import MaskingCollator, mask_dataset
 from ..training.text.packing import pack_documents
 from ..training.text.tokenization import separator_id
-from ..training.trainer import GMATrainer, GMATrainingArguments
-from ..training.workflow import (
-    build_model,
-    check_length,
-    limit,
-    prepare_tokenizer,
-    start,
-    train_and_report,
-)
-
-
-# What `--help` shows
-COMMON = (
-    "train_file",
-    "validation_file",
-    "test_file",
-    "dataset_name",
-    "dataset_config_name",
-    "output_dir",
-    "model_name_or_path",
-    "preset",
-    "config_overrides",
-    "tokenizer_vocab_size",
-    "block_size",
-    "max_steps",
-    "num_train_epochs",
-    "learning_rate",
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-    "bf16",
-    "torch_compile",
-    "overwrite_output_dir",
-    "mlm_probability",
-)
+from ..training.trainer import GMATrainer
+from .shared.training import Job, build_model, check_length, limit, prepare_tokenizer, run_training, train_and_report
 
 
 def main(argv: list[str] | None = None) -> None:
-    model_args, data_args, args = parse_arguments(
-        [ModelArguments, MaskedLanguageModelingArguments, GMATrainingArguments],
-        argv,
-        command="gma-hf train-mlm",
-        description=__doc__.splitlines()[0],
-        common=COMMON,
-    )
-    run, checkpoint = start("train-mlm", model_args, data_args, args)
-    if not run.is_finished:
-        with run:
-            train(model_args, data_args, args, run, checkpoint)
+    run_training("train-mlm", MaskedLanguageModelingArguments, argv, __doc__, ("block_size", "mlm_probability"), train)
 
 
-def train(
-    model_args: ModelArguments,
-    data_args: MaskedLanguageModelingArguments,
-    args: GMATrainingArguments,
-    run: RunFolder,
-    checkpoint: str | None,
-) -> None:
+def train(job: Job) -> None:
     """Load the data, make tokenizer and model, train, and report."""
-
+    model_args, data_args, args = job.model_args, job.data_args, job.args
     with args.main_process_first(desc="loading the data"):
         splits = load_text_splits(data_args, args.seed, model_args.trust_remote_code)
-    tokenizer = prepare_tokenizer(model_args, args, splits["train"], run, checkpoint, with_mask=True)
+    tokenizer = prepare_tokenizer(job, splits["train"], with_mask=True)
     model = build_model(AutoModelForMaskedLM, model_args, tokenizer, is_causal=False)
     check_length(model, data_args.block_size, "--block_size")
     with args.main_process_first(desc="packing the data"):
@@ -115,23 +65,12 @@ def train(
     )
 
     def record(metrics):
-        return TrainingRecord(
-            task="fill-mask",
-            auto_class="AutoModelForMaskedLM",
-            data={
-                **describe_data(data_args),
-                "train_documents": packed["train"].num_documents,
-                "train_tokens": len(train_blocks) * data_args.block_size,
-            },
-            details={
-                "steps": trainer.state.global_step,
-                "block_size": data_args.block_size,
-                "isolate_documents": data_args.isolate_documents,
-                "mlm_probability": data_args.mlm_probability,
-                "preset": None if model_args.model_name_or_path or model_args.config_name else model_args.preset,
-            },
-            metrics=metrics,
-            base_model=model_args.model_name_or_path and without_folder(model_args.model_name_or_path),
-        )
+        size = {
+            "train_documents": packed["train"].num_documents,
+            "train_tokens": len(train_blocks) * data_args.block_size,
+        }
+        names = ("block_size", "isolate_documents", "mlm_probability")
+        details = {name: getattr(data_args, name) for name in names}
+        return job.record(trainer, details, size, task="fill-mask", auto_class="AutoModelForMaskedLM", metrics=metrics)
 
-    train_and_report(trainer, run, checkpoint, eval_blocks.get("test"), lambda metrics, split: metrics, record)
+    train_and_report(trainer, job, eval_blocks.get("test"), lambda metrics, split: metrics, record)

@@ -24,7 +24,7 @@ from transformers import TrainerCallback
 from transformers.trainer_pt_utils import IterableDatasetShard
 
 from ..analysis.collection import MixtureCall, watch_mixtures
-from ..analysis.statistics import DEAD_SHARE
+from ..analysis.statistics import effective_number, is_dead
 from ..compat import prepare_inputs
 from ..modeling import GMAMixture
 
@@ -59,12 +59,11 @@ class MixtureHealth:
     def from_sums(cls, responsibility_sum: torch.Tensor, entropy_sum: torch.Tensor, count: torch.Tensor):
         """From sums over tokens: `[heads, C]`, `[heads]`, and the number of tokens."""
         usage = responsibility_sum / count
-        num_components = usage.shape[-1]
         return cls(
             usage=usage,
-            usage_perplexity=torch.special.entr(usage).sum(dim=-1).exp(),
+            usage_perplexity=effective_number(usage),
             entropy=entropy_sum / count,
-            dead_components=(usage < DEAD_SHARE / num_components).sum(dim=-1),
+            dead_components=is_dead(usage).sum(dim=-1),
         )
 
     @property

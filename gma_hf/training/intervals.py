@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .files import load_files, resolve_files
-from .metrics import token_statistics
+from .metrics import perplexity, token_statistics
 from .text.packing import PackedCollator, pack_documents
 from .text.tokenization import separator_id
 
@@ -58,7 +58,7 @@ def bootstrap_perplexity(
         drawn = draw.integers(num_windows, size=math.ceil(num_windows / run_length))
         losses[i] = run_nll[drawn].sum() / run_counts[drawn].sum()
     low, high = np.quantile(losses, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return math.exp(low), math.exp(high)
+    return perplexity(low), perplexity(high)
 
 
 @torch.no_grad()
@@ -103,13 +103,13 @@ def evaluate_text(
         statistics.append(reduce(model(**batch, use_cache=False).logits, labels).cpu().double())
     nll, _, counts = torch.cat(statistics).numpy().T
     low, high = bootstrap_perplexity(nll, counts)
-    perplexity = math.exp(nll.sum() / counts.sum())
     # The same likelihood, shared among the words
-    exponent = counts.sum() / max(text.num_words, 1)
+    num_words = max(text.num_words, 1)
+    exponent = counts.sum() / num_words
     return {
-        "perplexity": perplexity,
+        "perplexity": perplexity(nll.sum() / counts.sum()),
         "perplexity_interval": [low, high],
-        "word_perplexity": perplexity**exponent,
+        "word_perplexity": perplexity(nll.sum() / num_words),
         "word_perplexity_interval": [low**exponent, high**exponent],
         "num_tokens": int(counts.sum()),
         "num_words": text.num_words,

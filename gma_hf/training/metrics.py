@@ -1,6 +1,7 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
 """Metrics of evaluation: perplexity, accuracy and F1, exact over batches and processes of any size."""
 
+import importlib.util
 import math
 from collections.abc import Callable
 
@@ -9,6 +10,7 @@ import torch
 from torch.nn import functional as F
 from transformers import EvalPrediction
 
+from .errors import TrainingInputError
 from .text.packing import IGNORE_INDEX, PackedText
 
 
@@ -89,20 +91,31 @@ def classification_metrics(prediction: EvalPrediction) -> dict[str, float]:
 
 
 def accuracy_and_f1(predicted: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """Accuracy, macro F1, and with classes 0 and 1 alone also the F1 of class 1.
+    """Accuracy, macro F1, and with classes 0 and 1 alone also the F1 of class 1, as scikit-learn defines them.
 
-    F1 of a class is 2 TP / (2 TP + FP + FN). The macro mean runs over the classes that occur among labels or
-    predictions, as in scikit-learn.
+    The macro mean runs over the classes that occur among labels or predictions. F1 is 0 where it is 0 / 0.
 
     Args:
         predicted: `[n]` class indices.
         labels: `[n]` class indices.
     """
-    scores = {}
-    for c in np.union1d(predicted, labels).tolist():
-        true_positives = np.sum((predicted == c) & (labels == c))
-        scores[c] = float(2 * true_positives / (np.sum(predicted == c) + np.sum(labels == c)))
-    metrics = {"accuracy": float(np.mean(predicted == labels)), "f1_macro": float(np.mean(list(scores.values())))}
-    if set(scores) <= {0, 1}:
-        metrics["f1_binary"] = scores.get(1, 0.0)
+    from sklearn.metrics import accuracy_score, f1_score
+
+    def f1(**options) -> float:
+        return float(f1_score(labels, predicted, average="macro", zero_division=0.0, **options))
+
+    metrics = {"accuracy": float(accuracy_score(labels, predicted)), "f1_macro": f1()}
+    if set(np.union1d(predicted, labels).tolist()) <= {0, 1}:
+        metrics["f1_binary"] = f1(labels=[1])
     return metrics
+
+
+def expect_scikit_learn() -> None:
+    """
+    Raises:
+        TrainingInputError: if scikit-learn, which computes accuracy and F1, is not installed.
+    """
+    if importlib.util.find_spec("sklearn") is None:
+        raise TrainingInputError(
+            "Accuracy and F1 are computed by scikit-learn, which is not installed: pip install 'gma_hf[classification]'."
+        )

@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from gma_hf import convert_to_gma, gma_layers, revert_to_softmax
+from gma_hf.commands.shared.conversion import ConversionArguments
 from gma_hf.conversion import rank_layers
 from gma_hf.conversion.config import RECIPES
-from gma_hf.conversion.distillation.recipe import ConversionArguments
 from gma_hf.training.arguments import parse_arguments
 from tests.conversion.tiny_models import make_inputs, make_softmax_model, output_of
 

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCard
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from ..errors import TrainingInputError
 from ..intervals import CONFIDENCE
-from .model_card import bullets
+from .frame import TAGS, bullets, loading_example, make_card, table
 
 
 BIBTEX = """\
@@ -30,6 +30,9 @@ BIBTEX = """\
 }"""
 # A sentence of every card that is made here
 MADE_HERE = "The operator is the work of Y. Huang and H. Raza; the package is `gma_hf`."
+WITHOUT_IMPORT = (
+    "Programs that never import `gma_hf` pass `trust_remote_code=True` instead; the package must be installed."
+)
 # Scores of `evaluate_text`: name in the results, in the card, on the hub
 SCORES = (("perplexity", "perplexity", "perplexity"), ("word_perplexity", "perplexity per word", "word_perplexity"))
 
@@ -166,66 +169,53 @@ def published_card(description: CardDescription, results: dict[str, Any], recipe
         name: that the example loads.
     """
     evaluations = results.get("evaluations", {})
-    metadata = ModelCardData(
+    facts = {"parameters": results.get("num_parameters"), "processes": results.get("num_processes")}
+    facts |= {name: results.get(name) for name in ("date", "device")}
+    script = "train_clm" if description.pipeline_tag == "text-generation" else "train_mlm"
+    procedure = [bullets({**facts, **results.get("data", {}), **results.get("details", {})})]
+    if recipe is not None:
+        procedure.append(f"The recipe ([recipe.yaml](recipe.yaml)), which `scripts/{script}.py` takes:")
+        procedure.append(f"```yaml\n{recipe.strip()}\n```")
+    if "command" in results:
+        procedure.append(f"The command:\n\n```bash\n{results['command']}\n```")
+    labels = {name: data.get("label", name) for name, data in description.evaluation_data.items()}
+    shown = [results_table(evaluations, labels), _how_measured(evaluations)] if evaluations else []
+    loading = loading_example(name, description.auto_class)
+    sections = [
+        (None, description.summary),
+        ("How to load it", f"{loading}\n\n{WITHOUT_IMPORT}"),
+        ("Intended use", description.intended_use),
+        ("Training data", description.training_data),
+        ("Procedure", *procedure),
+        ("Results", *shown),
+        ("Limits", description.limits),
+        ("Time, energy, carbon", energy_estimate(description.energy, results)),
+        ("Versions", bullets(results.get("versions", {}))),
+        ("Citation", MADE_HERE, f"```bibtex\n{BIBTEX}\n```"),
+    ]
+    return make_card(
+        description.title,
+        sections,
         model_name=description.title,
-        library_name="transformers",
         pipeline_tag=description.pipeline_tag,
         license=description.license,
         language=description.language,
-        tags=["gma", "gaussian-mixture-attention", *description.tags],
+        tags=[*TAGS, *description.tags],
         datasets=description.datasets or None,
         base_model=description.base_model,
         eval_results=_eval_results(description, evaluations) or None,
     )
-    facts = {"parameters": results.get("num_parameters"), "processes": results.get("num_processes")}
-    facts |= {name: results.get(name) for name in ("date", "device")}
-    sections = [
-        f"---\n{metadata.to_yaml()}\n---",
-        f"# {description.title}",
-        description.summary,
-        "## How to load it",
-        _loading_example(description, name),
-        "## Intended use",
-        description.intended_use,
-        "## Training data",
-        description.training_data,
-        "## Procedure",
-        bullets({**facts, **results.get("data", {}), **results.get("details", {})}),
-    ]
-    if recipe is not None:
-        script = "train_clm" if description.pipeline_tag == "text-generation" else "train_mlm"
-        sections += [
-            f"The recipe ([recipe.yaml](recipe.yaml)), which `scripts/{script}.py` takes:",
-            f"```yaml\n{recipe.strip()}\n```",
-        ]
-    if "command" in results:
-        sections.append(f"The command:\n\n```bash\n{results['command']}\n```")
-    if evaluations:
-        labels = {name: data.get("label", name) for name, data in description.evaluation_data.items()}
-        sections += ["## Results", results_table(evaluations, labels), _how_measured(evaluations)]
-    sections += ["## Limits", description.limits]
-    estimate = energy_estimate(description.energy, results)
-    if estimate is not None:
-        sections += ["## Time, energy, carbon", estimate]
-    if "versions" in results:
-        sections += ["## Versions", bullets(results["versions"])]
-    sections += [
-        "## Citation",
-        MADE_HERE,
-        f"```bibtex\n{BIBTEX}\n```",
-    ]
-    return ModelCard("\n\n".join(section for section in sections if section) + "\n")
 
 
 def results_table(evaluations: dict[str, dict[str, Any]], labels: dict[str, str]) -> str:
     """A line per text and score, with the confidence interval; `labels` are names that read better than their own."""
-    lines = [f"| text | score | value | {CONFIDENCE:.0%} interval |", "|---|---|---:|---:|"]
+    rows = []
     for name, scores in evaluations.items():
         for key, label, _ in SCORES:
             if key in scores:
                 low, high = scores[f"{key}_interval"]
-                lines.append(f"| {labels.get(name, name)} | {label} | {scores[key]:.2f} | {low:.2f} to {high:.2f} |")
-    return "\n".join(lines)
+                rows.append([labels.get(name, name), label, f"{scores[key]:.2f}", f"{low:.2f} to {high:.2f}"])
+    return table(["text", "score", "value", f"{CONFIDENCE:.0%} interval"], rows, left=2)
 
 
 def results_of_row(report: dict[str, Any], name: str) -> dict[str, Any]:
@@ -376,13 +366,4 @@ def _how_measured(evaluations: dict[str, dict[str, Any]]) -> str:
         f"Every token is predicted once, from its own window{f' ({sizes})' if sizes else ''}. The intervals are those of a "
         "moving-block bootstrap over the windows: what other texts of the same kind would change, not what other seeds of the "
         "training would."
-    )
-
-
-def _loading_example(description: CardDescription, name: str) -> str:
-    return (
-        f"```python\nimport gma_hf  # registers the architecture\nfrom transformers import {description.auto_class}, "
-        f'AutoTokenizer\n\nmodel = {description.auto_class}.from_pretrained("{name}")\n'
-        f'tokenizer = AutoTokenizer.from_pretrained("{name}")\n```\n\nPrograms that never import `gma_hf` pass '
-        "`trust_remote_code=True` instead; the package must be installed."
     )

@@ -6,26 +6,34 @@ import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import transformers
 from datasets import Dataset
 from torch.utils.data import DataLoader
-from transformers import AutoTokenizer, DataCollatorWithPadding, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainingArguments,
+)
 
+from ...conversion.calibration.calibrate import calibrate
+from ...conversion.calibration.sensitivity import choose_layers, rank_layers
+from ...conversion.checkpoints.install import gma_layers
+from ...conversion.convert import convert_to_gma
 from ...training.arguments import LanguageModelingArguments, parse_arguments
+from ...training.cards.frame import describe_command, describe_data, device_name, versions, without_folder
 from ...training.errors import TrainingInputError, why_not_loaded
 from ...training.files import resolve_files
 from ...training.fingerprint import fingerprint
 from ...training.options import check_options
 from ...training.text.data import load_text_splits
 from ...training.text.packing import PackedCollator, pack_splits
-from ...training.workflow import limit
-from ..calibration.calibrate import calibrate
-from ..calibration.sensitivity import choose_layers, rank_layers
-from ..checkpoints.install import gma_layers
-from ..convert import convert_to_gma
+from .training import limit
 
 
 logger = logging.getLogger(__name__)
@@ -35,6 +43,22 @@ AUTO_CLASSES = {
     "fill-mask": "AutoModelForMaskedLM",
     "feature-extraction": "AutoModel",
 }
+# What `--help` shows of both commands
+COMMON = (
+    "model_name_or_path",
+    "train_file",
+    "dataset_name",
+    "output_dir",
+    "task",
+    "layers",
+    "keep",
+    "keep_every",
+    "num_components",
+    "window_size",
+    "num_sink_tokens",
+    "calibration_tokens",
+    "block_size",
+)
 
 
 @dataclass
@@ -143,15 +167,45 @@ class PreparedData(NamedTuple):
 
 
 def parse_model_arguments(
-    dataclass_types: Sequence[type], argv: list[str] | None = None, **options: Any
+    command: str, dataclass_types: Sequence[type], argv: list[str] | None, description: str, common: Sequence[str]
 ) -> tuple[Any, ...]:
-    """As `parse_arguments`; a model's name may stand first, or behind the arguments file."""
+    """Read the arguments of a command; a model's name may stand first, or behind the arguments file.
+
+    Args:
+        command: name of the verb.
+        dataclass_types: of the arguments.
+        argv: the command line, default `sys.argv[1:]`.
+        description: the docstring of the command, whose first line `--help` shows.
+        common: the options that `--help` shows beside `COMMON`.
+    """
     argv = list(sys.argv[1:] if argv is None else argv)
     is_file = bool(argv) and Path(argv[0]).suffix.lower() in (".json", ".yaml", ".yml")
     place = 1 if is_file else 0
     if len(argv) > place and not argv[place].startswith("-"):
         argv[place : place + 1] = ["--model_name_or_path", argv[place]]
-    return parse_arguments(list(dataclass_types), argv, **options)
+    return parse_arguments(
+        list(dataclass_types),
+        argv,
+        command=f"gma-hf {command}",
+        description=description.splitlines()[0],
+        common=(*COMMON, *common),
+    )
+
+
+def results_of(
+    source: SourceArguments, data: LanguageModelingArguments, report: dict[str, Any], args: TrainingArguments
+) -> dict[str, Any]:
+    """What `results.json` and the card tell of every conversion."""
+    return {
+        "base_model": without_folder(source.model_name_or_path),
+        "task": source.task,
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": describe_command(sys.argv),
+        "conversion": report,
+        "data": describe_data(data),
+        "device": device_name(args),
+        "versions": versions(),
+    }
 
 
 def load_source(source: SourceArguments) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -1,10 +1,11 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
-"""What the training commands have in common: start, model, and the run from training to the model card."""
+"""What the training commands have in common: arguments, start, model, and the run from training to the model card."""
 
 import logging
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +16,99 @@ from datasets import Dataset
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..configuration import GMAConfig
-from .arguments import DataArguments, ModelArguments, parse_config_overrides
-from .cards.model_card import TrainingRecord, write_model_card, write_results
-from .checkpoints import all_checkpoints, checkpoint_to_resume, expect_resumable, find_last_checkpoint
-from .errors import TrainingInputError, why_not_loaded
-from .files import resolve_files
-from .fingerprint import differences, fingerprint
-from .progress import show_progress
-from .run_folder import RunFolder, read_run
-from .text.tokenization import get_tokenizer
-from .trainer import GMATrainer, GMATrainingArguments
+from ...configuration import GMAConfig
+from ...training.arguments import DataArguments, ModelArguments, parse_arguments, parse_config_overrides
+from ...training.cards.frame import describe_data, without_folder
+from ...training.cards.model_card import TrainingRecord, write_model_card, write_results
+from ...training.checkpoints import all_checkpoints, checkpoint_to_resume, expect_resumable, find_last_checkpoint
+from ...training.errors import TrainingInputError, why_not_loaded
+from ...training.files import resolve_files
+from ...training.fingerprint import differences, fingerprint
+from ...training.progress import show_progress
+from ...training.run_folder import RunFolder, read_run
+from ...training.text.tokenization import get_tokenizer
+from ...training.trainer import GMATrainer, GMATrainingArguments
 
 
 logger = logging.getLogger(__name__)
+
+
+# What `--help` of every training shows
+COMMON = (
+    "train_file",
+    "validation_file",
+    "test_file",
+    "dataset_name",
+    "dataset_config_name",
+    "output_dir",
+    "model_name_or_path",
+    "preset",
+    "config_overrides",
+    "tokenizer_vocab_size",
+    "max_steps",
+    "num_train_epochs",
+    "learning_rate",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "bf16",
+    "torch_compile",
+    "overwrite_output_dir",
+)
+
+
+@dataclass
+class Job:
+    """One training that was started: its arguments, its folder, and the checkpoint to resume from, if there is one."""
+
+    model_args: ModelArguments
+    data_args: DataArguments
+    args: GMATrainingArguments
+    run: RunFolder
+    checkpoint: str | None
+
+    def record(
+        self, trainer: GMATrainer, details: dict[str, Any], data: dict[str, Any], **values: Any
+    ) -> TrainingRecord:
+        """What the card tells: `details` and `data` of the task beside what every training has; `values` are further fields."""
+        source = self.model_args.model_name_or_path
+        preset = None if source or self.model_args.config_name else self.model_args.preset
+        return TrainingRecord(
+            data={**describe_data(self.data_args), **data},
+            details={"steps": trainer.state.global_step, **details, "preset": preset},
+            base_model=source and without_folder(source),
+            **values,
+        )
+
+
+def run_training(
+    command: str,
+    data_arguments: type[DataArguments],
+    argv: list[str] | None,
+    description: str,
+    common: tuple[str, ...],
+    train: Callable[[Job], None],
+) -> None:
+    """Read the arguments of a training command, and train unless the output folder holds the finished run.
+
+    Args:
+        command: name of the verb.
+        data_arguments: the dataclass of the data.
+        argv: the command line, default `sys.argv[1:]`.
+        description: the docstring of the command, whose first line `--help` shows.
+        common: the options that `--help` shows beside `COMMON`.
+        train: loads the data, makes tokenizer and model, trains, and reports.
+    """
+    model_args, data_args, args = parse_arguments(
+        [ModelArguments, data_arguments, GMATrainingArguments],
+        argv,
+        command=f"gma-hf {command}",
+        description=description.splitlines()[0],
+        common=(*COMMON, *common),
+    )
+    run, checkpoint = start(command, model_args, data_args, args)
+    if not run.is_finished:
+        with run:
+            train(Job(model_args, data_args, args, run, checkpoint))
 
 
 def set_up_logging(is_main: bool = True) -> None:
@@ -112,21 +192,15 @@ def _resume_from(checkpoint: Path, run: dict[str, Any], args: GMATrainingArgumen
     return RunFolder(args.output_dir, run, args.overwrite_output_dir or is_inside, is_main), str(checkpoint)
 
 
-def prepare_tokenizer(
-    model_args: ModelArguments,
-    args: GMATrainingArguments,
-    dataset: Dataset,
-    run: RunFolder,
-    checkpoint: str | None,
-    with_mask: bool = False,
-) -> PreTrainedTokenizerBase:
+def prepare_tokenizer(job: Job, dataset: Dataset, with_mask: bool = False) -> PreTrainedTokenizerBase:
     """Load the tokenizer asked for, or that of the checkpoint, or train one."""
-    name = model_args.tokenizer_name or checkpoint or model_args.model_name_or_path
+    model_args, args = job.model_args, job.args
+    name = model_args.tokenizer_name or job.checkpoint or model_args.model_name_or_path
     options = {"trust_remote_code": model_args.trust_remote_code}
     if name == model_args.model_name_or_path:
         options["revision"] = model_args.revision
     if name is None:
-        folder = run.beside("tokenizer")
+        folder = job.run.beside("tokenizer")
         with args.main_process_first(desc="training the tokenizer"):
             if args.local_process_index == 0:
                 trained = get_tokenizer(None, dataset, model_args.tokenizer_vocab_size, with_mask)
@@ -216,8 +290,7 @@ def limit(dataset: Dataset, num_samples: int | None, shuffle_seed: int | None = 
 
 def train_and_report(
     trainer: GMATrainer,
-    run: RunFolder,
-    checkpoint: str | None,
+    job: Job,
     test_dataset: Dataset | None,
     finish_metrics: Callable[[dict[str, float], str], dict[str, float]],
     record: Callable[[dict[str, float]], TrainingRecord],
@@ -226,8 +299,7 @@ def train_and_report(
 
     Args:
         trainer: with everything set up.
-        run: the folder of the run.
-        checkpoint: where to resume, or None.
+        job: the training.
         test_dataset: evaluated at the end, if there is one.
         finish_metrics: adds to the metrics of a split (`eval` or `test`) what the trainer cannot know.
         record: makes the record of the run from all metrics.
@@ -235,7 +307,7 @@ def train_and_report(
     Returns:
         All metrics.
     """
-    args = trainer.args
+    args, run, checkpoint = trainer.args, job.run, job.checkpoint
     if args.overwrite_output_dir and run.is_main and checkpoint is None:
         _delete_checkpoints(args.output_dir)
     run.begin()
