@@ -98,12 +98,7 @@ def circumstances(content: dict, command: list[str]) -> str:
 
 
 def page(results: Path = ROOT / "benchmarks" / "results", figures: Path = ROOT / "docs" / "figures") -> str:
-    """The text of the page.
-
-    Args:
-        results: folder of the JSON files.
-        figures: folder of the figures, which are found by the names of the JSON files.
-    """
+    """The text of the page, of the JSON files in one folder and the figures, found by their names, in the other."""
     head, sections = parts()
     found = [head]
     for section in sections:

@@ -12,8 +12,6 @@ between the embeddings of original and converted model, 20 Newsgroups to fine-tu
 """
 
 import argparse
-import json
-import lzma
 import random
 import re
 import sys
@@ -25,14 +23,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # so that `benchma
 import numpy as np
 import torch
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer, Trainer
 
-from benchmarks.conversion.timed_training import train
-from benchmarks.lib.corpora import rows_of, texts_of
-from benchmarks.lib.results import Results, add_output_options, device, output_path, stored
+from benchmarks.lib import corpora
+from benchmarks.lib.command import command
+from benchmarks.lib.results import Results, device
 from benchmarks.lib.tables import markdown, mean_and_spread
-from benchmarks.lib.training import evaluating
-from benchmarks.lib.training import train as train_small
+from benchmarks.lib.timed import train_stage
+from benchmarks.lib.training import evaluating, train
 from benchmarks.quality.classification_data import without_hints
 from benchmarks.quality.language_modeling_data import detokenize
 from gma_hf import convert_to_gma
@@ -50,6 +49,7 @@ ROWS = {
     "all layers, GMA alone, random mixtures": ({}, False),
     "all layers, window of 8 to each side": ({"window_size": 8}, True),
 }
+ORIGINAL = "original, softmax"
 # Short training: the first stage gets this share of the time
 TRANSFER_SHARE = 0.25
 
@@ -65,7 +65,7 @@ def training_texts(data: Path, count: int) -> list[str]:
     texts = []
     for name in ("wikipedia-long", "books"):
         enough = len(texts) + count // 2
-        for row in rows_of(data / name / "train.jsonl.xz"):
+        for row in corpora.rows_of(data / name / "train.jsonl.xz"):
             sentences = sentences_of(row["text"])
             # Not more of a book than of many articles
             sentences = sentences[: 4000 if name == "books" else 100]
@@ -80,15 +80,14 @@ def training_texts(data: Path, count: int) -> list[str]:
 
 
 def evaluation_sentences(data: Path) -> dict[str, list[str]]:
-    with lzma.open(data / "wikitext-103" / "test.txt.xz", "rt", encoding="utf-8") as file:
-        # Articles without the lines of their titles
-        text = detokenize("".join(line for line in file if not line.startswith(" =")))
-    reviews = texts_of(data / "imdb" / "test.jsonl.xz")
+    lines = corpora.text_of(data / "wikitext-103" / "test.txt.xz").splitlines(keepends=True)
+    text = detokenize("".join(line for line in lines if not line.startswith(" =")))  # without the titles of articles
+    reviews = corpora.texts_of(data / "imdb" / "test.jsonl.xz")
     found = {"WikiText-103": sentences_of(text), "IMDB": [s for review in reviews for s in sentences_of(review)]}
     return {name: random.Random(1).sample(sentences, EVALUATION_SENTENCES) for name, sentences in found.items()}
 
 
-def prepare(arguments: argparse.Namespace) -> None:
+def prepare(arguments: argparse.Namespace) -> dict:
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
 
     def tokens(texts: list[str], length: int) -> list[np.ndarray]:
@@ -103,11 +102,11 @@ def prepare(arguments: argparse.Namespace) -> None:
     for name, sentences in evaluation_sentences(arguments.data).items():
         prepared[name] = flat(tokens(sentences, LENGTH))
     for split in ("train", "test"):
-        rows = list(rows_of(arguments.data / "20newsgroups" / f"{split}.jsonl.xz"))
+        rows = list(corpora.rows_of(arguments.data / "20newsgroups" / f"{split}.jsonl.xz"))
         posts = flat(tokens([without_hints(row["text"]) for row in rows], NEWSGROUPS_LENGTH))
         prepared[f"newsgroups {split}"] = {**posts, "labels": torch.tensor([row["label"] for row in rows])}
-    torch.save(prepared, arguments.prepare)
-    print({name: {key: tuple(x.shape) for key, x in part.items()} for name, part in prepared.items()})
+    corpora.save(prepared, arguments.prepare)
+    return {name: {key: tuple(x.shape) for key, x in part.items()} for name, part in prepared.items()}
 
 
 def examples(part: dict[str, torch.Tensor]) -> list[dict]:
@@ -118,10 +117,10 @@ def examples(part: dict[str, torch.Tensor]) -> list[dict]:
 
 
 def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
-    tokens = torch.nn.utils.rnn.pad_sequence([row["input_ids"].long() for row in rows], batch_first=True)
-    mask = torch.nn.utils.rnn.pad_sequence([torch.ones(len(row["input_ids"]), dtype=torch.long) for row in rows], True)
+    tokens = [row["input_ids"].long() for row in rows]
     labels = {"labels": torch.stack([row["labels"] for row in rows])} if "labels" in rows[0] else {}
-    return {"input_ids": tokens, "attention_mask": mask, **labels}
+    mask = pad_sequence([torch.ones_like(row) for row in tokens], batch_first=True)
+    return {"input_ids": pad_sequence(tokens, batch_first=True), "attention_mask": mask, **labels}
 
 
 def sorted_batches(rows: list[dict], size: int):
@@ -159,14 +158,11 @@ def convert_and_distil(arguments: argparse.Namespace, prepared: dict, options: d
         row["cosine"]["calibrated"] = cosines(model, teacher, prepared)
     data = {"train_dataset": prepared["train"], "data_collator": collate, "teacher": teacher}
     minutes, size = arguments.minutes, arguments.batch_size
-    row["stages"] = [
-        train(model, "attention_transfer", TRANSFER_SHARE * minutes, size, 1e-2, **data),
-    ]
+    transfer = TRANSFER_SHARE * minutes
+    row["stages"] = [train_stage(model, "attention_transfer", transfer, size, 1e-2, **data)]
     row["cosine"]["after attention transfer"] = cosines(model, teacher, prepared)
     weights = {"logits_weight": 0.0, "hidden_weight": 1.0, "embedding_weight": 1.0, "gma_learning_rate": 2e-3}
-    row["stages"].append(
-        train(model, "distillation", (1 - TRANSFER_SHARE) * minutes, size, 2e-4, arguments=weights, **data)
-    )
+    row["stages"].append(train_stage(model, "distillation", minutes - transfer, size, 2e-4, arguments=weights, **data))
     row["cosine"]["after distillation"] = cosines(model, teacher, prepared)
     for state, scores in row["cosine"].items():
         print(f"{state:28s} {scores}", flush=True)
@@ -194,29 +190,26 @@ def classify(arguments: argparse.Namespace, prepared: dict, encoder, seed: int) 
     steps = int(arguments.epochs * len(rows)) // 32
     recipe = {"steps": steps, "batch_size": 32, "learning_rate": 2e-4, "weight_decay": 0.01}
     schedule = {"lr_scheduler_type": "linear", "warmup_steps": round(0.06 * steps), "adam_beta2": 0.999}
-    return train_small(model, rows, collate, recipe, seed, accuracy, Trainer, **schedule)["curve"][-1][1]
+    return train(model, rows, collate, recipe, seed, accuracy, Trainer, **schedule)["curve"][-1][1]
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Measure the rows that the output file does not hold yet."""
-    prepared = {name: examples(part) for name, part in torch.load(arguments.prepared).items()}
-    setting = {"minutes": arguments.minutes, "batch_size": arguments.batch_size, "components": arguments.components}
-    arguments.output = output_path(arguments)
-    results = Results(arguments.output, "conversion.minilm", {**setting, "epochs": arguments.epochs})
+    prepared = {name: examples(part) for name, part in corpora.load(arguments.prepared).items()}
+    setting = {name: getattr(arguments, name) for name in ("minutes", "batch_size", "components", "epochs")}
+    results = Results(arguments.output, "conversion.minilm", setting)
 
-    def accuracies(encoder) -> list[float]:
-        return [classify(arguments, prepared, encoder, seed) for seed in range(arguments.seeds)]
+    def row(name: str) -> dict:
+        if name == ORIGINAL:
+            encoder, found = AutoModel.from_pretrained(arguments.model), {}
+        else:
+            encoder, found = convert_and_distil(arguments, prepared, *ROWS[name])
+        if arguments.epochs:
+            found["newsgroups"] = [classify(arguments, prepared, encoder, seed) for seed in range(arguments.seeds)]
+        return found
 
-    def converted(name: str) -> dict:
-        model, row = convert_and_distil(arguments, prepared, *ROWS[name])
-        return {**row, "newsgroups": accuracies(model)} if arguments.epochs else row
-
-    if arguments.epochs:
-        results.measure(
-            "original, softmax", lambda: {"newsgroups": accuracies(AutoModel.from_pretrained(arguments.model))}
-        )
-    for name in arguments.rows:
-        results.measure(name, lambda name=name: converted(name))
+    for name in [*([ORIGINAL] if arguments.epochs else []), *arguments.rows]:
+        results.measure(name, row, name)
 
 
 def table(content: dict) -> str:
@@ -231,30 +224,24 @@ def table(content: dict) -> str:
     return markdown(columns, lines)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, help="folder of the encoder")
-    parser.add_argument("--data", type=Path, help="folder of the data sets, for --prepare")
-    parser.add_argument("--prepare", type=Path, help="tokenize into this file, and nothing else")
-    parser.add_argument("--prepared", type=Path, help="that file")
-    parser.add_argument("--texts", type=int, default=TRAIN_TEXTS, help="texts to train on, for --prepare")
-    parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS))
-    parser.add_argument("--minutes", type=float, default=3.0, help="of training per row")
-    parser.add_argument("--batch_size", type=int, default=128)
-    parser.add_argument("--components", type=int, default=64)
-    parser.add_argument("--epochs", type=float, default=3, help="of fine-tuning on 20 Newsgroups; 0 leaves it out")
-    parser.add_argument("--seeds", type=int, default=2, help="runs of the fine-tuning")
-    add_output_options(parser, "conversion_minilm")
-    arguments = parser.parse_args()
-    if not arguments.table and arguments.model is None:
-        parser.error("give --model, the folder of the encoder")
-    if arguments.prepare is not None:
-        prepare(arguments)
-        return
-    if not arguments.table:
-        run(arguments)
-    for path in stored(arguments):
-        print(f"\n{table(json.loads(path.read_text()))}")
+def add_options(add) -> None:
+    add("--model", type=Path, help="folder of the encoder")
+    add("--texts", type=int, default=TRAIN_TEXTS, help="texts to train on, for --prepare")
+    add("--rows", nargs="+", choices=list(ROWS), default=list(ROWS))
+    add("--minutes", type=float, default=3.0, help="of training per row")
+    add("--batch_size", type=int, default=128)
+    add("--components", type=int, default=64)
+    add("--epochs", type=float, default=3, help="of fine-tuning on 20 Newsgroups; 0 leaves it out")
+    add("--seeds", type=int, default=2, help="runs of the fine-tuning")
+
+
+def check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    if arguments.model is None or arguments.prepared is None:
+        parser.error("give --model, the folder of the encoder, and --prepared, the file that --prepare wrote")
+
+
+def main() -> None:
+    command(__doc__, "conversion_minilm", add_options, run, table, check=check, prepare=prepare)
 
 
 if __name__ == "__main__":

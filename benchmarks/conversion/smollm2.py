@@ -16,7 +16,6 @@ file holds already are not repeated; `finetune` goes on from the model of the ro
 import argparse
 import itertools
 import json
-import lzma
 import math
 import sys
 from pathlib import Path
@@ -28,10 +27,11 @@ import torch
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks.conversion.timed_training import train
-from benchmarks.lib.corpora import texts_of
-from benchmarks.lib.results import Results, add_output_options, device, output_path, stored
+from benchmarks.lib import corpora
+from benchmarks.lib.command import command
+from benchmarks.lib.results import Results, device
 from benchmarks.lib.tables import markdown
+from benchmarks.lib.timed import train_stage
 from gma_hf import convert_to_gma, gma_layers
 from gma_hf.commands.shared.conversion import sample_texts
 from gma_hf.conversion.calibration.calibrate import calibrate
@@ -46,11 +46,11 @@ TRAIN_LENGTH = 4096
 LONG = 8192  # of the windows of the curve of perplexity by position
 BUCKET = 1024
 TRAIN_TOKENS = 16_000_000
-PROMPTS = (
+PROMPTS = [
     "The history of the city begins",
     "Scientists have discovered that",
     "Once upon a time, in a village by the sea,",
-)
+]
 # Whether layers have a window, how many of them stay softmax, and whether mixtures are calibrated
 CONVERSIONS = {
     "window": (True, 0, True),
@@ -70,7 +70,7 @@ TITLES = {
 TRANSFER_SHARE = 0.2  # of the time
 
 
-def prepare(arguments: argparse.Namespace) -> None:
+def prepare(arguments: argparse.Namespace) -> dict:
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     separator = tokenizer.convert_tokens_to_ids("<|endoftext|>")
 
@@ -81,24 +81,22 @@ def prepare(arguments: argparse.Namespace) -> None:
     parts = []
     for name in ("wikipedia-long", "books"):
         found = []
-        for text in texts_of(arguments.data / name / "train.jsonl.xz"):
+        for text in corpora.texts_of(arguments.data / name / "train.jsonl.xz"):
             # Not the whole of every book: many authors matter more than long runs of one
             found += [separator, *tokens_of(text[:400_000])]
             if len(found) >= half:
                 break
-        parts.append(
-            torch.tensor(found[: half // TRAIN_LENGTH * TRAIN_LENGTH], dtype=torch.int32).view(-1, TRAIN_LENGTH)
-        )
-    blocks = torch.cat(parts)
+        parts.append(torch.tensor(found[: half // TRAIN_LENGTH * TRAIN_LENGTH], dtype=torch.int32))
+    blocks = torch.cat(parts).view(-1, TRAIN_LENGTH)
     blocks = blocks[torch.randperm(len(blocks), generator=torch.Generator().manual_seed(0))]
     splits = {"train": blocks}
     for name in ("valid", "test"):
-        with lzma.open(arguments.data / "wikitext-103" / f"{name}.txt.xz", "rt", encoding="utf-8") as file:
-            splits[name] = torch.tensor(tokens_of(file.read()), dtype=torch.int32)
+        text = corpora.text_of(arguments.data / "wikitext-103" / f"{name}.txt.xz")
+        splits[name] = torch.tensor(tokens_of(text), dtype=torch.int32)
     # Every number below 2^16: half the size of int32
     prepared = {name: x.to(torch.uint16) for name, x in splits.items()}
-    torch.save(prepared, arguments.prepare)
-    print({name: tuple(x.shape) for name, x in prepared.items()})
+    corpora.save(prepared, arguments.prepare)
+    return {name: tuple(x.shape) for name, x in prepared.items()}
 
 
 def load_original(arguments: argparse.Namespace):
@@ -160,7 +158,7 @@ def describe(model, teacher, prepared: dict, arguments: argparse.Namespace) -> d
         **measure(model, teacher, prepared["test"], arguments),
         "validation": measure(model, teacher, prepared["valid"], arguments),
         "by_position": perplexity_by_position(model, prepared["test"], arguments),
-        "samples": sample_texts(model, tokenizer, list(PROMPTS), 60),
+        "samples": sample_texts(model, tokenizer, PROMPTS, 60),
     }
 
 
@@ -199,14 +197,9 @@ def converted(name: str, arguments: argparse.Namespace, prepared: dict) -> dict:
     layers = None
     if keep:
         count = max(1, arguments.calibration_tokens // TRAIN_LENGTH // 2)
-        ranking = rank_layers(
-            model,
-            list(itertools.islice(training_batches(prepared, 2), count)),
-            max_tokens=2 * TRAIN_LENGTH,
-            calibration_options=calibration,
-            progress=False,
-            **options,
-        )
+        batches = list(itertools.islice(training_batches(prepared, 2), count))
+        limits = {"max_tokens": 2 * TRAIN_LENGTH, "calibration_options": calibration, "progress": False}
+        ranking = rank_layers(model, batches, **limits, **options)
         layers = choose_layers(ranking, keep)
         row["ranking"] = [layer._asdict() for layer in ranking]
     convert_to_gma(model, layers, **options)
@@ -224,10 +217,12 @@ def converted(name: str, arguments: argparse.Namespace, prepared: dict) -> dict:
     data = {"train_dataset": blocks_of(prepared), "data_collator": collate, "teacher": teacher}
     minutes, size = arguments.minutes, arguments.batch_size
     transfer_minutes = TRANSFER_SHARE * minutes
-    row["stages"].append(train(model, "attention_transfer", transfer_minutes, size, arguments.transfer_rate, **data))
+    row["stages"].append(
+        train_stage(model, "attention_transfer", transfer_minutes, size, arguments.transfer_rate, **data)
+    )
     score("after attention transfer", measure(model, reference, prepared["test"], arguments))
     data["arguments"] = {"gma_learning_rate": arguments.gma_rate, "hidden_weight": arguments.hidden_weight}
-    row["stages"].append(train(model, "distillation", minutes - transfer_minutes, size, arguments.rate, **data))
+    row["stages"].append(train_stage(model, "distillation", minutes - transfer_minutes, size, arguments.rate, **data))
     row["tokens"] = sum(stage["steps"] for stage in row["stages"]) * size * TRAIN_LENGTH
     score("after distillation", describe(model, reference, prepared, arguments))
     if name == "window" and arguments.work is not None:
@@ -244,16 +239,15 @@ def fine_tuned(name: str, arguments: argparse.Namespace, prepared: dict) -> dict
     data = {"train_dataset": blocks_of(prepared, with_labels=True), "data_collator": collate}
     trainer_class = GMADistillationTrainer if is_converted else GMATrainer
     minutes, size, rate = arguments.finetune_minutes, arguments.batch_size, arguments.finetune_rate
-    stage = train(model, "finetune", minutes, size, rate, trainer_class=trainer_class, **data)
+    stage = train_stage(model, "finetune", minutes, size, rate, trainer_class=trainer_class, **data)
     scores = describe(model, load_original(arguments), prepared, arguments)
     return {"title": TITLES[name], "stages": [stage], "scores": {"after fine-tuning": scores}}
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Measure the rows that the output file does not hold yet."""
-    prepared = {name: x.to(torch.int32) for name, x in torch.load(arguments.prepared).items()}
+    prepared = {name: x.to(torch.int32) for name, x in corpora.load(arguments.prepared).items()}
     setting = {"length": LENGTH, "train_length": TRAIN_LENGTH, "test_windows": arguments.test_windows}
-    arguments.output = output_path(arguments)
     results = Results(arguments.output, "conversion.smollm2", setting)
 
     def measured(name: str) -> dict:
@@ -263,7 +257,7 @@ def run(arguments: argparse.Namespace) -> None:
         return (converted if name in CONVERSIONS else fine_tuned)(name, arguments, prepared)
 
     for name in arguments.rows:
-        results.measure(name, lambda name=name: measured(name))
+        results.measure(name, measured, name)
 
 
 def table(content: dict) -> str:
@@ -289,47 +283,37 @@ def table(content: dict) -> str:
     return "\n\n".join(filter(None, parts))
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, help="folder of the original")
-    parser.add_argument("--data", type=Path, help="folder of the data sets, for --prepare")
-    parser.add_argument("--prepare", type=Path, help="tokenize into this file, and nothing else")
-    parser.add_argument("--prepared", type=Path, help="that file")
-    parser.add_argument("--tokens", type=int, default=TRAIN_TOKENS, help="tokens to train on, for --prepare")
-    parser.add_argument("--rows", nargs="+", choices=list(TITLES), default=list(TITLES))
-    parser.add_argument("--minutes", type=float, default=4.0, help="of training per conversion")
-    parser.add_argument("--finetune_minutes", type=float, default=1.5, help="of each fine-tuning")
-    parser.add_argument("--batch_size", type=int, default=4, help="blocks of 4,096 tokens")
-    parser.add_argument("--eval_batch_size", type=int, default=16)
-    parser.add_argument("--window", type=int, default=128, help="tokens that are seen exactly")
-    parser.add_argument("--sinks", type=int, default=1, help="tokens of the beginning that are seen exactly")
-    parser.add_argument("--components", type=int, default=64)
-    parser.add_argument("--undo_rotation_beyond", type=float, help="as `convert_to_gma` takes it")
-    parser.add_argument("--calibration_tokens", type=int, default=131_072)
-    parser.add_argument("--transfer_rate", type=float, default=5e-3, help="learning rate of attention transfer")
-    parser.add_argument("--rate", type=float, default=2e-4, help="learning rate of the old weights in distillation")
-    parser.add_argument(
-        "--gma_rate", type=float, default=1e-3, help="learning rate of the new weights in distillation"
-    )
-    parser.add_argument(
-        "--hidden_weight", type=float, default=0.0, help="of the hidden states' distance, beside the KL"
-    )
-    parser.add_argument("--finetune_rate", type=float, default=5e-5)
-    parser.add_argument("--test_windows", type=int, help="measure on so many windows only, to try things out")
-    parser.add_argument("--work", type=Path, help="folder that keeps the model of the row 'window' for 'finetune'")
-    add_output_options(parser, "conversion_smollm2")
-    arguments = parser.parse_args()
-    if not arguments.table and arguments.model is None:
-        parser.error("give --model, the folder of the original")
-    if arguments.prepare is not None:
-        prepare(arguments)
-        return
+def add_options(add) -> None:
+    add("--model", type=Path, help="folder of the original")
+    add("--tokens", type=int, default=TRAIN_TOKENS, help="tokens to train on, for --prepare")
+    add("--rows", nargs="+", choices=list(TITLES), default=list(TITLES))
+    add("--minutes", type=float, default=4.0, help="of training per conversion")
+    add("--finetune_minutes", type=float, default=1.5, help="of each fine-tuning")
+    add("--batch_size", type=int, default=4, help="blocks of 4,096 tokens")
+    add("--eval_batch_size", type=int, default=16)
+    add("--window", type=int, default=128, help="tokens that are seen exactly")
+    add("--sinks", type=int, default=1, help="tokens of the beginning that are seen exactly")
+    add("--components", type=int, default=64)
+    add("--undo_rotation_beyond", type=float, help="as `convert_to_gma` takes it")
+    add("--calibration_tokens", type=int, default=131_072)
+    add("--transfer_rate", type=float, default=5e-3, help="learning rate of attention transfer")
+    add("--rate", type=float, default=2e-4, help="learning rate of the old weights in distillation")
+    add("--gma_rate", type=float, default=1e-3, help="learning rate of the new weights in distillation")
+    add("--hidden_weight", type=float, default=0.0, help="of the hidden states' distance, beside the KL")
+    add("--finetune_rate", type=float, default=5e-5)
+    add("--test_windows", type=int, help="measure on so many windows only, to try things out")
+    add("--work", type=Path, help="folder that keeps the model of the row 'window' for 'finetune'")
+
+
+def check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    if arguments.model is None or arguments.prepared is None:
+        parser.error("give --model, the folder of the original, and --prepared, the file that --prepare wrote")
     if "finetune" in arguments.rows and arguments.work is None:
         parser.error("the row 'finetune' needs --work, where the row 'window' keeps its model")
-    if not arguments.table:
-        run(arguments)
-    for path in stored(arguments):
-        print(f"\n{table(json.loads(path.read_text()))}")
+
+
+def main() -> None:
+    command(__doc__, "conversion_smollm2", add_options, run, table, check=check, prepare=prepare)
 
 
 if __name__ == "__main__":

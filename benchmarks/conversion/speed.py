@@ -19,7 +19,6 @@ tokens, and with a window and one sink token.
 
 import argparse
 import contextlib
-import json
 import sys
 from pathlib import Path
 
@@ -28,11 +27,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # so that `benchma
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, StaticCache
+from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.cache_utils import Cache
 
-from benchmarks.kernels.decoding_gpu import STEPS, capture, fill_softmax_layers, set_position, time_step
-from benchmarks.lib.results import Results, add_output_options, need_gpu, output_path, stored
+from benchmarks.kernels.decoding_gpu import STEPS, capture, fill_cache, set_position, time_step
+from benchmarks.lib.command import command
+from benchmarks.lib.results import Results
 from benchmarks.lib.tables import pivot
 from benchmarks.lib.timing import first_line, free_memory, median_time, peak_bytes
 from gma_hf import convert_to_gma
@@ -114,18 +114,9 @@ def cache_bytes(cache: Cache) -> int:
     return sum(found.values())
 
 
-def fill_cache(model, mode: str, position: int) -> Cache:
-    """A cache like that of a sequence which has reached `position`."""
-    config, tokens = model.config, torch.randint(model.config.vocab_size, (1, PROMPT), device=model.device)
-    cache = DynamicCache(config=config) if mode == "eager" else StaticCache(config=config, max_cache_len=position)
-    model(tokens, **{CACHE_NAME: cache}, logits_to_keep=1)
-    fill_softmax_layers(cache, mode, position)
-    return cache
-
-
 def measure_decode(model, mode: str, position: int, seconds: float) -> dict:
     """Milliseconds per token in front of a position, and what the cache takes there."""
-    cache = fill_cache(model, mode, position)
+    cache = fill_cache(model, mode, 1, position, PROMPT)
     set_position(cache, position - STEPS)
     token = torch.randint(model.config.vocab_size, (1, 1), device=model.device)
     place = torch.full((1, 1), position - STEPS, device=model.device)
@@ -153,19 +144,19 @@ def measure_all(results: Results, shape: str, name: str, options: argparse.Names
     """All rows of one model; what does not fit into memory stands in them with the reason."""
     model = make_model(shape, name, options.model, device)
 
-    def measure(key: dict, function, *arguments) -> None:
-        def row() -> dict:
-            free_memory()
-            forced = sdpa_kernel(SDPBackend.FLASH_ATTENTION) if name == FLASH else contextlib.nullcontext()
-            try:
-                with forced:
-                    return function(model, *arguments, options.seconds)
-            except (torch.cuda.OutOfMemoryError, RuntimeError) as error:
-                if name.startswith("GMA") and not isinstance(error, torch.cuda.OutOfMemoryError):
-                    raise
-                return {"refused": first_line(error)}
+    def row(function, *arguments) -> dict:
+        free_memory()
+        forced = sdpa_kernel(SDPBackend.FLASH_ATTENTION) if name == FLASH else contextlib.nullcontext()
+        try:
+            with forced:
+                return function(model, *arguments, options.seconds)
+        except RuntimeError as error:  # of memory, or of a kernel that refuses
+            if name.startswith("GMA") and not isinstance(error, torch.cuda.OutOfMemoryError):
+                raise
+            return {"refused": first_line(error)}
 
-        results.measure({**key, "shape": shape, "model": name}, row)
+    def measure(key: dict, function, *arguments) -> None:
+        results.measure({**key, "shape": shape, "model": name}, row, function, *arguments)
 
     for mode in options.modes:
         for length in options.lengths:
@@ -205,30 +196,32 @@ def tables(content: dict) -> str:
     return "\n\n".join(found)
 
 
-def main() -> None:
-    """Measure and print the tables; every measurement goes to the JSON file at once."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=["135m"])
-    parser.add_argument("--model", help="folder of a pretrained model, instead of random weights in --shapes")
-    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
-    parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES)
-    parser.add_argument("--lengths", type=int, nargs="*", default=LENGTHS, help="of prefill")
-    parser.add_argument("--positions", type=int, nargs="*", default=POSITIONS, help="of decoding")
-    parser.add_argument("--seconds", type=float, default=0.3, help="per measurement, after half as long a warm-up")
-    add_output_options(parser, "conversion_speed_*")
-    options = parser.parse_args()
+def run(options: argparse.Namespace) -> None:
+    """Every measurement goes to the JSON file at once."""
+    setting = {"dtype": "bfloat16", "tokens": TOKENS, "steps": STEPS, "components": 64, "shapes": SHAPES}
+    results = Results(options.output, "conversion.speed", setting, one_device=True)
+    for shape in options.shapes if options.model is None else [options.model]:
+        for name in options.models:
+            measure_all(results, shape, name, options)
+
+
+def add_options(add) -> None:
+    add("--shapes", nargs="+", choices=list(SHAPES), default=["135m"])
+    add("--model", help="folder of a pretrained model, instead of random weights in --shapes")
+    add("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
+    add("--modes", nargs="+", choices=MODES, default=MODES)
+    add("--lengths", type=int, nargs="*", default=LENGTHS, help="of prefill")
+    add("--positions", type=int, nargs="*", default=POSITIONS, help="of decoding")
+    add("--seconds", type=float, default=0.3, help="per measurement, after half as long a warm-up")
+
+
+def check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     if any(position < PROMPT + STEPS for position in options.positions):
         parser.error(f"positions must be at least {PROMPT + STEPS}, got {sorted(options.positions)}")
-    if not options.table:
-        need_gpu()
-        options.output = output_path(options)
-        setting = {"dtype": "bfloat16", "tokens": TOKENS, "steps": STEPS, "components": 64, "shapes": SHAPES}
-        results = Results(options.output, "conversion.speed", setting, one_device=True)
-        for shape in options.shapes if options.model is None else [options.model]:
-            for name in options.models:
-                measure_all(results, shape, name, options)
-    for path in stored(options):
-        print(f"\n{path}\n\n{tables(json.loads(path.read_text()))}")
+
+
+def main() -> None:
+    command(__doc__, "conversion_speed_*", add_options, run, tables, check=check, needs_gpu=True)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@ import math
 import torch
 from torch import Tensor
 
-from benchmarks.rivals.operators import GATES, MIXTURE, QKV, Shape, evaluate, gma, in_float64, make_inputs, random_grad
+from benchmarks.rivals import operators
+from benchmarks.rivals.operators import GATES, MIXTURE, QKV, Shape
 
 
 SHAPE = Shape(batch=2, length=1024, heads=4)
@@ -19,8 +20,7 @@ NEGLIGIBLE = 1e-6
 def outliers(x: dict[str, Tensor]) -> None:
     """2% of the queries and keys far outside the mixture."""
     for name in ("query", "key"):
-        far = torch.rand(x[name].shape[:3], device=x[name].device) < 0.02
-        x[name][far] *= 100
+        x[name][torch.rand(x[name].shape[:3], device=x[name].device) < 0.02] *= 100
 
 
 def near_zero_variances(x: dict[str, Tensor]) -> None:
@@ -35,58 +35,47 @@ def one_hot_priors(x: dict[str, Tensor]) -> None:
 
 def padding(x: dict[str, Tensor]) -> None:
     """A row of padding alone, and tokens of padding in the others: they neither write nor forget."""
-    for name in GATES:
-        if name in x:
-            x[name][0] = 0
-            x[name][1:, :, ::7] = 0
+    for name in set(GATES) & set(x):
+        x[name][0] = 0
+        x[name][1:, :, ::7] = 0
 
 
-BLOCKS = {
-    "plain": (QKV + MIXTURE, True),
-    "gated": (QKV + MIXTURE + GATES, False),
-}
+BLOCKS = {"plain": (QKV + MIXTURE, True), "gated": (QKV + MIXTURE + GATES, False)}
 # Case: inputs, whether the read is normalised, and what is done to the inputs
-CASES = {
-    **{name: (*block, lambda x: None) for name, block in BLOCKS.items()},
-    **{
-        f"{change.__name__.replace('_', ' ')}, {name}": (*block, change)
-        for change in (outliers, near_zero_variances, one_hot_priors)
-        for name, block in BLOCKS.items()
-    },
-    "padding, plain": (QKV + MIXTURE + GATES[:1], True, padding),
-    "padding, gated": (*BLOCKS["gated"], padding),
-}
-
-
-def make_case(case: str, dtype: torch.dtype, shape: Shape = SHAPE, device: str = "cuda") -> dict[str, Tensor]:
-    """The inputs of a case, all of them in `dtype`."""
-    names, _, change = CASES[case]
-    inputs = {name: x.detach() for name, x in make_inputs(names, shape, torch.float32, device).items()}
-    torch.manual_seed(7)
-    change(inputs)
-    return {name: x.to(dtype).requires_grad_() for name, x in inputs.items()}
+CASES = {name: (*block, lambda x: None) for name, block in BLOCKS.items()}
+for change in (outliers, near_zero_variances, one_hot_priors):
+    CASES |= {f"{change.__name__.replace('_', ' ')}, {name}": (*block, change) for name, block in BLOCKS.items()}
+CASES["padding, plain"] = (QKV + MIXTURE + GATES[:1], True, padding)
+CASES["padding, gated"] = (*BLOCKS["gated"], padding)
 
 
 def measure_case(
     case: str, dtype: torch.dtype, backend: str = "triton", shape: Shape = SHAPE, device: str = "cuda"
 ) -> dict:
-    """Errors of output and gradients in `dtype`, of the backend and of `chunked`, and the largest ratio of the two.
-
-    An error is relative to the norm of the float64 result. A ratio compares with at least what rounding the exact result
-    to `dtype` costs, an eighth of the machine epsilon or more; results that `dtype` cannot hold are left out.
     """
-    names, normalize, _ = CASES[case]
-    inputs, grad = make_case(case, dtype, shape, device), random_grad(shape, dtype, device)
-    exact = evaluate(gma(names, normalize, "chunked"), in_float64(inputs), grad.double())
-    computed = [evaluate(gma(names, normalize, name), inputs, grad) for name in (backend, "chunked")]
+    Errors of output and gradients in `dtype`, of the backend and of `chunked`, and the largest ratio of the two. An error is
+    relative to the norm of the float64 result. A ratio compares with at least what rounding the exact result to `dtype` costs,
+    an eighth of the machine epsilon or more; results that `dtype` cannot hold are left out.
+    """
+    names, normalize, change = CASES[case]
+    inputs = {k: x.detach() for k, x in operators.make_inputs(names, shape, torch.float32, device).items()}
+    torch.manual_seed(7)
+    change(inputs)
+    inputs = {name: x.to(dtype).requires_grad_() for name, x in inputs.items()}
+    grad = operators.random_grad(shape, dtype, device)
+
+    def results(backend: str, inputs: dict[str, Tensor], grad: Tensor) -> dict[str, Tensor]:
+        return operators.evaluate(operators.gma(names, normalize, backend), inputs, grad)
+
+    exact = results("chunked", operators.in_float64(inputs), grad.double())
+    computed = [results(name, inputs, grad) for name in (backend, "chunked")]
     negligible, limits = NEGLIGIBLE * grad.double().norm(), torch.finfo(dtype)
     errors, ratios = {}, {}
     for name, expected in exact.items():
-        if expected.abs().max() > limits.max:
-            continue
-        scale = torch.maximum(expected.norm(), negligible)
-        errors[name] = [((results[name] - expected).norm() / scale).item() for results in computed]
-        ratio = errors[name][0] / max(errors[name][1], limits.eps / 8)
-        ratios[name] = ratio if math.isfinite(ratio) else math.inf
+        if expected.abs().max() <= limits.max:
+            scale = torch.maximum(expected.norm(), negligible)
+            errors[name] = [((found[name] - expected).norm() / scale).item() for found in computed]
+            ratio = errors[name][0] / max(errors[name][1], limits.eps / 8)
+            ratios[name] = ratio if math.isfinite(ratio) else math.inf
     worst = max(ratios, key=ratios.get)
     return {"worst_ratio": ratios[worst], "worst_in": worst, "errors": errors}

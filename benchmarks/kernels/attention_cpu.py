@@ -12,7 +12,6 @@ import argparse
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 
@@ -21,87 +20,78 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # so that `benchma
 import torch
 from torch import Tensor
 
-from benchmarks.lib.results import Results, add_output_options, output_path, stored
+from benchmarks.lib.command import command
+from benchmarks.lib.results import Results
 from benchmarks.lib.tables import markdown
-from benchmarks.lib.timing import cpu_model, resident_memory
+from benchmarks.lib.timing import cpu_model, resident_memory, wall_time
 from benchmarks.rivals import operators
 from benchmarks.rivals.operators import Shape, evaluate, make_inputs
 
 
 SHAPE = Shape(batch=1, length=0, heads=8)
 TOLERANCE = 1e-5  # relative error of float32 against float64: some tens of roundings of 6e-8
-RIVALS = {
-    title: operators.RIVALS[name]
-    for title, name in {"sdpa": "SDPA", "gma": "GMA normalised", "gma, decay": "GMA normalised, decay"}.items()
-}
+NAMES = {"sdpa": "SDPA", "gma": "GMA normalised", "gma, decay": "GMA normalised, decay"}
+RIVALS = {title: operators.RIVALS[name] for title, name in NAMES.items()}
 
 
-def inputs_of(name: str, length: int, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    inputs = make_inputs(RIVALS[name].names, SHAPE._replace(length=length), torch.float32, "cpu")
-    return {key: x.detach().to(dtype).requires_grad_() for key, x in inputs.items()}
+def inputs_of(name: str, length: int, dtype: torch.dtype = torch.float32) -> tuple[dict[str, Tensor], Tensor]:
+    """Inputs of a rival, and a gradient of its output."""
+    shape = SHAPE._replace(length=length)
+    inputs = make_inputs(RIVALS[name].names, shape, torch.float32, "cpu")
+    inputs = {key: x.detach().to(dtype).requires_grad_() for key, x in inputs.items()}
+    return inputs, operators.random_grad(shape, torch.float32, "cpu").to(dtype)
 
 
 def check_correctness() -> float:
     """Largest relative error of outputs and gradients against the float64 reference, or SystemExit when too large."""
     worst = 0.0
     for name in ("gma", "gma, decay"):
-        found = []
-        for dtype, backend in ((torch.float64, "reference"), (torch.float32, "chunked")):
-            rival = operators.gma(RIVALS[name].names, True, backend)
-            found.append(evaluate(rival, inputs_of(name, 300, dtype), random_grad(300).to(dtype)))
-        for key, expected in found[0].items():
-            worst = max(worst, ((found[1][key].double() - expected).norm() / expected.norm()).item())
+        exact, found = (
+            evaluate(operators.gma(RIVALS[name].names, True, backend), *inputs_of(name, 300, dtype))
+            for dtype, backend in ((torch.float64, "reference"), (torch.float32, "chunked"))
+        )
+        worst = max(worst, *(((found[k].double() - x).norm() / x.norm()).item() for k, x in exact.items()))
     if not worst < TOLERANCE:
         sys.exit(f"error: chunked differs from the float64 reference by {worst:.1e}; no speed is reported.")
     return worst
 
 
-def random_grad(length: int) -> Tensor:
-    return operators.random_grad(SHAPE._replace(length=length), torch.float32, "cpu")
-
-
 def run(name: str, inputs: dict[str, Tensor], grad: Tensor, backward: bool) -> float:
     """Seconds of one evaluation."""
-    start = time.perf_counter()
     if backward:
-        evaluate(RIVALS[name], inputs, grad)
-    else:
-        with torch.no_grad():
-            RIVALS[name].function(inputs)
-    return time.perf_counter() - start
+        return wall_time(lambda: evaluate(RIVALS[name], inputs, grad))
+    with torch.no_grad():
+        return wall_time(lambda: RIVALS[name].function(inputs))
 
 
 def measure_speed(length: int, seconds: float, rounds: int) -> dict[str, dict[str, float]]:
     """Milliseconds of every rival, fastest of at least `rounds` interleaved rounds and about `seconds` seconds."""
-    inputs, grad = {name: inputs_of(name, length) for name in RIVALS}, random_grad(length)
+    inputs = {name: inputs_of(name, length) for name in RIVALS}
     times = {(name, backward): [] for name in RIVALS for backward in (False, True)}
     for name, backward in times:
-        run(name, inputs[name], grad, backward)  # warm-up
-    start = time.perf_counter()
-    while len(times["gma", True]) < rounds or time.perf_counter() - start < seconds:
+        run(name, *inputs[name], backward)  # warm-up
+    while len(times["gma", True]) < rounds or sum(map(sum, times.values())) < seconds:
         for (name, backward), measured in times.items():
-            measured.append(run(name, inputs[name], grad, backward))
-    return {
-        name: {"forward_ms": 1e3 * min(times[name, False]), "forward_backward_ms": 1e3 * min(times[name, True])}
-        for name in RIVALS
-    }
+            measured.append(run(name, *inputs[name], backward))
+    fields = {"forward_ms": False, "forward_backward_ms": True}
+    return {name: {field: 1e3 * min(times[name, part]) for field, part in fields.items()} for name in RIVALS}
 
 
 def print_peaks(name: str, lengths: list[int]) -> None:
     """Peak resident memory in MiB of forward and backward at every length, as one line of JSON."""
-    run(name, inputs_of(name, 64), random_grad(64), True)
+    run(name, *inputs_of(name, 64), True)
     base, peaks = resident_memory("VmRSS"), []
     for length in lengths:
         Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
-        run(name, inputs_of(name, length), random_grad(length), True)
+        run(name, *inputs_of(name, length), True)
         peaks.append(resident_memory("VmHWM") - base)
     print(json.dumps(peaks))
 
 
 def measure_memory(name: str, lengths: list[int], threads: int) -> list[float]:
     """Peaks of `print_peaks` from a fresh process."""
-    command = [sys.executable, __file__, "--probe", name, "--threads", str(threads), "--lengths", *map(str, lengths)]
-    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+    words = [sys.executable, __file__, "--probe", name, "--threads", str(threads), "--lengths", *map(str, lengths)]
+    return json.loads(subprocess.run(words, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
 
 
 def markdown_table(rows: list[dict]) -> str:
@@ -118,47 +108,48 @@ def markdown_table(rows: list[dict]) -> str:
     return markdown(columns, lines, left=0)
 
 
+def measure(options: argparse.Namespace) -> None:
+    setting = {"batch": 1, "heads": SHAPE.heads, "dim": SHAPE.dim, "components": SHAPE.components, "dtype": "float32"}
+    setting |= {"device": cpu_model(), "threads": options.threads}
+    results = Results(options.output, "kernels.attention_cpu", setting, one_device=True)
+    results.report["relative_error"] = check_correctness()
+    missing = [n for n in sorted(options.lengths) if not results.find(length=n)]
+    memory = {name: measure_memory(name, missing, options.threads) for name in RIVALS if missing}
+    for i, length in enumerate(missing):
+        speeds = measure_speed(length, options.seconds, options.rounds)
+        for name, speed in speeds.items():
+            ratio = speeds["sdpa"]["forward_backward_ms"] / speed["forward_backward_ms"]
+            values = {**speed, "speed_up": ratio, "peak_memory_mib": memory[name][i]}
+            results.measure({"length": length, "rival": name}, values.copy)
+
+
+def report(content: dict) -> str:
+    rows = list(Results.of(content).rows.values())
+    lost = {
+        name: [row["length"] for row in rows if row["rival"] == name and row["speed_up"] < 1]
+        for name in list(RIVALS)[1:]
+    }
+    faster = [f"SDPA is faster than {k} at N = {v or 'none of these'} (forward and backward)" for k, v in lost.items()]
+    return "\n".join([markdown_table(rows), "", *faster])
+
+
+def add_options(add) -> None:
+    add("--lengths", type=int, nargs="+", default=[256, 512, 1024, 2048, 4096, 8192, 16384])
+    add("--threads", type=int, default=2)
+    add("--rounds", type=int, default=3, help="least number of rounds per length")
+    add("--seconds", type=float, default=5.0, help="time to measure per length, if rounds are over")
+    add("--probe", choices=list(RIVALS), help="only print the peak memory of this rival, as JSON")
+
+
 def main() -> None:
-    """Measure, print the table, write the JSON file."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--lengths", type=int, nargs="+", default=[256, 512, 1024, 2048, 4096, 8192, 16384])
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=3, help="least number of rounds per length")
-    parser.add_argument("--seconds", type=float, default=5.0, help="time to measure per length, if rounds are over")
-    parser.add_argument("--probe", choices=list(RIVALS), help="only print the peak memory of this rival, as JSON")
-    add_output_options(parser, "cpu_attention")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    lengths = sorted(options.lengths)
-    if options.probe:
-        print_peaks(options.probe, lengths)
-        return
-    if not options.table:
-        setting = {
-            "batch": 1,
-            "heads": SHAPE.heads,
-            "dim": SHAPE.dim,
-            "components": SHAPE.components,
-            "dtype": "float32",
-        }
-        setting |= {"device": cpu_model(), "threads": options.threads}
-        options.output = output_path(options)
-        results = Results(options.output, "kernels.attention_cpu", setting, one_device=True)
-        results.report["relative_error"] = check_correctness()
-        missing = [n for n in lengths if not results.find(length=n)]
-        memory = {name: measure_memory(name, missing, options.threads) for name in RIVALS if missing}
-        for i, length in enumerate(missing):
-            speeds = measure_speed(length, options.seconds, options.rounds)
-            for name, speed in speeds.items():
-                ratio = speeds["sdpa"]["forward_backward_ms"] / speed["forward_backward_ms"]
-                values = {**speed, "speed_up": ratio, "peak_memory_mib": memory[name][i]}
-                results.measure({"length": length, "rival": name}, lambda values=values: values)
-    for path in stored(options):
-        rows = list(Results.of(json.loads(path.read_text())).rows.values())
-        print(f"\n{path}\n\n{markdown_table(rows)}\n")
-        for name in ("gma", "gma, decay"):
-            lost = [row["length"] for row in rows if row["rival"] == name and row["speed_up"] < 1]
-            print(f"SDPA is faster than {name} at N = {lost or 'none of these'} (forward and backward)")
+    def start(options: argparse.Namespace) -> None:
+        torch.set_num_threads(options.threads)
+        if options.probe:
+            print_peaks(options.probe, sorted(options.lengths))
+            sys.exit()
+        measure(options)
+
+    command(__doc__, "cpu_attention", add_options, start, report)
 
 
 if __name__ == "__main__":

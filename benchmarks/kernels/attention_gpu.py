@@ -17,9 +17,9 @@ dtype; `fla`, the kernels of flash-linear-attention that need minutes to tune th
 """
 
 import argparse
-import json
+import itertools
 import sys
-import time
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -28,25 +28,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # so that `benchma
 
 import torch
 
-from benchmarks.kernels.attention_accuracy import CASES, DTYPES, measure_case
-from benchmarks.kernels.attention_accuracy import SHAPE as ACCURACY_SHAPE
-from benchmarks.lib.results import Results, add_output_options, need_gpu, output_path, stored
+from benchmarks.kernels import attention_accuracy as accuracy
+from benchmarks.lib.command import command
+from benchmarks.lib.results import Results
 from benchmarks.lib.tables import markdown, pivot
-from benchmarks.lib.timing import first_line, free_memory, median_time, peak_bytes
-from benchmarks.rivals.operators import (
-    CHUNKED,
-    FLA,
-    GMA,
-    GMA_EXTREMES,
-    RIVALS,
-    SDPA,
-    TITLES,
-    VARIANTS,
-    Shape,
-    make_inputs,
-    random_grad,
-    relative_error,
-)
+from benchmarks.lib.timing import first_line, free_memory, median_time, peak_bytes, wall_time
+from benchmarks.rivals import operators
+from benchmarks.rivals.operators import CHUNKED, FLA, GMA, GMA_EXTREMES, RIVALS, SDPA, TITLES, VARIANTS, Shape
 
 
 TOKENS = 65536
@@ -60,6 +48,7 @@ HOST_LENGTHS = (128, 2048, 8192)
 CHECKED_LENGTHS = (2048, 16384)  # one pass over the tokens, and two
 FAST_FLA, SLOW_FLA = list(FLA)[:1] + list(FLA)[2:4], [list(FLA)[1], list(FLA)[4]]
 FIELDS = {"forward_ms": "forward", "forward_backward_ms": "forward and backward"}
+PARTS = ("speed", "dims", "length", "host", "memory", "accuracy", "fla")
 
 
 def same_tokens(length: int, **sizes) -> Shape:
@@ -67,23 +56,29 @@ def same_tokens(length: int, **sizes) -> Shape:
     return Shape(max(1, TOKENS // length), length, **sizes)
 
 
-def measure_time(name: str, shape: Shape, seconds: float, forward: bool = True) -> dict:
-    """Milliseconds of the forward pass (on request) and of forward and backward, as far as the rival runs at all."""
-    rival, result = RIVALS[name], {}
+def passes(name: str, shape: Shape) -> dict[str, Callable[[], object]]:
+    """The forward pass without autograd, and forward and backward pass for the gradients of everything."""
+    rival = RIVALS[name]
+    inputs, grad = (
+        operators.make_inputs(rival.names, shape, torch.bfloat16),
+        operators.random_grad(shape, torch.bfloat16),
+    )
+    infer = torch.no_grad()(lambda: rival.function(inputs))
+
+    def train() -> tuple:
+        output = rival.function(inputs)
+        return output, torch.autograd.grad(output, list(inputs.values()), grad)
+
+    return dict(zip(FIELDS, (infer, train), strict=True))
+
+
+def time_of(name: str, shape: Shape, seconds: float, fields: tuple[str, ...] = tuple(FIELDS)) -> dict:
+    """Milliseconds of the passes, as far as the rival runs at all."""
     free_memory()
-    inputs, grad = make_inputs(rival.names, shape, torch.bfloat16), random_grad(shape, torch.bfloat16)
-    leaves = list(inputs.values())
-
-    def infer():
-        with torch.no_grad():
-            rival.function(inputs)
-
+    functions, result = passes(name, shape), {}
     try:
-        if forward:
-            result["forward_ms"] = median_time(infer, seconds)
-        result["forward_backward_ms"] = median_time(
-            lambda: torch.autograd.grad(rival.function(inputs), leaves, grad), seconds
-        )
+        for field in fields:
+            result[field] = median_time(functions[field], seconds)
     except Exception as error:  # whatever a rival refuses with is its result; ours may not refuse
         if name in GMA:
             raise
@@ -92,124 +87,72 @@ def measure_time(name: str, shape: Shape, seconds: float, forward: bool = True) 
     return result
 
 
-def time_into(results: Results, part: str, name: str, shape: Shape, seconds: float, forward: bool = True) -> dict:
-    key = {"part": part, "rival": name, **shape._asdict()}
-    return results.measure(key, lambda: measure_time(name, shape, seconds, forward))
-
-
-def measure_speed(results: Results, seconds: float) -> None:
-    for variant in VARIANTS:
-        for length in CHECKED_LENGTHS:
-            key = {"part": "check", "rival": f"GMA {variant}", "length": length}
-            results.measure(key, lambda v=variant, n=length: {"relative_error": relative_error(v, Shape(1, n))})
-    for name in (*GMA, *SDPA, *CHUNKED):
-        for length in LENGTHS if name not in CHUNKED else (CHUNKED_LENGTH,):
-            time_into(results, "speed", name, same_tokens(length), seconds)
-    measure_fla(results, seconds, FAST_FLA)
-
-
-def measure_fla(results: Results, seconds: float, names: list[str] = SLOW_FLA) -> None:
-    for name in names:
-        for length in LENGTHS:
-            if "forward_ms" not in time_into(results, "speed", name, same_tokens(length), seconds):
-                break  # refused altogether: no other length would change that
-
-
-def measure_dims(results: Results, seconds: float) -> None:
-    for name in (*GMA_EXTREMES, *SDPA):
-        for length in DIM_LENGTHS:
-            time_into(results, "dims", name, same_tokens(length, dim=128), seconds)
-    for name in GMA_EXTREMES:
-        for components in MORE_COMPONENTS:
-            time_into(results, "dims", name, same_tokens(4096, components=components), seconds)
-
-
-def measure_length(results: Results, seconds: float) -> None:
-    calls = [(name, same_tokens(length)) for name in GMA_EXTREMES for length in FLAT_LENGTHS]
-    for name in (*GMA_EXTREMES, *SDPA):
-        calls += [(name, Shape(batch=1, length=length)) for length in FLAT_LENGTHS if length <= SDPA_LONGEST]
-    for name, shape in dict.fromkeys(calls):
-        time_into(results, "length", name, shape, seconds, forward=False)
-
-
-def wall_time(name: str, shape: Shape, seconds: float) -> dict:
+def host_time(name: str, shape: Shape, seconds: float) -> dict:
     """Milliseconds by the clock of one call after another, Python and launches included."""
-    rival = RIVALS[name]
-    inputs, grad = make_inputs(rival.names, shape, torch.bfloat16), random_grad(shape, torch.bfloat16)
-
-    def infer():
-        with torch.no_grad():
-            rival.function(inputs)
-
-    def train():
-        torch.autograd.grad(rival.function(inputs), list(inputs.values()), grad)
-
     result = {}
-    for field, function in zip(FIELDS, (infer, train), strict=True):
+    for field, function in passes(name, shape).items():
         for _ in range(5):
             function()
-        torch.cuda.synchronize()
-        start, calls = time.perf_counter(), 0
-        while time.perf_counter() - start < seconds:
-            for _ in range(10):
-                function()
-            torch.cuda.synchronize()
+        spent, calls = 0.0, 0
+        while spent < seconds:
+            spent += wall_time(lambda function=function: [function() for _ in range(10)])
             calls += 10
-        result[field] = 1e3 * (time.perf_counter() - start) / calls
+        result[field] = 1e3 * spent / calls
     return result
-
-
-def measure_host(results: Results, seconds: float) -> None:
-    for name in (*GMA_EXTREMES, "SDPA"):
-        for length in HOST_LENGTHS:
-            shape = Shape(1, length, heads=8)
-            key = {"part": "host", "rival": name, **shape._asdict()}
-            results.measure(key, lambda name=name, shape=shape: wall_time(name, shape, seconds))
 
 
 def peak_memory(name: str, shape: Shape) -> dict:
     """Bytes that forward and backward need at most, beyond inputs, output and their gradients, and the share of these."""
-    rival = RIVALS[name]
-    inputs, grad = make_inputs(rival.names, shape, torch.bfloat16), random_grad(shape, torch.bfloat16)
-    leaves = list(inputs.values())
-
-    def run():
-        output = rival.function(inputs)
-        return output, torch.autograd.grad(output, leaves, grad)
-
+    run = passes(name, shape)["forward_backward_ms"]
     run()  # workspaces of libraries are there for good
     free_memory()
     before = torch.cuda.memory_allocated()
     (output, grads), peak = peak_bytes(run)
     results = sum(x.nbytes for x in (output, *grads))
-    necessary = results + sum(x.nbytes for x in (*leaves, grad))
+    necessary = 2 * results  # inputs and the gradient that comes in are as large
     extra = peak - before - results
     return {"extra_bytes": extra, "necessary_bytes": necessary, "share": extra / necessary}
 
 
-def measure_memory(results: Results, seconds: float) -> None:
-    shape = same_tokens(4096)
-    for name in (*GMA, *SDPA):
-        key = {"part": "memory", "rival": name, **shape._asdict()}
-        results.measure(key, lambda name=name: peak_memory(name, shape))
+def calls(part: str, seconds: float) -> Iterator[tuple[dict, Callable[[], dict]]]:
+    """The rows of a part: what names a row, and what measures it."""
 
+    def timed(name: str, shape: Shape, part: str = part, measure=time_of, **options) -> tuple:
+        key = {"part": part, "rival": name, **shape._asdict()}
+        return key, partial(measure, name, shape, seconds, **options)
 
-def measure_accuracy(results: Results, seconds: float) -> None:
-    for dtype in DTYPES:
-        for case in CASES:
-            key = {"part": "accuracy", "case": case, "dtype": str(dtype).removeprefix("torch.")}
-            results.measure(key, lambda case=case, dtype=dtype: measure_case(case, dtype))
-
-
-PARTS = {
-    "speed": measure_speed,
-    "dims": measure_dims,
-    "length": measure_length,
-    "host": measure_host,
-    "memory": measure_memory,
-    "accuracy": measure_accuracy,
-    "fla": measure_fla,
-}
+    if part == "speed":
+        for variant, length in itertools.product(VARIANTS, CHECKED_LENGTHS):
+            check = partial(operators.relative_error, variant, Shape(1, length))
+            yield (
+                {"part": "check", "rival": f"GMA {variant}", "length": length},
+                lambda f=check: {"relative_error": f()},
+            )
+        yield from (timed(name, same_tokens(n)) for name in (*GMA, *SDPA) for n in LENGTHS)
+        yield from (timed(name, same_tokens(CHUNKED_LENGTH)) for name in CHUNKED)
+    if part in ("speed", "fla"):
+        names = FAST_FLA if part == "speed" else SLOW_FLA
+        yield from (timed(name, same_tokens(n), "speed") for name in names for n in LENGTHS)
+    if part == "dims":
+        yield from (timed(name, same_tokens(n, dim=128)) for name in (*GMA_EXTREMES, *SDPA) for n in DIM_LENGTHS)
+        shapes = [same_tokens(4096, components=n) for n in MORE_COMPONENTS]
+        yield from (timed(name, shape) for name in GMA_EXTREMES for shape in shapes)
+    if part == "length":
+        shapes = [(name, same_tokens(n)) for name in GMA_EXTREMES for n in FLAT_LENGTHS]
+        short = [n for n in FLAT_LENGTHS if n <= SDPA_LONGEST]
+        shapes += [(name, Shape(batch=1, length=n)) for name in (*GMA_EXTREMES, *SDPA) for n in short]
+        yield from (timed(*call, fields=("forward_backward_ms",)) for call in dict.fromkeys(shapes))
+    if part == "host":
+        for name, length in itertools.product((*GMA_EXTREMES, "SDPA"), HOST_LENGTHS):
+            yield timed(name, Shape(1, length, heads=8), measure=host_time)
+    if part == "memory":
+        shape = same_tokens(4096)
+        for name in (*GMA, *SDPA):
+            yield {"part": part, "rival": name, **shape._asdict()}, partial(peak_memory, name, shape)
+    if part == "accuracy":
+        for dtype, case in itertools.product(accuracy.DTYPES, accuracy.CASES):
+            key = {"part": part, "case": case, "dtype": str(dtype).removeprefix("torch.")}
+            yield key, partial(accuracy.measure_case, case, dtype)
 
 
 def softmax_rival(results: Results) -> str:
@@ -263,22 +206,22 @@ def comparison(content: dict) -> str:
     results = Results.of(content)
     ahead, behind = [], []
     for own in GMA_EXTREMES:
-        for rival in (*SDPA, *FLA):
-            for field, title in FIELDS.items():
-                for part, dim, lengths in (("speed", 64, LENGTHS), ("dims", 128, DIM_LENGTHS)):
-                    key = {"part": part, "dim": dim}
-                    times = {
-                        n: [results.get(field, rival=name, length=n, **key) for name in (rival, own)] for n in lengths
-                    }
-                    ratios = {n: pair[0] / pair[1] for n, pair in times.items() if None not in pair}
-                    what = title if dim == 64 else f"{title}, dimension 128"
-                    for table, chosen in (
-                        (ahead, {n: x for n, x in ratios.items() if x >= 1}),
-                        (behind, {n: 1 / x for n, x in ratios.items() if x < 1}),
-                    ):
-                        if chosen:
-                            where = ", ".join(f"{n:,}" for n in chosen)
-                            table.append([own, TITLES.get(rival, rival), what, where, span(list(chosen.values()))])
+        for rival, (field, title), (part, dim, lengths) in itertools.product(
+            (*SDPA, *FLA), FIELDS.items(), (("speed", 64, LENGTHS), ("dims", 128, DIM_LENGTHS))
+        ):
+            what = title if dim == 64 else f"{title}, dimension 128"
+            pairs = {
+                n: [results.get(field, rival=name, length=n, part=part, dim=dim) for name in (rival, own)]
+                for n in lengths
+            }
+            ratios = {n: pair[0] / pair[1] for n, pair in pairs.items() if None not in pair}
+            for table, chosen in (
+                (ahead, {n: x for n, x in ratios.items() if x >= 1}),
+                (behind, {n: 1 / x for n, x in ratios.items() if x < 1}),
+            ):
+                if chosen:
+                    where = ", ".join(f"{n:,}" for n in chosen)
+                    table.append([own, TITLES.get(rival, rival), what, where, span(list(chosen.values()))])
     columns = ["", "beside", "pass", "tokens of a sequence"]
     parts = []
     if ahead:
@@ -354,36 +297,34 @@ def tables(content: dict) -> str:
         worst = results.get("worst_ratio", part="accuracy", case=case, dtype=dtype)
         return "" if worst is None else f"{worst:.2f}"
 
-    dtypes = [str(dtype).removeprefix("torch.") for dtype in DTYPES]
+    dtypes = [str(dtype).removeprefix("torch.") for dtype in accuracy.DTYPES]
     title = "largest error / error of chunked in the same dtype"
-    return "\n\n".join([*found, *pivot(title, dtypes, {case: case for case in CASES}, ratio)])
+    return "\n\n".join([*found, *pivot(title, dtypes, {case: case for case in accuracy.CASES}, ratio)])
+
+
+def run(options: argparse.Namespace) -> None:
+    """Every measurement goes to the JSON file at once."""
+    setting = {"dtype": "bfloat16", "tokens": TOKENS, **Shape(0, 0)._asdict(), "batch": "tokens / length, at least 1"}
+    setting |= {"length": list(LENGTHS), "seconds": options.seconds, "accuracy": accuracy.SHAPE._asdict()}
+    results = Results(options.output, "kernels.attention_gpu", setting, one_device=True)
+    refused = set()  # a kernel that is refused at one length is not tried at others
+    for part in options.parts:
+        for key, function in calls(part, options.seconds):
+            if key.get("rival") not in refused:
+                row = results.measure(key, function)
+                refused |= {key["rival"]} if key.get("rival") in FLA and "forward_ms" not in row else set()
+
+
+def add_options(add) -> None:
+    add("--parts", nargs="+", choices=PARTS, default=[name for name in PARTS if name != "fla"])
+    add("--seconds", type=float, default=0.15, help="per measurement, after half as long a warm-up")
 
 
 def main() -> None:
-    """Measure and print the tables; every measurement goes to the JSON file at once."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=[name for name in PARTS if name != "fla"])
-    parser.add_argument("--seconds", type=float, default=0.15, help="per measurement, after half as long a warm-up")
-    add_output_options(parser, "gpu_attention_*")
-    options = parser.parse_args()
-    if not options.table:
-        need_gpu()
-        setting = {
-            "dtype": "bfloat16",
-            "tokens": TOKENS,
-            **Shape(0, 0)._asdict(),
-            "batch": "tokens / length, at least 1",
-            "length": list(LENGTHS),
-            "seconds": options.seconds,
-            "accuracy": ACCURACY_SHAPE._asdict(),
-        }
-        options.output = output_path(options)
-        results = Results(options.output, "kernels.attention_gpu", setting, one_device=True)
-        for part in options.parts:
-            PARTS[part](results, options.seconds)
-    for path in stored(options):
-        content = json.loads(path.read_text())
-        print(f"\n{path}\n\n{tables(content)}\n\n{summary(content)}\n\n{comparison(content)}")
+    def report(content: dict) -> str:
+        return f"{tables(content)}\n\n{summary(content)}\n\n{comparison(content)}"
+
+    command(__doc__, "gpu_attention_*", add_options, run, report, needs_gpu=True)
 
 
 if __name__ == "__main__":

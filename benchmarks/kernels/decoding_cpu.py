@@ -3,35 +3,43 @@
 Milliseconds a token on a CPU, and calls into PyTorch per layer and token, of small models beside a Llama of the same size: what the
 host costs.
 
-    python benchmarks/kernels/decoding_cpu.py --output benchmarks/results/decoding_cpu.json
+    python benchmarks/kernels/decoding_cpu.py --renew --output benchmarks/results/decoding_cpu.json
 
 One thread, batch 1, 4 layers of width 64, 4 heads, 16 components, a prompt of 40 tokens. The models take turns, 25 tokens each; the
-fastest and the median turn are reported, because other programs slow a turn down and none makes it faster.
+fastest and the median turn are reported, because other programs slow a turn down and none makes it faster. Measure on a machine
+that does nothing else.
 """
 
 import argparse
-import json
 import statistics
-import time
+import sys
 from pathlib import Path
 
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # so that `benchmarks` can be imported
+
 import torch
-import transformers
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
+from benchmarks.lib.command import command
+from benchmarks.lib.results import Results
+from benchmarks.lib.tables import markdown
+from benchmarks.lib.timing import cpu_model, wall_time
 from gma_hf import GMAConfig, GMAForCausalLM, convert_to_gma
 from gma_hf.cache_argument import CACHE_NAME
 
 
 SIZES = {
-    "vocab_size": 128,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_attention_heads": 4,
-    "num_hidden_layers": 4,
-}
+    "vocab_size": 128, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_hidden_layers": 4
+}  # fmt: skip
 NUM_COMPONENTS, WINDOW, PROMPT, TOKENS = 16, 16, 40, 25
+# Milliseconds a token and calls per layer before each layer kept what depends on its parameters alone, on a machine of the same
+# kind on 2026-11-27: compare them with Llama's in the same column
+BEFORE = {
+    "Llama": (2.1, 78), "paper block": (3.9, 151), "gated block": (5.9, 185), "gated block + window": (8.6, 267),
+    "converted Llama": (5.9, 202), "converted Llama + window": (7.7, 254),
+}  # fmt: skip
 
 
 class CountCalls(TorchDispatchMode):
@@ -56,15 +64,17 @@ def native(preset: str, **options):
     return GMAForCausalLM(GMAConfig.from_preset(preset, **SIZES, num_components=NUM_COMPONENTS, **options)).eval()
 
 
+def converted(**options):
+    return convert_to_gma(llama(), num_components=NUM_COMPONENTS, **options).eval()
+
+
 MODELS = {
     "Llama": llama,
     "paper block": lambda: native("paper"),
     "gated block": lambda: native("gated"),
     "gated block + window": lambda: native("gated", window_size=WINDOW),
-    "converted Llama": lambda: convert_to_gma(llama(), num_components=NUM_COMPONENTS).eval(),
-    "converted Llama + window": lambda: convert_to_gma(
-        llama(), num_components=NUM_COMPONENTS, window_size=WINDOW
-    ).eval(),
+    "converted Llama": converted,
+    "converted Llama + window": lambda: converted(window_size=WINDOW),
 }
 
 
@@ -77,6 +87,7 @@ def prompted(model) -> DynamicCache:
 
 @torch.no_grad()
 def measure(turns: int) -> dict[str, dict[str, float]]:
+    """The rows of all models, which take turns."""
     models = {name: make() for name, make in MODELS.items()}
     token, times, calls = torch.tensor([[5]]), {name: [] for name in models}, {}
     for name, model in models.items():
@@ -89,10 +100,8 @@ def measure(turns: int) -> dict[str, dict[str, float]]:
     for _ in range(turns):
         for name, model in models.items():
             cache = prompted(model)
-            start = time.perf_counter()
-            for _ in range(TOKENS):
-                model(token, **{CACHE_NAME: cache})
-            times[name].append((time.perf_counter() - start) / TOKENS * 1e3)
+            seconds = wall_time(lambda m=model, c=cache: [m(token, **{CACHE_NAME: c}) for _ in range(TOKENS)])
+            times[name].append(1e3 * seconds / TOKENS)
     return {
         name: {
             "fastest_ms": round(min(times[name]), 3),
@@ -104,20 +113,42 @@ def measure(turns: int) -> dict[str, dict[str, float]]:
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--turns", type=int, default=20)
-    parser.add_argument("--output", type=Path, help="write the figures to this JSON file")
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    figures = measure(arguments.turns)
-    for name, row in figures.items():
-        print(f"{name:26}" + "  ".join(f"{key} {value}" for key, value in row.items()))
-    if arguments.output is not None:
-        versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-        arguments.output.write_text(
-            json.dumps({"versions": versions, "models": figures}, indent=2) + "\n", encoding="utf-8"
+def table(content: dict) -> str:
+    """Before and after, with Llama of the same run."""
+    columns = [
+        "model",
+        "ms a token before",
+        "of Llama's",
+        "ms a token",
+        "median turn",
+        "of Llama's",
+        "calls per layer before",
+    ]
+    lines = []
+    for name, row in content["rows"].items():
+        ms, calls = BEFORE[name]
+        after = [f"{row['fastest_ms']:.2f}", f"{row['median_ms']:.2f}", f"{row['times_llama']:.2f}"]
+        lines.append(
+            [name, f"{ms:.1f}", f"{ms / BEFORE['Llama'][0]:.2f}", *after, str(calls), f"{row['calls_per_layer']:g}"]
         )
+    return markdown([*columns, "calls per layer"], lines)
+
+
+def run(options: argparse.Namespace) -> None:
+    torch.set_num_threads(1)
+    setting = {**SIZES, "num_components": NUM_COMPONENTS, "window_size": WINDOW, "prompt": PROMPT, "tokens": TOKENS}
+    setting |= {"turns": options.turns, "device": cpu_model()}
+    results = Results(options.output, "kernels.decoding_cpu", setting, one_device=True)
+    if not results.rows:  # all in one run, or their times could not be compared
+        for name, row in measure(options.turns).items():
+            results.measure(name, row.copy)
+
+
+def main() -> None:
+    def add_options(add) -> None:
+        add("--turns", type=int, default=20)
+
+    command(__doc__, "decoding_cpu", add_options, run, table)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ longer than the sequence and masked, which rules that kernel out.
 """
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -31,22 +30,19 @@ import torch
 from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import Cache
 
-from benchmarks.lib.results import Results, add_output_options, need_gpu, output_path, stored
+from benchmarks.lib.command import command
+from benchmarks.lib.results import Results
 from benchmarks.lib.tables import pivot
-from benchmarks.lib.timing import first_line, free_memory
+from benchmarks.lib.timing import first_line, free_memory, wall_time
 from gma_hf import GMAConfig, GMAForCausalLM
 from gma_hf.cache_argument import CACHE_NAME
 from gma_hf.modeling import GMACacheLayer
 
 
 SIZES = {
-    "hidden_size": 768,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "num_components": 64,
-    "vocab_size": 32000,
+    "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "num_components": 64, "vocab_size": 32000,
     "max_position_embeddings": 131072,
-}
+}  # fmt: skip
 MODELS = {
     "GMA gated": ("gated", "linear_attention"),
     "GMA paper": ("paper", "linear_attention"),
@@ -71,27 +67,23 @@ def make_model(name: str, sizes: dict = SIZES, device: str = "cuda") -> GMAForCa
         return GMAForCausalLM(config).to(torch.bfloat16).eval()
 
 
-def fill_cache(model: GMAForCausalLM, mode: str, batch: int, position: int) -> Cache:
-    """A cache like that of a sequence which has reached `position`, with room for no further token."""
-    config, device = model.config, model.device
-    cache = DynamicCache(config=config) if mode == "eager" else StaticCache(config=config, max_cache_len=position)
-    # A static cache of softmax layers takes its shape from the first tokens; they are overwritten below
-    length = PROMPT if "linear_attention" in config.layer_types else 1
-    model(torch.randint(config.vocab_size, (batch, length), device=device), **{CACHE_NAME: cache})
-    fill_softmax_layers(cache, mode, position)
-    return cache
-
-
-def fill_softmax_layers(cache: Cache, mode: str, position: int) -> None:
-    """Random keys and values up to `position`; a cache that grows gets the room first."""
+def fill_cache(model, mode: str, batch: int, position: int, prompt: int) -> Cache:
+    """
+    A cache like that of a sequence which has reached `position`, with room for no further token: the state of a random prompt in
+    GMA layers, random keys and values in those of softmax.
+    """
+    kinds = {"eager": DynamicCache, "compiled": lambda config: StaticCache(config=config, max_cache_len=position)}
+    cache = kinds[mode](config=model.config)
+    model(torch.randint(model.config.vocab_size, (batch, prompt), device=model.device), **{CACHE_NAME: cache})
     for layer in cache.layers:
         if isinstance(layer, GMACacheLayer):
             continue
-        if mode == "eager":
+        if mode == "eager":  # a cache that grows gets the room first
             shape = (*layer.keys.shape[:2], position, layer.keys.shape[-1])
             layer.keys, layer.values = (layer.keys.new_empty(shape) for _ in range(2))
         layer.keys.normal_()
         layer.values.normal_()
+    return cache
 
 
 def set_position(cache: Cache, position: int) -> None:
@@ -140,12 +132,7 @@ def time_step(step: Callable[[], None], reset: Callable[[], None], seconds: floa
     rounds, start = [], time.perf_counter()
     while len(rounds) <= LEAST_ROUNDS or time.perf_counter() - start < seconds:
         reset()
-        torch.cuda.synchronize()
-        begin = time.perf_counter()
-        for _ in range(STEPS):
-            step()
-        torch.cuda.synchronize()
-        rounds.append(1e3 * (time.perf_counter() - begin) / STEPS)
+        rounds.append(1e3 * wall_time(lambda: [step() for _ in range(STEPS)]) / STEPS)
     return statistics.median(rounds[1:])  # the first one warms up
 
 
@@ -173,7 +160,7 @@ def measure(
             return {"refused": f"keys and values need {needed:.0f} GiB, {free:.0f} GiB are free"}
         try:
             if run is None:  # a GMA model goes on with the cache and the graph of the first position
-                cache = fill_cache(model, mode, batch, position)
+                cache = fill_cache(model, mode, batch, position, PROMPT)
                 set_position(cache, position - STEPS)
                 step = make_step(model, mode, cache, batch)
                 run = capture(step) if mode == "compiled" else step
@@ -186,7 +173,7 @@ def measure(
     cache = None
     for position in positions:
         key = {"model": name, "mode": mode, "batch": batch, "position": position}
-        results.measure(key, lambda position=position: row(position))
+        results.measure(key, row, position)
 
 
 def tables(content: dict) -> str:
@@ -206,33 +193,34 @@ def tables(content: dict) -> str:
     return "\n\n".join(found)
 
 
-def main() -> None:
-    """Measure and print the tables; every measurement goes to the JSON file at once."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
-    parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES)
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 64])
-    parser.add_argument("--positions", type=int, nargs="+", default=POSITIONS)
-    parser.add_argument("--seconds", type=float, default=1.0, help="per measurement")
-    add_output_options(parser, "gpu_decode_*")
-    options = parser.parse_args()
+def run(options: argparse.Namespace) -> None:
+    setting = {**SIZES, "dtype": "bfloat16", "steps": STEPS, "seconds": options.seconds}
+    results = Results(options.output, "kernels.decoding_gpu", setting, one_device=True)
+    for name in options.models:
+        free_memory()
+        model = make_model(name)
+        for mode in options.modes:
+            for batch in options.batches:
+                measure(results, model, name, mode, batch, sorted(options.positions), options.seconds)
+        del model
+
+
+def add_options(add) -> None:
+    add("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
+    add("--modes", nargs="+", choices=MODES, default=MODES)
+    add("--batches", type=int, nargs="+", default=[1, 64])
+    add("--positions", type=int, nargs="+", default=POSITIONS)
+    add("--seconds", type=float, default=1.0, help="per measurement")
+
+
+def check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     positions, longest = sorted(options.positions), SIZES["max_position_embeddings"]
     if positions[0] < PROMPT + STEPS or positions[-1] > longest:
         parser.error(f"positions must lie between {PROMPT + STEPS} and {longest}, got {positions}")
-    if not options.table:
-        need_gpu()
-        options.output = output_path(options)
-        setting = {**SIZES, "dtype": "bfloat16", "steps": STEPS, "seconds": options.seconds}
-        results = Results(options.output, "kernels.decoding_gpu", setting, one_device=True)
-        for name in options.models:
-            free_memory()
-            model = make_model(name)
-            for mode in options.modes:
-                for batch in options.batches:
-                    measure(results, model, name, mode, batch, positions, options.seconds)
-            del model
-    for path in stored(options):
-        print(f"\n{path}\n\n{tables(json.loads(path.read_text()))}")
+
+
+def main() -> None:
+    command(__doc__, "gpu_decode_*", add_options, run, tables, check=check, needs_gpu=True)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ that of committed results in docs/figures.
 import argparse
 import ctypes
 import itertools
-import json
 import os
 import statistics
 import sys
@@ -33,29 +32,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # so that `benchma
 import torch
 
 from benchmarks.kernels.attention_cpu import check_correctness
-from benchmarks.kernels.scaling_report import plot, tables
-from benchmarks.lib.results import COMMITTED, FIGURES, Results, add_output_options, output_path, stored
-from benchmarks.lib.timing import cpu_model, first_line, free_memory, median_time, resident_memory
-from benchmarks.rivals import operators
+from benchmarks.kernels.scaling_report import RIVALS, plot, tables
+from benchmarks.lib.command import command
+from benchmarks.lib.results import Results
+from benchmarks.lib.timing import cpu_model, first_line, free_memory, median_time, resident_memory, wall_time
 from benchmarks.rivals.operators import MAMBA_STATE, Shape, make_inputs, relative_error
 
 
 SHAPE = Shape(batch=1, length=0, heads=8)
 LENGTHS = tuple(2**n for n in range(10, 21))
 PASSES = ("forward", "forward_backward")
-RIVALS = {
-    title: operators.RIVALS[name]
-    for title, name in {
-        "GMA, paper": "GMA normalised",
-        "GMA, gated": "GMA un-normalised, decay",
-        "softmax (SDPA)": "SDPA",
-        "softmax (FlashAttention-2)": "SDPA flash",
-        "linear attention": "linear attention",
-        "Mamba-2": "Mamba-2",
-        "linear attention, fla": "fla chunk_linear_attn",
-        "Mamba-2, fla": "Mamba-2, fla",
-    }.items()
-}
 
 
 class Memory:
@@ -87,15 +73,11 @@ class Memory:
 
 def once(function: Callable[[], object], device: str) -> float:
     """Milliseconds of one call: by the clock on a GPU, CPU time on a CPU."""
-    if device == "cpu":
-        start = time.process_time()
-        function()
-        return 1e3 * (time.process_time() - start)
-    torch.cuda.synchronize()
-    start = time.perf_counter()
+    if device == "cuda":
+        return 1e3 * wall_time(function)
+    start = time.process_time()
     function()
-    torch.cuda.synchronize()
-    return 1e3 * (time.perf_counter() - start)
+    return 1e3 * (time.process_time() - start)
 
 
 def measure(name: str, length: int, part: str, device: str, seconds: float) -> dict:
@@ -127,10 +109,8 @@ def measure(name: str, length: int, part: str, device: str, seconds: float) -> d
         while len(times) < 4 or sum(times) < 1e3 * seconds:
             times.append(once(function, device))
         return {"ms": statistics.median(times[1:]), "calls": len(times) - 1, "peak_mib": peak}
-    except (torch.cuda.OutOfMemoryError, MemoryError) as error:
-        return {"refused": first_line(error)}
     except Exception as error:
-        if name.startswith("GMA"):
+        if name.startswith("GMA") and not isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)):
             raise  # ours may not refuse
         return {"refused": first_line(error)}
 
@@ -157,8 +137,7 @@ def measure_all(results: Results, options: argparse.Namespace) -> None:
     before = dict.fromkeys(itertools.product(options.rivals, PASSES))
     for length in sorted(options.lengths):
         for name, part in before:
-            last, title = before[name, part], f"{name}, {part}, {length}"
-            reason = None
+            last, title, reason = before[name, part], f"{name}, {part}, {length}", None
             if last is not None and title not in results.rows:
                 reason = too_long(last, length, options.longest)
                 if reason is None and options.device == "cpu":
@@ -168,12 +147,11 @@ def measure_all(results: Results, options: argparse.Namespace) -> None:
                 before[name, part] = {"refused": reason}
                 continue
 
-            def row(name=name, part=part, length=length) -> dict:
-                measured = measure(name, length, part, options.device, options.seconds)
-                return {"rival": name, "pass": part, "length": length, **measured}
-
-            measured = before[name, part] = results.measure(title, row)
-            print(", ".join(f"{key} {measured[key]}" for key in ("ms", "peak_mib", "refused") if key in measured))
+            key = {"rival": name, "pass": part, "length": length}
+            row = before[name, part] = results.measure(
+                key, measure, name, length, part, options.device, options.seconds
+            )
+            print(", ".join(f"{field} {row[field]}" for field in ("ms", "peak_mib", "refused") if field in row))
 
 
 def check(device: str) -> None:
@@ -185,40 +163,33 @@ def check(device: str) -> None:
             relative_error(variant, SHAPE._replace(length=4096))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--rivals", nargs="+", choices=list(RIVALS), help="default: all that run on the device")
-    parser.add_argument("--lengths", type=int, nargs="+", default=list(LENGTHS))
-    parser.add_argument("--max_length", type=int, help="leave out longer ones")
-    parser.add_argument("--seconds", type=float, default=0.5, help="per measurement")
-    parser.add_argument("--longest", type=float, default=20.0, help="seconds that one call may take")
-    parser.add_argument("--threads", type=int, default=1, help="of a CPU; their times are added")
-    parser.add_argument("--plot", action="store_true", help="draw the figure")
-    add_output_options(parser, "scaling_*")
-    options = parser.parse_args()
+def run(options: argparse.Namespace) -> None:
     torch.set_num_threads(options.threads)
     options.lengths = [length for length in options.lengths if length <= (options.max_length or max(options.lengths))]
-    options.rivals = options.rivals or [
-        name for name, rival in RIVALS.items() if options.device == "cuda" or not rival.needs_gpu
-    ]
-    if not options.table:
-        if options.device == "cpu":
-            options.output = options.output or Path("scaling_cpu.json")
-            threads = f"{options.threads} thread{'s' if options.threads > 1 else ''}"
-            device = {"device": f"{cpu_model()}, {threads}", "dtype": "float32"}
-        else:
-            options.output = output_path(options)
-            device = {"device": torch.cuda.get_device_name(), "dtype": "bfloat16"}
-        sizes = {"batch": 1, "heads": SHAPE.heads, "dim": SHAPE.dim, "components": SHAPE.components}
-        mamba = {"mamba2_heads": 2 * SHAPE.heads, "mamba2_state": MAMBA_STATE}
-        check(options.device)
-        measure_all(Results(options.output, "scaling", {**device, **sizes, **mamba}), options)
-    for path in stored(options):
-        content = json.loads(path.read_text())
-        print(f"\n{path}\n\n{tables(content)}")
-        if options.plot:
-            plot(content, (FIGURES if path.parent == COMMITTED else path.parent) / f"{path.stem}.png")
+    usable = [name for name, rival in RIVALS.items() if options.device == "cuda" or not rival.needs_gpu]
+    options.rivals = options.rivals or usable
+    threads = f"{options.threads} thread{'s' if options.threads > 1 else ''}"
+    device = {"device": f"{cpu_model()}, {threads}", "dtype": "float32"}
+    if options.device == "cuda":
+        device = {"device": torch.cuda.get_device_name(), "dtype": "bfloat16"}
+    sizes = {"batch": 1, "heads": SHAPE.heads, "dim": SHAPE.dim, "components": SHAPE.components}
+    mamba = {"mamba2_heads": 2 * SHAPE.heads, "mamba2_state": MAMBA_STATE}
+    check(options.device)
+    measure_all(Results(options.output, "scaling", {**device, **sizes, **mamba}), options)
+
+
+def add_options(add) -> None:
+    add("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--rivals", nargs="+", choices=list(RIVALS), help="default: all that run on the device")
+    add("--lengths", type=int, nargs="+", default=list(LENGTHS))
+    add("--max_length", type=int, help="leave out longer ones")
+    add("--seconds", type=float, default=0.5, help="per measurement")
+    add("--longest", type=float, default=20.0, help="seconds that one call may take")
+    add("--threads", type=int, default=1, help="of a CPU; their times are added")
+
+
+def main() -> None:
+    command(__doc__, "scaling_*", add_options, run, tables, lambda content: {"*": plot(content)})
 
 
 if __name__ == "__main__":

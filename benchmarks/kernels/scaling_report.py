@@ -2,25 +2,25 @@
 """The tables and the figure of `scaling.py`, from its JSON file."""
 
 import math
-from pathlib import Path
+import statistics
 
-from benchmarks.lib.tables import COLOURS, clean, markdown, pyplot, save_figure
+from benchmarks.lib.tables import COLOURS, clean, markdown, pyplot
+from benchmarks.rivals import operators
 
 
 FITTED_POINTS = 4  # the slope is that of the longest lengths: short ones show the costs of launching
-# As in the other figures, and lighter for another program of the same operator
-RIVAL_COLOURS = {
-    "GMA, paper": COLOURS["gma_paper"],
-    "GMA, gated": COLOURS["gma_gated"],
-    "softmax (SDPA)": COLOURS["softmax"],
-    "softmax (FlashAttention-2)": COLOURS["softmax_gated"],
-    "linear attention": COLOURS["elu"],
-    "linear attention, fla": "#dcc385",
-    "Mamba-2": COLOURS["mamba2"],
-    "Mamba-2, fla": "#97c9a8",
+# The operator, and its colour: as in the other figures, and lighter for another program of the same operator
+SHOWN = {
+    "GMA, paper": ("GMA normalised", COLOURS["gma_paper"]),
+    "GMA, gated": ("GMA un-normalised, decay", COLOURS["gma_gated"]),
+    "softmax (SDPA)": ("SDPA", COLOURS["softmax"]),
+    "softmax (FlashAttention-2)": ("SDPA flash", COLOURS["softmax_gated"]),
+    "linear attention": ("linear attention", COLOURS["elu"]),
+    "Mamba-2": ("Mamba-2", COLOURS["mamba2"]),
+    "linear attention, fla": ("fla chunk_linear_attn", "#dcc385"),
+    "Mamba-2, fla": ("Mamba-2, fla", "#97c9a8"),
 }
-
-
+RIVALS = {title: operators.RIVALS[name] for title, (name, _) in SHOWN.items()}
 # Programs in plain PyTorch, which fused ones would outdo
 TITLES = {name: f"{name} (plain PyTorch)" for name in ("linear attention", "Mamba-2")}
 
@@ -39,11 +39,9 @@ def slope(measured: dict[int, float]) -> float | None:
     lengths = sorted(measured)[-FITTED_POINTS:]
     if len(lengths) < 3:
         return None
-    x = [math.log(length) for length in lengths]
-    y = [math.log(measured[length]) for length in lengths]
-    mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)
-    covariance = sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True))
-    return covariance / sum((a - mean_x) ** 2 for a in x)
+    return statistics.linear_regression(
+        *zip(*((math.log(n), math.log(measured[n])) for n in lengths), strict=True)
+    ).slope
 
 
 def rivals_of(report: dict) -> list[str]:
@@ -83,33 +81,28 @@ def tables(report: dict) -> str:
     return "\n\n".join(f"{title}\n\n{table(report, *what)}" for what, title in titles.items())
 
 
-def plot(report: dict, path: Path) -> None:
+def plot(report: dict):
     """Two log-log panels, forward and backward: time and peak memory, with the name and the exponent at each line's end."""
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-    names = rivals_of(report)
+    panels = (("ms", "Time of forward and backward pass", "milliseconds"), ("peak_mib", "Peak memory", "MiB"))
+    lengths = sorted({row["length"] for row in report["rows"].values()})
     figure, axes = pyplot().subplots(1, 2, figsize=(12.5, 5), layout="constrained")
-    for axis, (field, heading, unit) in zip(
-        axes,
-        (("ms", "Time of forward and backward pass", "milliseconds"), ("peak_mib", "Peak memory", "MiB")),
-        strict=True,
-    ):
-        for name in names:
+    for axis, (field, heading, unit) in zip(axes, panels, strict=True):
+        for name in rivals_of(report):
             measured = points(report, name, "forward_backward", field)
             if measured:
                 exponent, title = slope(measured), TITLES.get(name, name)
                 label = title if exponent is None else f"{title}  (N^{exponent:.2f})"
-                x, y = list(measured), list(measured.values())
-                axis.plot(x, y, "o-", color=RIVAL_COLOURS[name], markersize=3.5, linewidth=1.7, label=label)
+                style = {"color": SHOWN[name][1], "markersize": 3.5, "linewidth": 1.7, "label": label}
+                axis.plot(list(measured), list(measured.values()), "o-", **style)
         axis.set(xscale="log", yscale="log", title=heading, xlabel="tokens", ylabel=unit)
-        lengths = sorted({row["length"] for row in report["rows"].values()})
         axis.xaxis.set_major_locator(FixedLocator(lengths[::2]))
         axis.xaxis.set_minor_locator(NullLocator())
         axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: tokens(round(x))))
         axis.grid(True, color="#e4e4e4", linewidth=0.6)
         clean(axis)
         axis.legend(frameon=False, fontsize=9)
-    figure.suptitle(
-        f"{report['setting']['device']}, {report['setting']['dtype']}, batch 1, width 512", fontsize=10, color="#555"
-    )
-    save_figure(figure, path)
+    setting = report["setting"]
+    figure.suptitle(f"{setting['device']}, {setting['dtype']}, batch 1, width 512", fontsize=10, color="#555")
+    return figure

@@ -13,12 +13,10 @@ names, never silently on another.
 
 import argparse
 import contextlib
-import json
 import math
 import os
 import statistics
 import sys
-import time
 from pathlib import Path
 
 
@@ -29,21 +27,18 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.lib.results import Results, add_output_options, need_gpu, output_path, stored
+from benchmarks.lib.command import command
+from benchmarks.lib.results import Results
 from benchmarks.lib.tables import pivot
-from benchmarks.lib.timing import first_line, free_memory
+from benchmarks.lib.timing import first_line, free_memory, wall_time
 from gma_hf import GMAConfig, GMAForCausalLM
 from gma_hf.ops import available_backends
 from gma_hf.ops.dispatch import ENVIRONMENT_VARIABLE
 
 
 SIZES = {
-    "hidden_size": 768,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "num_components": 64,
-    "vocab_size": 8192,
-}
+    "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "num_components": 64, "vocab_size": 8192
+}  # fmt: skip
 MODELS = {
     "GMA gated": ("gated", "linear_attention"),
     "GMA paper": ("paper", "linear_attention"),
@@ -74,15 +69,7 @@ def head_loss(hidden_states: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
 
 
 class Training:
-    """A model in training.
-
-    Args:
-        model: on its device.
-        context: tokens per sequence.
-        tokens: tokens per step.
-        micro_tokens: tokens per forward pass, at least a sequence; gradients are accumulated over the step.
-        compile: the blocks, the last norm and the head.
-    """
+    """A model in training: `tokens` per step, `micro_tokens` (at least a sequence) per forward pass."""
 
     def __init__(self, model: GMAForCausalLM, context: int, tokens: int, micro_tokens: int, compile: bool = True):
         self.model, self.context = model, context
@@ -119,15 +106,12 @@ def measure(name: str, context: int, micro_tokens: int) -> dict:
     torch.cuda.reset_peak_memory_stats()
     model = make_model(name, context)
     training = Training(model, context, TOKENS, micro_tokens)
-    times = []
     forced = sdpa_kernel(SDPBackend.FLASH_ATTENTION) if "FlashAttention" in name else contextlib.nullcontext()
     with forced:
-        for _ in range(WARMUP_STEPS + STEPS):
-            torch.cuda.synchronize()
-            start = time.perf_counter()
-            loss = training.step()
-            torch.cuda.synchronize()
-            times.append(time.perf_counter() - start)
+        times = [wall_time(training.step) for _ in range(WARMUP_STEPS + STEPS - 1)]
+        losses: list[Tensor] = []
+        times.append(wall_time(lambda: losses.append(training.step())))
+    loss = losses[0]
     if not math.isfinite(loss.item()):
         raise SystemExit(f"{name} at context {context} has the loss {loss.item()}; no speed is reported.")
     seconds = statistics.median(times[WARMUP_STEPS:])
@@ -145,66 +129,51 @@ def tables(content: dict) -> str:
     """Speed and memory by context, and where softmax is ahead."""
     results, found = Results.of(content), []
     names = {name: name for name in MODELS if results.find(model=name)}
-    for title, field, form in (
-        ("tokens per second", "tokens_per_second", "{:,.0f}"),
-        ("peak memory in GiB", "peak_memory_gib", "{:.1f}"),
-    ):
+    fields = {"tokens_per_second": ("tokens per second", ",.0f"), "peak_memory_gib": ("peak memory in GiB", ".1f")}
+    for field, (title, form) in fields.items():
 
         def cell(name: str, context: int, field: str = field, form: str = form) -> str:
             value = results.get(field, model=name, context=context)
-            return "" if value is None else form.format(value)
+            return "" if value is None else f"{value:{form}}"
 
         found += pivot(f"{title} at context", CONTEXTS, names, cell)
-    for name in names:
-        speeds = {
-            context: [results.get("tokens_per_second", model=rival, context=context) for rival in (SOFTMAX, name)]
-            for context in CONTEXTS
-        }
-        both = {context: pair for context, pair in speeds.items() if None not in pair}
-        if name.startswith("GMA") and both:
-            ratios = ", ".join(f"{own / softmax:.2f} at {context:,}" for context, (softmax, own) in both.items())
-            lost = [context for context, (softmax, own) in both.items() if softmax > own]
-            found[-1] += f"\n{name}: speed / speed of softmax {ratios}; softmax is ahead at {lost or 'none of these'}"
+    for name in filter(lambda name: name.startswith("GMA"), names):
+        pairs = {n: [results.get("tokens_per_second", model=x, context=n) for x in (SOFTMAX, name)] for n in CONTEXTS}
+        pairs = {n: pair for n, pair in pairs.items() if None not in pair}
+        if pairs:
+            ratios = ", ".join(f"{own / softmax:.2f} at {n:,}" for n, (softmax, own) in pairs.items())
+            lost = [n for n, (softmax, own) in pairs.items() if softmax > own] or "none of these"
+            found[-1] += f"\n{name}: speed / speed of softmax {ratios}; softmax is ahead at {lost}"
     return "\n\n".join(found)
 
 
+def run(options: argparse.Namespace) -> None:
+    os.environ[ENVIRONMENT_VARIABLE] = options.backend
+    setting = {**SIZES, "tokens_per_step": TOKENS, "micro_tokens": options.micro_tokens, "backend": options.backend}
+    setting |= {"dtype": "float32 weights, bfloat16 autocast", "steps": STEPS}
+    results = Results(options.output, "kernels.training_gpu", setting, one_device=True)
+
+    def row(name: str, context: int) -> dict:
+        free_memory()
+        try:
+            return measure(name, context, options.micro_tokens)
+        except torch.cuda.OutOfMemoryError as error:
+            return {"refused": first_line(error)}
+
+    for context in sorted(options.contexts):
+        for name in options.models:
+            results.measure({"model": name, "context": context}, row, name, context)
+
+
+def add_options(add) -> None:
+    add("--contexts", type=int, nargs="+", choices=CONTEXTS, default=CONTEXTS)
+    add("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
+    add("--micro_tokens", type=int, default=TOKENS, help="per forward pass, but at least a sequence")
+    add("--backend", choices=["auto", *available_backends()], default="triton", help="of the GMA layers")
+
+
 def main() -> None:
-    """Measure and print the tables; every measurement goes to the JSON file at once."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--contexts", type=int, nargs="+", choices=CONTEXTS, default=CONTEXTS)
-    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
-    parser.add_argument("--micro_tokens", type=int, default=TOKENS, help="per forward pass, but at least a sequence")
-    parser.add_argument(
-        "--backend", choices=["auto", *available_backends()], default="triton", help="of the GMA layers"
-    )
-    add_output_options(parser, "gpu_training_*")
-    options = parser.parse_args()
-    if not options.table:
-        need_gpu()
-        os.environ[ENVIRONMENT_VARIABLE] = options.backend
-        options.output = output_path(options)
-        setting = {
-            **SIZES,
-            "tokens_per_step": TOKENS,
-            "micro_tokens": options.micro_tokens,
-            "dtype": "float32 weights, bfloat16 autocast",
-            "backend": options.backend,
-            "steps": STEPS,
-        }
-        results = Results(options.output, "kernels.training_gpu", setting, one_device=True)
-
-        def row(name: str, context: int) -> dict:
-            free_memory()
-            try:
-                return measure(name, context, options.micro_tokens)
-            except torch.cuda.OutOfMemoryError as error:
-                return {"refused": first_line(error)}
-
-        for context in sorted(options.contexts):
-            for name in options.models:
-                results.measure({"model": name, "context": context}, lambda n=name, c=context: row(n, c))
-    for path in stored(options):
-        print(f"\n{path}\n\n{tables(json.loads(path.read_text()))}")
+    command(__doc__, "gpu_training_*", add_options, run, tables, needs_gpu=True)
 
 
 if __name__ == "__main__":

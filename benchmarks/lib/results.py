@@ -1,7 +1,6 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
 """The results of a benchmark: one JSON file, written after every row, which a later run goes on with."""
 
-import argparse
 import json
 import math
 import platform
@@ -25,76 +24,19 @@ PACKAGES = ("torch", "triton", "transformers", "flash-linear-attention", "mamba-
 NOT_OF_THE_COMMAND = ("--output", "--only", "--per_gpu")  # options with one value that change no number
 
 
-def add_output_options(parser: argparse.ArgumentParser, name: str) -> None:
-    """Add `--output` and `--table`; no benchmark writes to `benchmarks/results` unless `--output` says so.
-
-    Args:
-        parser (`argparse.ArgumentParser`): the parser of a benchmark.
-        name (`str`): the name of its results without `.json`; a `*` stands for the device.
-    """
-    parser.set_defaults(results_name=name)
-    parser.add_argument(
-        "--output",
-        type=Path,
-        help=f"JSON file for the rows; rows that it holds are not measured again. Default: {name.replace('*', 'DEVICE')}.json "
-        "in the current folder. The committed results are in benchmarks/results",
-    )
-    parser.add_argument(
-        "--renew", action="store_true", help="measure everything again, in the place of what --output holds"
-    )
-    parser.add_argument(
-        "--table", action="store_true", help="only print the tables: of --output, or of the committed results"
-    )
-
-
-def output_path(options: argparse.Namespace) -> Path:
-    """The file that a run writes; with `--renew` it is empty at first."""
-    path = options.output or Path(options.results_name.replace("*", short_device_name()) + ".json")
-    if options.renew:
-        path.unlink(missing_ok=True)
-    return path
-
-
-def stored(options: argparse.Namespace) -> list[Path]:
-    """The files whose tables `--table` prints.
-
-    Raises:
-        SystemExit: there are none.
-    """
-    files = [options.output] if options.output else sorted(COMMITTED.glob(f"{options.results_name}.json"))
-    files = [path for path in files if path.is_file()]
-    if not files:
-        sys.exit(
-            f"error: {options.output or COMMITTED / options.results_name} does not exist: nothing was measured yet."
-        )
-    return files
-
-
 def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def device_name() -> str:
     """The name of the GPU, or of the processor with the number of threads."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    return f"CPU, {torch.get_num_threads()} threads"
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
 
 
 def short_device_name() -> str:
     """ "NVIDIA H100 80GB HBM3" is h100."""
-    words = device_name().replace("-", " ").split()
-    found = [word for word in words if any(char.isdigit() for char in word)]
+    found = [word for word in device_name().replace("-", " ").split() if any(char.isdigit() for char in word)]
     return (found[0] if found and torch.cuda.is_available() else "cpu").lower()
-
-
-def need_gpu() -> None:
-    """SystemExit on a machine without a GPU."""
-    if not torch.cuda.is_available():
-        sys.exit(
-            "error: This benchmark needs an NVIDIA GPU, and torch.cuda.is_available() is False. --table prints the committed "
-            "results; benchmarks/kernels/attention_cpu.py measures the operator on a CPU."
-        )
 
 
 def circumstances() -> dict:
@@ -115,12 +57,10 @@ def circumstances() -> dict:
             continue
     if torch.cuda.is_available():
         versions["cuda"] = str(torch.version.cuda)
+    command, date = shlex.join(["python", script.as_posix(), *words]), datetime.now(timezone.utc)
     return {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": shlex.join(["python", script.as_posix(), *words]),
-        "device": device_name(),
-        "versions": versions,
-    }
+        "date": date.isoformat(timespec="seconds"), "command": command, "device": device_name(), "versions": versions
+    }  # fmt: skip
 
 
 def finite(x):
@@ -140,8 +80,7 @@ class Results:
         benchmark (`str`): the name of the benchmark.
         setting (`dict`): what all rows have in common.
         one_device (`bool`, *optional*, defaults to `False`): whether all rows come from one device and the same versions, as
-            times must that are compared. The file then says device, versions, date and command once; otherwise each row
-            says its own.
+            times must that are compared. The file then says device, versions, date and command once, otherwise each row does.
     """
 
     def __init__(self, path: Path, benchmark: str, setting: dict, one_device: bool = False):
@@ -179,21 +118,18 @@ class Results:
         """One number of the first row with these values, or None if it was not measured."""
         return next((row[field] for row in self.find(**key) if row.get(field) is not None), None)
 
-    def measure(self, name: str | dict, function: Callable[[], dict]) -> dict:
+    def measure(self, name: str | dict, function: Callable[..., dict], *arguments) -> dict:
         """The row of that name, measured now if it is not there; a name may be a dict, which becomes part of the row."""
         key = name if isinstance(name, dict) else {}
         name = ", ".join(map(str, key.values())) if key else name
         if name not in self.rows:
             print(f"\n=== {name}", flush=True)
             start = time.monotonic()
-            row = {**key, **function()}
+            row = {**key, **function(*arguments)}
             if not self.one_device:
-                row["total_seconds"] = round(time.monotonic() - start, 1)
-                row.update(circumstances())
+                row |= {"total_seconds": round(time.monotonic() - start, 1), **circumstances()}
             self.add(name, row)
-            shown = {
-                field: value for field, value in row.items() if isinstance(value, (float, str)) and field not in key
-            }
+            shown = {k: v for k, v in row.items() if isinstance(v, (float, str)) and k not in key}
             if self.one_device:
                 print(
                     "  " + ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in shown.items())

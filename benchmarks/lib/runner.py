@@ -24,27 +24,18 @@ class Row(NamedTuple):
     recipe: dict | None = None
 
 
-def add_run_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--per_gpu",
-        type=int,
-        default=1,
-        metavar="N",
+def add_run_options(add: Callable) -> None:
+    add(
+        "--per_gpu", type=int, default=1, metavar="N",
         help="rows side by side on every GPU, each in a process of its own; times of rows that share a GPU do not count",
-    )
-    parser.add_argument("--only", help=argparse.SUPPRESS)  # the one row that such a process measures
+    )  # fmt: skip
+    add("--only", help=argparse.SUPPRESS)  # the one row that such a process measures
 
 
 def run_rows(results: Results, rows: dict[str, Row], options: argparse.Namespace) -> None:
     """
-    Measure the rows that the results do not hold yet.
-
-    A row that needs another process is measured by the same command with `--only`; its file is merged when it has ended.
-
-    Args:
-        results (`Results`): where the rows go.
-        rows (`dict`): by name.
-        options (`argparse.Namespace`): with the options of `add_run_options`.
+    Measure the rows that the results do not hold yet. A row that needs another process is measured by the same command with
+    `--only`; its file is merged when it has ended.
 
     Raises:
         SystemExit: the results hold a row by another recipe; or some row failed, then the others were measured and kept.
@@ -52,16 +43,12 @@ def run_rows(results: Results, rows: dict[str, Row], options: argparse.Namespace
     for name, row in rows.items():
         if row.recipe is not None and name in results.rows and results.rows[name]["recipe"] != row.recipe:
             sys.exit(
-                f"error: {results.path} holds the row {name!r} with the recipe {results.rows[name]['recipe']}, not {row.recipe}. "
-                "Choose another --output."
+                f"error: {results.path} holds the row {name!r} with the recipe {results.rows[name]['recipe']}, not "
+                f"{row.recipe}. Choose another --output."
             )
-    if options.only:
-        results.measure(options.only, rows[options.only].function)
-        return
-    missing = [name for name in rows if name not in results.rows]
-    gpus = visible_gpus()
-    slots = [gpu for _ in range(options.per_gpu) for gpu in gpus]  # neighbours in time on different GPUs
-    if len(slots) <= 1 or len(missing) <= 1:
+    missing = [options.only] if options.only else [name for name in rows if name not in results.rows]
+    slots = [gpu for _ in range(options.per_gpu) for gpu in visible_gpus()]  # neighbours in time on different GPUs
+    if options.only or len(slots) <= 1 or len(missing) <= 1:
         for name in missing:
             results.measure(name, rows[name].function)
         return
@@ -73,22 +60,20 @@ def run_rows(results: Results, rows: dict[str, Row], options: argparse.Namespace
             while missing and slots:
                 name, gpu = missing.pop(0), slots.pop(0)
                 part = Path(folder) / f"{len(results.rows)}-{len(missing)}.json"
-                log = part.with_suffix(".log").open("w")
-                command = [sys.executable, *sys.argv, "--only", name, "--output", str(part)]
+                words = [sys.executable, *sys.argv, "--only", name, "--output", str(part)]
                 environment = {**os.environ, "CUDA_VISIBLE_DEVICES": gpu, "OMP_NUM_THREADS": threads}
-                process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
-                running[name] = (process, gpu, part, log, time.monotonic())
-            for name, (process, gpu, part, log, start) in list(running.items()):
+                with part.with_suffix(".log").open("w") as log:
+                    process = subprocess.Popen(words, stdout=log, stderr=subprocess.STDOUT, env=environment)
+                running[name] = (process, gpu, part, time.monotonic())
+            for name, (process, gpu, part, start) in list(running.items()):
                 if process.poll() is None:
                     continue
-                log.close()
                 del running[name]
                 slots.append(gpu)
                 if process.returncode == 0:
                     results.add(name, {**json.loads(part.read_text())["rows"][name], "rows_per_gpu": options.per_gpu})
-                    print(
-                        f"{name}: {time.monotonic() - start:.0f} s; {len(missing) + len(running)} to come", flush=True
-                    )
+                    left = len(missing) + len(running)
+                    print(f"{name}: {time.monotonic() - start:.0f} s; {left} to come", flush=True)
                 else:
                     failed.append(name)
                     print(f"error: {name} failed:\n{part.with_suffix('.log').read_text()[-3000:]}", flush=True)

@@ -6,26 +6,13 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 
-# One colour per mixer, the same in every figure: GMA in blue, softmax in black, the rivals between
+# One colour per mixer, the same in every figure: GMA in blue, softmax in black, the rivals between; others are grey
+GREY = "#9e9e9e"
 COLOURS = {
-    "softmax": "#222222",
-    "softmax_gated": "#777777",
-    "elu": "#b8860b",
-    "linear_gated": "#dcc385",
-    "performer": "#c2571a",
-    "linformer": "#d1495b",
-    "mamba2": "#2e7d4f",
-    "gated_delta_net": "#97c9a8",
-    "gma_paper": "#7fb2e5",
-    "gma_paper_wide": "#b5d3f0",
-    "gma_gated": "#1f5fa8",
-    "hybrid": "#6a4fb3",
-}
-
-
-def colour(mixer: str) -> str:
-    """Grey for a mixer that has no colour of its own."""
-    return COLOURS.get(mixer, "#9e9e9e")
+    "softmax": "#222222", "softmax_gated": "#777777", "elu": "#b8860b", "linear_gated": "#dcc385", "performer": "#c2571a",
+    "linformer": "#d1495b", "mamba2": "#2e7d4f", "gated_delta_net": "#97c9a8", "gma_paper": "#7fb2e5",
+    "gma_paper_wide": "#b5d3f0", "gma_gated": "#1f5fa8", "gma_correlated": "#0b2f66", "hybrid": "#6a4fb3",
+}  # fmt: skip
 
 
 def markdown(columns: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> str:
@@ -34,21 +21,16 @@ def markdown(columns: Sequence[str], rows: Iterable[Sequence[str]], left: int = 
     return "\n".join(["| " + " | ".join(columns) + " |", rule, *("| " + " | ".join(row) + " |" for row in rows)])
 
 
-def text(title: str, columns: Sequence, rows: dict[str, Sequence[str]]) -> str:
-    """A table in plain text with one line per row name."""
+def pivot(title: str, columns: Sequence, names: dict[str, str], cell: Callable[[str, object], str]) -> list[str]:
+    """A table in plain text of `cell(name, column)`, without empty lines; none at all if nothing is left."""
+    rows = {shown: [cell(name, column) for column in columns] for name, shown in names.items()}
+    rows = {name: cells for name, cells in rows.items() if any(cells)}
     widths = [max(len(str(cell)) for cell in cells) + 2 for cells in zip(columns, *rows.values(), strict=True)]
     label = max(map(len, rows), default=0)
     lines = [title, " " * label + "".join(f"{column:>{n}}" for column, n in zip(columns, widths, strict=True))]
     for name, cells in rows.items():
         lines.append(f"{name:<{label}}" + "".join(f"{cell:>{n}}" for cell, n in zip(cells, widths, strict=True)))
-    return "\n".join(lines)
-
-
-def pivot(title: str, columns: Sequence, names: dict[str, str], cell: Callable[[str, object], str]) -> list[str]:
-    """A table in plain text of `cell(name, column)`, without empty lines; none at all if nothing is left."""
-    lines = {shown: [cell(name, column) for column in columns] for name, shown in names.items()}
-    lines = {name: cells for name, cells in lines.items() if any(cells)}
-    return [text(title, columns, lines)] if lines else []
+    return ["\n".join(lines)] if rows else []
 
 
 def mean_and_spread(values: Sequence[float], digits: int = 2) -> str:

@@ -3,6 +3,7 @@
 
 import gc
 import platform
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,13 +17,21 @@ def free_memory() -> None:
 
 
 def median_time(function: Callable[[], object], seconds: float) -> float:
-    """Median milliseconds of `function` on the GPU, measured for `seconds` after half as long a warm-up.
-
-    Inputs are evicted from the level 2 cache before every evaluation.
-    """
+    """Median milliseconds on the GPU, measured for `seconds` after half as long a warm-up; inputs leave the level 2 cache."""
     from triton.testing import do_bench
 
     return do_bench(function, warmup=500 * seconds, rep=1000 * seconds, return_mode="median")
+
+
+def wall_time(function: Callable[[], object]) -> float:
+    """Seconds of one call by the clock, the work on the GPU included."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    function()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
 
 
 def first_line(error: BaseException) -> str:

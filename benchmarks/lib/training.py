@@ -4,7 +4,7 @@
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -18,7 +18,7 @@ from gma_hf.training.trainer import GMATrainer, GMATrainingArguments
 class Watch(TrainerCallback):
     """Seconds of every step (forward pass, backward pass and update), and a score eight times over the training."""
 
-    def __init__(self, score: Callable[[], float], steps: int):
+    def __init__(self, score: Callable[[], float] | None, steps: int):
         self.score, self.every = score, max(1, steps // 8)
         self.seconds: list[float] = []
         self.points: list[tuple[int, float]] = []
@@ -30,11 +30,11 @@ class Watch(TrainerCallback):
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         self.seconds.append(time.perf_counter() - self.start)
-        if state.global_step % self.every == 0 or state.global_step == state.max_steps:
+        is_due = state.global_step % self.every == 0 or state.global_step == state.max_steps
+        if self.score is not None and is_due:
             self.points.append((state.global_step, round(self.score(), 5)))
-            print(
-                f"  step {state.global_step}: {self.points[-1][1]:.4f}, {self.milliseconds:.1f} ms a step", flush=True
-            )
+            step, score = self.points[-1]
+            print(f"  step {step}: {score:.4f}, {self.milliseconds:.1f} ms a step", flush=True)
 
     @property
     def milliseconds(self) -> float:
@@ -45,10 +45,8 @@ class Watch(TrainerCallback):
 def compile_blocks(model: PreTrainedModel, dynamic: bool) -> None:
     """Compile block by block; every row has shapes of its own, so nothing is kept from the row before."""
     torch._dynamo.reset()
-    for module in (
-        *model.base_model.layers,
-        *(x for x in (getattr(model.base_model, "norm", None),) if x is not None),
-    ):
+    norm = getattr(model.base_model, "norm", None)
+    for module in (*model.base_model.layers, *(() if norm is None else (norm,))):
         module.compile(dynamic=dynamic)
 
 
@@ -58,20 +56,19 @@ def train(
     collate: Callable,
     recipe: dict,
     seed: int,
-    score: Callable[[], float],
+    score: Callable[[], float] | None,
     trainer_class: type[Trainer] = GMATrainer,
+    callbacks: Sequence[TrainerCallback] = (),
     **arguments,
 ) -> dict:
     """
-    Train a model with AdamW, a linear warm-up over a tenth of the steps and a cosine, in bfloat16 autocast on a GPU.
+    Train a model in place with AdamW, a linear warm-up over a tenth of the steps and a cosine, in bfloat16 autocast on a GPU.
 
     Args:
-        model: is trained in place and ends on the device.
-        dataset, collate: what `Trainer` takes.
+        model, dataset, collate, callbacks: what `Trainer` takes; `trainer_class` is a `Trainer`.
         recipe: `steps`, `batch_size` (examples), `learning_rate`, `weight_decay`.
         seed: of the order of the data and of dropout.
-        score: the score to follow, eight times over the training.
-        trainer_class: a `Trainer`.
+        score: the score to follow, eight times over the training; None for none.
         arguments: others of `GMATrainingArguments`; they win over those above.
 
     Returns:
@@ -83,38 +80,26 @@ def train(
     steps = recipe["steps"]
     watch = Watch(score, steps)
     defaults = {
-        "adam_beta2": 0.98,
-        "lr_scheduler_type": "cosine",
-        "warmup_steps": max(1, steps // 10),
-        "optim": "adamw_torch_fused" if on_gpu else "adamw_torch",
-        "dataloader_pin_memory": on_gpu,
-        "dataloader_drop_last": True,
-        "remove_unused_columns": False,
-        "logging_steps": max(1, steps // 40),
+        "adam_beta2": 0.98, "lr_scheduler_type": "cosine", "warmup_steps": max(1, steps // 10),
+        "optim": "adamw_torch_fused" if on_gpu else "adamw_torch", "dataloader_pin_memory": on_gpu,
+        "dataloader_drop_last": True, "remove_unused_columns": False, "logging_steps": max(1, steps // 40),
         "logging_nan_inf_filter": False,  # it waits for the GPU at every step
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-    }
+        "save_strategy": "no", "report_to": "none", "disable_tqdm": True, "bf16": on_gpu, "use_cpu": not on_gpu,
+        "max_steps": steps, "per_device_train_batch_size": recipe["batch_size"], "learning_rate": recipe["learning_rate"],
+        "weight_decay": recipe["weight_decay"], "seed": seed,
+    }  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
-        args = GMATrainingArguments(
-            output_dir=folder,
-            max_steps=steps,
-            per_device_train_batch_size=recipe["batch_size"],
-            learning_rate=recipe["learning_rate"],
-            weight_decay=recipe["weight_decay"],
-            seed=seed,
-            bf16=on_gpu,
-            use_cpu=not on_gpu,
-            **{**defaults, **arguments},
+        args = GMATrainingArguments(output_dir=folder, **{**defaults, **arguments})
+        trainer = trainer_class(
+            model, args, train_dataset=dataset, data_collator=collate, callbacks=[watch, *callbacks]
         )
-        trainer = trainer_class(model, args, train_dataset=dataset, data_collator=collate, callbacks=[watch])
         trainer.remove_callback(PrinterCallback)
         start = time.monotonic()
         trainer.train()
         losses = [[entry["step"], round(entry["loss"], 4)] for entry in trainer.state.log_history if "loss" in entry]
     return {
         "parameters": model.num_parameters(),
+        "steps": trainer.state.global_step,
         "train_seconds": round(time.monotonic() - start, 1),
         "ms_per_step": round(watch.milliseconds, 2),
         "peak_memory_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2) if on_gpu else None,

@@ -1,8 +1,6 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
 """The data sets of long_context_classification.py: how they are tokenized, kept in one file, and cut into batches."""
 
-import io
-import lzma
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,7 +10,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from benchmarks.lib.corpora import rows_of
+from benchmarks.lib import corpora
 from benchmarks.quality import listops
 
 
@@ -108,32 +106,27 @@ def prepare(data: Path, file: Path) -> None:
 
     prepared = {}
     for split in ("train", "test"):
-        rows = list(rows_of(data / "imdb" / f"{split}.jsonl.xz"))
+        rows = list(corpora.rows_of(data / "imdb" / f"{split}.jsonl.xz"))
         texts = [row["text"].encode()[: TASKS["imdb"].max_length] for row in rows]
         # Token 0 is padding, so byte b is token b + 1: stored as bytes, shifted when loaded
-        prepared["imdb", split] = packed(texts, [row["label"] for row in rows], np.uint8)
+        prepared[f"imdb {split}"] = packed(texts, [row["label"] for row in rows], np.uint8)
 
     task = TASKS["newsgroups"]
-    posts = {split: list(rows_of(data / "20newsgroups" / f"{split}.jsonl.xz")) for split in ("train", "test")}
+    posts = {split: list(corpora.rows_of(data / "20newsgroups" / f"{split}.jsonl.xz")) for split in ("train", "test")}
     texts = {split: [without_hints(row["text"]) for row in rows] for split, rows in posts.items()}
     tokenizer = train_tokenizer(iter(texts["train"]), task.vocab_size)
     for split, rows in posts.items():
         ids = tokenizer(texts[split], truncation=True, max_length=task.max_length - 1)["input_ids"]
         # Nothing may be left of a post: the end of the text always is
         ids = [np.array([*row, tokenizer.eos_token_id], np.uint16) for row in ids]
-        prepared["newsgroups", split] = packed(ids, [row["label"] for row in rows], np.uint16)
-
-    buffer = io.BytesIO()
-    torch.save({" ".join(key): part for key, part in prepared.items()}, buffer)
-    with lzma.open(file, "wb", preset=6) as out:
-        out.write(buffer.getvalue())
-    for (name, split), part in prepared.items():
+        prepared[f"newsgroups {split}"] = packed(ids, [row["label"] for row in rows], np.uint16)
+    corpora.save(prepared, file)
+    for name, part in prepared.items():
         lengths = part["lengths"]
+        long = (lengths >= 1024).float().mean()
         print(
-            f"{name} {split}: {len(lengths):,} texts, {lengths.sum():,} tokens, longest {lengths.max():,}, "
-            f"{(lengths >= 1024).float().mean():.1%} of 1,024 or more"
+            f"{name}: {len(lengths):,} texts, {lengths.sum():,} tokens, longest {lengths.max():,}, {long:.1%} >= 1,024"
         )
-    print(f"written to {file}, {file.stat().st_size / 1e6:.1f} MB")
 
 
 def packed(texts: list, labels: list[int], dtype: type) -> dict[str, torch.Tensor]:
@@ -156,9 +149,7 @@ def load(
         return splits
     if prepared is None:
         raise SystemExit(f"error: the task {task!r} needs the file that --prepare writes; give it by --prepared.")
-    with lzma.open(prepared) as file:
-        parts = torch.load(io.BytesIO(file.read()))
-    found = {}
+    parts, found = corpora.load(prepared), {}
     for split in ("train", "test"):
         tokens, lengths, labels = (parts[f"{task} {split}"][name].numpy() for name in ("tokens", "lengths", "labels"))
         if task == "imdb":

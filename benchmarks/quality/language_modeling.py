@@ -22,7 +22,6 @@ show the best of each mixer. With `--steps` fewer tokens are seen.
 """
 
 import argparse
-import json
 import math
 import sys
 from functools import partial
@@ -38,12 +37,15 @@ from torch.utils.data import Dataset
 from transformers import AutoTokenizer, PreTrainedModel, Trainer
 
 from benchmarks.kernels.training_gpu import NO_MASK, head_loss
-from benchmarks.lib.results import FIGURES, Results, add_output_options, device, output_path, stored
+from benchmarks.lib.command import command
+from benchmarks.lib.results import Results, device
 from benchmarks.lib.runner import Row, add_run_options, run_rows
 from benchmarks.lib.training import compile_blocks, evaluating, train
-from benchmarks.quality.language_modeling_data import VOCAB_SIZE, load, prepare, tokenizer_folder, windows
+from benchmarks.quality import language_modeling_data as data
+from benchmarks.quality.language_modeling_data import windows
 from benchmarks.quality.language_modeling_report import plot, table
-from benchmarks.rivals.mixers import MIXERS, equal_width, make_config, make_model, state_per_layer
+from benchmarks.rivals import mixers
+from benchmarks.rivals.mixers import COMPARED, MIXERS, make_config, make_model
 from gma_hf.training.intervals import bootstrap_perplexity
 
 
@@ -56,7 +58,7 @@ SETTING = ("hidden_size", "layers", "heads", "steps", "tokens_per_step")  # of a
 EXTRAPOLATION = 4  # times the length of training
 
 
-LANGUAGE_MIXERS = [name for name, mixer in MIXERS.items() if mixer.only != "bidirectional"]
+LANGUAGE_MIXERS = [name for name in COMPARED if MIXERS[name].only != "bidirectional"]
 
 
 class Blocks(Dataset):
@@ -73,10 +75,7 @@ class Blocks(Dataset):
 
 
 class HeadLossTrainer(Trainer):
-    """
-    The stock Trainer; head and loss are one function, which torch.compile fuses, and nobody looks for padding or packed
-    sequences, of which there are none.
-    """
+    """The stock Trainer with head and loss as one function, which torch.compile fuses; there is no padding to look for."""
 
     head_loss = staticmethod(head_loss)
 
@@ -92,21 +91,22 @@ class HeadLossTrainer(Trainer):
             return self.head_loss(hidden_states, model.lm_head.weight, tokens[:, 1:])
 
 
+def head_loss_trainer(model: PreTrainedModel, compile: bool) -> type[HeadLossTrainer]:
+    """The trainer; with `compile`, the blocks of the model and head and loss are compiled."""
+    if not compile:
+        return HeadLossTrainer
+    compile_blocks(model, dynamic=False)
+    compiled = {"head_loss": staticmethod(torch.compile(head_loss, dynamic=False))}
+    return type("CompiledHeadLossTrainer", (HeadLossTrainer,), compiled)
+
+
 @torch.no_grad()
 def token_nll(
     model: PreTrainedModel, tokens: Tensor, context: int, batch_tokens: int = 65_536
 ) -> tuple[Tensor, Tensor]:
     """
-    Negative log-likelihood of every token but the first, in windows that do not overlap.
-
-    Args:
-        model: on its device.
-        tokens: `[number]`.
-        context: predicted tokens per window.
-        batch_tokens: per forward pass.
-
-    Returns:
-        Nats of the whole windows, `[windows, context]`, and of what is left, `[fewer than context]`, on the CPU.
+    Negative log-likelihood of every token but the first, in windows of `context` predicted tokens that do not overlap: nats of the
+    whole windows, `[windows, context]`, and of what is left, `[fewer than context]`, on the CPU.
     """
     whole, rest = windows(tokens, context)
     batches = list(whole.split(max(1, batch_tokens // context))) + ([rest[None]] if len(rest) > 1 else [])
@@ -115,11 +115,8 @@ def token_nll(
         for batch in batches:
             batch = batch.long().to(model.device)
             hidden_states = model.model(batch[:, :-1], attention_mask=NO_MASK, use_cache=False).last_hidden_state
-            pairs = zip(
-                hidden_states.flatten(0, 1).split(LOGIT_TOKENS),
-                batch[:, 1:].flatten().split(LOGIT_TOKENS),
-                strict=True,
-            )
+            parts = (hidden_states.flatten(0, 1), batch[:, 1:].flatten())
+            pairs = zip(*(part.split(LOGIT_TOKENS) for part in parts), strict=True)
             nll = [F.cross_entropy(model.lm_head(x).float(), labels, reduction="none") for x, labels in pairs]
             found.append(torch.cat(nll).view(len(batch), -1).cpu())
     last = found.pop().flatten() if len(rest) > 1 else torch.empty(0)
@@ -153,15 +150,7 @@ def evaluate(model: PreTrainedModel, prepared: dict, context: int) -> dict:
 
 
 def repeated_pairs(window: Tensor) -> Tensor:
-    """
-    Where a window shows a pair of tokens again.
-
-    Args:
-        window (`Tensor` of shape `(windows, length + 1)`): tokens.
-
-    Returns:
-        `BoolTensor` of shape `(windows, length)`: true at a predicted token that followed the token before it already once.
-    """
+    """True at a predicted token, of `[windows, length + 1]` tokens, that followed the token before it already once in its window."""
     pairs = window[:, :-1].long() * 2**32 + window[:, 1:].long()
     ordered, order = pairs.sort(dim=1, stable=True)
     again = F.pad(ordered[:, 1:] == ordered[:, :-1], (1, 0))
@@ -195,11 +184,6 @@ def train_one(model: PreTrainedModel, prepared: dict, context: int, seed: int, r
     accumulation = options.tokens_per_step // (rows * context)
     if accumulation * rows * context != options.tokens_per_step:
         sys.exit(f"error: {options.tokens_per_step} tokens per step are no multiple of {rows} x {context} tokens.")
-    trainer_class = HeadLossTrainer
-    if options.compile:
-        compile_blocks(model, dynamic=False)
-        compiled = {"head_loss": staticmethod(torch.compile(head_loss, dynamic=False))}
-        trainer_class = type("CompiledHeadLossTrainer", (HeadLossTrainer,), compiled)
     validation = prepared["tokens"]["wikipedia_valid"][: CURVE_TOKENS + 1]
     row = train(
         model,
@@ -208,7 +192,7 @@ def train_one(model: PreTrainedModel, prepared: dict, context: int, seed: int, r
         {"steps": options.steps, "batch_size": rows, "learning_rate": rate, "weight_decay": 0.1},
         seed,
         score=lambda: math.exp(token_nll(model, validation, context)[0].mean().item()),
-        trainer_class=trainer_class,
+        trainer_class=head_loss_trainer(model, options.compile),
         gradient_accumulation_steps=accumulation,
         lr_scheduler_type="cosine_with_min_lr",
         lr_scheduler_kwargs={"min_lr_rate": 0.1},
@@ -222,27 +206,19 @@ def train_one(model: PreTrainedModel, prepared: dict, context: int, seed: int, r
 def measure(mixer: str, context: int, components: int, seed: int, rate: float, prepared: dict, options) -> dict:
     """Train and evaluate one row."""
     sizes = {
-        "vocab_size": prepared["vocab_size"],
-        "hidden_size": options.hidden_size,
-        "num_hidden_layers": options.layers,
-        "num_attention_heads": options.heads,
-        "max_position_embeddings": context,
-        "num_components": components,
-    }
-    sizes["intermediate_size"] = equal_width(mixer, sizes, REFERENCE, sizes)
+        "vocab_size": prepared["vocab_size"], "hidden_size": options.hidden_size, "num_hidden_layers": options.layers,
+        "num_attention_heads": options.heads, "max_position_embeddings": context, "num_components": components,
+    }  # fmt: skip
+    sizes["intermediate_size"] = mixers.equal_width(mixer, sizes, REFERENCE, sizes)
     config = make_config(mixer, **sizes)
     torch.manual_seed(seed)
     with torch.device(device()):
         model = make_model(mixer, config)
     row = {
-        "mixer": mixer,
-        "context": context,
-        "components": components,
-        "seed": seed,
-        "parameters": model.num_parameters(),
-        "intermediate_size": config.intermediate_size,
-        "state_per_layer": state_per_layer(mixer, config),
-    }
+        "mixer": mixer, "context": context, "components": components, "seed": seed, "parameters": model.num_parameters(),
+        "intermediate_size": config.intermediate_size, "state_per_layer": mixers.state_per_layer(mixer, config),
+        **mixers.program_of(mixer),
+    }  # fmt: skip
     try:
         row |= train_one(model, prepared, context, seed, rate, options)
     except torch.cuda.OutOfMemoryError as error:
@@ -254,8 +230,8 @@ def measure(mixer: str, context: int, components: int, seed: int, rate: float, p
     if options.save is not None and MIXERS[mixer].attention is None and MIXERS[mixer].layer is None:
         folder = options.save / f"{mixer}-{context}-{components}-{seed}"
         model.save_pretrained(folder)
-        if tokenizer_folder(options.prepared).exists():
-            AutoTokenizer.from_pretrained(tokenizer_folder(options.prepared)).save_pretrained(folder)
+        if data.tokenizer_folder(options.prepared).exists():
+            AutoTokenizer.from_pretrained(data.tokenizer_folder(options.prepared)).save_pretrained(folder)
     return row
 
 
@@ -273,7 +249,7 @@ def wanted_rows(options: argparse.Namespace) -> dict[str, tuple]:
         rows = []
         for text in options.rows:
             mixer, context, *rest = text.split(":")
-            if mixer not in LANGUAGE_MIXERS:
+            if mixer not in MIXERS or MIXERS[mixer].only == "bidirectional":
                 sys.exit(f"error: there is no mixer {mixer!r} in {text!r}. Choose one of {LANGUAGE_MIXERS}.")
             rest = [*rest, *(COMPONENTS, 0, RATE)[len(rest) :]]
             rows.append((mixer, int(context), int(rest[0]), int(rest[1]), float(rest[2])))
@@ -283,67 +259,48 @@ def wanted_rows(options: argparse.Namespace) -> dict[str, tuple]:
 
 def run(options: argparse.Namespace) -> None:
     """Measure the rows that the output file does not hold yet."""
-    prepared = load(options.prepared)
+    prepared = data.load(options.prepared)
     available = len(prepared["tokens"]["train"]) // options.tokens_per_step
     options.steps = min(options.steps or available, available)
-    setting = {
-        **{name: getattr(options, name) for name in SETTING},
-        "vocab_size": prepared["vocab_size"],
-        "equal_parameters_with": REFERENCE,
-    }
-    options.output = output_path(options)
+    setting = {name: getattr(options, name) for name in SETTING}
+    setting |= {"vocab_size": prepared["vocab_size"], "equal_parameters_with": REFERENCE}
     jobs = {name: Row(partial(measure, *row, prepared, options)) for name, row in wanted_rows(options).items()}
     run_rows(Results(options.output, "language_modeling", setting), jobs, options)
 
 
+def add_options(add) -> None:
+    add("--max_tokens", type=int, help="to train on, in the prepared file; default: all")
+    add("--vocab_size", type=int, default=data.VOCAB_SIZE, help="of the tokenizer that --prepare trains")
+    add("--rows", nargs="+", help="mixer:context[:components[:seed[:rate]]], instead of the next five")
+    add("--mixers", nargs="+", choices=LANGUAGE_MIXERS, default=LANGUAGE_MIXERS)
+    add("--contexts", type=int, nargs="+", default=[1024])
+    add("--components", type=int, nargs="+", default=[COMPONENTS])
+    add("--seeds", type=int, nargs="+", default=[0])
+    add("--rates", type=float, nargs="+", default=[RATE], help="learning rates of every mixer")
+    add("--steps", type=int, help="default: one pass over the training text")
+    add("--tokens_per_step", type=int, default=65_536)
+    add("--micro_tokens", type=int, default=65_536, help="per forward pass, but at least a sequence")
+    add("--hidden_size", type=int, default=512)
+    add("--layers", type=int, default=8)
+    add("--heads", type=int, default=8)
+    compiled = {"action": argparse.BooleanOptionalAction, "default": torch.cuda.is_available()}
+    add("--compile", **compiled, help="the blocks, and the head with the loss; default: on a GPU")
+    add("--save", type=Path, help="folder for the trained models that the package can load")
+    add_run_options(add)
+
+
+def check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    if options.prepared is None:
+        parser.error("training needs --prepared FILE; --prepare FILE --data DATA makes it")
+
+
 def main() -> None:
-    """Train what is missing and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, help="folder with wikipedia-long and wikitext-103, for --prepare")
-    parser.add_argument(
-        "--prepare", type=Path, metavar="FILE", help="tokenize into this file (.xz: packed), and no more"
+    def prepare(options: argparse.Namespace) -> dict:
+        return data.prepare(options.data, options.prepare, options.vocab_size, options.max_tokens)
+
+    command(
+        __doc__, "language_modeling", add_options, run, table, lambda x: {"language_modeling": plot(x)}, check, prepare
     )
-    parser.add_argument("--max_tokens", type=int, help="to train on, in the prepared file; default: all")
-    parser.add_argument("--vocab_size", type=int, default=VOCAB_SIZE, help="of the tokenizer that --prepare trains")
-    parser.add_argument("--prepared", type=Path, metavar="FILE", help="the file that --prepare wrote")
-    parser.add_argument("--rows", nargs="+", help="mixer:context[:components[:seed[:rate]]], instead of the next five")
-    parser.add_argument("--mixers", nargs="+", choices=LANGUAGE_MIXERS, default=LANGUAGE_MIXERS)
-    parser.add_argument("--contexts", type=int, nargs="+", default=[1024])
-    parser.add_argument("--components", type=int, nargs="+", default=[COMPONENTS])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--steps", type=int, help="default: one pass over the training text")
-    parser.add_argument("--tokens_per_step", type=int, default=65_536)
-    parser.add_argument("--micro_tokens", type=int, default=65_536, help="per forward pass, but at least a sequence")
-    parser.add_argument("--rates", type=float, nargs="+", default=[RATE], help="learning rates of every mixer")
-    parser.add_argument("--hidden_size", type=int, default=512)
-    parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--heads", type=int, default=8)
-    parser.add_argument(
-        "--compile",
-        action=argparse.BooleanOptionalAction,
-        default=torch.cuda.is_available(),
-        help="the blocks, and the head with the loss; default: on a GPU",
-    )
-    parser.add_argument("--save", type=Path, help="folder for the trained models that the package can load")
-    parser.add_argument("--plot", action="store_true", help="draw the figure, and train nothing")
-    parser.add_argument("--figure", type=Path, default=FIGURES / "language_modeling.png")
-    add_run_options(parser)
-    add_output_options(parser, "language_modeling")
-    options = parser.parse_args()
-    if options.prepare:
-        if options.data is None:
-            parser.error("--prepare needs --data, the folder with wikipedia-long and wikitext-103")
-        print(prepare(options.data, options.prepare, options.vocab_size, options.max_tokens))
-        return
-    if not (options.table or options.plot):
-        if options.prepared is None:
-            parser.error("training needs --prepared FILE; --prepare FILE --data DATA makes it")
-        run(options)
-    for path in stored(options):
-        report = json.loads(path.read_text())
-        print(table(report))
-        if options.plot:
-            plot(report, options.figure)
 
 
 if __name__ == "__main__":

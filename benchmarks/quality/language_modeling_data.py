@@ -8,8 +8,6 @@ are kept twice: as published, and with its tokenisation undone by the usual rule
 those of the published form, which makes the perplexities per word comparable.
 """
 
-import io
-import lzma
 import random
 import re
 from pathlib import Path
@@ -17,32 +15,21 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.lib.corpora import texts_of
+from benchmarks.lib import corpora
 from gma_hf.training.text.tokenization import train_tokenizer
 
 
 VOCAB_SIZE = 16384
 TOKENIZER_CHARACTERS = 30_000_000  # that the tokenizer is trained on
-WIKITEXT_SPLITS = ("valid", "test")
 BATCH = 256  # documents that are tokenized together
 
 # WikiText's tokenisation undone, in this order; as in the perplexity of GPT-2 that Megatron-LM and lm-evaluation-harness compute
 DETOKENIZATION = [
-    (r" @([-,.])@ ", r"\1"),  # numbers and compounds
-    (r" ([:;.!?,])(?= )", r"\1"),
-    (r"\( *([^)\n]*?) *\)", r"(\1)"),
-    (r"\[ *([^\]\n]*?) *\]", r"[\1]"),
-    (r'" *([^"\n]*?) *"', r'"\1"'),
-    (r"(?<!\S)' *([^'\n]*?) *'(?!\S)", r"'\1'"),
-    (r"= = = =", "===="),
-    (r"= = =", "==="),
-    (r"= =", "=="),
-    (r" ° ", "°"),
-    (r" '(?=(s|re|ve|ll|d|m|t)\b)", "'"),
-    (r"s '(?= )", "s'"),
-    (r" \n", "\n"),
-    (r"\n ", "\n"),
-]
+    (r" @([-,.])@ ", r"\1"), (r" ([:;.!?,])(?= )", r"\1"), (r"\( *([^)\n]*?) *\)", r"(\1)"),
+    (r"\[ *([^\]\n]*?) *\]", r"[\1]"), (r'" *([^"\n]*?) *"', r'"\1"'), (r"(?<!\S)' *([^'\n]*?) *'(?!\S)", r"'\1'"),
+    (r"= = = =", "===="), (r"= = =", "==="), (r"= =", "=="), (r" ° ", "°"),
+    (r" '(?=(s|re|ve|ll|d|m|t)\b)", "'"), (r"s '(?= )", "s'"), (r" \n", "\n"), (r"\n ", "\n"),
+]  # fmt: skip
 
 
 def detokenize(text: str) -> str:
@@ -54,18 +41,15 @@ def detokenize(text: str) -> str:
 
 def prepare(data: Path, target: Path, vocab_size: int = VOCAB_SIZE, max_tokens: int | None = None) -> dict:
     """
-    Train a tokenizer, tokenize everything, write it.
+    Train a tokenizer, tokenize everything, write it; the numbers of tokens.
 
     Args:
         data: folder with `wikipedia-long` and `wikitext-103`.
         target: file to write; packed by xz if its name ends so. The tokenizer goes into a folder beside it.
         vocab_size: of the tokenizer.
         max_tokens: to train on; all by default. The articles are in random order, so that any part is a fair sample.
-
-    Returns:
-        Number of tokens of every part.
     """
-    train = list(texts_of(data / "wikipedia-long" / "train.jsonl.xz"))
+    train = list(corpora.texts_of(data / "wikipedia-long" / "train.jsonl.xz"))
     random.Random(0).shuffle(train)
     sample, size = [], 0
     for text in train:
@@ -75,7 +59,6 @@ def prepare(data: Path, target: Path, vocab_size: int = VOCAB_SIZE, max_tokens: 
         size += len(text)
     tokenizer = train_tokenizer(iter(sample), vocab_size)
     tokenizer.save_pretrained(tokenizer_folder(target))
-    separator = tokenizer.eos_token_id
 
     def tokens_of(texts: list[str], limit: int | None = None) -> Tensor:
         """`<eot> document <eot> document ...`"""
@@ -83,45 +66,28 @@ def prepare(data: Path, target: Path, vocab_size: int = VOCAB_SIZE, max_tokens: 
         for start in range(0, len(texts), BATCH):
             batch = tokenizer(texts[start : start + BATCH], add_special_tokens=False, verbose=False)["input_ids"]
             # Every number below 2^16: half the size of int32
-            parts += [torch.tensor([separator, *ids]).to(torch.uint16) for ids in batch]
+            parts += [torch.tensor([tokenizer.eos_token_id, *ids]).to(torch.uint16) for ids in batch]
             count += sum(len(ids) + 1 for ids in batch)
             if limit is not None and count >= limit:
                 break
         return torch.cat(parts)[:limit]
 
-    prepared = {
-        "train": tokens_of(train, max_tokens),
-        "wikipedia_valid": tokens_of(list(texts_of(data / "wikipedia-long" / "valid.jsonl.xz"))),
-    }
-    counts = {}
-    for split in WIKITEXT_SPLITS:
-        with lzma.open(data / "wikitext-103" / f"{split}.txt.xz", "rt", encoding="utf-8") as file:
-            text = file.read()
+    valid = list(corpora.texts_of(data / "wikipedia-long" / "valid.jsonl.xz"))
+    prepared, counts = {"train": tokens_of(train, max_tokens), "wikipedia_valid": tokens_of(valid)}, {}
+    for split in ("valid", "test"):
+        text = corpora.text_of(data / "wikitext-103" / f"{split}.txt.xz")
         prepared[f"wikitext_{split}"] = tokens_of([text])
         prepared[f"wikitext_{split}_detokenized"] = tokens_of([detokenize(text)])
         counts[split] = {"words": len(text.split()), "lines": text.count("\n")}
-    save({"tokens": prepared, "counts": counts, "vocab_size": len(tokenizer)}, target)
+    corpora.save({"tokens": prepared, "counts": counts, "vocab_size": len(tokenizer)}, target)
     return {name: len(tokens) for name, tokens in prepared.items()}
-
-
-def save(prepared: dict, path: Path) -> None:
-    """Write it, packed by xz if the name says so: by a half, in minutes."""
-    # Through memory, as PyTorch jumps about in its files, which a packed one cannot do
-    file = io.BytesIO()
-    torch.save(prepared, file)
-    data = file.getvalue()
-    path.write_bytes(lzma.compress(data) if path.suffix == ".xz" else data)
 
 
 def load(path: Path) -> dict:
     """What `prepare` wrote: `tokens` by part, int32; `counts` of words and lines by split of WikiText; `vocab_size`."""
-    data = path.read_bytes()
-    if path.suffix == ".xz":
-        data = lzma.decompress(data)
-    prepared = torch.load(io.BytesIO(data), weights_only=True)
+    prepared = corpora.load(path)
     # PyTorch indexes no uint16
-    prepared["tokens"] = {name: tokens.to(torch.int32) for name, tokens in prepared["tokens"].items()}
-    return prepared
+    return {**prepared, "tokens": {name: tokens.to(torch.int32) for name, tokens in prepared["tokens"].items()}}
 
 
 def tokenizer_folder(path: Path) -> Path:
@@ -131,17 +97,8 @@ def tokenizer_folder(path: Path) -> Path:
 
 def windows(tokens: Tensor, length: int) -> tuple[Tensor, Tensor]:
     """
-    The stream of tokens cut so that every token but the first is predicted once.
-
-    Args:
-        tokens: `[number]`.
-        length: predicted tokens per window.
-
-    Returns:
-        Windows `[number of windows, length + 1]`, each beginning with the last token of the one before, and what is left,
-        `[at most length]`, beginning likewise.
+    The stream of tokens cut so that every token but the first is predicted once: windows `[number of windows, length + 1]`, each
+    beginning with the last token of the one before, and what is left, `[at most length]`, beginning likewise.
     """
-    count = (len(tokens) - 1) // length
-    return tokens.as_strided((count, length + 1), (length * tokens.stride(0), tokens.stride(0))), tokens[
-        count * length :
-    ]
+    count, stride = (len(tokens) - 1) // length, tokens.stride(0)
+    return tokens.as_strided((count, length + 1), (length * stride, stride)), tokens[count * length :]

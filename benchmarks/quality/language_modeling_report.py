@@ -2,9 +2,8 @@
 """The tables and the figure of `language_modeling.py`, from its JSON file."""
 
 import statistics
-from pathlib import Path
 
-from benchmarks.lib.tables import clean, colour, markdown, mean_and_spread, pyplot, save_figure
+from benchmarks.lib.tables import COLOURS, GREY, clean, markdown, mean_and_spread, pyplot
 from benchmarks.rivals.mixers import MIXERS, make_config, state_per_layer
 
 
@@ -47,7 +46,7 @@ def label(group: list[dict], rows: dict[str, dict]) -> str:
     """The mixer, with its number of components where rows differ in that."""
     mixer, components = group[0]["mixer"], group[0]["components"]
     several = len({row["components"] for row in rows.values() if row["mixer"] == mixer}) > 1
-    return MIXERS[mixer].title + (f", {components} components" if several else "")
+    return MIXERS[mixer].title_of(group[0]) + (f", {components} components" if several else "")
 
 
 def table(report: dict) -> str:
@@ -66,41 +65,21 @@ def table(report: dict) -> str:
         if not group:
             continue
         trained.append(group)
-        memory = group[0]["peak_memory_gib"]
-        speed = statistics.median(row["tokens_per_second"] for row in group)
-        lines.append(
-            [
-                *head,
-                str(len(group)),
-                *(
-                    spread_of(group, name)
-                    for name in (VALIDATION, "wikitext_valid_word_perplexity", TEST, DETOKENIZED)
-                ),
-                f"{speed:,.0f}",
-                "" if memory is None else f"{memory:.1f} GiB",
-            ]
-        )
+        names = (VALIDATION, "wikitext_valid_word_perplexity", TEST, DETOKENIZED)
+        speed, memory = statistics.median(row["tokens_per_second"] for row in group), group[0]["peak_memory_gib"]
+        cost = [f"{speed:,.0f}", "" if memory is None else f"{memory:.1f} GiB"]
+        lines.append([*head, str(len(group)), *(spread_of(group, name) for name in names), *cost])
     return "\n".join([markdown(columns, lines), *pair_table(trained, rows), *extrapolation_tables(trained, rows)])
 
 
 def pair_table(trained: list[list[dict]], rows: dict[str, dict]) -> list[str]:
     """Perplexity of tokens that complete a pair which the window has shown before, and of all others."""
-    lines = []
+    lines, parts = [], ("wikipedia_valid", "wikitext_test_detokenized")
+    names = [f"{part}_{kind}_perplexity" for part in parts for kind in ("repeated", "other")]
     for group in trained:
-        if all("wikipedia_valid_repeated_perplexity" in row for row in group):
-            names = [
-                f"{part}_{kind}_perplexity"
-                for part in ("wikipedia_valid", "wikitext_test_detokenized")
-                for kind in ("repeated", "other")
-            ]
-            rate = group[0].get("learning_rate")
-            cells = [
-                label(group, rows),
-                f"{group[0]['context']:,}",
-                f"{rate:g}",
-                *(spread_of(group, x) for x in names),
-            ]
-            lines.append(cells)
+        if all(names[0] in row for row in group):
+            head = [label(group, rows), f"{group[0]['context']:,}", f"{group[0].get('learning_rate'):g}"]
+            lines.append([*head, *(spread_of(group, name) for name in names)])
     if not lines:
         return []
     columns = ["mixer", "context", "rate", "Wikipedia, repeated pairs", "other tokens"]
@@ -121,7 +100,7 @@ def summary(report: dict) -> str:
         if (group[0]["context"], group[0]["components"]) == (context, fewest):
             speed = statistics.median(row["tokens_per_second"] for row in group)
             scores = [spread_of(group, name) for name in (VALIDATION, DETOKENIZED)]
-            line = [MIXERS[group[0]["mixer"]].title, str(len(group)), *scores, f"{speed:,.0f}"]
+            line = [MIXERS[group[0]["mixer"]].title_of(group[0]), str(len(group)), *scores, f"{speed:,.0f}"]
             lines[statistics.mean(row[VALIDATION] for row in group)] = line
     columns = ["mixer", "seeds", "perplexity, Wikipedia", "perplexity per word, WikiText-103 test"]
     return markdown([*columns, "tokens/s in training"], [lines[score] for score in sorted(lines)])
@@ -137,26 +116,20 @@ def extrapolation_tables(trained: list[list[dict]], rows: dict[str, dict]) -> li
         width = next(group[0]["extrapolation_bucket"] for group in own if group[0]["extrapolation"])
         # Pairs of buckets: half a length of training each
         heads = [f"{i * width + 1:,} to {(i + 2) * width:,}" for i in range(0, 4 * context // width, 2)]
-        lines += [
-            "",
-            f"Perplexity per token by position, trained on {context:,} tokens (WikiText-103 test, detokenised):",
-            "",
-            f"| mixer | {' | '.join(heads)} |",
-            "|---|" + "---:|" * len(heads),
-        ]
+        cells = []
         for group in own:
-            title = label(group, rows)
             curves = [row["extrapolation"] for row in group if row["extrapolation"]]
+            shown = [f"not possible: {group[0].get('extrapolation_note')}", *[""] * (len(heads) - 1)]
             if curves:
                 means = [statistics.geometric_mean(values) for values in zip(*curves, strict=True)]
-                pairs = [statistics.geometric_mean(means[i : i + 2]) for i in range(0, len(means), 2)]
-                lines.append(f"| {title} | {' | '.join(f'{x:.1f}' for x in pairs)} |")
-            else:
-                lines.append(f"| {title} | not possible: {group[0]['extrapolation_note']} |" + " |" * (len(heads) - 1))
+                shown = [f"{statistics.geometric_mean(means[i : i + 2]):.1f}" for i in range(0, len(means), 2)]
+            cells.append([label(group, rows), *shown])
+        title = f"Perplexity per token by position, trained on {context:,} tokens (WikiText-103 test, detokenised):"
+        lines += ["", title, "", markdown(["mixer", *heads], cells)]
     return lines
 
 
-def plot(report: dict, path: Path) -> None:
+def plot(report: dict):
     """Learning curves, and the test perplexity as bars, of the shortest context and the fewest components."""
     from matplotlib.ticker import LogLocator, NullLocator
 
@@ -166,38 +139,28 @@ def plot(report: dict, path: Path) -> None:
     context = min(row["context"] for row in rows.values())
     components = min(row["components"] for row in rows.values() if row["context"] == context)
     shown = [group for group in groups(rows) if (group[0]["context"], group[0]["components"]) == (context, components)]
-    shown.sort(key=lambda group: statistics.mean(row[DETOKENIZED] for row in group))
-    tokens_per_step = report["setting"]["tokens_per_step"]
+    means = {group[0]["mixer"]: statistics.mean(row[DETOKENIZED] for row in group) for group in shown}
+    shown.sort(key=lambda group: means[group[0]["mixer"]])
+    colours = [COLOURS.get(group[0]["mixer"], GREY) for group in shown]
+    million = report["setting"]["tokens_per_step"] / 1e6
     figure, (left, right) = pyplot().subplots(1, 2, figsize=(11, 4.2), width_ratios=(1.25, 1), layout="constrained")
-
-    for group in shown:
+    for group, colour in zip(shown, colours, strict=True):
         curves = [row["validation_curve"] for row in group]
-        steps = [step for step, _ in curves[0]]
         values = [statistics.mean(values) for values in zip(*([v for _, v in curve] for curve in curves), strict=True)]
-        left.plot(
-            [tokens_per_step * step / 1e6 for step in steps],
-            values,
-            color=colour(group[0]["mixer"]),
-            marker="o",
-            markersize=3,
-        )
-    left.set_yscale("log")
-    left.set_xlabel("training tokens (millions)")
-    left.set_ylabel("perplexity per token")
+        left.plot([million * step for step, _ in curves[0]], values, color=colour, marker="o", markersize=3)
+    left.set(yscale="log", xlabel="training tokens (millions)", ylabel="perplexity per token")
     left.set_title(f"Wikipedia validation, context {context:,} (colours as on the right)", loc="left", fontsize=11)
     left.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5)))
     left.yaxis.set_major_formatter("{x:.0f}")
     left.yaxis.set_minor_locator(NullLocator())
     left.grid(axis="y", color="#dddddd", linewidth=0.6)
 
-    means = [statistics.mean(row[DETOKENIZED] for row in group) for group in shown]
-    colours = [colour(group[0]["mixer"]) for group in shown]
+    numbers = [means[group[0]["mixer"]] for group in shown]
     titles = [MIXERS[group[0]["mixer"]].name.split(":")[0] for group in shown]
-    bars = right.barh(titles, means, color=colours, height=0.65)
-    right.bar_label(bars, [f"{mean:.1f}" for mean in means], padding=3)
+    bars = right.barh(titles, numbers, color=colours, height=0.65)
+    right.bar_label(bars, [f"{number:.1f}" for number in numbers], padding=3)
     right.invert_yaxis()
-    right.set_xlim(0, 1.15 * max(means))
-    right.set_xlabel("perplexity per word")
+    right.set(xlim=(0, 1.15 * max(numbers)), xlabel="perplexity per word")
     right.set_title("WikiText-103 test, detokenised", loc="left", fontsize=11)
     clean(left, right)
-    save_figure(figure, path)
+    return figure

@@ -26,64 +26,18 @@ OPERATOR_SHARE = 0.25
 ROOTS_AT_ONCE = 20_000
 
 
-def encode(expression: str) -> np.ndarray:
-    """The tokens of an expression whose symbols are parted by blanks."""
-    return np.array([SYMBOLS.index(symbol) for symbol in expression.split()], np.uint8)
-
-
-def decode(tokens: Sequence[int]) -> str:
-    """The expression that tokens spell."""
-    return " ".join(SYMBOLS[token] for token in tokens)
-
-
-def evaluate(tokens: Sequence[int]) -> int:
-    """The value of an expression, by the definition: one stack, symbol after symbol.
-
-    Raises:
-        ValueError: if the tokens are no complete expression.
-    """
-    stack: list[tuple[int, list[int]]] = [(0, [])]
-    for token in map(int, tokens):
-        if MIN <= token <= SM:
-            stack.append((token, []))
-        elif token >= DIGIT:
-            stack[-1][1].append(token - DIGIT)
-        elif token == END and len(stack) > 1 and stack[-1][1]:
-            operator, arguments = stack.pop()
-            stack[-1][1].append(apply(operator, arguments))
-        else:
-            raise ValueError(f"Unexpected {SYMBOLS[token]!r} in {decode(tokens)!r}.")
-    if len(stack) != 1 or len(stack[0][1]) != 1:
-        raise ValueError(f"{decode(tokens)!r} is not one complete expression.")
-    return stack[0][1][0]
-
-
-def apply(operator: int, arguments: list[int]) -> int:
-    """The value of one operator; a median between two digits is rounded down."""
-    if operator == MIN:
-        return min(arguments)
-    if operator == MAX:
-        return max(arguments)
-    if operator == SM:
-        return sum(arguments) % 10
-    ordered = sorted(arguments)
-    return (ordered[(len(ordered) - 1) // 2] + ordered[len(ordered) // 2]) // 2
-
-
 def generate(
     count: int, seed: int | Sequence[int], min_length=500, max_length=2000, max_depth=10, max_args=10
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Random expressions and their values; the same seed gives the same ones.
+    """
+    Random expressions: all tokens in one array (uint8), the length of every expression and its value. The same seed gives the
+    same ones.
 
     Args:
-        count: how many.
-        seed: of the draw; splits of a data set take different ones.
+        count, seed: how many, and of which draw; splits of a data set take different ones.
         min_length, max_length: the number of symbols lies strictly between them.
         max_depth: of the tree, in nodes from the root to a digit.
         max_args: of an operator, which takes two at least.
-
-    Returns:
-        `tuple`: all tokens in one array (uint8), the length of every expression `[count]`, its value `[count]`.
     """
     random = np.random.default_rng(seed)
     # One tree in three has the published length

@@ -26,7 +26,6 @@ FlashAttention kernel, which takes none: scaling.py compares the operators witho
 """
 
 import argparse
-import json
 import statistics
 import sys
 from functools import cache, partial
@@ -37,43 +36,28 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # so that `benchma
 
 import torch
 
-from benchmarks.lib.results import FIGURES, Results, add_output_options, device, output_path, stored
+from benchmarks.lib.command import command
+from benchmarks.lib.results import Results, device
 from benchmarks.lib.runner import Row, add_run_options, run_rows
-from benchmarks.lib.tables import colour, markdown, mean_and_spread, pyplot, save_figure
+from benchmarks.lib.tables import COLOURS, GREY, markdown, mean_and_spread, pyplot
 from benchmarks.lib.training import compile_blocks, evaluating, train
-from benchmarks.quality.classification_data import (
-    TASKS,
-    Examples,
-    batches_by_length,
-    collate,
-    load,
-    prepare,
-    rounded_up,
-)
-from benchmarks.rivals.mixers import MIXERS, equal_width, make_config, make_model
+from benchmarks.quality import classification_data as data
+from benchmarks.quality.classification_data import TASKS, Examples
+from benchmarks.rivals.mixers import COMPARED, MIXERS, equal_width, make_config, make_model, program_of
 from gma_hf import GMAForSequenceClassification
 
 
 # What may be compared: a mixer and what its configuration has besides. Bidirectional, the gated block has no forgetting and
 # knows order by its convolution alone; the last two give it learned positions, or a window of exact softmax.
-BIDIRECTIONAL = [name for name, mixer in MIXERS.items() if mixer.only != "causal" and name != "hybrid"]
+BIDIRECTIONAL = [name for name in COMPARED if MIXERS[name].only != "causal" and name != "hybrid"]
 CONTENDERS = {
     **{name: (name, {}) for name in sorted(BIDIRECTIONAL, key=lambda name: name.startswith("gma"))},
     "gma_gated_positions": ("gma_gated", {"position_embedding_type": "learned"}),
     "gma_gated_window": ("gma_gated", {"window_size": 32}),
 }
-DEFAULT_CONTENDERS = [
-    "softmax",
-    "softmax_gated",
-    "linear_gated",
-    "linformer",
-    "elu",
-    "performer",
-    "gma_paper",
-    "gma_gated",
-]
+DEFAULT_CONTENDERS = "softmax softmax_gated linear_gated linformer elu performer gma_paper gma_gated".split()
 TITLES = {
-    **{name: MIXERS[name].title for name in CONTENDERS if name in MIXERS},
+    **{name: MIXERS[name].title for name in BIDIRECTIONAL},
     "gma_gated_positions": "GMA, gated block, learned positions",
     "gma_gated_window": "GMA, gated block, softmax window of 32 to each side",
 }
@@ -84,7 +68,7 @@ TOKENS_PER_EVALUATION = 65536
 def accuracy(model, examples: Examples, tokens_per_batch: int = TOKENS_PER_EVALUATION) -> float:
     correct = torch.zeros((), dtype=torch.long, device=device())
     with evaluating(model):
-        for batch in batches_by_length(examples, model.config.pad_token_id, tokens_per_batch):
+        for batch in data.batches_by_length(examples, model.config.pad_token_id, tokens_per_batch):
             batch = {name: x.to(device(), non_blocking=True) for name, x in batch.items()}
             labels = batch.pop("labels")
             correct += (model(**batch).logits.argmax(dim=-1) == labels).sum()
@@ -96,13 +80,10 @@ def run(task: str, contender: str, seed: int, recipe: dict, splits: dict[str, Ex
     mixer, overrides = CONTENDERS[contender]
     description = TASKS[task]
     shared = {
-        **recipe["sizes"],
-        "vocab_size": description.vocab_size,
-        "pad_token_id": description.pad_token_id,
-        "max_position_embeddings": rounded_up(max(split.lengths.max() for split in splits.values())),
-        "num_labels": description.num_labels,
-        "is_causal": False,
-    }
+        **recipe["sizes"], "vocab_size": description.vocab_size, "pad_token_id": description.pad_token_id,
+        "max_position_embeddings": data.rounded_up(max(split.lengths.max() for split in splits.values())),
+        "num_labels": description.num_labels, "is_causal": False,
+    }  # fmt: skip
     sizes = {**shared, **overrides}
     sizes["intermediate_size"] = equal_width(mixer, sizes, "softmax", shared, GMAForSequenceClassification, (8,))
     config = make_config(mixer, **sizes, hidden_dropout=recipe["dropout"])
@@ -110,29 +91,18 @@ def run(task: str, contender: str, seed: int, recipe: dict, splits: dict[str, Ex
     model = make_model(mixer, config, GMAForSequenceClassification)
     if compile:
         compile_blocks(model, dynamic=True)  # batches differ in length
-    pad = partial(collate, pad_token_id=description.pad_token_id)
+    pad = partial(data.collate, pad_token_id=description.pad_token_id)
     row = train(
-        model,
-        splits["train"],
-        pad,
-        recipe,
-        seed,
-        score=lambda: accuracy(model, splits["valid"]),
+        model, splits["train"], pad, recipe, seed, score=lambda: accuracy(model, splits["valid"]),
         train_sampling_strategy="group_by_length",
-    )
+    )  # fmt: skip
     return {
-        "recipe": recipe,
-        "task": task,
-        "contender": contender,
-        "seed": seed,
-        "intermediate_size": sizes["intermediate_size"],
-        "train_examples": len(splits["train"]),
-        "test_examples": len(splits["test"]),
-        "mean_length": round(float(splits["test"].lengths.mean()), 1),
+        "recipe": recipe, "task": task, "contender": contender, "seed": seed, **program_of(mixer),
+        "intermediate_size": sizes["intermediate_size"], "train_examples": len(splits["train"]),
+        "test_examples": len(splits["test"]), "mean_length": round(float(splits["test"].lengths.mean()), 1),
         "majority_accuracy": round(splits["test"].majority_accuracy, 5),
-        "test_accuracy": round(accuracy(model, splits["test"]), 5),
-        **row,
-    }
+        "test_accuracy": round(accuracy(model, splits["test"]), 5), **row,
+    }  # fmt: skip
 
 
 def summarize(rows: list[dict]) -> dict[str, float]:
@@ -162,6 +132,11 @@ def by_task(rows: dict[str, dict]) -> dict[str, dict[str, list[dict]]]:
     return found
 
 
+def title_of(row: dict) -> str:
+    """The contender's title, with the program that computed the row."""
+    return MIXERS[row["contender"]].title_of(row) if row["contender"] in MIXERS else TITLES[row["contender"]]
+
+
 def table(rows: dict[str, dict]) -> str:
     """The rows as Markdown, one table per task."""
     lines = []
@@ -169,10 +144,10 @@ def table(rows: dict[str, dict]) -> str:
         first = next(iter(contenders.values()))[0]
         recipe = first["recipe"]
         found = []
-        for contender, own in contenders.items():
+        for own in contenders.values():
             values, memory = summarize(own), own[0]["peak_memory_gib"]
             score = mean_and_spread(values["accuracies"], 1)
-            cells = [TITLES[contender], str(len(own)), f"{own[0]['parameters'] / 1e6:.2f} M", score]
+            cells = [title_of(own[0]), str(len(own)), f"{own[0]['parameters'] / 1e6:.2f} M", score]
             found.append([*cells, f"{values['ms_per_step']:.1f}", "" if memory is None else f"{memory:.1f}"])
         lines += [
             f"**{TASKS[task].title}**: {first['train_examples']:,} training and {first['test_examples']:,} test examples of "
@@ -185,57 +160,36 @@ def table(rows: dict[str, dict]) -> str:
     return "\n".join(lines)
 
 
-def of_all_tasks(rows: dict[str, dict]) -> dict[str, dict[str, list[dict]]]:
-    """As `by_task`, without the contenders that some task does not have."""
-    tasks = by_task(rows)
-    common = set.intersection(*(set(contenders) for contenders in tasks.values()))
-    return {
-        task: {contender: own for contender, own in contenders.items() if contender in common}
-        for task, contenders in tasks.items()
-    }
-
-
-def summary(rows: dict[str, dict]) -> str:
-    """The accuracies alone, as one Markdown table."""
-    tasks = of_all_tasks(rows)
-    lines = [
-        [TITLES[name], *(f"{summarize(contenders[name])['accuracy']:.1f}" for contenders in tasks.values())]
-        for name in next(iter(tasks.values()))
-    ]
-    return markdown(["accuracy, %", *(TASKS[task].title for task in tasks)], lines)
-
-
-def plot(rows: dict[str, dict], path: Path) -> None:
+def plot(rows: dict[str, dict]):
     """Accuracy and time per step, a column per task, of the contenders that all tasks have."""
-    tasks = of_all_tasks(rows)
-    height = 0.32 * max(map(len, tasks.values())) + 0.7
-    figure, axes = pyplot().subplots(
-        2, len(tasks), figsize=(1.8 + 3.4 * len(tasks), 2 * height), squeeze=False, sharey="col"
-    )
+    tasks = by_task(rows)
+    common = [name for name in CONTENDERS if all(name in contenders for contenders in tasks.values())]
+    size = (1.8 + 3.4 * len(tasks), 0.64 * len(common) + 1.4)
+    figure, axes = pyplot().subplots(2, len(tasks), figsize=size, squeeze=False, sharey="col")
+    places, colours = range(len(common)), [COLOURS.get(CONTENDERS[name][0], GREY) for name in common]
     for column, (task, contenders) in enumerate(tasks.items()):
-        values = {contender: summarize(own) for contender, own in contenders.items()}
-        colours = [colour(CONTENDERS[contender][0]) for contender in contenders]
+        values = [summarize(contenders[name]) for name in common]
         for axis, field, form, title in (
             (axes[0, column], "accuracy", "{:.1f}", "test accuracy, %"),
             (axes[1, column], "ms_per_step", "{:.0f}", "milliseconds per training step"),
         ):
-            numbers = [value[field] for value in values.values()]
-            spreads = [value["spread"] or 0 for value in values.values()] if field == "accuracy" else None
-            bars = axis.barh(range(len(numbers)), numbers, xerr=spreads, color=colours, height=0.7, ecolor="#888888")
+            numbers = [value[field] for value in values]
+            spreads = [value["spread"] or 0 for value in values] if field == "accuracy" else None
+            bars = axis.barh(places, numbers, xerr=spreads, color=colours, height=0.7, ecolor="#888888")
             axis.bar_label(bars, [form.format(number) for number in numbers], padding=4, fontsize=9)
             axis.set_xlim(0, 1.15 * (max(numbers) + max(spreads or [0])))
             axis.set_xlabel(title, fontsize=9)
-            axis.set_yticks(range(len(numbers)), [TITLES[contender] for contender in contenders], fontsize=9)
+            axis.set_yticks(places, [TITLES[name] for name in common], fontsize=9)
             axis.tick_params(axis="y", length=0, labelleft=column == 0)
             axis.tick_params(axis="x", labelsize=8)
             axis.spines[["top", "right", "left"]].set_visible(False)
-        majority = 100 * next(iter(contenders.values()))[0]["majority_accuracy"]
+        majority = 100 * contenders[common[0]][0]["majority_accuracy"]
         axes[0, column].axvline(majority, color="#888888", linewidth=1, linestyle=":")
         axes[0, column].set_title(TASKS[task].title, fontsize=10)
         axes[0, column].invert_yaxis()
     axes[0, 0].set_title(f"{axes[0, 0].get_title()}\n(dotted: always the commonest class)", fontsize=10)
     figure.tight_layout()
-    save_figure(figure, path)
+    return figure
 
 
 def wanted_rows(arguments: argparse.Namespace) -> dict[str, Row]:
@@ -251,66 +205,55 @@ def wanted_rows(arguments: argparse.Namespace) -> dict[str, Row]:
 
     @cache
     def splits(task: str) -> dict[str, Examples]:
-        return load(task, arguments.prepared, arguments.listops_sizes, arguments.listops_lengths)
+        return data.load(task, arguments.prepared, arguments.listops_sizes, arguments.listops_lengths)
 
     def row(task: str, contender: str, seed: int, recipe: dict) -> dict:
         return run(task, contender, seed, recipe, splits(task), arguments.compile)
 
     for task in arguments.tasks:
+        steps = arguments.steps or TASKS[task].steps
+        recipe = {"steps": steps, "batch_size": arguments.batch_size, "learning_rate": None, "weight_decay": 0.05}
+        recipe |= {"dropout": TASKS[task].dropout, "sizes": sizes}
         for seed in arguments.seeds:
             for contender in arguments.contenders:
                 for rate in arguments.rates:
-                    recipe = {
-                        "steps": arguments.steps or TASKS[task].steps,
-                        "batch_size": arguments.batch_size,
-                        "learning_rate": rate,
-                        "weight_decay": 0.05,
-                        "dropout": TASKS[task].dropout,
-                        "sizes": sizes,
-                    }
+                    own = {**recipe, "learning_rate": rate}
                     name = f"{task}, {contender}, seed {seed}" + ("" if rate == RATE else f", rate {rate:g}")
-                    rows[name] = Row(partial(row, task, contender, seed, recipe), recipe)
+                    rows[name] = Row(partial(row, task, contender, seed, own), own)
     return rows
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, help="folder of the data sets, for --prepare")
-    parser.add_argument("--prepare", type=Path, help="tokenize into this file, and nothing else")
-    parser.add_argument("--prepared", type=Path, help="that file")
-    parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
-    parser.add_argument("--contenders", nargs="+", choices=list(CONTENDERS), default=DEFAULT_CONTENDERS)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--steps", type=int, help="of every task instead of its own number")
-    parser.add_argument("--batch_size", type=int, default=32, help="examples per step")
-    parser.add_argument("--rates", type=float, nargs="+", default=[RATE], help="learning rates of every mixer")
-    parser.add_argument("--hidden_size", type=int, default=256)
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--heads", type=int, default=4)
-    parser.add_argument("--components", type=int, default=64)
-    parser.add_argument("--intermediate_size", type=int, default=704, help="of the softmax model")
-    parser.add_argument("--listops_sizes", type=int, nargs=3, default=[96_000, 2000, 2000], help="train, valid, test")
-    parser.add_argument("--listops_lengths", type=int, nargs=2, default=[500, 2000], help="between these, exclusive")
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False, help="the blocks")
-    parser.add_argument("--plot", action="store_true", help="only draw the figure")
-    parser.add_argument("--figures", type=Path, default=FIGURES)
-    add_run_options(parser)
-    add_output_options(parser, "long_context_classification")
-    arguments = parser.parse_args()
-    if arguments.prepare is not None:
-        if arguments.data is None:
-            parser.error("--prepare needs --data")
-        prepare(arguments.data, arguments.prepare)
-        return
-    if not (arguments.table or arguments.plot):
-        arguments.output = output_path(arguments)
-        results = Results(arguments.output, "long_context_classification", {})
-        run_rows(results, wanted_rows(arguments), arguments)
-    for path in stored(arguments):
-        rows = json.loads(path.read_text())["rows"]
-        print("\n" + table(rows))
-        if arguments.plot:
-            plot(rows, arguments.figures / "long_context_classification.png")
+def add_options(add) -> None:
+    add("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
+    add("--contenders", nargs="+", choices=list(CONTENDERS), default=DEFAULT_CONTENDERS)
+    add("--seeds", type=int, nargs="+", default=[0])
+    add("--steps", type=int, help="of every task instead of its own number")
+    add("--batch_size", type=int, default=32, help="examples per step")
+    add("--rates", type=float, nargs="+", default=[RATE], help="learning rates of every mixer")
+    add("--hidden_size", type=int, default=256)
+    add("--layers", type=int, default=4)
+    add("--heads", type=int, default=4)
+    add("--components", type=int, default=64)
+    add("--intermediate_size", type=int, default=704, help="of the softmax model")
+    add("--listops_sizes", type=int, nargs=3, default=[96_000, 2000, 2000], help="train, valid, test")
+    add("--listops_lengths", type=int, nargs=2, default=[500, 2000], help="between these, exclusive")
+    add("--compile", action=argparse.BooleanOptionalAction, default=False, help="the blocks")
+    add_run_options(add)
+
+
+def main() -> None:
+    name = "long_context_classification"
+
+    def run(options: argparse.Namespace) -> None:
+        run_rows(Results(options.output, name, {}), wanted_rows(options), options)
+
+    def figures(content: dict) -> dict:
+        return {name: plot(content["rows"])}
+
+    def prepare(options: argparse.Namespace) -> None:
+        data.prepare(options.data, options.prepare)
+
+    command(__doc__, name, add_options, run, lambda x: table(x["rows"]), figures, prepare=prepare)
 
 
 if __name__ == "__main__":

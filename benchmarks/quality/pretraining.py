@@ -13,9 +13,7 @@ of these weights per token and per word with 95% intervals, and what the trainin
 
 import argparse
 import json
-import math
 import sys
-import time
 from pathlib import Path
 
 
@@ -23,87 +21,55 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # so that `benchma
 
 import torch
 from torch import Tensor
+from torch.utils.data import IterableDataset
 from transformers import AutoTokenizer
 
-from benchmarks.kernels.training_gpu import NO_MASK, head_loss
 from benchmarks.lib.results import circumstances, device
-from benchmarks.lib.training import compile_blocks
-from benchmarks.quality.language_modeling import evaluate
+from benchmarks.lib.timed import TimedSchedule
+from benchmarks.lib.training import train
+from benchmarks.quality.language_modeling import evaluate, head_loss_trainer
 from benchmarks.quality.language_modeling_data import load, tokenizer_folder, windows
 from gma_hf import GMAConfig, GMAForCausalLM
 
 
-WARMUP_STEPS = 200
-FLOOR = 0.05  # of the learning rate, at the end
-LOGGED = 40  # points of the loss
+WARMUP_STEPS, FLOOR = 200, 0.05
 
 
-def batches(tokens: Tensor, context: int, rows: int, seed: int):
+class Epochs(IterableDataset):
     """Endless batches `[rows, context + 1]` of the text, every epoch cut at another place and in another order."""
-    generator = torch.Generator().manual_seed(seed)
-    while True:
-        start = int(torch.randint(context, (), generator=generator))
-        blocks, _ = windows(tokens[start:], context)
-        for chosen in torch.randperm(len(blocks), generator=generator).split(rows):
-            if len(chosen) == rows:
-                yield blocks[chosen.to(blocks.device)].long()
+
+    def __init__(self, tokens: Tensor, context: int, rows: int, seed: int):
+        self.tokens, self.context, self.rows, self.seed = tokens, context, rows, seed
+
+    def __iter__(self):
+        generator = torch.Generator().manual_seed(self.seed)
+        while True:
+            start = int(torch.randint(self.context, (), generator=generator))
+            blocks, _ = windows(self.tokens[start:], self.context)
+            for chosen in torch.randperm(len(blocks), generator=generator).split(self.rows):
+                if len(chosen) == self.rows:
+                    yield {"input_ids": blocks[chosen].long()}
 
 
-def train(model: GMAForCausalLM, tokens: Tensor, options: argparse.Namespace) -> dict:
+def pretrain(model: GMAForCausalLM, tokens: Tensor, options: argparse.Namespace) -> dict:
     """Train in place; what it was."""
-    on_gpu = torch.cuda.is_available()
-    decayed = [p for p in model.parameters() if p.dim() > 1]
-    names = {id(p): name for name, p in model.named_parameters()}
-    # As the Trainer does: neither biases nor norms, to which the mixture counts
-    undecayed = [p for p in model.parameters() if p.dim() < 2 or "norm" in names[id(p)] or "bias" in names[id(p)]]
-    excluded = {id(p) for p in undecayed}
-    groups = [
-        {"params": [p for p in decayed if id(p) not in excluded], "weight_decay": 0.1},
-        {"params": undecayed, "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=options.learning_rate, betas=(0.9, 0.95), fused=on_gpu)
-    loss_function = head_loss
-    if options.compile:
-        compile_blocks(model, dynamic=False)
-        loss_function = torch.compile(head_loss, dynamic=False)
     rows = options.tokens_per_step // options.context
-    start, step, losses, recent = time.monotonic(), 0, [], []
-    for batch in batches(tokens, options.context, rows, options.seed):
-        progress = (time.monotonic() - start) / (60 * options.minutes)
-        if progress >= 1 or step == options.max_steps:
-            break
-        rate = FLOOR + (1 - FLOOR) * 0.5 * (1 + math.cos(math.pi * progress))
-        for group in optimizer.param_groups:
-            group["lr"] = options.learning_rate * rate * min(1.0, (step + 1) / WARMUP_STEPS)
-        batch = batch.to(model.device)
-        with torch.autocast(model.device.type, torch.bfloat16, enabled=on_gpu):
-            hidden = model.model(batch[:, :-1], attention_mask=NO_MASK, use_cache=False).last_hidden_state
-            loss = loss_function(hidden, model.lm_head.weight, batch[:, 1:])
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        step += 1
-        recent.append(loss.detach())
-        if step % 50 == 0:  # also keeps the clock honest: the GPU is waited for
-            losses.append([step, round(torch.stack(recent).mean().item(), 4)])
-            recent = []
-            print(f"step {step}, {100 * progress:.0f} %, loss {losses[-1][1]}", flush=True)
-    if on_gpu:
-        torch.cuda.synchronize()
-    seconds = time.monotonic() - start
-    seen = step * options.tokens_per_step
+    steps = options.max_steps if options.max_steps > 0 else 10**6
+    recipe = {"steps": steps, "batch_size": 1, "learning_rate": options.learning_rate, "weight_decay": 0.1}
+    row = train(
+        model, Epochs(tokens, options.context, rows, options.seed), lambda batches: batches[0], recipe, options.seed,
+        score=None, trainer_class=head_loss_trainer(model, options.compile), lr_scheduler_type="constant", adam_beta2=0.95,
+        logging_steps=50, accelerator_config={"dispatch_batches": False},
+        callbacks=[TimedSchedule(60 * options.minutes, FLOOR, WARMUP_STEPS)],
+    )  # fmt: skip
+    seen = row["steps"] * options.tokens_per_step
+    names = ("learning_rate", "tokens_per_step", "context")
     return {
-        "steps": step,
-        "tokens": seen,
-        "epochs": round(seen / len(tokens), 2),
-        "learning_rate": options.learning_rate,
-        "tokens_per_step": options.tokens_per_step,
-        "context": options.context,
-        "train_seconds": round(seconds, 1),
-        "tokens_per_second": round(seen / seconds),
-        "losses": losses[:: max(1, len(losses) // LOGGED)],
-    }
+        "steps": row["steps"], "tokens": seen, "epochs": round(seen / len(tokens), 2),
+        **{name: getattr(options, name) for name in names}, "train_seconds": row["train_seconds"],
+        "tokens_per_second": round(seen / row["train_seconds"]),
+        "losses": row["losses"][:: max(1, len(row["losses"]) // 40)],
+    }  # fmt: skip
 
 
 def main() -> None:
@@ -113,15 +79,10 @@ def main() -> None:
     parser.add_argument("--preset", default="correlated", help="of GMAConfig.from_preset")
     parser.add_argument("--minutes", type=float, default=30)
     parser.add_argument("--max_steps", type=int, default=-1, help="stop earlier, for a trial")
-    parser.add_argument("--hidden_size", type=int, default=256)
-    parser.add_argument("--intermediate_size", type=int, default=640)
-    parser.add_argument("--layers", type=int, default=6)
-    parser.add_argument("--heads", type=int, default=4)
-    parser.add_argument("--components", type=int, default=64)
-    parser.add_argument("--context", type=int, default=1024)
-    parser.add_argument("--tokens_per_step", type=int, default=65_536)
+    sizes = {"hidden_size": 256, "intermediate_size": 640, "layers": 6, "heads": 4, "components": 64, "context": 1024}
+    for name, value in {**sizes, "tokens_per_step": 65_536, "seed": 0}.items():
+        parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--learning_rate", type=float, default=3e-3)
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available())
     options = parser.parse_args()
     if options.output_dir.exists() and any(options.output_dir.iterdir()):
@@ -129,22 +90,15 @@ def main() -> None:
     prepared = load(options.prepared)
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder(options.prepared))
     config = GMAConfig.from_preset(
-        options.preset,
-        vocab_size=prepared["vocab_size"],
-        hidden_size=options.hidden_size,
-        intermediate_size=options.intermediate_size,
-        num_hidden_layers=options.layers,
-        num_attention_heads=options.heads,
-        num_components=options.components,
-        max_position_embeddings=options.context,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+        options.preset, vocab_size=prepared["vocab_size"], hidden_size=options.hidden_size,
+        intermediate_size=options.intermediate_size, num_hidden_layers=options.layers, num_attention_heads=options.heads,
+        num_components=options.components, max_position_embeddings=options.context,
+        **{f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")},
+    )  # fmt: skip
     torch.manual_seed(options.seed)
     with torch.device(device()):
         model = GMAForCausalLM(config).train()
-    training = train(model, prepared["tokens"]["train"], options)
+    training = pretrain(model, prepared["tokens"]["train"], options)
     model.to(torch.bfloat16).save_pretrained(options.output_dir)
     tokenizer.save_pretrained(options.output_dir)
     # What is kept is what is measured

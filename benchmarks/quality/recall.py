@@ -20,7 +20,6 @@ seeds and the worst of them.
 """
 
 import argparse
-import json
 import re
 import sys
 from collections.abc import Callable
@@ -35,9 +34,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.lib.results import FIGURES, Results, add_output_options, device, output_path, stored
+from benchmarks.lib.command import command
+from benchmarks.lib.results import Results, device
 from benchmarks.lib.runner import Row, add_run_options, run_rows
-from benchmarks.lib.tables import save_figure
 from benchmarks.lib.training import compile_blocks, evaluating, train
 from benchmarks.quality.recall_report import plot, tables
 from benchmarks.quality.recall_tasks import (
@@ -50,29 +49,17 @@ from benchmarks.quality.recall_tasks import (
     multi_query_recall,
     needle,
 )
-from benchmarks.rivals.mixers import MIXERS, equal_width, make_config, make_model, state_per_layer
+from benchmarks.rivals import mixers
+from benchmarks.rivals.mixers import MIXERS, make_config, make_model
 from gma_hf.training.trainer import GMATrainer
 
 
 REFERENCE = "mamba2"  # the one whose size cannot be chosen
 DEFAULT_CONTENDERS = {
-    "recall": [
-        # The same state, 64 x 64 a head or a normaliser more: all but softmax and Mamba-2
-        "softmax:2",
-        "softmax_gated:2",
-        "elu:2",
-        "linear_gated:2",
-        "step_gated:2",
-        "gated_delta_net:2",
-        "gma_paper:2",
-        "gma_gated:2",
-        # Larger states
-        "mamba2:2",
-        "gma_gated:2::256",
-        "gma_gated:4:2",
-        "gma_gated:4:1,3",
-    ],
-    "needle": ["softmax:2", "softmax_gated:2", "linear_gated:2", "mamba2:2", "gma_gated:2", "gma_gated:4:2"],
+    # The same state, 64 x 64 a head or a normaliser more: all but softmax and Mamba-2. In the second line larger states
+    "recall": "softmax:2 softmax_gated:2 elu:2 linear_gated:2 step_gated:2 gated_delta_net:2 gma_paper:2 gma_gated:2 "
+    "gma_correlated:2 mamba2:2 gma_gated:2::256 gma_gated:4:2 gma_gated:4:1,3",
+    "needle": "softmax:2 softmax_gated:2 linear_gated:2 mamba2:2 gma_gated:2 gma_gated:4:2",
 }
 # (length, pairs), those of Zoology in its proportions: five batches of the easiest for one of each other. Without that surplus
 # softmax attention has not left the plateau of guessing among the values of the text after as many steps.
@@ -94,11 +81,7 @@ class Contender:
 
     @classmethod
     def parse(cls, text: str) -> "Contender":
-        """From mixer:layers:softmax layers:components.
-
-        Raises:
-            ValueError: for anything else.
-        """
+        """From mixer:layers:softmax layers:components; a ValueError for anything else."""
         found = re.fullmatch(r"(\w+)(?::(\d*))?(?::([\d,]*))?(?::(\d*))?", text)
         if found is None or found[1] not in MIXERS:
             raise ValueError(
@@ -168,44 +151,29 @@ def train_one(
     """Train one model; the row without its test."""
     width = recipe["width"]
     shared = {
-        "hidden_size": width,
-        "num_attention_heads": max(1, width // 64),
-        "num_hidden_layers": contender.layers,
-        "num_components": contender.components,
-        "vocab_size": vocab_size,
-        "max_position_embeddings": max_length,
-    }
+        "hidden_size": width, "num_attention_heads": max(1, width // 64), "num_hidden_layers": contender.layers,
+        "num_components": contender.components, "vocab_size": vocab_size, "max_position_embeddings": max_length,
+    }  # fmt: skip
     sizes = {**shared, **contender.overrides()}
     counted = {} if recipe["experiment"] == "recall" else {"max_position_embeddings": 1}
-    sizes["intermediate_size"] = equal_width(
-        contender.mixer, {**sizes, **counted}, REFERENCE, {**shared, **counted}, multiples=(8,)
-    )
+    own, reference = {**sizes, **counted}, {**shared, **counted}
+    sizes["intermediate_size"] = mixers.equal_width(contender.mixer, own, REFERENCE, reference, multiples=(8,))
     torch.manual_seed(seed)
     config = make_config(contender.mixer, **sizes)
     model = make_model(contender.mixer, config)
     if recipe["compile"]:
         compile_blocks(model, dynamic=True)  # batches differ in length
     row = train(
-        model,
-        data,
-        lambda batches: batches[0],
-        {**recipe, "batch_size": 1},
-        seed,
-        score=lambda: score(model),
-        trainer_class=RecallTrainer,
-        dataloader_num_workers=recipe["workers"],
+        model, data, lambda batches: batches[0], {**recipe, "batch_size": 1}, seed, score=lambda: score(model),
+        trainer_class=RecallTrainer, dataloader_num_workers=recipe["workers"],
         accelerator_config={"dispatch_batches": False},
-    )
-    state = state_per_layer(contender.mixer, config)
+    )  # fmt: skip
+    state = mixers.state_per_layer(contender.mixer, config)
     description = {
-        "recipe": recipe,
-        "contender": str(contender),
-        "title": contender.title,
-        "state_per_layer": state,
-        "state_size": None if state is None else state * contender.layers,
-        "seed": seed,
+        "recipe": recipe, "contender": str(contender), "title": contender.title, "state_per_layer": state, "seed": seed,
+        "state_size": None if state is None else state * contender.layers, **mixers.program_of(contender.mixer),
         "intermediate_size": sizes["intermediate_size"],
-    }
+    }  # fmt: skip
     return model, {**description, **row}
 
 
@@ -248,7 +216,7 @@ def wanted_rows(arguments: argparse.Namespace) -> dict[str, Row]:
     """By name, what trains and tests a row."""
     rows = {}
     for experiment in arguments.experiments:
-        contenders = arguments.contenders or [Contender.parse(text) for text in DEFAULT_CONTENDERS[experiment]]
+        contenders = arguments.contenders or [Contender.parse(text) for text in DEFAULT_CONTENDERS[experiment].split()]
         names = ("steps", "tokens_per_step", "compile", "workers")
         names += ("vocab_size",) if experiment == "recall" else ("lengths", "train_lengths", "facts", "depths")
         shared = {"experiment": experiment, **{name: getattr(arguments, name) for name in names}, "weight_decay": 0.1}
@@ -263,37 +231,30 @@ def wanted_rows(arguments: argparse.Namespace) -> dict[str, Row]:
     return rows
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--experiments", nargs="+", choices=list(RUNS), default=list(RUNS))
-    parser.add_argument("--contenders", nargs="+", type=Contender.parse, metavar="CONTENDER")
-    parser.add_argument("--steps", type=int, default=3000)
-    parser.add_argument("--widths", type=int, nargs="+", default=[128], help="hidden sizes")
-    parser.add_argument("--rates", type=float, nargs="+", default=[1e-3, 2e-3, 5e-3], help="learning rates of each")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--vocab_size", type=int, default=RECALL_VOCAB_SIZE, help="of recall; more than 512")
-    parser.add_argument("--tokens_per_step", type=int, default=16384)
-    parser.add_argument("--lengths", type=int, nargs="+", default=[256, 512, 1024, 2048, 4096, 8192], help="of needle")
-    parser.add_argument("--train_lengths", type=int, nargs="+", default=NEEDLE_TRAIN_LENGTHS, help="of needle")
-    parser.add_argument("--facts", type=int, default=4, help="in the haystack")
-    parser.add_argument("--depths", type=int, default=11, help="of the needle, from the beginning to the end")
-    parser.add_argument("--test_rows", type=int, default=512, help="per segment; needle: an eighth of it per depth")
-    parser.add_argument("--workers", type=int, default=1, help="processes that draw batches")
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False, help="the blocks")
-    parser.add_argument("--plot", action="store_true", help="only draw the figures")
-    parser.add_argument("--figures", type=Path, default=FIGURES)
-    add_run_options(parser)
-    add_output_options(parser, "recall")
-    arguments = parser.parse_args()
-    if not (arguments.table or arguments.plot):
-        arguments.output = output_path(arguments)
-        run_rows(Results(arguments.output, "recall", {}), wanted_rows(arguments), arguments)
-    for path in stored(arguments):
-        rows = json.loads(path.read_text())["rows"]
-        print("\n" + tables(rows))
-        if arguments.plot:
-            for name, figure in plot(rows).items():
-                save_figure(figure, arguments.figures / f"{name}.png")
+def add_options(add) -> None:
+    add("--experiments", nargs="+", choices=list(RUNS), default=list(RUNS))
+    add("--contenders", nargs="+", type=Contender.parse, metavar="CONTENDER")
+    add("--steps", type=int, default=3000)
+    add("--widths", type=int, nargs="+", default=[128], help="hidden sizes")
+    add("--rates", type=float, nargs="+", default=[1e-3, 2e-3, 5e-3], help="learning rates of each")
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    add("--vocab_size", type=int, default=RECALL_VOCAB_SIZE, help="of recall; more than 512")
+    add("--tokens_per_step", type=int, default=16384)
+    add("--lengths", type=int, nargs="+", default=[256, 512, 1024, 2048, 4096, 8192], help="of needle")
+    add("--train_lengths", type=int, nargs="+", default=NEEDLE_TRAIN_LENGTHS, help="of needle")
+    add("--facts", type=int, default=4, help="in the haystack")
+    add("--depths", type=int, default=11, help="of the needle, from the beginning to the end")
+    add("--test_rows", type=int, default=512, help="per segment; needle: an eighth of it per depth")
+    add("--workers", type=int, default=1, help="processes that draw batches")
+    add("--compile", action=argparse.BooleanOptionalAction, default=False, help="the blocks")
+    add_run_options(add)
+
+
+def main() -> None:
+    def run(options: argparse.Namespace) -> None:
+        run_rows(Results(options.output, "recall", {}), wanted_rows(options), options)
+
+    command(__doc__, "recall", add_options, run, lambda x: tables(x["rows"]), lambda x: plot(x["rows"]))
 
 
 if __name__ == "__main__":

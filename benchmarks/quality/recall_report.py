@@ -12,10 +12,9 @@ RECALLED = 0.9  # the accuracy from which something counts as recalled
 
 
 def best_rows(rows: Iterable[dict], experiment: str) -> dict[tuple[int, str], dict]:
-    """By width and contender: the learning rate with the best accuracy, averaged over the seeds.
-
-    Returns:
-        For every width and title: `accuracy`, `{(length, pairs or depth): accuracy}`, and what one of its rows says.
+    """
+    By width and title: `accuracy`, `{(length, pairs or depth): accuracy}`, of the learning rate that is best in the mean over the
+    seeds, the accuracy of its worst seed, and what one of its rows says.
     """
     groups: dict[tuple, dict[float, list[dict]]] = {}
     for row in rows:
@@ -45,50 +44,39 @@ def described(row: dict) -> list[str]:
 COLUMNS = ["width", "mixer", "parameters", "state", "state per layer", "seeds x rates"]
 
 
+def by_mixer(best: dict[tuple[int, str], dict], columns: list[str], cells) -> str:
+    lines = [[str(width), *described(row), *cells(row)] for (width, _), row in best.items()]
+    return markdown([*COLUMNS, *columns], lines).replace("|---|---:|", "|---:|---|", 1)
+
+
 def tables(rows: dict[str, dict]) -> str:
     """Both experiments as Markdown."""
     lines = []
     best = best_rows(rows.values(), "recall")
     if best:
         segments = list(next(iter(best.values()))["accuracy"])
-        several = any(row["seeds"] > 1 for row in best.values())
-        lines += [
-            "Multi-query associative recall: accuracy in % by key-value pairs @ length"
-            + (", mean over the seeds (worst seed)." if several else "."),
-            "",
-            markdown(
-                [*COLUMNS, *(f"{b} @ {a}" for a, b in segments), f"pairs at {RECALLED:.0%}"],
-                [
-                    [
-                        str(width),
-                        *described(row),
-                        *(recall_cell(row, segment) for segment in segments),
-                        str(most_pairs(row["accuracy"])),
-                    ]
-                    for (width, _), row in best.items()
-                ],
-            ).replace("|---|---:|", "|---:|---|", 1),
-            "",
-        ]
+        spread = ", mean over the seeds (worst seed)." if any(row["seeds"] > 1 for row in best.values()) else "."
+        columns = [*(f"{b} @ {a}" for a, b in segments), f"pairs at {RECALLED:.0%}"]
+
+        def scores(row: dict) -> list[str]:
+            return [*(recall_cell(row, segment) for segment in segments), str(most_pairs(row["accuracy"]))]
+
+        title = f"Multi-query associative recall: accuracy in % by key-value pairs @ length{spread}"
+        lines += [title, "", by_mixer(best, columns, scores), ""]
     best = best_rows(rows.values(), "needle")
     if best:
         first = next(iter(best.values()))
         lengths = list(dict.fromkeys(length for length, _ in first["accuracy"]))
 
-        def cell(row: dict, length: int) -> str:
-            part = [x for (a, _), x in row["accuracy"].items() if a == length]
-            return f"{100 * statistics.mean(part):.0f} / {100 * min(part):.0f}"
+        def depths(row: dict) -> list[str]:
+            parts = [[x for (a, _), x in row["accuracy"].items() if a == length] for length in lengths]
+            return [f"{100 * statistics.mean(part):.0f} / {100 * min(part):.0f}" for part in parts]
 
-        lines += [
+        title = (
             f"Needle in a haystack of {first['recipe']['facts']} facts: accuracy in %, mean over the depths / at the worst depth, "
-            f"by length. Trained on up to {max(first['recipe']['train_lengths']):,} tokens.",
-            "",
-            markdown(
-                [*COLUMNS, *(f"{length:,}" for length in lengths)],
-                [[str(w), *described(row), *(cell(row, n) for n in lengths)] for (w, _), row in best.items()],
-            ).replace("|---|---:|", "|---:|---|", 1),
-            "",
-        ]
+            f"by length. Trained on up to {max(first['recipe']['train_lengths']):,} tokens."
+        )
+        lines += [title, "", by_mixer(best, [f"{length:,}" for length in lengths], depths), ""]
     return "\n".join(lines)
 
 

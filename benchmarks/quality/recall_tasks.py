@@ -35,17 +35,10 @@ def multi_query_recall(
     pairs follows a power law, so that most questions come early. All else (x) is random.
 
     Args:
-        rows, length: shape of the tokens; `length` is even.
+        rows, length, generator: of the tokens and of the draw; `length` is even.
         pairs: number of keys, at most a quarter of `length`.
-        generator: of the draw; tokens and labels lie on its device.
         vocab_size: the first half of the vocabulary are keys, the second values.
         power: of the law of the gaps; 1 is uniform.
-
-    Returns:
-        `tuple`: tokens and labels, `[rows, length]`.
-
-    Raises:
-        ValueError: if the pairs and questions do not fit.
     """
     half, slots, device = vocab_size // 2, length // 2 - pairs, generator.device
     if length % 2 or pairs > slots or pairs > half - 1:
@@ -83,16 +76,9 @@ def needle(
     at the given depth and it alone is asked for; the others are there to be confused with it.
 
     Args:
-        rows, length: shape of the tokens.
-        generator: of the draw; tokens and labels lie on its device.
+        rows, length, generator: of the tokens and of the draw.
         facts: number of facts, with different keys.
         depth: where the needle stands, 0 at the beginning of the haystack and 1 at its end.
-
-    Returns:
-        `tuple`: tokens and labels, `[rows, length]`.
-
-    Raises:
-        ValueError: if the facts and questions do not fit.
     """
     questions = facts if depth is None else 1
     slots = length // 2 - questions  # a fact and a question take two tokens each
@@ -118,12 +104,7 @@ def needle(
 
 
 class Stream(IterableDataset):
-    """Endless batches; every worker of a data loader draws its own.
-
-    Args:
-        draw: makes tokens and labels of one batch from a generator.
-        seed: of all of them.
-    """
+    """Endless batches, tokens and labels that `draw` makes from a generator; every worker of a data loader draws its own."""
 
     def __init__(self, draw: Callable[[torch.Generator], tuple[Tensor, Tensor]], seed: int):
         self.draw, self.seed = draw, seed

@@ -15,9 +15,7 @@ whole report of a model; here is what fits a table, by layer and head.
 """
 
 import argparse
-import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 
@@ -27,7 +25,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModel, PreTrainedModel
 
-from benchmarks.lib.results import FIGURES, Results, add_output_options, output_path, stored
+from benchmarks.lib.command import command
+from benchmarks.lib.results import Results, device
 from benchmarks.quality.language_modeling_data import detokenize
 from benchmarks.quality.responsibilities_report import ROLES, plot, table
 from gma_hf.analysis import AnalysisError, RoutingReport, analyze
@@ -43,11 +42,8 @@ EXAMPLES = 4  # tokens per component
 
 def largest_nmi(counts: Tensor) -> Tensor:
     """
-    The NMI that these components would have if each belonged to one category, or each category to one component: the
-    entropies of the two bound it, 2 min(H(c), H(k)) / (H(c) + H(k)).
-
-    Args:
-        counts: `[heads, components, categories]`.
+    The NMI that these components, of counts `[heads, components, categories]`, would have if each belonged to one category, or
+    each category to one component: the entropies of the two bound it, 2 min(H(c), H(k)) / (H(c) + H(k)).
     """
     joint = counts.double() / counts.sum(dim=(1, 2), keepdim=True)
     entropies = [torch.special.entr(joint.sum(dim=dim)).sum(dim=-1) for dim in (2, 1)]
@@ -58,16 +54,11 @@ def by_head(role: RoleReport) -> dict[str, list]:
     """What is kept of the queries, or the keys, of a layer: lists with one entry per head."""
     statistics, alignment = role.statistics, role.alignment
     values = {
-        "usage_perplexity": statistics.usage_perplexity,
-        "dead_components": statistics.dead_components.sum(dim=-1),
-        "entropy": statistics.entropy,
-        "median_margin": statistics.margin_quantile(0.5),
-        "nmi": alignment.nmi,
-        "nmi_shuffled": alignment.nmi_shuffled_mean,
-        "nmi_largest": largest_nmi(statistics.category_counts),
-        "purity": alignment.purity,
-        "purity_shuffled": alignment.purity_shuffled_mean,
-    }
+        "usage_perplexity": statistics.usage_perplexity, "dead_components": statistics.dead_components.sum(dim=-1),
+        "entropy": statistics.entropy, "median_margin": statistics.margin_quantile(0.5), "nmi": alignment.nmi,
+        "nmi_shuffled": alignment.nmi_shuffled_mean, "nmi_largest": largest_nmi(statistics.category_counts),
+        "purity": alignment.purity, "purity_shuffled": alignment.purity_shuffled_mean,
+    }  # fmt: skip
     return {
         name: [round(x, 4) if isinstance(x, float) else x for x in numbers.tolist()]
         for name, numbers in values.items()
@@ -88,30 +79,18 @@ def best_aligned(report: RoutingReport) -> dict:
         overlap = counts[:, index] / (size + counts.sum(dim=1) - counts[:, index])
         component = int(overlap.argmax())
         taken = counts[component, index].item()
-        components.append(
-            {
-                "category": category,
-                "component": component,
-                "share_of_category": round(taken / size, 4),
-                "share_of_component": round(taken / counts[component].sum().item(), 4),
-                "tokens": [token for token, _, _ in report.top_tokens(layer, head, component, role, EXAMPLES)],
-            }
-        )
+        shares = {"share_of_category": size, "share_of_component": counts[component].sum().item()}
+        tokens = [token for token, _, _ in report.top_tokens(layer, head, component, role, EXAMPLES)]
+        shares = {name: round(taken / of, 4) for name, of in shares.items()}
+        components.append({"category": category, "component": component, **shares, "tokens": tokens})
     return {"role": role, "layer": layer.label, "head": head, "components": components}
 
 
 def measure(model: PreTrainedModel, tokenizer, text: str, options: argparse.Namespace) -> dict:
     """One row: the analysis of one model."""
-    report = analyze(
-        model,
-        tokenizer,
-        text,
-        max_tokens=options.max_tokens,
-        block_size=options.block_size,
-        batch_size=options.batch_size,
-        num_shuffles=NUM_SHUFFLES,
-        seed=SEED,
-    )
+    names = ("max_tokens", "block_size", "batch_size")
+    sizes = {name: getattr(options, name) for name in names}
+    report = analyze(model, tokenizer, text, num_shuffles=NUM_SHUFFLES, seed=SEED, **sizes)
     return {
         "num_tokens": report.num_tokens,
         "num_components": report.layers[0].keys.statistics.usage.shape[-1],
@@ -132,49 +111,33 @@ def untrained(model: PreTrainedModel) -> PreTrainedModel:
 
 def run(options: argparse.Namespace) -> None:
     """Measure the rows that the output file does not hold yet."""
-    text = detokenize("".join(read_texts([str(options.data / "wikitext-103" / "test.txt.xz")]).pieces()))
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model, tokenizer = load_model(str(options.model), device), load_tokenizer(str(options.model))
-    setting = {
-        "model": options.model.resolve().name,
-        "text": TEXT,
-        "max_tokens": options.max_tokens,
-        "block_size": options.block_size,
-        "num_shuffles": NUM_SHUFFLES,
-        "seed": SEED,
-    }
-    options.output = output_path(options)
-    results = Results(options.output, "responsibilities", setting)
-    rows: dict[str, Callable[[], PreTrainedModel]] = {"trained": lambda: model, "untrained": lambda: untrained(model)}
-    for name, make in rows.items():
-        results.measure(name, lambda make=make: measure(make(), tokenizer, text, options))
+    try:
+        text = detokenize("".join(read_texts([str(options.data / "wikitext-103" / "test.txt.xz")]).pieces()))
+        model, tokenizer = load_model(str(options.model), str(device())), load_tokenizer(str(options.model))
+        setting = {"model": options.model.resolve().name, "text": TEXT, "max_tokens": options.max_tokens}
+        setting |= {"block_size": options.block_size, "num_shuffles": NUM_SHUFFLES, "seed": SEED}
+        results = Results(options.output, "responsibilities", setting)
+        for name, make in {"trained": lambda model: model, "untrained": untrained}.items():
+            results.measure(name, lambda make=make: measure(make(model), tokenizer, text, options))
+    except AnalysisError as error:
+        sys.exit(f"error: {error}")
+
+
+def add_options(add) -> None:
+    add("model", type=Path, nargs="?", metavar="MODEL", help="folder of the model and its tokenizer")
+    add("--data", type=Path, help="folder with wikitext-103/test.txt.xz")
+    add("--max_tokens", type=int, default=100_000, help="of the text")
+    add("--block_size", type=int, default=1024, help="tokens per forward pass: the length of training")
+    add("--batch_size", type=int, default=4, help="blocks per forward pass")
+
+
+def check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    if options.model is None or options.data is None:
+        parser.error("measuring needs MODEL and --data DATA, the folder with wikitext-103")
 
 
 def main() -> None:
-    """Measure what is missing and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path, nargs="?", metavar="MODEL", help="folder of the model and its tokenizer")
-    parser.add_argument("--data", type=Path, help="folder with wikitext-103/test.txt.xz")
-    parser.add_argument("--max_tokens", type=int, default=100_000, help="of the text")
-    parser.add_argument("--block_size", type=int, default=1024, help="tokens per forward pass: the length of training")
-    parser.add_argument("--batch_size", type=int, default=4, help="blocks per forward pass")
-    parser.add_argument("--plot", action="store_true", help="draw the figure")
-    parser.add_argument("--figure", type=Path, default=FIGURES / "responsibilities.png")
-    add_output_options(parser, "responsibilities")
-    options = parser.parse_args()
-
-    if not options.table:
-        if options.model is None or options.data is None:
-            parser.error("measuring needs MODEL and --data DATA, the folder with wikitext-103")
-        try:
-            run(options)
-        except AnalysisError as error:
-            sys.exit(f"error: {error}")
-    for path in stored(options):
-        report = json.loads(path.read_text(encoding="utf-8"))
-        print(table(report))
-        if options.plot:
-            plot(report, options.figure)
+    command(__doc__, "responsibilities", add_options, run, table, lambda x: {"responsibilities": plot(x)}, check)
 
 
 if __name__ == "__main__":

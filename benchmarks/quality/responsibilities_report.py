@@ -2,27 +2,15 @@
 """The tables and the figure of `responsibilities.py`, from its JSON file."""
 
 import statistics
-from pathlib import Path
 
-from benchmarks.lib.tables import clean, markdown, pyplot, save_figure
+from benchmarks.lib.tables import clean, markdown, pyplot
 
 
 ROLES = ("keys", "queries")
 COLOURS = {"keys": "#1f5fa8", "queries": "#c2571a"}
 MARKERS = {"keys": "o", "queries": "s"}
-COLUMNS = (
-    "layer",
-    "",
-    "components in use",
-    "fewest and most",
-    "dead",
-    "NMI",
-    "untrained",
-    "shuffled",
-    "purity",
-    "untrained",
-    "shuffled",
-)
+COLUMNS = ["layer", "", "components in use", "fewest and most", "dead"]
+COLUMNS += [cell for name in ("NMI", "purity") for cell in (name, "untrained", "shuffled")]
 
 
 def heads(row: dict, role: str, name: str, layer: int | None = None) -> list[float]:
@@ -72,22 +60,26 @@ def best_head(row: dict) -> str:
     """For every frequent category, the component of the best aligned head that comes closest to it."""
     best = row["best_aligned"]
     part = next(part for part in row["layers"] if part["layer"] == best["layer"])
-    lines = [
+    title = (
         f"The best aligned head (layer {best['layer']}, head {best['head']}, {best['role']}: NMI "
         f"{part[best['role']]['nmi'][best['head']]:.3f}); for every category of at least 1% of the tokens, the component that "
-        "comes closest to it (most tokens in both, of those in either), and the tokens which that component prefers:",
-        "",
-        "| category | of all tokens | component | takes of the category | of the component's tokens | prefers |",
-        "|---|---:|---:|---:|---:|---|",
+        "comes closest to it (most tokens in both, of those in either), and the tokens which that component prefers:"
+    )
+    columns = [
+        "category",
+        "of all tokens",
+        "component",
+        "takes of the category",
+        "of the component's tokens",
+        "prefers",
     ]
+    lines = []
     for found in best["components"]:
         tokens = ", ".join(f"<code>{escaped(token)}</code>" for token in found["tokens"])
         share = row["categories"][found["category"]] / row["num_tokens"]
-        lines.append(
-            f"| {found['category']} | {share:.0%} | {found['component']} | {found['share_of_category']:.0%} | "
-            f"{found['share_of_component']:.0%} | {tokens} |"
-        )
-    return "\n".join(lines)
+        shares = [f"{found[name]:.0%}" for name in ("share_of_category", "share_of_component")]
+        lines.append([found["category"], f"{share:.0%}", str(found["component"]), *shares, tokens])
+    return f"{title}\n\n" + markdown(columns, lines).replace("---:|\n", "---|\n", 1)
 
 
 def escaped(token: str) -> str:
@@ -96,53 +88,40 @@ def escaped(token: str) -> str:
     return "".join(special.get(char, char) for char in token)
 
 
-def plot(report: dict, path: Path) -> None:
+def plot(report: dict):
     """Components in use, and alignment with the surface categories, of every head by layer."""
     trained, untrained = report["rows"]["trained"], report["rows"]["untrained"]
-    labels = [part["layer"] for part in trained["layers"]]
+    labels, count = [part["layer"] for part in trained["layers"]], trained["num_components"]
+    places = range(len(labels))
+
+    def mean_of(row: dict, name: str) -> list[float]:
+        both = [[value for role in ROLES for value in heads(row, role, name, layer)] for layer in places]
+        return [statistics.mean(values) for values in both]
+
     figure, panels = pyplot().subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     for axes, name in zip(panels, ("usage_perplexity", "nmi"), strict=True):
         for shift, role in ((-0.13, "keys"), (0.13, "queries")):
-            means = []
-            for layer in range(len(labels)):
-                values = heads(trained, role, name, layer)
-                means.append(statistics.mean(values))
-                axes.plot(
-                    [layer + shift] * len(values),
-                    values,
-                    MARKERS[role],
-                    color=COLOURS[role],
-                    alpha=0.45,
-                    markersize=4.5,
-                    markeredgewidth=0,
-                )
-            places = [layer + shift for layer in range(len(labels))]
-            axes.plot(places, means, MARKERS[role] + "-", color=COLOURS[role], markersize=6.5, label=f"{role}, mean")
-        both = [
-            statistics.mean(value for role in ROLES for value in heads(untrained, role, name, layer))
-            for layer in range(len(labels))
-        ]
-        axes.plot(both, "-", color="#444444", linewidth=1.3, label="before training, mean")
-        axes.set_xticks(range(len(labels)), labels)
+            values = [heads(trained, role, name, layer) for layer in places]
+            style = {"color": COLOURS[role], "marker": MARKERS[role]}
+            for layer, own in enumerate(values):
+                x = [layer + shift] * len(own)
+                axes.plot(x, own, linestyle="", alpha=0.45, markersize=4.5, markeredgewidth=0, **style)
+            means = [statistics.mean(own) for own in values]
+            axes.plot([layer + shift for layer in places], means, markersize=6.5, label=f"{role}, mean", **style)
+        axes.plot(mean_of(untrained, name), "-", color="#444444", linewidth=1.3, label="before training, mean")
+        axes.set_xticks(places, labels)
         axes.set_xlabel("layer")
         clean(axes)
         axes.grid(axis="y", color="#dddddd", linewidth=0.6)
         axes.set_axisbelow(True)
     left, right = panels
-    count = trained["num_components"]
     left.axhline(count, color="#8a8a8a", linestyle="--", label=f"all {count} alike")
-    left.set_ylim(0, 1.06 * count)
-    left.set_ylabel("usage perplexity of a head")
+    left.set(ylim=(0, 1.06 * count), ylabel="usage perplexity of a head")
     left.set_title("Components in use, one mark per head", loc="left", fontsize=11)
-    shuffled = [
-        statistics.mean(value for role in ROLES for value in heads(trained, role, "nmi_shuffled", layer))
-        for layer in range(len(labels))
-    ]
-    right.plot(shuffled, "--", color="#8a8a8a", label="categories shuffled, mean")
-    right.set_ylim(bottom=0)
-    right.set_ylabel("normalised mutual information")
+    right.plot(mean_of(trained, "nmi_shuffled"), "--", color="#8a8a8a", label="categories shuffled, mean")
+    right.set(ylim=(0, None), ylabel="normalised mutual information")
     right.set_title("Alignment with surface categories of tokens", loc="left", fontsize=11)
     for axes in panels:
         # Below the panel, where it hides no head
         axes.legend(frameon=False, fontsize=9, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.16))
-    save_figure(figure, path)
+    return figure

@@ -23,37 +23,24 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # so that `benchma
 import torch
 import transformers
 
-from benchmarks.lib.results import ROOT, Results, add_output_options, output_path, stored
+from benchmarks.lib.command import command
+from benchmarks.lib.results import ROOT, Results
 from benchmarks.lib.tables import markdown, mean_and_spread
 from benchmarks.rivals.mixers import MIXERS, equal_width, number_of_parameters
 
 
 SIZES = {
-    "hidden_size": 384,
-    "num_hidden_layers": 8,
-    "num_attention_heads": 6,
-    "num_components": 64,
-    "max_position_embeddings": 1024,
-    "hidden_dropout": 0.2,
-}
+    "hidden_size": 384, "num_hidden_layers": 8, "num_attention_heads": 6, "num_components": 64,
+    "max_position_embeddings": 1024, "hidden_dropout": 0.2,
+}  # fmt: skip
 OURS = {MIXERS[name].title: name for name in ("softmax", "gma_paper", "gma_gated", "hybrid")}
 SOFTMAX_INTERMEDIATE_SIZE = 1024
 SCORES = ("test_perplexity", "test_word_perplexity", "eval_perplexity", "eval_word_perplexity")
 TRAINING = {
-    "block_size": 1024,
-    "per_device_train_batch_size": 16,
-    "per_device_eval_batch_size": 16,
-    "learning_rate": 1e-3,
-    "lr_scheduler_type": "cosine",
-    "warmup_steps": 100,
-    "weight_decay": 0.1,
-    "adam_beta2": 0.95,
-    "eval_strategy": "epoch",
-    "save_strategy": "no",
-    "logging_steps": 20,
-    "report_to": "none",
-    "dataloader_drop_last": True,
-}
+    "block_size": 1024, "per_device_train_batch_size": 16, "per_device_eval_batch_size": 16, "learning_rate": 1e-3,
+    "lr_scheduler_type": "cosine", "warmup_steps": 100, "weight_decay": 0.1, "adam_beta2": 0.95, "eval_strategy": "epoch",
+    "save_strategy": "no", "logging_steps": 20, "report_to": "none", "dataloader_drop_last": True,
+}  # fmt: skip
 
 
 def train(title: str, seed: int, options: argparse.Namespace, files: dict[str, str], work: Path) -> dict:
@@ -70,22 +57,20 @@ def train(title: str, seed: int, options: argparse.Namespace, files: dict[str, s
         words["tokenizer_name"] = tokenizer
     if torch.cuda.is_available():
         words |= {"bf16": True, "torch_compile": options.compile}
-    command = [sys.executable, str(ROOT / "scripts" / "train_clm.py"), *(f"--{k}={v}" for k, v in words.items())]
-    print(shlex.join(command), flush=True)
-    subprocess.run(command, check=True)
+    line = [sys.executable, str(ROOT / "scripts" / "train_clm.py"), *(f"--{k}={v}" for k, v in words.items())]
+    print(shlex.join(line), flush=True)
+    subprocess.run(line, check=True)
     if not tokenizer.exists():
         transformers.AutoTokenizer.from_pretrained(output_dir).save_pretrained(tokenizer)
     metrics = json.loads((output_dir / "results.json").read_text())["metrics"]
     history = json.loads((output_dir / "trainer_state.json").read_text())["log_history"]
     return {
-        "mixer": title,
-        "seed": seed,
+        "mixer": title, "seed": seed, "intermediate_size": width,
         "parameters": number_of_parameters(OURS[title], **{**sizes, "intermediate_size": width}),
-        "intermediate_size": width,
         **{name: metrics[name] for name in SCORES},
         "train_seconds": metrics["train_runtime"],
         "validation_curve": [[x["step"], x["eval_perplexity"]] for x in history if "eval_perplexity" in x],
-    }
+    }  # fmt: skip
 
 
 def table(content: dict) -> str:
@@ -99,37 +84,33 @@ def table(content: dict) -> str:
     return markdown(columns, lines)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data_dir", type=Path, help="folder with train, valid and test text")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--mixers", nargs="+", choices=list(OURS), default=list(OURS))
-    parser.add_argument("--epochs", type=float, default=6)
-    parser.add_argument("--vocab_size", type=int, default=8192)
-    parser.add_argument(
-        "--compile", action=argparse.BooleanOptionalAction, default=True, help="torch.compile on a GPU"
-    )
-    add_output_options(parser, "wikitext2")
-    options = parser.parse_args()
-    if not options.table:
-        files = {}
-        for split, stem in {"train": "train", "validation": "valid", "test": "test"}.items():
-            folder = options.data_dir or Path()
-            found = [path for end in ("", ".gz", ".xz") if (path := folder / f"{stem}.txt{end}").exists()]
-            if not found:
-                parser.error(f"--data_dir {folder} holds no {stem}.txt (nor .txt.gz, .txt.xz)")
-            files[split] = str(found[0])
-        options.output = output_path(options)
-        setting = {**SIZES, "vocab_size": options.vocab_size, "block_size": 1024, "epochs": options.epochs}
-        results = Results(options.output, "wikitext2", setting)
-        with tempfile.TemporaryDirectory() as work:
-            for seed in options.seeds:
-                for title in options.mixers:
-                    results.measure(
-                        f"{title}, seed {seed}", lambda t=title, s=seed: train(t, s, options, files, Path(work))
-                    )
-    for path in stored(options):
-        print(table(json.loads(path.read_text())))
+def run(options: argparse.Namespace) -> None:
+    files = {}
+    for split, stem in {"train": "train", "validation": "valid", "test": "test"}.items():
+        folder = options.data_dir or Path()
+        found = [path for end in ("", ".gz", ".xz") if (path := folder / f"{stem}.txt{end}").exists()]
+        if not found:
+            sys.exit(f"error: --data_dir {folder} holds no {stem}.txt (nor .txt.gz, .txt.xz)")
+        files[split] = str(found[0])
+    setting = {**SIZES, "vocab_size": options.vocab_size, "block_size": 1024, "epochs": options.epochs}
+    results = Results(options.output, "wikitext2", setting)
+    with tempfile.TemporaryDirectory() as work:
+        for seed in options.seeds:
+            for title in options.mixers:
+                results.measure(f"{title}, seed {seed}", train, title, seed, options, files, Path(work))
+
+
+def add_options(add) -> None:
+    add("--data_dir", type=Path, help="folder with train, valid and test text")
+    add("--seeds", type=int, nargs="+", default=[0])
+    add("--mixers", nargs="+", choices=list(OURS), default=list(OURS))
+    add("--epochs", type=float, default=6)
+    add("--vocab_size", type=int, default=8192)
+    add("--compile", action=argparse.BooleanOptionalAction, default=True, help="torch.compile on a GPU")
+
+
+def main() -> None:
+    command(__doc__, "wikitext2", add_options, run, table)
 
 
 if __name__ == "__main__":

@@ -7,20 +7,19 @@ Softmax attention has RoPE. Linear attention (elu + 1), Performer and Linformer 
 absolute positions, as that paper compares them. The others stand in the gated block, with everything that GMA has there. Mamba-2
 is a block without MLP, twice as many of them, as it was published.
 
-To add a mixer, add an entry to `MIXERS`; a new operator in the gated block is one method of a subclass of `gated.GatedMixer`.
+To add a mixer, add an entry to `MIXERS`; a new operator in the gated block is one method of a subclass of `blocks.GatedMixer`.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from benchmarks.rivals.gated import GatedDeltaNet, GatedSoftmaxAttention, StepLinearAttention, UnitLinearAttention
-from benchmarks.rivals.linear_attention import EluAttention, PerformerAttention
-from benchmarks.rivals.linformer import LinformerAttention
+from benchmarks.rivals import blocks
 from benchmarks.rivals.mamba2 import EXPAND, STATE_SIZE, Mamba2Layer
+from benchmarks.rivals.recurrences import PLAIN, program
 from gma_hf import GMAConfig, GMAForCausalLM
 
 
@@ -42,12 +41,12 @@ class Mixer:
         name: its name in tables.
         preset: of `GMAConfig.from_preset`.
         overrides: what else the configuration of so many layers needs.
-        attention: the module that takes the place of the GMA in every block; None for the package's own.
-        layer: the module that takes the place of whole blocks; None for the package's own.
+        attention, layer: the module that takes the place of the GMA in every block, or of whole blocks; None for the package's.
         layer_factor: how many layers there are for one layer of the other models.
         state: how many numbers a layer keeps of what it has read, given the configuration; None if they grow with the text.
         only: "causal" or "bidirectional" for a mixer that cannot be both.
-        program: what computes it, where that is neither the package nor PyTorch's own attention.
+        program: what computed it where a row does not say it, if that is neither the package nor PyTorch's own attention.
+        is_variant: a step of the search for a block (docs/block-search.md): trained only when it is asked for by name.
     """
 
     name: str
@@ -59,10 +58,15 @@ class Mixer:
     state: Callable[[GMAConfig], int] | None = None
     only: str | None = None
     program: str | None = None
+    is_variant: bool = False
 
     @property
     def title(self) -> str:
         return self.name if self.program is None else f"{self.name} ({self.program})"
+
+    def title_of(self, row: dict) -> str:
+        """The title of a row, with the program that computed it."""
+        return replace(self, program=row.get("program", self.program)).title
 
 
 def hybrid_layers(num_layers: int) -> list[str]:
@@ -71,63 +75,77 @@ def hybrid_layers(num_layers: int) -> list[str]:
     return ["full_attention" if i % period == period - 1 else "linear_attention" for i in range(num_layers)]
 
 
-PLAIN = "plain PyTorch"
+SOFTMAX = Mixer("softmax + RoPE", "gated", lambda n: {"layer_types": ["full_attention"] * n})
+GMA_PAPER = Mixer("GMA, paper block", "paper", state=state_by_components)
+GMA_GATED = Mixer("GMA, gated block", "gated", state=state_by_components)
+GMA_CORRELATED = Mixer("GMA, correlated block", "correlated", state=state_by_components)
+UNIT_LINEAR = Mixer(
+    "linear attention, q and k of unit length, decay, gated block",
+    "gated", attention=blocks.UnitLinearAttention, state=state_by_dimension, program=PLAIN,
+)  # fmt: skip
+STEP_LINEAR = Mixer(
+    "recurrence of Mamba-2, gated block",
+    "gated", attention=blocks.StepLinearAttention, state=state_by_dimension, program=PLAIN,
+)  # fmt: skip
+DELTA = Mixer(
+    "Gated DeltaNet", "gated", attention=blocks.GatedDeltaNet, state=state_by_dimension, only="causal",
+    program="Transformers, plain PyTorch",
+)  # fmt: skip
+QUIET = {"scale_output_init": True}
+
+
+def variant(mixer: Mixer, name: str, **overrides) -> Mixer:
+    """The mixer with other fields of the configuration."""
+    return replace(
+        mixer, name=f"{mixer.name}, {name}", overrides=lambda n: {**mixer.overrides(n), **overrides}, is_variant=True
+    )
+
+
 MIXERS: dict[str, Mixer] = {
-    "softmax": Mixer("softmax + RoPE", "gated", lambda n: {"layer_types": ["full_attention"] * n}),
-    "softmax_gated": Mixer("softmax + RoPE, short convolution, output gate", "gated", attention=GatedSoftmaxAttention),
-    "gma_paper": Mixer("GMA, paper block", "paper", state=state_by_components),
+    "softmax": SOFTMAX,
+    "softmax_gated": Mixer("softmax + RoPE, short convolution, output gate", "gated", attention=blocks.GatedSoftmaxAttention),
+    "gma_paper": GMA_PAPER,
     # In the paper's initialisation one component takes nearly everything at first
-    "gma_paper_wide": Mixer(
-        "GMA, paper block, variance_init 16", "paper", lambda n: {"variance_init": 16.0}, state=state_by_components
+    "gma_paper_wide": replace(
+        GMA_PAPER, name="GMA, paper block, variance_init 16", overrides=lambda n: {"variance_init": 16.0}
     ),
-    "gma_gated": Mixer("GMA, gated block", "gated", state=state_by_components),
+    "gma_gated": GMA_GATED,
+    "gma_correlated": GMA_CORRELATED,
     "elu": Mixer(
-        "linear attention, elu + 1",
-        "paper",
-        attention=EluAttention,
+        "linear attention, elu + 1", "paper", attention=blocks.EluAttention, program=PLAIN,
         state=lambda config: config.num_attention_heads * config.head_dim * (config.head_dim + 1),
-        program=PLAIN,
     ),
     "performer": Mixer(
-        "Performer, fixed features", "paper", attention=PerformerAttention, state=state_by_components, program=PLAIN
+        "Performer, fixed features", "paper", attention=blocks.PerformerAttention, state=state_by_components, program=PLAIN
     ),
-    "linformer": Mixer("Linformer", "paper", attention=LinformerAttention, only="bidirectional", program=PLAIN),
-    "linear_gated": Mixer(
-        "linear attention, q and k of unit length, decay, gated block",
-        "gated",
-        attention=UnitLinearAttention,
-        state=state_by_dimension,
-        program=PLAIN,
-    ),
-    "step_gated": Mixer(
-        "recurrence of Mamba-2, gated block",
-        "gated",
-        attention=StepLinearAttention,
-        state=state_by_dimension,
-        program=PLAIN,
-    ),
-    "gated_delta_net": Mixer(
-        "Gated DeltaNet",
-        "gated",
-        attention=GatedDeltaNet,
-        state=state_by_dimension,
-        only="causal",
-        program="Transformers, plain PyTorch",
-    ),
+    "linformer": Mixer("Linformer", "paper", attention=blocks.LinformerAttention, only="bidirectional", program=PLAIN),
+    "linear_gated": UNIT_LINEAR,
+    "step_gated": STEP_LINEAR,
+    "gated_delta_net": DELTA,
     "mamba2": Mixer(
-        "Mamba-2",
-        "paper",
-        lambda n: {"position_embedding_type": "none"},
-        layer=Mamba2Layer,
-        layer_factor=2,
-        state=lambda config: EXPAND * config.hidden_size * STATE_SIZE,
-        only="causal",
-        program=PLAIN,
+        "Mamba-2", "paper", lambda n: {"position_embedding_type": "none"}, layer=Mamba2Layer, layer_factor=2,
+        state=lambda config: EXPAND * config.hidden_size * STATE_SIZE, only="causal", program=PLAIN,
     ),
     "hybrid": Mixer(
         "hybrid: 1 softmax layer in 4, others GMA gated", "gated", lambda n: {"layer_types": hybrid_layers(n)}
     ),
-}
+    "correlated_loud": variant(GMA_CORRELATED, "output not scaled", scale_output_init=False),
+    "correlated_untied": variant(GMA_CORRELATED, "q and k not tied", tie_qk_init=False),
+    "correlated_raw": variant(GMA_CORRELATED, "without qk-norm", use_qk_norm=False),
+    "correlated_narrow": variant(GMA_CORRELATED, "variance 3", variance_init=3.0),
+    "gated_eps": variant(GMA_GATED, "norm per head with epsilon 1e-5", head_norm_eps=1e-5),
+    "gated_quiet": variant(GMA_GATED, "output scaled", **QUIET),
+    "linear_quiet": variant(UNIT_LINEAR, "output scaled, q and k tied", head_norm_eps=1e-4, tie_qk_init=True, **QUIET),
+    "step_quiet": variant(STEP_LINEAR, "output scaled", head_norm_eps=1e-4, **QUIET),
+}  # fmt: skip
+COMPARED = [name for name, mixer in MIXERS.items() if not mixer.is_variant]
+
+
+def program_of(mixer: str) -> dict:
+    """What a row tells of the program that computes a rival on this machine."""
+    chosen = MIXERS[mixer]
+    recurrent = mixer == "mamba2" or chosen.attention in (blocks.UnitLinearAttention, blocks.StepLinearAttention)
+    return {} if chosen.program is None else {"program": program() if recurrent else chosen.program}
 
 
 def make_config(mixer: str, *, is_causal: bool = True, **sizes) -> GMAConfig:
@@ -182,6 +200,8 @@ def initialize(module: nn.Module, model: PreTrainedModel) -> nn.Module:
         model._init_weights(part)
         if hasattr(part, "reset_parameters") and not type(part).__module__.startswith("torch."):
             part.reset_parameters()
+    if hasattr(module, "finish_initialization"):
+        module.finish_initialization()
     return module
 
 

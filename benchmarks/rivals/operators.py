@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.rivals.linear_attention import linear_attention
-from benchmarks.rivals.mamba2 import state_space
+from benchmarks.rivals.recurrences import FLA as BY_FLA
+from benchmarks.rivals.recurrences import PLAIN as BY_PYTORCH
+from benchmarks.rivals.recurrences import linear_attention, state_space
 from gma_hf.ops import gaussian_mixture_attention
 
 
@@ -82,10 +83,7 @@ def make_inputs(names: tuple[str, ...], shape: Shape, dtype: torch.dtype, device
 
 
 class Rival(NamedTuple):
-    """
-    An operator, the names of the inputs that it uses, in which it is differentiated, the order of the growth of its time with the
-    length, and whether it needs a GPU.
-    """
+    """An operator, the inputs that it uses and is differentiated in, the order of its time in the length, and if it needs a GPU."""
 
     function: Callable[[dict[str, Tensor]], Tensor]
     names: tuple[str, ...]
@@ -132,15 +130,6 @@ def elu_attention(x: dict[str, Tensor]) -> Tensor:
     return linear_attention(query, key, x["value"])
 
 
-def mamba_by_fla(x: dict[str, Tensor]) -> Tensor:
-    """The recurrence of Mamba-2 as decayed linear attention: C reads, B writes, dt x is written."""
-    from fla.ops.simple_gla import chunk_simple_gla
-
-    query, key = (x[name][:, :, None].expand(-1, -1, x["x"].shape[2], -1) for name in ("C", "B"))
-    value = x["x"] * x["dt"][..., None].to(x["x"].dtype)
-    return chunk_simple_gla(query, key, value, g=-x["dt"] * x["rate"], scale=1.0)[0]
-
-
 # The four ways to call the operator: which inputs, and whether the read is normalised
 VARIANTS = {
     "normalised": (QKV + MIXTURE, True),
@@ -172,9 +161,9 @@ FLA = {
 RECURRENCE = ("x", "dt", "rate", "B", "C")
 PLAIN = {  # in plain PyTorch
     "linear attention": Rival(elu_attention, QKV),
-    "Mamba-2": Rival(lambda x: state_space(**x), RECURRENCE),
+    "Mamba-2": Rival(lambda x: state_space(**x, by=BY_PYTORCH), RECURRENCE),
 }
-MAMBA_BY_FLA = {"Mamba-2, fla": Rival(mamba_by_fla, RECURRENCE, needs_gpu=True)}
+MAMBA_BY_FLA = {"Mamba-2, fla": Rival(lambda x: state_space(**x, by=BY_FLA), RECURRENCE, needs_gpu=True)}
 RIVALS = {**GMA, **SDPA, **FLA, **CHUNKED, **PLAIN, **MAMBA_BY_FLA}
 
 

@@ -23,7 +23,7 @@ from benchmarks.quality.language_modeling import (
     wanted_rows,
 )
 from benchmarks.quality.language_modeling_data import detokenize, load, prepare, tokenizer_folder, windows
-from benchmarks.quality.language_modeling_report import plot, table
+from benchmarks.quality.language_modeling_report import table
 from benchmarks.rivals.mixers import MIXERS, make_config, make_model
 
 
@@ -192,8 +192,8 @@ def test_every_mixer_is_trained_and_no_row_twice(run, tmp_path, monkeypatch, cap
 
     monkeypatch.setattr(language_modeling, "measure", lambda *args: pytest.fail("a row was trained again"))
     assert run("results.json") == report
-    plot(report, tmp_path / "figure.png")
-    assert (tmp_path / "figure.png").stat().st_size > 10_000
+    run("results.json", "--plot")
+    assert (tmp_path / "language_modeling.png").stat().st_size > 10_000
 
 
 def test_accumulated_gradients_are_those_of_the_whole_step(run):

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from benchmarks.quality import listops
+from tests.benchmarks.expressions import decode, encode, evaluate
 
 
 def split(tokens: np.ndarray, lengths: np.ndarray) -> list[np.ndarray]:
@@ -27,14 +28,14 @@ def split(tokens: np.ndarray, lengths: np.ndarray) -> list[np.ndarray]:
     ],
 )
 def test_expressions_written_by_hand_have_their_value(expression, value):
-    assert listops.evaluate(listops.encode(expression)) == value
-    assert listops.decode(listops.encode(expression)) == expression
+    assert evaluate(encode(expression)) == value
+    assert decode(encode(expression)) == expression
 
 
 @pytest.mark.parametrize("expression", ["[MAX 1 2", "1 2", "]", "[MAX ]", "[MIN 1 ] ]", ""])
 def test_incomplete_expressions_are_refused(expression):
     with pytest.raises(ValueError, match=r"Unexpected|not one complete"):
-        listops.evaluate(listops.encode(expression))
+        evaluate(encode(expression))
 
 
 @pytest.mark.quick
@@ -42,7 +43,7 @@ def test_generated_expressions_evaluate_to_their_label():
     tokens, lengths, values = listops.generate(60, seed=3)
     assert len(lengths) == len(values) == 60 and len(tokens) == lengths.sum()
     for expression, value in zip(split(tokens, lengths), values, strict=True):
-        assert listops.evaluate(expression) == value
+        assert evaluate(expression) == value
     # Strictly between 500 and 2,000 symbols, as published
     assert lengths.min() > 500 and lengths.max() < 2000
 

@@ -14,6 +14,7 @@ from benchmarks.quality.classification_data import Examples, batches_by_length, 
 from benchmarks.quality.long_context_classification import CONTENDERS, accuracy, main, table
 from benchmarks.rivals.mixers import equal_width, make_config, make_model, number_of_parameters
 from gma_hf import GMAForSequenceClassification
+from tests.benchmarks.expressions import evaluate
 
 
 def tiny_model(contender: str, **sizes) -> GMAForSequenceClassification:
@@ -48,7 +49,7 @@ def test_padding_is_masked_and_nothing_is_lost():
         real = batch["attention_mask"][i].bool()
         assert int(real.sum()) == examples.lengths[i]
         assert (batch["input_ids"][i, ~real] == listops.PAD).all()
-        assert listops.evaluate(batch["input_ids"][i, real]) == batch["labels"][i]
+        assert evaluate(batch["input_ids"][i, real]) == batch["labels"][i]
     seen = [int(label) for part in batches_by_length(examples, 0, 512) for label in part["labels"]]
     assert sorted(seen) == sorted(examples.labels.tolist())
 
@@ -141,7 +142,7 @@ def test_the_script_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
     output = tmp_path / "rows.json"
     options = ["--tasks", "listops", "--steps", "2", "--batch_size", "2", "--hidden_size", "32", "--layers", "2"]
     options += ["--heads", "2", "--components", "6", "--intermediate_size", "96", "--listops_sizes", "40", "4", "8"]
-    options += ["--listops_lengths", "20", "120", "--output", str(output), "--figures", str(tmp_path)]
+    options += ["--listops_lengths", "20", "120", "--output", str(output)]
 
     def call(*extra: str) -> str:
         monkeypatch.setattr(sys, "argv", ["long_context_classification.py", *options, *extra])

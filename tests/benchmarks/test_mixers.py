@@ -9,12 +9,11 @@ import torch
 from transformers import Mamba2Config, Trainer, TrainingArguments
 from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer as TransformersMamba2Mixer
 
-from benchmarks.rivals import linear_attention as rival_linear_attention
 from benchmarks.rivals import mamba2 as rival_mamba2
-from benchmarks.rivals.gated import StepLinearAttention, UnitLinearAttention, rotated
-from benchmarks.rivals.linear_attention import linear_attention
-from benchmarks.rivals.mamba2 import state_space
+from benchmarks.rivals import recurrences
+from benchmarks.rivals.blocks import StepLinearAttention, UnitLinearAttention, rotated
 from benchmarks.rivals.mixers import (
+    COMPARED,
     MIXERS,
     equal_width,
     make_config,
@@ -22,6 +21,7 @@ from benchmarks.rivals.mixers import (
     number_of_parameters,
     state_per_layer,
 )
+from benchmarks.rivals.recurrences import linear_attention, state_space
 from gma_hf import GMAForMaskedLM, GMAForSequenceClassification
 
 
@@ -35,8 +35,8 @@ SIZES = {
     "max_position_embeddings": 300,
     "pad_token_id": 0,
 }
-BIDIRECTIONAL = [name for name, mixer in MIXERS.items() if mixer.only != "causal"]
-CAUSAL = [name for name, mixer in MIXERS.items() if mixer.only != "bidirectional"]
+BIDIRECTIONAL = [name for name in COMPARED if MIXERS[name].only != "causal"]
+CAUSAL = [name for name in COMPARED if MIXERS[name].only != "bidirectional"]
 # Sums of some hundred terms of float64, whose unit is 1e-16
 EXACT = {"rtol": 1e-10, "atol": 1e-12}
 
@@ -76,7 +76,7 @@ def assert_same_with_gradients(function, definition, inputs):
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("length", [1, 5, 19])
 def test_linear_attention_is_the_quadratic_formula(causal, length, monkeypatch):
-    monkeypatch.setattr(rival_linear_attention, "CHUNK_SIZE", 4)
+    monkeypatch.setattr(recurrences, "CHUNK_SIZE", 4)
     torch.manual_seed(0)
     query, key = random(2, 3, length, 6).exp(), random(2, 3, length, 6).exp()
     assert_same_with_gradients(
@@ -91,8 +91,8 @@ def test_linear_attention_is_the_quadratic_formula(causal, length, monkeypatch):
     "length", [1, 7, 41]
 )  # 41: more chunks than one block combines, and than two levels of blocks
 def test_state_space_is_the_recurrence(length, monkeypatch):
-    monkeypatch.setattr(rival_mamba2, "CHUNK_SIZE", 4)
-    monkeypatch.setattr(rival_mamba2, "BLOCK_SIZE", 3)
+    monkeypatch.setattr(recurrences, "CHUNK_SIZE", 4)
+    monkeypatch.setattr(recurrences, "BLOCK_SIZE", 3)
     torch.manual_seed(0)
     dt, rate = random(2, length, 3).exp(), random(3).exp()
     assert_same_with_gradients(
@@ -313,7 +313,14 @@ def test_the_state_is_what_a_layer_keeps():
     sizes = {**SIZES, "hidden_size": 128, "num_attention_heads": 2, "num_components": 64}
     states = {mixer: state_per_layer(mixer, make_config(mixer, **sizes)) for mixer in CAUSAL}
     assert states["softmax"] is states["softmax_gated"] is states["hybrid"] is None
-    assert states["gma_gated"] == states["gma_paper"] == states["elu"] == states["performer"] == 2 * 64 * 65
+    assert (
+        states["gma_gated"]
+        == states["gma_paper"]
+        == states["gma_correlated"]
+        == states["elu"]
+        == states["performer"]
+        == 2 * 64 * 65
+    )
     assert states["linear_gated"] == states["step_gated"] == states["gated_delta_net"] == 2 * 64 * 64
     # Four heads of 64 with a state of 128, in two blocks for one
     assert states["mamba2"] == 2 * 4 * 64 * 128
@@ -337,3 +344,21 @@ def test_weight_decay_spares_what_is_no_matrix():
             decayed = Trainer(model, TrainingArguments(folder, use_cpu=True)).get_decay_parameter_names(model)
         assert all(model.get_parameter(name).ndim == 2 for name in decayed), decayed
         assert len(decayed) > 8
+
+
+@pytest.mark.quick
+def test_variants_of_the_search_differ_from_their_block_as_their_names_say():
+    torch.manual_seed(0)
+    made = {name: make_model(name, make_config(name, **SIZES)) for name, mixer in MIXERS.items() if mixer.is_variant}
+    attention = {name: model.model.layers[0].self_attn for name, model in made.items()}
+    tied = {"correlated_loud", "correlated_raw", "correlated_narrow", "linear_quiet"}
+    loud = {"correlated_loud", "gated_eps"}
+    for name, module in attention.items():
+        assert torch.equal(module.q_proj.weight, module.k_proj.weight) == (name in tied), name
+        # 1,024 draws with the deviation 0.02, divided by sqrt(2 layers) = 2 in a quiet start
+        deviation = 0.02 if name in loud else 0.01
+        assert module.o_proj.weight.std().item() == pytest.approx(deviation, rel=0.1), name
+    assert attention["gated_eps"].o_norm.variance_epsilon == 1e-5
+    assert attention["step_quiet"].o_norm.variance_epsilon == attention["linear_quiet"].o_norm.variance_epsilon == 1e-4
+    assert make_config("correlated_narrow", **SIZES).variance_init == 3.0
+    assert not make_config("correlated_raw", **SIZES).use_qk_norm

@@ -9,9 +9,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from benchmarks.lib.corpora import save
 from benchmarks.quality import pretraining
 from benchmarks.quality.language_modeling import token_nll
-from benchmarks.quality.language_modeling_data import save, tokenizer_folder
+from benchmarks.quality.language_modeling_data import load, tokenizer_folder
 from gma_hf.training.text.tokenization import train_tokenizer
 
 
@@ -41,7 +42,8 @@ def folder(tmp_path_factory):
 def test_the_folder_loads_and_has_learned(folder):
     measured = json.loads((folder / "model" / "measured.json").read_text())
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
-    assert measured["steps"] == 60
+    assert measured["steps"] == 60 and measured["tokens"] == 60 * 256
+    # The text repeats twelve words: whoever has learned nothing is at the size of the vocabulary
     assert measured["wikipedia_valid_perplexity"] < len(tokenizer) / 2
     model = AutoModelForCausalLM.from_pretrained(folder / "model")
     assert model.dtype == torch.bfloat16
@@ -50,8 +52,6 @@ def test_the_folder_loads_and_has_learned(folder):
 def test_what_was_measured_is_what_was_kept(folder):
     measured = json.loads((folder / "model" / "measured.json").read_text())
     model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
-    from benchmarks.quality.language_modeling_data import load
-
     whole, rest = token_nll(model, load(folder / "small.pt")["tokens"]["wikipedia_valid"], 64)
     nll = torch.cat([whole.flatten(), rest]).double().mean().item()
     assert measured["wikipedia_valid_perplexity"] == pytest.approx(math.exp(nll), rel=1e-5)

@@ -138,18 +138,7 @@ def test_rows_are_written_kept_and_shown(tmp_path, monkeypatch, capsys):
     output = tmp_path / "recall.json"
     options = ["--contenders", "softmax:2", "gma_gated:2:1", "--steps", "2", "--widths", "64", "--output", str(output)]
     options += ["--tokens_per_step", "256", "--test_rows", "8", "--lengths", "64", "128", "--train_lengths", "64"]
-    options += [
-        "--depths",
-        "2",
-        "--experiments",
-        "needle",
-        "--figures",
-        str(tmp_path),
-        "--seeds",
-        "0",
-        "--rates",
-        "1e-3",
-    ]
+    options += ["--depths", "2", "--experiments", "needle", "--seeds", "0", "--rates", "1e-3"]
 
     def call(*extra: str) -> str:
         monkeypatch.setattr(sys, "argv", ["recall.py", *options, *extra])

@@ -54,7 +54,7 @@ def run(folder, tmp_path, monkeypatch):
     def run(*words, model=folder / "model"):
         output = tmp_path / "results.json"
         command = f"responsibilities.py {model} --data {folder} --output {output} --block_size 32"
-        monkeypatch.setattr(sys, "argv", [*command.split(), "--figure", str(tmp_path / "figure.png"), *words])
+        monkeypatch.setattr(sys, "argv", [*command.split(), *words])
         main()
         return json.loads(output.read_text(encoding="utf-8"))
 
@@ -126,7 +126,8 @@ def test_hybrids_and_grouped_heads_have_a_table_and_a_figure_too(run, folder, tm
     make_model(GMAForCausalLM, config).save_pretrained(tmp_path / "hybrid")
     for file in (folder / "model").glob("tokenizer*"):
         (tmp_path / "hybrid" / file.name).write_bytes(file.read_bytes())
-    report = run("--max_tokens", "64", "--plot", model=tmp_path / "hybrid")
+    report = run("--max_tokens", "64", model=tmp_path / "hybrid")
+    run("--plot")
     assert [layer["layer"] for layer in report["rows"]["trained"]["layers"]] == ["0", "2"]
     assert "| 2 | queries |" in table(report)
-    assert (tmp_path / "figure.png").stat().st_size > 10_000
+    assert (tmp_path / "responsibilities.png").stat().st_size > 10_000
