@@ -2,6 +2,7 @@
 """The pipelines of Transformers work on a folder with a model and its tokenizer."""
 
 import pytest
+import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, pipeline
 
@@ -38,10 +39,16 @@ def test_text_generation(tokenizer, tmp_path):
     save(gma_hf.GMAForCausalLM, tokenizer, tmp_path)
     generator = pipeline("text-generation", model=str(tmp_path), batch_size=2)
     prompts = ["the cat", "the dog ran on"]
-    results = generator(prompts, max_new_tokens=5, do_sample=False)
-    assert [
-        result[0]["generated_text"].startswith(prompt) for result, prompt in zip(results, prompts, strict=True)
-    ] == [True, True]
+    # The shorter prompt is padded in the batch
+    results = generator(prompts, max_new_tokens=5, min_new_tokens=5, do_sample=False, return_tensors=True)
+    model = gma_hf.GMAForCausalLM.from_pretrained(tmp_path)
+    for prompt, result in zip(prompts, results, strict=True):
+        tokens = tokenizer(prompt, return_tensors="pt")["input_ids"]
+        for _ in range(5):  # the likeliest word after all before it, but not the end of the text
+            logits = model(tokens, use_cache=False).logits[:, -1]
+            logits[:, tokenizer.eos_token_id] = -torch.inf
+            tokens = torch.cat([tokens, logits.argmax(dim=-1, keepdim=True)], dim=1)
+        assert result[0]["generated_token_ids"][-5:] == tokens[0, -5:].tolist()
 
 
 @pytest.mark.quick
@@ -51,7 +58,12 @@ def test_text_classification(tokenizer, tmp_path):
     texts = ["the cat sat", "the dog ran on the mat"]
     alone = [classifier(text)[0] for text in texts]
     together = classifier(texts, batch_size=2)
-    assert {result["label"] for result in together} <= {"cats", "dogs"}
+    model = gma_hf.GMAForSequenceClassification.from_pretrained(tmp_path)
+    for text, result in zip(texts, alone, strict=True):
+        shares = model(**tokenizer(text, return_tensors="pt")).logits[0].softmax(dim=-1)
+        assert result["label"] == ("cats", "dogs")[shares.argmax()]
+        assert result["score"] == pytest.approx(shares.max().item(), rel=1e-5)
+    assert [result["label"] for result in together] == [result["label"] for result in alone]
     # The batch is padded, which changes float32 rounding only
     assert [pytest.approx(result["score"], abs=1e-5) for result in alone] == [result["score"] for result in together]
 
@@ -59,15 +71,29 @@ def test_text_classification(tokenizer, tmp_path):
 @pytest.mark.quick
 def test_fill_mask(tokenizer, tmp_path):
     save(gma_hf.GMAForMaskedLM, tokenizer, tmp_path, is_causal=False)
-    results = pipeline("fill-mask", model=str(tmp_path))("the <mask> sat on the mat")
-    assert len(results) == 5 and all(result["token_str"] in WORDS for result in results)
+    text = "the <mask> sat on the mat"
+    results = pipeline("fill-mask", model=str(tmp_path))(text)
+    logits = gma_hf.GMAForMaskedLM.from_pretrained(tmp_path)(**tokenizer(text, return_tensors="pt")).logits
+    expected = logits[0, 1].softmax(dim=-1).topk(5)
+    assert [result["token_str"] for result in results] == [WORDS[index] for index in expected.indices]
+    assert [result["score"] for result in results] == pytest.approx(expected.values.tolist(), rel=1e-5)
 
 
 @pytest.mark.quick
 def test_token_classification_and_question_answering(tokenizer, tmp_path):
     save(gma_hf.GMAForTokenClassification, tokenizer, tmp_path / "tokens", is_causal=False)
-    assert len(pipeline("token-classification", model=str(tmp_path / "tokens"))("the cat sat")) == 3
+    found = pipeline("token-classification", model=str(tmp_path / "tokens"))("the cat sat")
+    model = gma_hf.GMAForTokenClassification.from_pretrained(tmp_path / "tokens")
+    shares = model(**tokenizer("the cat sat", return_tensors="pt")).logits[0].softmax(dim=-1)
+    assert [part["word"] for part in found] == ["the", "cat", "sat"]
+    assert [part["entity"] for part in found] == [f"LABEL_{index}" for index in shares.argmax(dim=-1)]
+    assert [part["score"] for part in found] == pytest.approx(shares.amax(dim=-1).tolist(), rel=1e-5)
+
     save(gma_hf.GMAForQuestionAnswering, tokenizer, tmp_path / "answers", is_causal=False)
     model = gma_hf.GMAForQuestionAnswering.from_pretrained(tmp_path / "answers")
-    outputs = model(**tokenizer("the cat sat", "on the mat", return_tensors="pt"))
-    assert outputs.start_logits.shape == outputs.end_logits.shape == (1, 6)
+    inputs = tokenizer("the cat sat", "on the mat", return_tensors="pt")
+    outputs = model(**inputs, output_hidden_states=True)
+    # Two numbers a token, read from the last hidden state
+    expected = model.qa_outputs(outputs.hidden_states[-1])
+    torch.testing.assert_close(torch.stack([outputs.start_logits, outputs.end_logits], dim=-1), expected)
+    assert expected.shape == (1, 6, 2)

@@ -4,7 +4,6 @@
 import sys
 
 import pytest
-import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import gma_hf
@@ -69,8 +68,13 @@ def test_other_methods_have_defaults_too():
 
 def test_injected_adapters_find_their_modules():
     model = make_converted_model("llama")
+    plain = {name for name, _ in model.named_modules()}
     model.add_adapter(peft.LoraConfig(r=2))
-    assert model.model.layers[0].self_attn.q_proj.lora_A["default"].weight.shape == torch.Size([2, 32])
+    found = {name.removesuffix(".lora_A") for name, _ in model.named_modules() if name.endswith(".lora_A")}
+    assert found == {name for name in plain if name.endswith((".q_proj", ".v_proj"))}
+    for name in found:
+        module = model.get_submodule(name)
+        assert module.lora_B["default"].weight.shape[1] == module.lora_A["default"].weight.shape[0] == 2
 
 
 def test_gma_hf_does_not_import_peft(tmp_path):

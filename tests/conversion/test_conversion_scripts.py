@@ -79,6 +79,9 @@ def continuation(folder, tokenizer_folder):
     prompt = inputs["input_ids"].shape[1]
     tokens = model.generate(**inputs, max_new_tokens=5, do_sample=False)
     assert prompt < tokens.shape[1] <= prompt + 5
+    # The likeliest tokens, computed anew without a cache
+    expected = model(tokens[:, :-1], use_cache=False).logits[:, prompt - 1 :].argmax(dim=-1)
+    assert torch.equal(tokens[:, prompt:], expected)
     return tokenizer.decode(tokens[0], skip_special_tokens=True)
 
 

@@ -39,7 +39,9 @@ def test_continuous_batching_is_refused_up_front(name):
     with pytest.raises(ValueError, match=words):
         model.generate(torch.tensor(PROMPTS[:1]), cache_implementation="paged", max_new_tokens=4)
     # The advice works
-    assert model.generate(torch.tensor(PROMPTS[:1]), generation_config=options).shape == (1, 7)
+    generated = model.generate(torch.tensor(PROMPTS[:1]), generation_config=options)
+    expected = model(generated[:, :-1], use_cache=False).logits[:, 2:].argmax(dim=-1)
+    assert torch.equal(generated[:, 3:], expected) and generated.shape == (1, 7)
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -21,7 +21,7 @@ def test_lora_trains_with_the_mixtures_and_merges(block, tokens, target_modules,
     )
     model = peft.get_peft_model(base, settings)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    losses = []
+    losses, frozen = [], {name: p.clone() for name, p in model.named_parameters() if not p.requires_grad}
     for _ in range(4):
         loss = model(input_ids=tokens, labels=tokens).loss
         loss.backward()
@@ -32,7 +32,10 @@ def test_lora_trains_with_the_mixtures_and_merges(block, tokens, target_modules,
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
-    assert losses[-1] < losses[0]
+    # Four steps at 1e-2 on the same 36 tokens, learnt by adapters and mixtures alone
+    assert losses[0] > losses[1] > losses[2] > losses[3]
+    after = dict(model.named_parameters())
+    assert all(torch.equal(after[name], p) for name, p in frozen.items())
 
     model.eval()
     expected = model(input_ids=tokens).logits

@@ -136,6 +136,7 @@ def test_shortest_lengths(backend, length):
     results = problem.results(backend=backend)
     assert results["output"].shape == (2, 1, length, 3)
     assert results["normalizer"].shape == (2, 1, length)
+    assert_close(problem.results(backend="reference"), results, EXACT)
     if length == 0:
         assert torch.equal(results["S"], problem.tensors()["S"])
 

@@ -129,4 +129,9 @@ def test_shipped_configurations_parse(name, data_class, tmp_path):
     argv = [str(SCRIPTS / "configs" / f"{name}.yaml"), "--train_file=a.txt", f"--output_dir={tmp_path}", "--use_cpu"]
     model, _, training = parse_arguments([ModelArguments, data_class, GMATrainingArguments], argv)
     assert model.preset == "gated"
-    assert training.learning_rate > 0
+    values = yaml.safe_load((SCRIPTS / "configs" / f"{name}.yaml").read_text())
+    # What the file says is what the training gets, the learning rate too
+    read = {key: getattr(training, key) for key in values if hasattr(training, key) and key != "report_to"}
+    for key, value in read.items():
+        assert getattr(value, "value", value) == pytest.approx(values[key]), key
+    assert "learning_rate" in read

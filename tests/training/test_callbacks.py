@@ -53,7 +53,8 @@ def test_health_is_that_of_the_routed_keys_of_real_tokens(block_name):
     layers = [i for i, kind in enumerate(model.config.layer_types) if kind == "linear_attention"]
     assert [name.split(".")[2] for name in whole] == [str(i) for i in layers]
     for name, health in whole.items():
-        assert health.usage.shape == (4, 6)
+        assert health.usage.shape == (4, 6) and health.usage_perplexity.shape == health.entropy.shape == (4,)
+        assert (health.entropy < health.usage_perplexity.log() + 1e-5).all()  # entropy is concave
         torch.testing.assert_close(health.usage.sum(-1), torch.ones(4))
         # Sums of float32 in another order
         torch.testing.assert_close(real[name].usage, health.usage, rtol=1e-5, atol=1e-6)

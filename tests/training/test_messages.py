@@ -147,7 +147,10 @@ def test_only_models_with_positions_warn_of_their_maximum_length(block, has_maxi
     try:
         with caplog.at_level(logging.WARNING, logger="transformers"):
             tokens = torch.tensor([[3, 4, 5]])
-            assert model.generate(tokens, max_new_tokens=9, do_sample=False, eos_token_id=None).shape == (1, 12)
+            generated = model.generate(tokens, max_new_tokens=9, do_sample=False, eos_token_id=None)
+            # Beyond the maximum the texts go on as the model says
+            logits = model(generated[:, :-1], use_cache=False).logits[:, 2:]
+            assert torch.equal(generated[:, 3:], logits.argmax(dim=-1)) and generated.shape == (1, 12)
     finally:
         logger.propagate = before
     assert ("predefined maximum length (8)" in caplog.text) == has_maximum
