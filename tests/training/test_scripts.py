@@ -32,11 +32,14 @@ def classification(run, train, output_dir, **changes):
 def test_a_language_model_is_trained_saved_and_described(run_script, tiny_run, tmp_path, corpus):
     out = tiny_run["output_dir"]
     (tmp_path / "test.txt").write_text("the river runs past old mills.\n" * 20)
-    run_script("train_clm", *command_line(tiny_run, test_file=tmp_path / "test.txt", max_steps=30, save_steps=15))
-    # Nats: it begins at a uniform guess among 300 tokens, whose deviation is that of logits of deviation 0.1, and ends below
-    # the best guess that knows nothing but how often each token occurs
+    run_script(
+        "train_clm",
+        *command_line(tiny_run, test_file=tmp_path / "test.txt", max_steps=30, save_steps=15, learning_rate=1e-2),
+    )
+    # Nats: it begins with a uniform guess among 300 tokens, and ends below the best guess of a model that knows how often each
+    # token occurs and nothing else: so it reads what stands before
     assert logged(out)[0] == pytest.approx(math.log(300), abs=0.1)
-    assert logged(out)[-1] < unigram_entropy(out, corpus) + 0.6
+    assert sum(logged(out)[-5:]) / 5 < unigram_entropy(out, corpus) - 0.3
 
     scores = results(out)["metrics"]
     for split in ("eval", "test"):
@@ -134,7 +137,7 @@ def test_a_new_run_cannot_mistake_an_old_checkpoint_for_its_own(run_script, tiny
 
 
 def test_a_checkpoint_is_continued_with_its_tokenizer(run_script, tiny_run, tmp_path):
-    run_script("train_clm", *command_line(tiny_run))
+    run_script("train_clm", *command_line(tiny_run, learning_rate=1e-2))
     before = results(tiny_run["output_dir"])["metrics"]["eval_loss"]
     run = {name: value for name, value in tiny_run.items() if name not in ("config_overrides", "tokenizer_vocab_size")}
     out = tmp_path / "continued"
@@ -175,9 +178,9 @@ def test_mixed_precision_compilation_and_gradient_checkpointing_are_flags(run_sc
 
 def test_a_masked_language_model_is_trained(run_script, tiny_run):
     out = tiny_run["output_dir"]
-    run_script("train_mlm", *command_line(tiny_run, max_steps=20, save_steps=20))
+    run_script("train_mlm", *command_line(tiny_run, max_steps=20, save_steps=20, learning_rate=1e-2))
     assert logged(out)[0] == pytest.approx(math.log(300), abs=0.15)
-    assert results(out)["metrics"]["eval_loss"] < math.log(300) - 0.5  # nats, on text and masks that it never saw
+    assert results(out)["metrics"]["eval_loss"] < math.log(300) - 1  # nats, on text and masks that it never saw
     config = AutoConfig.from_pretrained(out)
     assert not config.is_causal and not config.use_decay
     # What the pipeline fills in are the likeliest tokens at the mask
