@@ -159,20 +159,30 @@ def test_what_is_not_possible_is_an_error_that_says_the_way_out(backend):
 
     with pytest.raises(ValueError, match=r"no forward-mode derivative. Use 'auto' or one of .*'reference'"):
         jvp(lambda x: output(x, backend), (query,), (torch.ones_like(query),))
-    _, tangent = jvp(lambda x: output(x, "reference"), (query,), (torch.ones_like(query),))
-    step = 1e-6  # central differences in float64: an error of step^2, and rounding of 1e-16 / step
-    ahead, behind = (output(query + sign * step, "reference") for sign in (1, -1))
-    torch.testing.assert_close(tangent, (ahead - behind) / (2 * step), rtol=1e-6, atol=1e-8)
+    # The definition has both: central differences in float64, with an error of step^2 and rounding of 1e-16 / step
+    exact, step, direction = {name: x.double() for name, x in tensors.items()}, 1e-6, torch.randn_like(query).double()
 
-    def slope(query, backend):
+    def definition(query):
+        return gaussian_mixture_attention(query, **exact, backend="reference")
+
+    def difference(function):
+        ahead, behind = (function(query.double() + sign * step * direction) for sign in (1, -1))
+        return (ahead - behind) / (2 * step)
+
+    _, tangent = jvp(definition, (query.double(),), (direction,))
+    torch.testing.assert_close(tangent, difference(definition), rtol=1e-6, atol=1e-8)
+
+    def slope(query):
         return grad(lambda x: output(x, backend).sin().sum())(query).square().sum()
 
     with pytest.raises(RuntimeError, match=r"cannot be differentiated twice.*reference"):
-        grad(lambda x: slope(x, backend))(query)
-    direction = torch.randn_like(query)
-    second = (grad(lambda x: slope(x, "reference"))(query) * direction).sum()
-    ahead, behind = (slope(query + sign * step * direction, "reference") for sign in (1, -1))
-    torch.testing.assert_close(second, (ahead - behind) / (2 * step), rtol=1e-5, atol=1e-8)
+        grad(slope)(query)
+
+    def slope_of_definition(query):
+        return grad(lambda x: definition(x).sin().sum())(query).square().sum()
+
+    second = (grad(slope_of_definition)(query.double()) * direction).sum()
+    torch.testing.assert_close(second, difference(slope_of_definition), rtol=1e-5, atol=1e-8)
     leaf = query.clone().requires_grad_()
     (first,) = torch.autograd.grad(output(leaf, backend).sin().sum(), leaf, create_graph=True)
     with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
