@@ -126,8 +126,7 @@ def test_hybrids_and_grouped_heads_have_a_table_and_a_figure_too(run, folder, tm
     make_model(GMAForCausalLM, config).save_pretrained(tmp_path / "hybrid")
     for file in (folder / "model").glob("tokenizer*"):
         (tmp_path / "hybrid" / file.name).write_bytes(file.read_bytes())
-    report = run("--max_tokens", "64", model=tmp_path / "hybrid")
-    run("--plot")
+    report = run("--max_tokens", "64", "--plot", model=tmp_path / "hybrid")
     assert [layer["layer"] for layer in report["rows"]["trained"]["layers"]] == ["0", "2"]
     assert "| 2 | queries |" in table(report)
     assert (tmp_path / "responsibilities.png").stat().st_size > 10_000

@@ -84,13 +84,12 @@ def test_a_run_goes_on_where_it_was_stopped_and_draws_its_figure(tmp_path, monke
 
     run("--lengths", "128", "256")
     first = json.loads(output.read_text())["rows"]
-    run("--lengths", "128", "256", "512")
+    run("--lengths", "128", "256", "512", "--plot")
     rows = json.loads(output.read_text())["rows"]
     assert {name: rows[name] for name in first} == first
     assert len(rows) == 2 * 2 * 3
     assert all(row["ms"] > 0 and row["peak_mib"] >= 0 for row in rows.values())
     assert "| exponent |" in capsys.readouterr().out
-    run("--plot")
     assert (tmp_path / "scaling_toy.png").stat().st_size > 10_000
 
 
