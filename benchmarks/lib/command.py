@@ -62,8 +62,6 @@ def command(
         if check is not None:
             check(parser, options)
         options.output = output_path(options)
-        if options.renew:
-            options.output.unlink(missing_ok=True)
         measure(options)
     for path in stored(options):
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -91,9 +89,12 @@ def add_output_options(parser: argparse.ArgumentParser, name: str) -> None:
 
 
 def output_path(options: argparse.Namespace) -> Path:
-    """The file that a run writes."""
+    """The file that a run writes; with `--renew` it is empty at first."""
     device = "cpu" if getattr(options, "device", None) == "cpu" else short_device_name()
-    return options.output or Path(options.results_name.replace("*", device) + ".json")
+    path = options.output or Path(options.results_name.replace("*", device) + ".json")
+    if options.renew:
+        path.unlink(missing_ok=True)
+    return path
 
 
 def stored(options: argparse.Namespace) -> list[Path]:

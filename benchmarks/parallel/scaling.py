@@ -27,7 +27,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from benchmarks.lib.results import Results, add_output_options, device_name, output_path, stored
+from benchmarks.lib.command import add_output_options, output_path, stored
+from benchmarks.lib.results import Results, device_name
 from gma_hf import GMAConfig, GMAForCausalLM, context_parallel
 from gma_hf.parallel import collectives
 
