@@ -82,7 +82,7 @@ def save_cache(cache: DynamicCache, path: str | os.PathLike, model: nn.Module | 
                 "model filled it, whose caches cannot be saved. Pass the native GMA model as `model=`."
             )
     base_model = base_model_of(model)
-    tensors = {}
+    tensors, stored = {}, set()
     metadata = {"format": FORMAT, "seq_length": str(cache.get_seq_length()), "num_layers": str(len(layers))}
     for layer_idx, layer in enumerate(layers):
         if type(layer) is GMACacheLayer:
@@ -96,8 +96,11 @@ def save_cache(cache: DynamicCache, path: str | os.PathLike, model: nn.Module | 
             )
         for name, value in named.items():
             if isinstance(value, Tensor):
-                # A copy: layers that saw the same tokens share what tells which of them are real
-                tensors[f"layers.{layer_idx}.{name}"] = value.detach().clone(memory_format=torch.contiguous_format)
+                tensor = value.detach().contiguous()
+                # Layers that saw the same tokens share what tells which of them are real; a file has every tensor once
+                memory = tensor.untyped_storage().data_ptr()
+                tensors[f"layers.{layer_idx}.{name}"] = tensor.clone() if memory in stored else tensor
+                stored.add(memory)
             elif value is not None:
                 metadata[f"layers.{layer_idx}.{name}"] = str(value)
     expect_finite(tensors, "The cache")

@@ -68,22 +68,9 @@ def _(query, key, value, coefficients, write_weight, log_decay, S, z, eps, stric
 )
 @on_one_device
 def causal_backward(
-    query,
-    key,
-    value,
-    coefficients,
-    write_weight,
-    log_decay,
-    block_S,
-    block_z,
-    grad_output,
-    grad_normalizer,
-    grad_S,
-    grad_z,
-    eps,
-    strict,
-    correlate,
-):
+    query, key, value, coefficients, write_weight, log_decay, block_S, block_z, grad_output, grad_normalizer, grad_S, grad_z,
+    eps, strict, correlate,
+):  # fmt: skip
     """Gradients of query, key, value, S, z, linear, quadratic, bias and, where given, write_weight and log_decay."""
     coefficients = MixtureCoefficients(*coefficients)
     grads = [torch.empty_like(x) for x in (query, key, value)]
@@ -123,22 +110,9 @@ vmapped_by_loops(causal_backward)
 @causal_backward.register_fake
 @on_one_device
 def _(
-    query,
-    key,
-    value,
-    coefficients,
-    write_weight,
-    log_decay,
-    block_S,
-    block_z,
-    grad_output,
-    grad_normalizer,
-    grad_S,
-    grad_z,
-    eps,
-    strict,
-    correlate,
-):
+    query, key, value, coefficients, write_weight, log_decay, block_S, block_z, grad_output, grad_normalizer, grad_S, grad_z,
+    eps, strict, correlate,
+):  # fmt: skip
     optional = [x for x in (write_weight, log_decay) if x is not None]
     states = grad_S.new_empty(grad_S.shape), grad_z.new_empty(grad_z.shape)
     gradients = [torch.empty_like(x) for x in (query, key, value, *coefficients[1:], *optional)]
