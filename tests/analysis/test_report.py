@@ -284,7 +284,7 @@ def test_the_script_says_what_to_do_when_it_cannot(saved, monkeypatch, model, to
     assert "Cannot read" in fails(saved / "model", text=saved / "missing.txt")
     assert "Cannot read" in fails(saved / "model", text=saved)
     assert "Cannot load the model" in fails(saved / "nowhere")
-    assert "block_size is 0" in fails(saved / "model", "--block_size", 0)
+    assert "--block_size must be at least 1, got 0" in fails(saved / "model", "--block_size", 0)
     assert "no token 99" in fails(saved / "model", "--token", 99)
     assert "num_shuffles must be at least 2" in fails(saved / "model", "--num_shuffles", 1)
 
