@@ -55,6 +55,37 @@ def clean(*axes) -> None:
         axis.spines[["top", "right"]].set_visible(False)
 
 
+def label_ends(axis, ends: list[tuple[float, float, str, str]]) -> None:
+    """Write the name of each line beside its end. Names that would overlap move apart and keep the order of the lines.
+
+    Args:
+        axis: with its scales set and all lines drawn.
+        ends: for each line the last x, the last y, its name and its colour.
+    """
+    axis.figure.canvas.draw()  # the axes have their place from here on
+    height, gap = axis.bbox.height, 1.25 * 9 * axis.figure.dpi / 72
+    ends = sorted(ends, key=lambda end: end[1])
+    places = [axis.transData.transform((x, y))[1] - axis.bbox.y0 for x, y, _, _ in ends]
+    for _ in range(200):  # neighbours push each other apart, a little each time
+        for i in range(len(places) - 1):
+            overlap = gap - (places[i + 1] - places[i])
+            if overlap > 0:
+                places[i] -= overlap / 2
+                places[i + 1] += overlap / 2
+    for (x, y, name, colour), place in zip(ends, places, strict=True):
+        leader = {"arrowstyle": "-", "color": colour, "linewidth": 0.8}
+        axis.annotate(
+            name,
+            xy=(x, y),
+            xytext=(1.04, place / height),
+            textcoords="axes fraction",
+            fontsize=9,
+            va="center",
+            arrowprops=leader,
+            annotation_clip=False,
+        )
+
+
 def save_figure(figure, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150, facecolor="white", bbox_inches="tight")

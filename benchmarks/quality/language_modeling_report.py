@@ -3,7 +3,7 @@
 
 import statistics
 
-from benchmarks.lib.tables import COLOURS, GREY, clean, markdown, mean_and_spread, pyplot
+from benchmarks.lib.tables import COLOURS, GREY, clean, label_ends, markdown, mean_and_spread, pyplot
 from benchmarks.rivals.mixers import MIXERS, make_config, state_per_layer
 
 
@@ -143,13 +143,15 @@ def plot(report: dict):
     shown.sort(key=lambda group: means[group[0]["mixer"]])
     colours = [COLOURS.get(group[0]["mixer"], GREY) for group in shown]
     million = report["setting"]["tokens_per_step"] / 1e6
-    figure, (left, right) = pyplot().subplots(1, 2, figsize=(11, 4.2), width_ratios=(1.25, 1), layout="constrained")
+    figure, (left, right) = pyplot().subplots(1, 2, figsize=(12, 4.4), width_ratios=(1.4, 1), layout="constrained")
+    ends = []
     for group, colour in zip(shown, colours, strict=True):
         curves = [row["validation_curve"] for row in group]
         values = [statistics.mean(values) for values in zip(*([v for _, v in curve] for curve in curves), strict=True)]
         left.plot([million * step for step, _ in curves[0]], values, color=colour, marker="o", markersize=3)
+        ends.append((million * curves[0][-1][0], values[-1], MIXERS[group[0]["mixer"]].name.split(":")[0], colour))
     left.set(yscale="log", xlabel="training tokens (millions)", ylabel="perplexity per token")
-    left.set_title(f"Wikipedia validation, context {context:,} (colours as on the right)", loc="left", fontsize=11)
+    left.set_title(f"Wikipedia validation, context {context:,}", loc="left", fontsize=11)
     left.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5)))
     left.yaxis.set_major_formatter("{x:.0f}")
     left.yaxis.set_minor_locator(NullLocator())
@@ -163,4 +165,5 @@ def plot(report: dict):
     right.set(xlim=(0, 1.15 * max(numbers)), xlabel="perplexity per word")
     right.set_title("WikiText-103 test, detokenised", loc="left", fontsize=11)
     clean(left, right)
+    label_ends(left, ends)
     return figure
