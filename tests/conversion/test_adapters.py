@@ -8,7 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import gma_hf
 from tests.conftest import BLOCKS, make_model, tiny_config
-from tests.conversion.tiny_models import SIZES, make_converted_model, make_inputs, make_softmax_model
+from tests.conversion.tiny_models import SIZES, add_adapter, make_converted_model, make_inputs, make_softmax_model
 from tests.test_remote_code import run_program
 
 
@@ -69,7 +69,7 @@ def test_other_methods_have_defaults_too():
 def test_injected_adapters_find_their_modules():
     model = make_converted_model("llama")
     plain = {name for name, _ in model.named_modules()}
-    model.add_adapter(peft.LoraConfig(r=2))
+    add_adapter(model, peft.LoraConfig(r=2))
     found = {name.removesuffix(".lora_A") for name, _ in model.named_modules() if name.endswith(".lora_A")}
     assert found == {name for name in plain if name.endswith((".q_proj", ".v_proj"))}
     for name in found:

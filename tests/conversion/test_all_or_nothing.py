@@ -13,7 +13,7 @@ from gma_hf.conversion import calibrate, convert, rank_layers
 from gma_hf.conversion.calibration import calibrate as calibration
 from gma_hf.conversion.checkpoints import install
 from gma_hf.conversion.runtime.layer import GMAConversion
-from tests.conversion.tiny_models import make_converted_model, make_inputs, make_softmax_model, output_of
+from tests.conversion.tiny_models import add_adapter, make_converted_model, make_inputs, make_softmax_model, output_of
 
 
 OUT_OF_MEMORY = torch.OutOfMemoryError("out of memory")
@@ -194,7 +194,7 @@ def test_adapters_before_the_conversion_are_refused_and_after_it_are_welcome(tok
     peft = pytest.importorskip("peft")
     lora = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
     model = make_softmax_model("llama")
-    model.add_adapter(lora)
+    add_adapter(model, lora)
     before, expected = identity(model), output_of(model, input_ids=tokens)
     with pytest.raises(ValueError, match="Convert the model first and add adapters to the converted model"):
         convert_to_gma(model)
@@ -202,7 +202,7 @@ def test_adapters_before_the_conversion_are_refused_and_after_it_are_welcome(tok
 
     converted = make_converted_model("llama")
     converted.save_pretrained(tmp_path / "converted")
-    converted.add_adapter(lora)
+    add_adapter(converted, lora)
     expected = output_of(converted, input_ids=tokens)
     converted.save_pretrained(tmp_path / "adapter")
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "converted")

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from gma_hf import GMAConfig, GMAForCausalLM, GMAForMaskedLM
+from gma_hf.cache_argument import CACHE_NAME
 from gma_hf.ops.triton_support import INSTALLED
 from tests.conftest import make_model, tiny_config
 
@@ -178,5 +179,5 @@ def test_junk_at_padding_reaches_no_real_token_of_a_model(block, backend, monkey
             spoilt = embeds.masked_fill(mask[..., None] == 0, junk)
             actual = model(inputs_embeds=spoilt, attention_mask=mask)
             assert torch.equal(actual.logits[mask == 1], expected.logits[mask == 1])
-            step = model(tokens[:, :1], past_key_values=actual.past_key_values).logits
+            step = model(tokens[:, :1], **{CACHE_NAME: actual[CACHE_NAME]}).logits
             assert step.isfinite().all()

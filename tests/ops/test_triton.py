@@ -26,7 +26,7 @@ pytest.importorskip("triton", reason="Triton has no wheel for this platform")
 from gma_hf.ops import triton_support
 from gma_hf.ops.attention import fused
 from gma_hf.ops.attention.call import WAYS
-from gma_hf.ops.attention.triton import operators, plan
+from gma_hf.ops.attention.triton import passes, plan
 
 
 # float32 rounds at 6e-8; sums over 100 tokens and 64 products amplify it by some tens, a small denominator by more.
@@ -248,7 +248,7 @@ def test_segments_do_not_show(length, monkeypatch):
     """Chunks of a segment: how many decides which states are kept, not what is computed."""
     problem = KernelProblem(length=100, batch=1, **EVERYTHING)
     expected = problem.results(backend="reference")
-    monkeypatch.setattr(operators, "segment_length", lambda *arguments: length)
+    monkeypatch.setattr(passes, "segment_length", lambda *arguments: length)
     assert_close(expected, problem.results(torch.float32, backend="triton"), SINGLE)
 
 
