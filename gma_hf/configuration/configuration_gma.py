@@ -247,6 +247,9 @@ class GMAConfig(PreTrainedConfig):
         for field in fields(type(self)):
             # 16 is meant as 16.0, from Python as from a JSON file
             value = getattr(self, field.name)
+            if type(value) is bool and field.type in (int, int | None, float | int, float | int | None):
+                # Older versions of huggingface_hub take True for 1
+                raise ValueError(f"`{field.name}` must be a number, got {value}.")
             if field.type in (float | int, float | int | None) and type(value) is int:
                 setattr(self, field.name, float(value))
             elif type(value) is int and value > LARGEST_INTEGER:
