@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers.utils import is_tracing
 
 from ..compat import sequences_are_sharded
-from ..ops.window.plan import WindowPlan, padding_first, plan_window
+from ..ops.window.plan import WindowPlan, padding_first, plan_window, spread_index
 
 
 class Layout:
@@ -214,12 +214,6 @@ class Layout:
             return Layout(self.batch_size, self.length, *moved, has_gaps=self.has_gaps, row=self.row)
 
         return self.once(("to", device), move)
-
-
-def spread_index(order: Tensor, x: Tensor, dim: int) -> Tensor:
-    """The index by which `gather` takes the tokens of `x`, along `dim`, in an order `(batch, number)`."""
-    index = order.view(order.shape[0], *[1] * (dim - 1), order.shape[1], *[1] * (x.ndim - 1 - dim))
-    return index.expand(*x.shape[:dim], -1, *x.shape[dim + 1 :])
 
 
 def may_have_gaps(padding_mask: Tensor) -> bool:

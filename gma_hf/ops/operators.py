@@ -31,14 +31,14 @@ def on_one_device(function: Callable) -> Callable:
     return checked
 
 
-def vmapped_by_loops(operator: Callable, name: str | None = None) -> None:
+def vmapped_by_loops(name: str) -> None:
     """
     Give an operator a rule for `torch.vmap`: it is called once for every index of the mapped dimension.
 
     Args:
-        operator (`Callable`): what `torch.library.custom_op` returned, or the operator itself.
-        name (`str`, *optional*): the qualified name, where `operator` is not what `custom_op` returned.
+        name (`str`): of the operator in `torch.ops.gma_hf`.
     """
+    operator = getattr(torch.ops.gma_hf, name)
 
     def rule(info, in_dims, *arguments):
         results = [
@@ -50,7 +50,7 @@ def vmapped_by_loops(operator: Callable, name: str | None = None) -> None:
         stacked = [torch.stack(parts) for parts in zip(*results, strict=True)]
         return type(results[0])(stacked), type(results[0])([0] * len(stacked))
 
-    torch.library.register_vmap(name or operator, rule)
+    torch.library.register_vmap(f"gma_hf::{name}", rule)
 
 
 def part_of(argument: Any, dim: Any, index: int) -> Any:

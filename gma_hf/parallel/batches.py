@@ -119,10 +119,9 @@ def expect_same(context: ContextParallel, batch: dict[str, Any], device: torch.d
         ValueError: if they differ.
     """
     own = torch.tensor(fingerprint(batch), dtype=torch.long, device=device)
-    least, most = own.clone(), own.clone()
-    call_collective(dist.all_reduce, least, op=dist.ReduceOp.MIN, group=context.group)
+    most = torch.stack([own, -own])
     call_collective(dist.all_reduce, most, op=dist.ReduceOp.MAX, group=context.group)
-    if bool((least != most).any()):
+    if bool((most[0] != -most[1]).any()):  # the largest and the smallest
         raise ValueError(
             "The processes of a context-parallel group were given different batches, but each computes a part of the same one. "
             "Give them the same data in the same order: one sampler for a group, not one for a process; the same seed; no random "

@@ -4,13 +4,13 @@
 import torch
 from torch import Tensor
 
+from ..ops.window.plan import spread_index
+
 
 def take(x: Tensor, dim: int, places: Tensor, exists: Tensor | None = None) -> Tensor:
     """The tokens of `x` along `dim` at places `(batch or 1, number)`, zeros where they do not exist."""
-    shape = (-1, *[1] * (dim - 1), places.shape[1], *[1] * (x.ndim - 1 - dim))
-    index = places.to(x.device).expand(x.shape[0], -1).view(shape)
-    taken = x.gather(dim, index.expand(*x.shape[:dim], -1, *x.shape[dim + 1 :]))
-    return taken if exists is None else taken.masked_fill(~exists.to(x.device).expand(x.shape[0], -1).view(shape), 0)
+    taken = x.gather(dim, spread_index(places.to(x.device), x, dim))
+    return taken if exists is None else taken.masked_fill(~spread_index(exists.to(x.device), taken, dim), 0)
 
 
 def last_real(padding_mask: Tensor, number: int, offset: int) -> tuple[Tensor, Tensor]:

@@ -28,12 +28,11 @@ from ...conversion.convert import convert_to_gma
 from ...training.arguments import LanguageModelingArguments, parse_arguments
 from ...training.cards.frame import describe_command, describe_data, device_name, versions, without_folder
 from ...training.errors import TrainingInputError, why_not_loaded
-from ...training.files import resolve_files
 from ...training.fingerprint import fingerprint
 from ...training.options import check_options
 from ...training.text.data import load_text_splits
 from ...training.text.packing import PackedCollator, pack_splits
-from .training import limit
+from .training import files_of, limit
 
 
 logger = logging.getLogger(__name__)
@@ -272,10 +271,7 @@ def run_of(
     command: str, arguments: Sequence[Any], source: SourceArguments, data: LanguageModelingArguments
 ) -> dict[str, Any]:
     """What makes a run of a command the run that it is, see [`fingerprint`]."""
-    splits = ("train", "validation", "test")
-    paths = {f"{split}_file": getattr(data, f"{split}_file") for split in splits}
-    paths = {name: patterns and resolve_files(patterns) for name, patterns in paths.items()}
-    return fingerprint(command, arguments, {**paths, "model_name_or_path": source.model_name_or_path})
+    return fingerprint(command, arguments, {**files_of(data), "model_name_or_path": source.model_name_or_path})
 
 
 def prepare_data(

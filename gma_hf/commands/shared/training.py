@@ -117,6 +117,12 @@ def set_up_logging(is_main: bool = True) -> None:
     logging.getLogger("gma_hf").setLevel(logging.INFO if is_main else logging.ERROR)
 
 
+def files_of(data: DataArguments) -> dict[str, list[str] | None]:
+    """The files of each split, for the fingerprint of a run; `None` where none are given."""
+    names = [f"{split}_file" for split in ("train", "validation", "test")]
+    return {name: (patterns := getattr(data, name)) and resolve_files(patterns) for name in names}
+
+
 def start(
     command: str, model_args: ModelArguments, data_args: DataArguments, args: GMATrainingArguments
 ) -> tuple[RunFolder, str | None]:
@@ -140,15 +146,10 @@ def start(
     datasets.utils.logging.set_verbosity_warning() if is_main else datasets.utils.logging.set_verbosity_error()
     transformers.set_seed(args.seed)
 
-    paths = {
-        f"{split}_file": files and resolve_files(files)
-        for split in ("train", "validation", "test")
-        for files in [getattr(data_args, f"{split}_file")]
-    }
     run = fingerprint(
         command,
         (model_args, data_args, args),
-        {**paths, "model_name_or_path": model_args.model_name_or_path},
+        {**files_of(data_args), "model_name_or_path": model_args.model_name_or_path},
         num_processes=args.world_size,
     )
     asked = args.resume_from_checkpoint

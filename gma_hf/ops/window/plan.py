@@ -54,11 +54,16 @@ def last_tokens(x: Tensor, length: int) -> Tensor:
     return x.narrow(token_dim(x), x.shape[token_dim(x)] - length, length)
 
 
+def spread_index(order: Tensor, x: Tensor, dim: int) -> Tensor:
+    """The index by which `gather` takes the tokens of `x`, along `dim`, in an order `(batch or 1, number)`."""
+    index = order.view(order.shape[0], *[1] * (dim - 1), order.shape[1], *[1] * (x.ndim - 1 - dim))
+    return index.expand(*x.shape[:dim], -1, *x.shape[dim + 1 :])
+
+
 def take_tokens(x: Tensor, order: Tensor) -> Tensor:
     """The tokens of `x` in the order `(batch or 1, length)`."""
     dim = token_dim(x)
-    index = order.view(order.shape[0], *[1] * (dim - 1), order.shape[1], *[1] * (x.ndim - 1 - dim))
-    return x.gather(dim, index.expand(*x.shape[:dim], -1, *x.shape[dim + 1 :]))
+    return x.gather(dim, spread_index(order, x, dim))
 
 
 def padding_first(is_real: Tensor) -> tuple[Tensor, Tensor]:

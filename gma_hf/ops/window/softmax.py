@@ -203,7 +203,7 @@ def window_gradients(grad_output, num_sinks, size, causal, scaling, softcap, *sa
 
 
 for name in ("window_softmax", "window_softmax_backward"):
-    vmapped_by_loops(getattr(torch.ops.gma_hf, name), f"gma_hf::{name}")
+    vmapped_by_loops(name)
 
 
 class WindowSoftmax(torch.autograd.Function):

@@ -60,7 +60,7 @@ def write_forward(key, value, coefficients, write_weight, S, z, correlate):
     return S, z
 
 
-vmapped_by_loops(write_forward)
+vmapped_by_loops("write_state")
 
 
 @write_forward.register_fake
@@ -100,7 +100,7 @@ def write_backward(key, value, coefficients, write_weight, grad_S, grad_z, corre
     return [grad_key, grad_value, *grad_coefficients, *([] if grad_weight is None else [grad_weight])]
 
 
-vmapped_by_loops(write_backward)
+vmapped_by_loops("write_state_backward")
 
 
 @write_backward.register_fake
@@ -133,7 +133,7 @@ def read_forward(query, coefficients, S, z, eps, dtype, output_normalizer, corre
     return output, normalizer
 
 
-vmapped_by_loops(read_forward)
+vmapped_by_loops("read_state")
 
 
 @read_forward.register_fake
@@ -179,7 +179,7 @@ def read_backward(query, coefficients, S, z, grad_output, grad_normalizer, eps, 
     return [grad_query, *grad_coefficients, grad_S, grad_z]
 
 
-vmapped_by_loops(read_backward)
+vmapped_by_loops("read_state_backward")
 
 
 @read_backward.register_fake

@@ -48,7 +48,7 @@ def causal_forward(
     return output, normalizer, block_S, block_z
 
 
-vmapped_by_loops(causal_forward)
+vmapped_by_loops("chunked_causal")
 
 
 @causal_forward.register_fake
@@ -104,7 +104,7 @@ def causal_backward(
     return [*grads, grad_S, grad_z, *grad_coefficients, *optional]
 
 
-vmapped_by_loops(causal_backward)
+vmapped_by_loops("chunked_causal_backward")
 
 
 @causal_backward.register_fake

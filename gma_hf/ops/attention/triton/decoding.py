@@ -176,4 +176,4 @@ def _(
     return empty_output(query, value), empty_normalizer(query, output_normalizer), *empty_state(query, means, value)
 
 
-vmapped_by_loops(torch.ops.gma_hf.fused_decoding, "gma_hf::fused_decoding")
+vmapped_by_loops("fused_decoding")

@@ -291,7 +291,7 @@ def _(
 
 
 for name in ("fused_attention", "fused_attention_backward"):
-    vmapped_by_loops(getattr(torch.ops.gma_hf, name), f"gma_hf::{name}")
+    vmapped_by_loops(name)
 
 
 class FusedAttention(torch.autograd.Function):

@@ -81,7 +81,7 @@ def responsibilities_kernel(
             X, first, stride, count, D, Coefficients, bias,
             linear, quadratic, linear_rest, quadratic_rest, T, CP, DP, BD, EVEN_D, EXACT, PRECISION,
         )  # fmt: skip
-        gamma, _ = responsibilities(logits)
+        gamma = responsibilities(logits)
         if CORRELATE:
             gamma, inverse_length = correlated(gamma, C, tl.arange(0, CP)[None, :])
             if SAVE:

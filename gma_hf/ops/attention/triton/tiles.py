@@ -248,11 +248,9 @@ def tile_logits(
 
 @triton.jit
 def responsibilities(logits):
-    """UNIT times the responsibilities [T, CP], and their base-2 log-normaliser [T]."""
-    largest = tl.max(logits, 1)
-    likelihoods = tl.exp2(logits - largest[:, None])
-    total = tl.sum(likelihoods, 1)
-    return likelihoods * (1.0 / total * UNIT)[:, None], largest + tl.log2(total)
+    """UNIT times the responsibilities [T, CP]."""
+    likelihoods = tl.exp2(logits - tl.max(logits, 1)[:, None])
+    return likelihoods * (1.0 / tl.sum(likelihoods, 1) * UNIT)[:, None]
 
 
 @triton.jit
@@ -266,7 +264,7 @@ def correlated(gamma, C, columns):
 @triton.jit
 def route(logits, C, CP: tl.constexpr, CORRELATE: tl.constexpr):
     """UNIT times what tokens write to and read from the components with [T, CP]: gamma or, if CORRELATE, rho."""
-    gamma, _ = responsibilities(logits)
+    gamma = responsibilities(logits)
     if CORRELATE:
         gamma, _ = correlated(gamma, C, tl.arange(0, CP)[None, :])
     return gamma

@@ -114,7 +114,7 @@ def _(inputs, weight, sequence_ids, grad_outputs, before, first):
 
 
 for name in ("short_convolution", "short_convolution_backward"):
-    vmapped_by_loops(getattr(torch.ops.gma_hf, name), f"gma_hf::{name}")
+    vmapped_by_loops(name)
 
 
 class ShortConvolution(torch.autograd.Function):

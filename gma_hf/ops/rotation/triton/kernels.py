@@ -83,7 +83,7 @@ def _(x, cos, sin, rotary_dim, undone, sign):
     return torch.empty_like(x if x.stride(-1) == 1 else x.contiguous())
 
 
-vmapped_by_loops(torch.ops.gma_hf.turn_back, "gma_hf::turn_back")
+vmapped_by_loops("turn_back")
 
 
 def turned_forward(grad, cos, sin, rotary_dim, undone):
