@@ -95,7 +95,7 @@ def test_energy_is_said_to_be_an_estimate():
     # Two devices for half an hour at 700 W: 0.7 kWh, 280 g
     text = energy_estimate(Energy(700, 400, "the board's limit."), RESULTS)
     assert "1 device hours" in text and "0.7 kWh" in text and "2.8e+02 g" in text
-    assert "An estimate, nothing of it measured" in text and "the board's limit." in text
+    assert "Energy and carbon are estimates and were not measured" in text and "the board's limit." in text
     assert energy_estimate(Energy(700, 400, ""), {}) is None
 
 

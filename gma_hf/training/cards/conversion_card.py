@@ -67,7 +67,7 @@ def write_conversion_card(
             f"{model.num_parameters():,} parameters.",
         ),
         ("How to load it", loading_example(name, auto_class)),
-        ("What became of it", evaluation_table(evaluations) if evaluations else None),
+        ("Results", evaluation_table(evaluations) if evaluations else None),
         ("Conversion", bullets(options), _calibration(conversion), *_samples(results.get("samples", {}))),
         ("Data", bullets(results["data"])),
         (

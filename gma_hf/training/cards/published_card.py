@@ -31,7 +31,7 @@ BIBTEX = """\
 # A sentence of every card that is made here
 MADE_HERE = "The operator is the work of Y. Huang and H. Raza; the package is `gma_hf`."
 WITHOUT_IMPORT = (
-    "Programs that never import `gma_hf` pass `trust_remote_code=True` instead; the package must be installed."
+    "Programs that do not import `gma_hf` pass `trust_remote_code=True`; the package must be installed."
 )
 # Scores of `evaluate_text`: name in the results, in the card, on the hub
 SCORES = (("perplexity", "perplexity", "perplexity"), ("word_perplexity", "perplexity per word", "word_perplexity"))
@@ -266,9 +266,9 @@ def energy_estimate(energy: Energy | None, results: dict[str, Any]) -> str | Non
         return text
     kwh = hours * energy.power_watts / 1000
     return (
-        f"{text} An estimate, nothing of it measured: at {energy.power_watts:g} W that is {kwh:.2g} kWh, and at "
-        f"{energy.grams_co2_per_kwh:g} g of CO2 equivalent per kWh {kwh * energy.grams_co2_per_kwh:.2g} g. Assumed: "
-        f"{energy.source} The estimate leaves out the rest of the machine, cooling, and the runs that led here."
+        f"{text} Energy and carbon are estimates and were not measured: {kwh:.2g} kWh at {energy.power_watts:g} W, and "
+        f"{kwh * energy.grams_co2_per_kwh:.2g} g of CO2 equivalent at {energy.grams_co2_per_kwh:g} g per kWh. Assumptions: "
+        f"{energy.source} The estimate does not include the rest of the machine, cooling, and earlier runs."
     )
 
 
@@ -363,7 +363,7 @@ def _how_measured(evaluations: dict[str, dict[str, Any]]) -> str:
         if "num_tokens" in scores
     )
     return (
-        f"Every token is predicted once, from its own window{f' ({sizes})' if sizes else ''}. The intervals are those of a "
-        "moving-block bootstrap over the windows: what other texts of the same kind would change, not what other seeds of the "
-        "training would."
+        f"Every token is predicted once, from its own window{f' ({sizes})' if sizes else ''}. The intervals come from a "
+        "moving-block bootstrap over the windows. They show how much other texts of the same kind would change the numbers, "
+        "and not how much other seeds of the training would."
     )
