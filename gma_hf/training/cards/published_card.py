@@ -30,9 +30,7 @@ BIBTEX = """\
 }"""
 # A sentence of every card that is made here
 MADE_HERE = "The operator is the work of Y. Huang and H. Raza; the package is `gma_hf`."
-WITHOUT_IMPORT = (
-    "Programs that do not import `gma_hf` pass `trust_remote_code=True`; the package must be installed."
-)
+WITHOUT_IMPORT = "Programs that do not import `gma_hf` pass `trust_remote_code=True`; the package must be installed."
 # Scores of `evaluate_text`: name in the results, in the card, on the hub
 SCORES = (("perplexity", "perplexity", "perplexity"), ("word_perplexity", "perplexity per word", "word_perplexity"))
 
