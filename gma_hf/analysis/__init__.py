@@ -6,6 +6,7 @@ Works for every model with `GMAMixture` modules, native or converted. Only the p
 """
 
 from .alignment import Alignment, align, normalized_mutual_information, purity
+from .analyzing import analyze, look_closely
 from .collection import LayerResponsibilities, find_mixtures, implied_affinity, responsibilities
 from .errors import AnalysisError
 from .page import html_page, write_report
@@ -19,7 +20,7 @@ from .plots import (
     plot_stability,
     plot_usage,
 )
-from .report import Excerpt, LayerReport, RoutingReport, TokenRoute, analyze, look_closely
+from .report import Excerpt, LayerReport, RoutingReport, TokenRoute
 from .routing import Routing, route
 from .statistics import LayerStatistics, RoutingStatistics, collect_statistics
 from .surface import CATEGORIES, token_categories, token_surfaces

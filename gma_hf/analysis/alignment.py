@@ -1,5 +1,6 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
-"""How well two labellings of the same tokens agree, from the table of their joint counts, and what chance would give.
+"""
+How well two labellings of the same tokens agree, computed from the table of their joint counts, and what chance gives.
 
 With joint shares p_ck of component c and category k, and their marginals p_c, p_k:
 
@@ -7,10 +8,10 @@ With joint shares p_ck of component c and category k, and their marginals p_c, p
     NMI = 2 I / (H(c) + H(k)),  H(p) = -sum p log p           normalised by the mean of the entropies, in [0, 1]
     purity = sum_c max_k p_ck                                 share of tokens whose category is their component's majority
 
-NMI is 0 when both labellings are constant. Neither measure is 0 by chance: many components separate a finite text a
-little even at random. The control is a permutation test: the categories are shuffled among the tokens. Only the table
-of counts changes by that, and as components and categories keep their sizes, the table is a draw from the multivariate
-hypergeometric distribution, so no token has to be kept.
+NMI is 0 when both labellings are constant. By chance neither measure is 0: in a finite text, many components separate the
+categories a little even at random. The control is a permutation test that shuffles the categories among the tokens.
+Shuffling changes the table of counts only, and keeps the sizes of components and categories. So the shuffled table is a draw
+from the multivariate hypergeometric distribution, and no token has to be kept.
 """
 
 from dataclasses import dataclass
@@ -22,11 +23,16 @@ from torch import Tensor
 
 @dataclass
 class Alignment:
-    """Agreement of the components of every head with the categories of tokens.
+    """
+    Agreement of the components of every head with the categories of tokens.
 
-    Attributes:
-        nmi, purity: `[heads]`, of the text.
-        nmi_shuffled_mean, nmi_shuffled_std, purity_shuffled_mean, purity_shuffled_std: `[heads]`, over the shuffles.
+    Args:
+        nmi (`torch.Tensor` of shape `(heads,)`): normalised mutual information of the text.
+        purity (`torch.Tensor` of shape `(heads,)`): purity of the text.
+        nmi_shuffled_mean (`torch.Tensor` of shape `(heads,)`): mean of the NMI over the shuffles.
+        nmi_shuffled_std (`torch.Tensor` of shape `(heads,)`): standard deviation of the NMI over the shuffles.
+        purity_shuffled_mean (`torch.Tensor` of shape `(heads,)`): mean of the purity over the shuffles.
+        purity_shuffled_std (`torch.Tensor` of shape `(heads,)`): standard deviation of the purity over the shuffles.
     """
 
     nmi: Tensor
@@ -38,13 +44,14 @@ class Alignment:
 
 
 def normalized_mutual_information(counts: Tensor) -> Tensor:
-    """NMI of two labellings, see this file's opening.
+    """
+    Normalised mutual information of two labellings. The formula stands at the top of this file.
 
     Args:
-        counts: `[..., components, categories]`, how often they meet.
+        counts (`torch.Tensor` of shape `(..., components, categories)`): how often each pair occurs.
 
     Returns:
-        `[...]`, float64, from 0 (independent) to 1 (each determines the other).
+        `torch.Tensor` of shape `(...)`: float64, from 0 (independent) to 1 (each labelling determines the other).
     """
     joint = _shares(counts)
     entr = torch.special.entr
@@ -55,26 +62,22 @@ def normalized_mutual_information(counts: Tensor) -> Tensor:
 
 
 def purity(counts: Tensor) -> Tensor:
-    """Share of tokens whose category is the most frequent one of their component.
+    """
+    Share of tokens whose category is the most frequent category of their component.
 
     Args:
-        counts: `[..., components, categories]`.
+        counts (`torch.Tensor` of shape `(..., components, categories)`): how often each pair occurs.
 
     Returns:
-        `[...]`, float64, in (0, 1].
+        `torch.Tensor` of shape `(...)`: float64, in (0, 1].
     """
     return _shares(counts).amax(dim=-1).sum(dim=-1)
 
 
 def shuffled_counts(counts: Tensor, generator: np.random.Generator) -> Tensor:
-    """The table of counts after shuffling the categories among the tokens.
-
-    Args:
-        counts: `[components, categories]`, whole numbers.
-        generator: source of randomness.
-
-    Returns:
-        `[components, categories]` with the same sums of rows and columns.
+    """
+    The table of counts `(components, categories)` after shuffling the categories among the tokens. The sums of rows and
+    columns stay.
     """
     table = counts.long().numpy()
     left = table.sum(axis=0)
@@ -87,15 +90,19 @@ def shuffled_counts(counts: Tensor, generator: np.random.Generator) -> Tensor:
 
 
 def align(counts: Tensor, num_shuffles: int = 20, seed: int = 0) -> Alignment:
-    """Alignment of components with categories, and its shuffled control.
+    """
+    Measure the agreement of components with categories, and its shuffled control.
 
     Args:
-        counts: `[heads, components, categories]`, on the CPU.
-        num_shuffles: number of permutations, at least 2.
-        seed: of the permutations.
+        counts (`torch.Tensor` of shape `(heads, components, categories)`): how often each pair occurs; on the CPU.
+        num_shuffles (`int`, *optional*, defaults to `20`): number of shuffles, at least 2.
+        seed (`int`, *optional*, defaults to `0`): seed of the shuffles.
+
+    Returns:
+        [`Alignment`]: one number per head and measure.
 
     Raises:
-        ValueError: with less than 2 permutations, which have no standard deviation.
+        ValueError: with less than 2 shuffles, because one shuffle has no standard deviation.
     """
     if num_shuffles < 2:
         raise ValueError(f"num_shuffles must be at least 2, got {num_shuffles}: one shuffle has no spread.")

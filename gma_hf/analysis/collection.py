@@ -1,5 +1,5 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
-"""Listening to the mixtures of a model while it reads: every `GMAMixture`, wherever it stands, tells what it routes."""
+"""Watch the mixtures of a model during a forward pass: every `GMAMixture`, in any module, reports what it routes."""
 
 import inspect
 from collections.abc import Callable, Iterator
@@ -27,33 +27,59 @@ MEMORY_AFFINITY_ARGUMENTS = (
 
 
 class MixtureCall(NamedTuple):
-    """What one layer routes in one forward pass."""
+    """
+    What one layer routes in one forward pass.
 
-    name: str  # of the mixture in `model.named_modules()`
+    Args:
+        name (`str`): name of the mixture in `model.named_modules()`.
+        mixture (`GMAMixture`): the mixture.
+        query (`torch.Tensor` of shape `(batch, query_heads, length, routing_dim)`): queries.
+        key (`torch.Tensor` of shape `(batch, key_value_heads, length, routing_dim)`): keys.
+        real (`torch.BoolTensor` of shape `(batch, length)`, *optional*): `True` at tokens that write; `None` if all tokens
+            write.
+        affinity (`Callable`): returns the matrix that the attention of the layer implies.
+    """
+
+    name: str
     mixture: GMAMixture
-    query: Tensor  # [batch, query_heads, length, routing_dim]
-    key: Tensor  # [batch, key_value_heads, length, routing_dim]
-    real: Tensor | None  # [batch, length], True at tokens that write; None if all do
-    affinity: Callable[[], Tensor]  # gives the matrix that the layer's attention implies
+    query: Tensor
+    key: Tensor
+    real: Tensor | None
+    affinity: Callable[[], Tensor]
 
 
 def expect_mixture(module: nn.Module) -> GMAMixture:
-    """The mixture itself, where an adapter has put a wrapper around it: the last one, which is trained."""
+    """
+    The mixture itself if an adapter has put a wrapper around it. The last mixture inside of the wrapper is the trained one.
+    """
     return [inner for inner in module.modules() if isinstance(inner, GMAMixture)][-1]
 
 
 class LayerResponsibilities(NamedTuple):
-    """Responsibilities of one layer."""
+    """
+    Responsibilities of one layer.
 
-    queries: Tensor  # [batch, heads, length, components]
-    keys: Tensor  # [batch, heads, length, components]
+    Args:
+        queries (`torch.Tensor` of shape `(batch, heads, length, components)`): responsibilities of the queries.
+        keys (`torch.Tensor` of shape `(batch, heads, length, components)`): responsibilities of the keys.
+    """
+
+    queries: Tensor
+    keys: Tensor
 
 
 def find_mixtures(model: nn.Module) -> dict[str, GMAMixture]:
-    """The mixtures of a model, by module name.
+    """
+    The mixtures of a model.
+
+    Args:
+        model (`nn.Module`): any PyTorch model.
+
+    Returns:
+        `dict[str, GMAMixture]`: the mixtures, by module name.
 
     Raises:
-        AnalysisError: the model has none.
+        AnalysisError: if the model has no mixture.
     """
     mixtures = {name: module for name, module in model.named_modules() if isinstance(module, GMAMixture)}
     if not mixtures:
@@ -66,7 +92,7 @@ def find_mixtures(model: nn.Module) -> dict[str, GMAMixture]:
 
 @contextmanager
 def watch_mixtures(model: nn.Module, callback: Callable[[MixtureCall], None]) -> Iterator[None]:
-    """Call `callback` whenever a mixture of the model is about to compute attention, within the `with` block."""
+    """Within the `with` block, call `callback` before each attention of a mixture of the model."""
 
     mixtures = find_mixtures(model)
     names = {mixture: name for name, mixture in mixtures.items()}
@@ -121,14 +147,11 @@ def watch_mixtures(model: nn.Module, callback: Callable[[MixtureCall], None]) ->
 
 @torch.no_grad()
 def run(model: nn.Module, inputs: dict[str, Tensor]) -> None:
-    """Let a model read one batch, for those who watch its mixtures.
+    """
+    Let a model read one batch while others watch its mixtures.
 
-    Runs the model below its head, in evaluation mode, without a cache, uncompiled. The decoder of an encoder-decoder
-    model reads the encoder's tokens unless the inputs say otherwise. The model is left as it was.
-
-    Args:
-        model: any PyTorch model.
-        inputs: its inputs, on any device.
+    The model runs without its head, in evaluation mode, without a cache, uncompiled. The decoder of an encoder-decoder model
+    reads the tokens of the encoder, unless the inputs contain decoder tokens. Afterwards the model is as before.
     """
     body = model.base_model if isinstance(model, PreTrainedModel) else model
     accepted = inspect.signature(body.forward).parameters
@@ -151,18 +174,20 @@ def run(model: nn.Module, inputs: dict[str, Tensor]) -> None:
 
 
 def responsibilities(model: nn.Module, **inputs: Tensor) -> dict[str, LayerResponsibilities]:
-    """All responsibilities of a short text; for a long one use `collect_statistics`, which keeps sums only.
+    """
+    All responsibilities of a short text. For a long text use [`collect_statistics`], which keeps sums only.
 
     Args:
-        model: a model with Gaussian mixture attention, native or converted.
-        inputs: its inputs, as `tokenizer(text, return_tensors="pt")` gives them.
+        model (`nn.Module`): a model with Gaussian mixture attention, native or converted.
+        inputs (`torch.Tensor`, *optional*): the arguments of the model, as `tokenizer(text, return_tensors="pt")` returns
+            them.
 
     Returns:
-        By module name, those of queries and keys, `[batch, heads, length, components]`, on the model's device. They
-        are given for padding too, which routes but never writes.
+        `dict[str, LayerResponsibilities]`: responsibilities of queries and keys, by module name, on the device of the model.
+        Padding has responsibilities too, but never writes.
 
     Raises:
-        AnalysisError: the model has no Gaussian mixtures.
+        AnalysisError: if the model has no Gaussian mixtures.
     """
     found: dict[str, LayerResponsibilities] = {}
 
@@ -175,19 +200,24 @@ def responsibilities(model: nn.Module, **inputs: Tensor) -> dict[str, LayerRespo
 
 
 def implied_affinity(model: nn.Module, **inputs: Tensor) -> dict[str, Tensor]:
-    """The attention matrices that the Gaussian mixtures imply for a short text: what `output_attentions=True` returns.
+    """
+    The attention matrices that the Gaussian mixtures imply for a short text. `output_attentions=True` returns the same
+    matrices.
 
-    Unlike `output_attentions`, it gives the Gaussian mixture layers of a hybrid whatever its softmax layers run on.
+    Unlike `output_attentions`, this function works in hybrids with any attention implementation of the softmax layers.
 
     Args:
-        model, inputs: as in `responsibilities`.
+        model (`nn.Module`): a model with Gaussian mixture attention, native or converted.
+        inputs (`torch.Tensor`, *optional*): the arguments of the model, as `tokenizer(text, return_tensors="pt")` returns
+            them.
 
     Returns:
-        By module name, `[batch, query_heads, length, length]`. Rows sum to 1 where the read is normalised (the paper's
-        block); those of an un-normalised read (the gated block) sum to the accumulated weight.
+        `dict[str, torch.Tensor]`: matrices of shape `(batch, query_heads, length, length)`, by module name. The rows of a
+        normalised read (the paper's block) sum to 1. The rows of an un-normalised read (the gated block) sum to the
+        accumulated weight.
 
     Raises:
-        AnalysisError: the model has no Gaussian mixtures.
+        AnalysisError: if the model has no Gaussian mixtures.
     """
     found: dict[str, Tensor] = {}
 

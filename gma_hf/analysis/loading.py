@@ -1,5 +1,5 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
-"""What the script reads: a model, its tokenizer, and text files. Every failure says what to do about it."""
+"""Load what the command needs: a model, its tokenizer, and text files. Every error says what to do."""
 
 import gzip
 import logging
@@ -24,34 +24,39 @@ PIECE_CHARS = 1 << 16  # a text is tokenized in pieces of at least this many cha
 
 @dataclass
 class TextFiles:
-    """Text files that were found to be readable.
+    """
+    Text files that can be read.
 
-    Attributes:
-        paths: the files, in order.
+    Args:
+        paths (`list[Path]`): the files, in order.
     """
 
     paths: list[Path]
 
     @property
     def name(self) -> str:
-        """How a report calls them."""
+        """The name of the files in a report."""
         names = [path.name for path in self.paths]
         return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
     def pieces(self) -> Iterator[str]:
-        """Their texts, piece by piece, so that a large file is read only as far as it is used."""
+        """The texts, piece by piece, so that a large file is read only as far as needed."""
         for path in self.paths:
             yield from _pieces(path)
 
 
 def read_texts(names: list[str]) -> TextFiles:
-    """Check that text files can be read and are not empty.
+    """
+    Check that text files can be read and are not empty.
 
     Args:
-        names: UTF-8 text files, plain, .gz or .xz.
+        names (`list[str]`): UTF-8 text files, plain, .gz or .xz.
+
+    Returns:
+        `TextFiles`: the files.
 
     Raises:
-        AnalysisError: a file is missing, unreadable or not UTF-8, or all are empty.
+        AnalysisError: if a file is missing, unreadable or not UTF-8, or all files are empty.
     """
     files = TextFiles([Path(name).expanduser() for name in names])
     # The beginning of every file, so that a mistake shows before the model is loaded
@@ -64,16 +69,20 @@ def read_texts(names: list[str]) -> TextFiles:
 def load_model(
     name: str, device: str = "cpu", dtype: str = "auto", trust_remote_code: bool = False
 ) -> PreTrainedModel:
-    """Load a model without its head, and check that it has Gaussian mixtures.
+    """
+    Load a model without its head, and check that it has Gaussian mixtures.
 
     Args:
-        name: folder or hub name.
-        device: where it runs.
-        dtype: `"auto"`, or the name of a type of torch.
-        trust_remote_code: allow code from its repository to run.
+        name (`str`): folder or Hub name.
+        device (`str`, *optional*, defaults to `"cpu"`): the device to run on.
+        dtype (`str`, *optional*, defaults to `"auto"`): `"auto"`, or the name of a dtype of torch.
+        trust_remote_code (`bool`, *optional*, defaults to `False`): whether to run code from the repository.
+
+    Returns:
+        `PreTrainedModel`: the model, in evaluation mode.
 
     Raises:
-        AnalysisError: it cannot be loaded, has no Gaussian mixtures, or there is no such device.
+        AnalysisError: if the model cannot be loaded or has no Gaussian mixtures, or the device does not exist.
     """
     try:
         model = AutoModel.from_pretrained(
@@ -89,14 +98,18 @@ def load_model(
 
 
 def load_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """Load a tokenizer.
+    """
+    Load a tokenizer.
 
     Args:
-        name: folder or hub name.
-        trust_remote_code: allow code from its repository to run.
+        name (`str`): folder or Hub name.
+        trust_remote_code (`bool`, *optional*, defaults to `False`): whether to run code from the repository.
+
+    Returns:
+        `PreTrainedTokenizerBase`: the tokenizer.
 
     Raises:
-        AnalysisError: there is none, or it knows no tokens.
+        AnalysisError: if there is no tokenizer, or the tokenizer has special tokens only.
     """
     advice = "Name the folder or hub repository of the tokenizer that the model was trained with (--tokenizer_name)."
     try:

@@ -1,5 +1,5 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
-"""The report as files: one HTML page that needs nothing but itself, and a JSON file."""
+"""The report as files: one self-contained HTML page, and a JSON file."""
 
 from __future__ import annotations
 
@@ -91,15 +91,20 @@ DEFINITIONS = {
 
 
 def write_report(report: RoutingReport, output_dir: str | Path, position: int | None = None) -> tuple[Path, Path]:
-    """Write `report.html` and `report.json`.
+    """
+    Write `report.html` and `report.json`.
 
     Args:
-        report: what `analyze` returns.
-        output_dir: folder for them, made if need be.
-        position: of the excerpt's token whose route is drawn; None chooses the last one that is a whole word.
+        report ([`RoutingReport`]): the result of [`analyze`].
+        output_dir (`str` or `Path`): the folder for the files. It is created if it does not exist.
+        position (`int`, *optional*): position of the token in the excerpt whose route is drawn; by default
+            [`Excerpt.shown_position`].
 
     Returns:
-        The paths of the two files.
+        `tuple[Path, Path]`: the paths of the two files.
+
+    Raises:
+        AnalysisError: if the excerpt has no such position.
     """
     page = html_page(report, position)
     folder = Path(output_dir)
@@ -111,7 +116,17 @@ def write_report(report: RoutingReport, output_dir: str | Path, position: int | 
 
 
 def html_page(report: RoutingReport, position: int | None = None) -> str:
-    """The report as one HTML page without scripts and without anything from outside; arguments of `write_report`."""
+    """
+    The report as one HTML page, without scripts and without external files.
+
+    Args:
+        report ([`RoutingReport`]): the result of [`analyze`].
+        position (`int`, *optional*): position of the token in the excerpt whose route is drawn; by default
+            [`Excerpt.shown_position`].
+
+    Returns:
+        `str`: the page.
+    """
     sections = [
         ("summary", "Summary", _summary(report)),
         ("usage", "Usage", _usage(report)),
@@ -344,7 +359,7 @@ def _cell(value: str) -> str:
 def _table(
     caption: str, head: list[str], rows: list[list[str]], text_columns: tuple[int, ...], reflows: bool = False
 ) -> str:
-    """A table that scrolls sideways where the screen is narrow, or whose rows become lines there."""
+    """A table that scrolls sideways on narrow screens, or whose rows become lines there."""
     headers = "".join(
         f'<th scope="col"{TEXT if index in text_columns else ""}>{title}</th>' for index, title in enumerate(head)
     )

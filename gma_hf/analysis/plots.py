@@ -26,7 +26,7 @@ MAX_LABELLED = 40  # heads or tokens that still get a label of their own
 
 
 def import_pyplot():
-    """matplotlib's pyplot, or an error that says how to install it."""
+    """The module `matplotlib.pyplot`, or an error that says how to install matplotlib."""
     try:
         from matplotlib import pyplot
     except ImportError as error:
@@ -35,11 +35,16 @@ def import_pyplot():
 
 
 def plot_usage(report: RoutingReport, role: str = "keys") -> Figure:
-    """How evenly each head uses its components: their shares, largest first, and the usage perplexity.
+    """
+    How evenly each head uses its components: the shares of the components, the largest first, and the usage perplexity.
 
     Args:
-        report: what `analyze` returns.
-        role: `"keys"` (who writes where) or `"queries"` (who reads where).
+        report ([`RoutingReport`]): the result of [`analyze`].
+        role (`str`, *optional*, defaults to `"keys"`): `"keys"` (which components tokens write to) or `"queries"` (which
+            components tokens read from).
+
+    Returns:
+        `matplotlib.figure.Figure`: the figure.
     """
     pyplot = import_pyplot()
     from matplotlib.colors import LogNorm
@@ -72,7 +77,15 @@ def plot_usage(report: RoutingReport, role: str = "keys") -> Figure:
 
 
 def plot_entropy(report: RoutingReport) -> Figure:
-    """How undecided the routes are: mean entropy of the responsibilities by layer, one mark per head."""
+    """
+    How clearly tokens choose their components: mean entropy of the responsibilities by layer, one mark per head.
+
+    Args:
+        report ([`RoutingReport`]): the result of [`analyze`].
+
+    Returns:
+        `matplotlib.figure.Figure`: the figure.
+    """
     figure, axes = _by_layer(report, lambda role: role.statistics.entropy)
     largest = max(layer.keys.statistics.usage.shape[-1] for layer in report.layers)
     axes.axhline(
@@ -86,7 +99,15 @@ def plot_entropy(report: RoutingReport) -> Figure:
 
 
 def plot_margin(report: RoutingReport) -> Figure:
-    """How far tokens are from another route: quantiles of the difference of the two largest logits, by layer."""
+    """
+    How far tokens are from changing their route: quantiles of the difference of the two largest logits, by layer.
+
+    Args:
+        report ([`RoutingReport`]): the result of [`analyze`].
+
+    Returns:
+        `matplotlib.figure.Figure`: the figure.
+    """
     pyplot = import_pyplot()
     figure, axes = pyplot.subplots(figsize=(9, 3.6), layout="constrained")
     for shift, role in ((-0.12, "keys"), (0.12, "queries")):
@@ -111,7 +132,15 @@ def plot_margin(report: RoutingReport) -> Figure:
 
 
 def plot_stability(report: RoutingReport) -> Figure:
-    """How much responsibilities can change with a small step, and how much they do, by layer."""
+    """
+    How much a small step can change responsibilities, and how much it does change them, by layer.
+
+    Args:
+        report ([`RoutingReport`]): the result of [`analyze`].
+
+    Returns:
+        `matplotlib.figure.Figure`: the figure.
+    """
     pyplot = import_pyplot()
     figure, panels = pyplot.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
     _by_layer(report, lambda role: role.statistics.stability_bound, panels[0])
@@ -126,7 +155,15 @@ def plot_stability(report: RoutingReport) -> Figure:
 
 
 def plot_alignment(report: RoutingReport) -> Figure:
-    """How well components tell surface categories apart: NMI and purity by layer, beside the shuffled control."""
+    """
+    How well components separate surface categories: NMI and purity by layer, beside the shuffled control.
+
+    Args:
+        report ([`RoutingReport`]): the result of [`analyze`].
+
+    Returns:
+        `matplotlib.figure.Figure`: the figure.
+    """
     pyplot = import_pyplot()
     figure, panels = pyplot.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
     for axes, measure, title in ((panels[0], "nmi", "Normalised mutual information"), (panels[1], "purity", "Purity")):
@@ -145,12 +182,17 @@ def plot_alignment(report: RoutingReport) -> Figure:
 def plot_categories(
     report: RoutingReport, layer: LayerReport | None = None, head: int | None = None, role: str = "keys"
 ) -> Figure:
-    """What the components of one head specialised on: categories that are likelier in a component than in the text.
+    """
+    What the components of one head specialised on: categories that are more frequent in a component than in the text.
 
     Args:
-        report: what `analyze` returns.
-        layer, head: which head; by default the best aligned one.
-        role: `"keys"` or `"queries"`.
+        report ([`RoutingReport`]): the result of [`analyze`].
+        layer ([`LayerReport`], *optional*): the layer; by default the layer of the best aligned head.
+        head (`int`, *optional*): number of the head; by default the best aligned head.
+        role (`str`, *optional*, defaults to `"keys"`): `"keys"` or `"queries"`.
+
+    Returns:
+        `matplotlib.figure.Figure`: the figure.
     """
     pyplot = import_pyplot()
     if layer is None or head is None:
@@ -177,10 +219,14 @@ def plot_categories(
 
 
 def plot_route(route: TokenRoute) -> Figure:
-    """Where one token goes: the most responsible component of each layer and head, and how responsible it is.
+    """
+    The route of one token: the most responsible component of each layer and head, and its responsibility.
 
     Args:
-        route: what `Excerpt.route` returns.
+        route ([`TokenRoute`]): the result of [`Excerpt.route`].
+
+    Returns:
+        `matplotlib.figure.Figure`: the figure.
     """
     pyplot = import_pyplot()
     num_layers = len(route.labels)
@@ -208,15 +254,20 @@ def plot_route(route: TokenRoute) -> Figure:
 
 
 def plot_affinity(affinity: Tensor, tokens: list[str], title: str = "Implied attention") -> Figure:
-    """The attention matrix that a head's mixture implies, every row scaled to the sum 1.
+    """
+    The attention matrix that the mixture of a head implies. Every row is scaled to the sum 1.
 
     Args:
-        affinity: `[length, length]`, of one head: from `output_attentions=True`, or `implied_affinity`.
-        tokens: the tokens' names.
-        title: of the figure.
+        affinity (`torch.Tensor` of shape `(length, length)`): the matrix of one head, from `output_attentions=True` or
+            [`implied_affinity`].
+        tokens (`list[str]`): the names of the tokens.
+        title (`str`, *optional*, defaults to `"Implied attention"`): title of the figure.
+
+    Returns:
+        `matplotlib.figure.Figure`: the figure.
 
     Raises:
-        ValueError: their numbers differ.
+        ValueError: if the matrix does not have one row and one column per token.
     """
     pyplot = import_pyplot()
     from matplotlib.colors import PowerNorm
@@ -266,13 +317,13 @@ def _by_layer(
 
 
 def _from_zero(axes: Axes) -> None:
-    """The scale from zero to a little above all that is drawn, so that no mark is cut."""
+    """Scale the axis from zero to a little above all marks, so that no mark is cut."""
     top = axes.dataLim.y1
     axes.set_ylim(0, 1.1 * top if top > 0 else 1)
 
 
 def _legend(axes: Axes) -> None:
-    """Beside the panel, where it covers nothing."""
+    """Put the legend beside the panel, where it covers nothing."""
     axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), borderaxespad=0, frameon=False)
 
 

@@ -1,5 +1,5 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
-"""How to read the numbers: what a report found, beside what no routing would give, and what a good value is."""
+"""How to read the numbers: each value beside its value without routing, and what a good value is."""
 
 import math
 from collections.abc import Callable
@@ -14,13 +14,14 @@ COLUMNS = ("Keys", "Queries", "Without routing", "A good value")
 
 
 def reading(report: RoutingReport) -> list[list[str]]:
-    """The measures as rows of a table.
+    """
+    The measures as rows of a table. Values are means over all heads of all layers.
 
     Args:
-        report: what `analyze` returns.
+        report ([`RoutingReport`]): the result of [`analyze`].
 
     Returns:
-        A row for each measure: its name, then the cells of `COLUMNS`. Values are means over all heads of all layers.
+        `list[list[str]]`: a row per measure: its name, then the cells of `COLUMNS`.
     """
 
     def means(values: Callable[[RoleReport], Tensor], form: str) -> list[str]:

@@ -1,23 +1,19 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
-"""The analysis of a model on a text, as one object: for notebooks, for plots, for the HTML page and the JSON file."""
+"""The result of an analysis as one object, for notebooks, plots, the HTML page and the JSON file."""
 
 import math
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from html import escape
-from pathlib import Path
 
-import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .. import __version__
-from .alignment import Alignment, align
-from .collection import LayerResponsibilities, find_mixtures, implied_affinity, responsibilities
+from .alignment import Alignment
+from .collection import LayerResponsibilities
 from .errors import AnalysisError
-from .statistics import MARGIN_EDGES, RoutingStatistics, collect_statistics
-from .surface import CATEGORIES, token_categories, token_surfaces, visible
-from .text import CATEGORY_NAMES, check_vocabulary, default_block_size, encode_text
+from .statistics import MARGIN_EDGES, RoutingStatistics
+from .surface import CATEGORIES
+from .text import CATEGORY_NAMES
 
 
 FORMAT = "gma_hf.analysis/1"
@@ -27,11 +23,12 @@ WORDS = ("word", "capitalised", "function word")
 
 @dataclass
 class RoleReport:
-    """What was found about the queries, or the keys, of one layer.
+    """
+    The analysis of the queries, or of the keys, of one layer.
 
-    Attributes:
-        statistics: usage, entropy, margins, stability.
-        alignment: agreement of components and surface categories, with its control.
+    Args:
+        statistics ([`RoutingStatistics`]): usage, entropy, margins, stability.
+        alignment ([`Alignment`]): agreement of components and surface categories, with its control.
     """
 
     statistics: RoutingStatistics
@@ -40,12 +37,14 @@ class RoleReport:
 
 @dataclass
 class LayerReport:
-    """What was found about one layer.
+    """
+    The analysis of one layer.
 
-    Attributes:
-        name: module name of the mixture.
-        label: the short name that figures use: what tells the layer from the others.
-        queries, keys: its two roles.
+    Args:
+        name (`str`): module name of the mixture.
+        label (`str`): short name for figures: the part of the name that differs between layers.
+        queries (`RoleReport`): the queries of the layer.
+        keys (`RoleReport`): the keys of the layer.
     """
 
     name: str
@@ -56,14 +55,16 @@ class LayerReport:
 
 @dataclass
 class TokenRoute:
-    """Where one token goes, from layer to layer.
+    """
+    The route of one token, from layer to layer.
 
-    Attributes:
-        token: the token, white space made visible.
-        position: where it stands in its text.
-        labels: short names of the layers.
-        components, responsibilities: for `queries` and `keys`, per layer `[heads]`: the component that is most
-            responsible for the token, and how much.
+    Args:
+        token (`str`): the token, with visible white space.
+        position (`int`): the position of the token in its text.
+        labels (`list[str]`): short names of the layers.
+        components (`dict[str, list[torch.Tensor]]`): for `queries` and `keys`, per layer `(heads,)`: the most responsible
+            component of each head.
+        responsibilities (`dict[str, list[torch.Tensor]]`): likewise, the responsibility of this component.
     """
 
     token: str
@@ -75,14 +76,15 @@ class TokenRoute:
 
 @dataclass
 class Excerpt:
-    """A short piece of the text, looked at token by token.
+    """
+    A short piece of the text, analysed token by token.
 
-    Attributes:
-        tokens: with white space made visible.
-        categories: the surface category of each.
-        labels: short names of the layers, by module name.
-        responsibilities: by module name, `[1, heads, length, components]`.
-        affinity: by module name, the implied attention matrices `[1, heads, length, length]`.
+    Args:
+        tokens (`list[str]`): the tokens, with visible white space.
+        categories (`list[str]`): the surface category of each token.
+        labels (`dict[str, str]`): short names of the layers, by module name.
+        responsibilities (`dict[str, LayerResponsibilities]`): by module name, tensors `(1, heads, length, components)`.
+        affinity (`dict[str, torch.Tensor]`): by module name, the implied attention matrices `(1, heads, length, length)`.
     """
 
     tokens: list[str]
@@ -92,9 +94,13 @@ class Excerpt:
     affinity: dict[str, Tensor]
 
     def shown_position(self) -> int:
-        """The last token that is a whole word of three letters or more; else the last that is or begins a word, or the last.
+        """
+        The position of the token whose route is drawn by default: the last content word of three letters or more. If there
+        is none: the last whole word, then the last beginning of a word, then the last token. Function words and parts of
+        words tell a reader less.
 
-        Function words and parts of words tell a reader less, so whole words of the text come before function words.
+        Returns:
+            `int`: the position in the excerpt.
         """
         begins = [index for index, category in enumerate(self.categories) if category in WORDS]
         behind = [*self.categories[1:], None]
@@ -107,10 +113,17 @@ class Excerpt:
         return (of_content or whole or begins or [len(self.tokens) - 1])[-1]
 
     def route(self, position: int | None = None) -> TokenRoute:
-        """The route of one token; by default of the last token that is a whole word, see `shown_position`.
+        """
+        The route of one token.
+
+        Args:
+            position (`int`, *optional*): the position of the token in the excerpt; by default [`Excerpt.shown_position`].
+
+        Returns:
+            [`TokenRoute`]: components and responsibilities, layer by layer.
 
         Raises:
-            AnalysisError: there is no such position.
+            AnalysisError: if the excerpt has no such position.
         """
         if position is None:
             position = self.shown_position()
@@ -134,16 +147,20 @@ class Excerpt:
 
 @dataclass(repr=False)
 class RoutingReport:
-    """How a model routes the tokens of a text.
+    """
+    How a model routes the tokens of a text.
 
-    Attributes:
-        model_name, model_type, text_name: what was analysed.
-        num_tokens: tokens that were read, special tokens around the blocks included.
-        block_size: tokens per forward pass.
-        num_shuffles, seed: of the control of the alignment.
-        layers: the layers in the order in which they run.
-        token_names: the tracked token types, most frequent first, white space made visible.
-        excerpt: the beginning of the text, token by token.
+    Args:
+        model_name (`str`): name of the model.
+        model_type (`str`): type of the model, as in `config.json`.
+        text_name (`str`): name of the text.
+        num_tokens (`int`): number of tokens that were read, special tokens around the blocks included.
+        block_size (`int`): tokens per forward pass.
+        num_shuffles (`int`): number of shuffles for the control of the alignment.
+        seed (`int`): seed of the shuffles.
+        layers (`list[LayerReport]`): the layers in the order in which they run.
+        token_names (`list[str]`): the tracked token types, the most frequent first, with visible white space.
+        excerpt ([`Excerpt`]): the beginning of the text, token by token.
     """
 
     model_name: str
@@ -159,12 +176,20 @@ class RoutingReport:
 
     @property
     def category_counts(self) -> dict[str, int]:
-        """How many tokens of the text each surface category has."""
+        """Number of tokens of each surface category, `dict[str, int]`."""
         counts = self.layers[0].keys.statistics.category_counts[0].sum(dim=0).tolist()
         return dict(zip(CATEGORY_NAMES, counts, strict=True))
 
     def best_aligned(self, role: str = "keys") -> tuple[LayerReport, int]:
-        """The layer and head whose components tell the categories apart best, beyond the control."""
+        """
+        The head whose components separate the surface categories best, in NMI beyond the shuffled control.
+
+        Args:
+            role (`str`, *optional*, defaults to `"keys"`): `"keys"` or `"queries"`.
+
+        Returns:
+            `tuple[LayerReport, int]`: the layer, and the number of the head.
+        """
         excess = [
             getattr(layer, role).alignment.nmi - getattr(layer, role).alignment.nmi_shuffled_mean
             for layer in self.layers
@@ -173,7 +198,20 @@ class RoutingReport:
         return self.layers[layer], int(excess[layer].argmax())
 
     def top_tokens(self, layer: LayerReport, head: int, component: int, role: str = "keys", count: int = 8):
-        """What a component prefers, see `RoutingStatistics.top_tokens`: token, occurrences, mean responsibility."""
+        """
+        The tokens that a component prefers, see [`RoutingStatistics.top_tokens`].
+
+        Args:
+            layer ([`LayerReport`]): the layer.
+            head (`int`): number of the head.
+            component (`int`): number of the component.
+            role (`str`, *optional*, defaults to `"keys"`): `"keys"` or `"queries"`.
+            count (`int`, *optional*, defaults to `8`): the largest number of tokens.
+
+        Returns:
+            `list[tuple[str, int, float]]`: token, number of occurrences, mean responsibility of the component; the best
+            token first.
+        """
         found = getattr(layer, role).statistics.top_tokens(head, component, count)
         return [(self.token_names[index], occurrences, mean) for index, occurrences, mean in found]
 
@@ -186,7 +224,9 @@ class RoutingReport:
         )
 
     def _repr_html_(self) -> str:
-        """The page in a frame, for notebooks; a page of its own, so that its style and that of the notebook never mix."""
+        """
+        The report as a page in a frame, for notebooks. The frame keeps the styles of the page and of the notebook apart.
+        """
         from .page import html_page
 
         return (
@@ -195,7 +235,15 @@ class RoutingReport:
         )
 
     def to_dict(self, num_top_tokens: int = 8) -> dict:
-        """Everything as numbers, strings, lists and dictionaries, ready for JSON; docs/analysis.md explains the fields."""
+        """
+        The report as numbers, strings, lists and dictionaries, ready for JSON. docs/analysis.md explains the fields.
+
+        Args:
+            num_top_tokens (`int`, *optional*, defaults to `8`): number of top tokens per component.
+
+        Returns:
+            `dict`: the content of `report.json`.
+        """
         return {
             "format": FORMAT,
             "gma_hf": __version__,
@@ -270,133 +318,6 @@ class RoutingReport:
                 for name, layer in self.excerpt.responsibilities.items()
             ],
         }
-
-
-def analyze(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    text: str | Iterable[str],
-    *,
-    max_tokens: int | None = 100_000,
-    block_size: int | None = None,
-    batch_size: int = 8,
-    excerpt_length: int = 32,
-    max_token_types: int = 512,
-    num_shuffles: int = 20,
-    seed: int = 0,
-    model_name: str | None = None,
-    text_name: str = "text",
-) -> RoutingReport:
-    """Analyse how the Gaussian mixtures of a model route the tokens of a text.
-
-    Args:
-        model: a GMA model or a converted one, with any head.
-        tokenizer: its tokenizer.
-        text: a text of any length, or its pieces in order.
-        max_tokens: read no further than so many tokens; None reads everything.
-        block_size: tokens per forward pass, which start anew without a past; None means 512, or what the model can take.
-        batch_size: blocks per forward pass.
-        excerpt_length: tokens at the beginning of the text to look at one by one.
-        max_token_types: how many different tokens, the most frequent ones, are candidates for a component's top tokens.
-        num_shuffles: permutations of the control of the alignment.
-        seed: of the permutations.
-        model_name: how the report calls the model; None means the name of its folder or repository.
-        text_name: how the report calls the text.
-
-    Returns:
-        The report. It keeps sums and the excerpt's responsibilities, so its size does not depend on the text's length.
-
-    Raises:
-        AnalysisError: the model has no Gaussian mixtures, the text is empty, or the tokenizer is another model's.
-    """
-    for name, value, smallest in (
-        ("batch_size", batch_size, 1),
-        ("excerpt_length", excerpt_length, 1),
-        ("max_tokens", max_tokens, 1),
-        ("max_token_types", max_token_types, 1),
-        ("num_shuffles", num_shuffles, 2),
-    ):
-        if value is not None and value < smallest:
-            raise AnalysisError(f"{name} must be at least {smallest}, got {value}.")
-    find_mixtures(model)
-    encoded = encode_text(tokenizer, text, max_tokens, max_token_types)
-    check_vocabulary(model, encoded)
-    if block_size is None:
-        block_size = default_block_size(model, tokenizer)
-
-    try:
-        found = collect_statistics(
-            model, encoded.batches(block_size, batch_size), len(CATEGORY_NAMES), len(encoded.type_ids)
-        )
-    except torch.OutOfMemoryError as error:
-        raise AnalysisError(f"Out of memory: choose a smaller batch_size or block_size. {error}") from error
-    except IndexError as error:
-        raise AnalysisError(
-            f"The model cannot read blocks of {block_size} tokens, perhaps for want of positions: choose a smaller "
-            f"block_size. {error}"
-        ) from error
-    labels = layer_labels(list(found))
-    layers = [
-        LayerReport(
-            name,
-            labels[name],
-            *(
-                RoleReport(statistics, align(statistics.category_counts, num_shuffles, seed))
-                for statistics in (layer.queries, layer.keys)
-            ),
-        )
-        for name, layer in found.items()
-    ]
-    room = max(1, block_size - len(encoded.prefix) - len(encoded.suffix))
-    excerpt_ids = encoded.token_ids[: min(excerpt_length, room)].tolist()
-    return RoutingReport(
-        model_name=model_name or Path(model.name_or_path).name or type(model).__name__,
-        model_type=model.config.model_type,
-        text_name=text_name,
-        num_tokens=layers[0].keys.statistics.num_tokens,
-        block_size=block_size,
-        num_shuffles=num_shuffles,
-        seed=seed,
-        layers=layers,
-        token_names=[visible(surface) for surface in token_surfaces(tokenizer, encoded.type_ids)],
-        excerpt=look_closely(model, tokenizer, encoded.prefix + excerpt_ids + encoded.suffix),
-    )
-
-
-def look_closely(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, token_ids: list[int]) -> Excerpt:
-    """Look at a short text token by token.
-
-    Args:
-        model, tokenizer: as in `analyze`.
-        token_ids: the tokens, special ones included.
-
-    Returns:
-        Its responsibilities and implied attention matrices, on the CPU in float32.
-    """
-    inputs = {"input_ids": torch.tensor([token_ids])}
-    found = {
-        name: LayerResponsibilities(*(gamma.float().cpu() for gamma in layer))
-        for name, layer in responsibilities(model, **inputs).items()
-    }
-    return Excerpt(
-        tokens=[visible(surface) for surface in token_surfaces(tokenizer, token_ids)],
-        categories=token_categories(tokenizer, token_ids),
-        labels=layer_labels(list(found)),
-        responsibilities=found,
-        affinity={name: matrix.float().cpu() for name, matrix in implied_affinity(model, **inputs).items()},
-    )
-
-
-def layer_labels(names: list[str]) -> dict[str, str]:
-    """Short names of layers: the module names without what all have in common, `layers.0.attn`, ... become `0`, ..."""
-    if len(names) == 1:
-        numbers = [part for part in names[0].split(".") if part.isdigit()]
-        return {names[0]: numbers[-1] if numbers else names[0]}
-    parts = [name.split(".") for name in names]
-    shortest = min(map(len, parts))
-    start = next((i for i in range(shortest) if len({part[i] for part in parts}) > 1), 0)
-    behind = next((i for i in range(shortest - start) if len({part[-1 - i] for part in parts}) > 1), 0)
-    return {name: ".".join(part[start : len(part) - behind]) for name, part in zip(names, parts, strict=True)}
 
 
 def _finite(value: float) -> float | None:

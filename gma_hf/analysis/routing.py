@@ -27,25 +27,37 @@ MARGIN_CAP = 44.0  # the operator's float32 logits end 43.7 below the largest on
 
 
 class Routing(NamedTuple):
-    """The routes of the tokens of one batch, of one mixture per head."""
+    """
+    The routes of the tokens of one batch, with one mixture per head.
 
-    responsibilities: Tensor  # [batch, heads, length, components]
-    margins: Tensor  # [batch, heads, length], in nats, at most MARGIN_CAP
-    bounds: Tensor  # [batch, heads, length], in units of 1 / routing space
-    sensitivities: Tensor  # [batch, heads, length], likewise
+    Args:
+        responsibilities (`torch.Tensor` of shape `(batch, heads, length, components)`): gamma; each row sums to 1.
+        margins (`torch.Tensor` of shape `(batch, heads, length)`): difference of the two largest logits, in nats, at most
+            `MARGIN_CAP`.
+        bounds (`torch.Tensor` of shape `(batch, heads, length)`): stability bounds, in units of 1 / routing space.
+        sensitivities (`torch.Tensor` of shape `(batch, heads, length)`): norms of the derivative, in units of 1 / routing
+            space.
+    """
+
+    responsibilities: Tensor
+    margins: Tensor
+    bounds: Tensor
+    sensitivities: Tensor
 
 
 @torch.no_grad()
 def route(mixture: GMAMixture, states: Tensor) -> Routing:
-    """Route queries or keys through the mixtures of a layer.
+    """
+    Route queries or keys through the mixtures of a layer. The formulas stand at the top of this file.
 
     Args:
-        mixture: the mixtures of the layer.
-        states: `[batch, heads, length, routing_dim]`; heads must divide or be a multiple of the mixtures.
+        mixture (`GMAMixture`): the mixtures of the layer.
+        states (`torch.Tensor` of shape `(batch, heads, length, routing_dim)`): queries or keys. The number of heads divides
+            the number of mixtures, or is a multiple of it.
 
     Returns:
-        See `Routing`; heads is the larger of the number of heads and mixtures. With a single component, which has no
-        rival, margins are `MARGIN_CAP`.
+        [`Routing`]: the number of heads is the larger one of heads and mixtures. With a single component, margins are
+        `MARGIN_CAP`.
     """
     num_mixtures = mixture.means.shape[0]
     with torch.autocast(device_type=states.device.type, enabled=False):
@@ -70,10 +82,11 @@ def route(mixture: GMAMixture, states: Tensor) -> Routing:
 
 
 def gradient_distances(x: Tensor, gamma: Tensor, coefficients: MixtureCoefficients) -> Tensor:
-    """||g_c - gbar||^2, `[mixtures, ..., components]`, of centred tokens `[mixtures, ..., routing_dim]`.
+    """
+    |g_c - gbar||^2 `(mixtures, ..., components)` of centred tokens `(mixtures, ..., routing_dim)`.
 
-    The coefficients leave out the components' average precision, which is the same term in every g_c. What is left is
-    g_c = a_c + 2 q_c x with a, q the linear and quadratic coefficients, so that matrix products give the distances.
+    The coefficients do not contain the average precision of the components, which is the same term in every g_c. The rest is
+    g_c = a_c + 2 q_c x with a, q the linear and quadratic coefficients, so matrix products give the distances.
     """
     linear, quadratic = coefficients.linear, coefficients.quadratic
     rows, weights = x.flatten(1, -2), gamma.flatten(1, -2)

@@ -27,21 +27,22 @@ MARGIN_EDGES = MARGIN_CAP * torch.linspace(0, 1, NUM_MARGIN_BINS + 1, dtype=torc
 
 
 def effective_number(usage: Tensor) -> Tensor:
-    """`[heads]` usage perplexity: how many components are in use, from their shares `[heads, components]`."""
+    """Usage perplexity `(heads,)`: how many components are in use, from their shares `(heads, components)`."""
     return torch.special.entr(usage).sum(dim=-1).exp()
 
 
 def is_dead(usage: Tensor) -> Tensor:
-    """`[heads, components]`, True where a component gets less than a tenth of an equal share."""
+    """`(heads, components)`, `True` where a component gets less than a tenth of an equal share."""
     return usage < DEAD_SHARE / usage.shape[-1]
 
 
 class RoutingStatistics:
-    """Running sums over the queries, or the keys, of one layer, and the statistics they give. Everything on the CPU.
+    """
+    Running sums over the queries, or the keys, of one layer, and the statistics of these sums. All tensors are on the CPU.
 
     Args:
-        num_categories: number of token categories, 0 without.
-        num_token_types: number of tracked token types, 0 without.
+        num_categories (`int`, *optional*, defaults to `0`): number of token categories; 0 for none.
+        num_token_types (`int`, *optional*, defaults to `0`): number of tracked token types; 0 for none.
     """
 
     def __init__(self, num_categories: int = 0, num_token_types: int = 0):
@@ -54,13 +55,16 @@ class RoutingStatistics:
     def add(
         self, routing: Routing, real: Tensor, categories: Tensor | None = None, token_types: Tensor | None = None
     ) -> None:
-        """Add the tokens of a batch.
+        """
+        Add the tokens of a batch.
 
         Args:
-            routing: their routes, see `route`.
-            real: `[batch, length]`, True at tokens that are not padding.
-            categories: `[batch, length]` indices of categories; needed when there are any.
-            token_types: `[batch, length]` indices of token types, negative where untracked; likewise.
+            routing ([`Routing`]): the routes of the tokens, from [`route`].
+            real (`torch.BoolTensor` of shape `(batch, length)`): `True` at tokens that are not padding.
+            categories (`torch.Tensor` of shape `(batch, length)`, *optional*): indices of categories. Needed if
+                `num_categories` is not 0.
+            token_types (`torch.Tensor` of shape `(batch, length)`, *optional*): indices of token types, negative for tokens
+                that are not tracked. Needed if `num_token_types` is not 0.
         """
         real = real.to(routing.margins.device)
         # [tokens, heads, ...] of the real tokens of all rows
@@ -95,36 +99,44 @@ class RoutingStatistics:
 
     @property
     def usage(self) -> Tensor:
-        """`[heads, components]` mean responsibility."""
+        """Mean responsibilities, `(heads, components)`."""
         return self._sums["usage"] / self.num_tokens
 
     @property
     def usage_perplexity(self) -> Tensor:
-        """`[heads]` effective number of components in use."""
+        """Effective number of components in use, `(heads,)`."""
         return effective_number(self.usage)
 
     @property
     def entropy(self) -> Tensor:
-        """`[heads]` mean entropy of the responsibilities, in nats."""
+        """Mean entropy of the responsibilities in nats, `(heads,)`."""
         return self._sums["entropy"] / self.num_tokens
 
     @property
     def dead_components(self) -> Tensor:
-        """`[heads, components]`, True where a component gets less than a tenth of an equal share."""
+        """`(heads, components)`, `True` where a component gets less than a tenth of an equal share."""
         return is_dead(self.usage)
 
     @property
     def margin(self) -> Tensor:
-        """`[heads]` mean difference of the two largest logits, in nats."""
+        """Mean difference of the two largest logits in nats, `(heads,)`."""
         return self._sums["margin"] / self.num_tokens
 
     @property
     def margin_histogram(self) -> Tensor:
-        """`[heads, 64]` number of tokens whose margin lies between two neighbours of `MARGIN_EDGES`."""
+        """Number of tokens whose margin lies between two neighbours of `MARGIN_EDGES`, `(heads, 64)`."""
         return self._sums["margin_histogram"].long()
 
     def margin_quantile(self, share: float) -> Tensor:
-        """`[heads]` margin that the given share of the tokens lies below, interpolated in the histogram."""
+        """
+        A quantile of the margins, interpolated in the histogram.
+
+        Args:
+            share (`float`): the share of the tokens below the quantile, between 0 and 1.
+
+        Returns:
+            `torch.Tensor` of shape `(heads,)`: the quantile, in nats.
+        """
         below = self.margin_histogram.double().cumsum(dim=-1) / self.num_tokens
         index = (below >= share).double().argmax(dim=-1, keepdim=True)  # the first bin that reaches the share
         end = below.gather(-1, index).squeeze(-1)
@@ -135,35 +147,38 @@ class RoutingStatistics:
 
     @property
     def stability_bound(self) -> Tensor:
-        """`[heads]` mean of the largest spread of the components' gradients, see `routing`."""
+        """Mean of the largest spread of the gradients of the components, `(heads,)`, see `routing.py`."""
         return self._sums["stability_bound"] / self.num_tokens
 
     @property
     def sensitivity(self) -> Tensor:
-        """`[heads]` mean Frobenius norm of the responsibilities' derivative."""
+        """Mean Frobenius norm of the derivative of the responsibilities, `(heads,)`."""
         return self._sums["sensitivity"] / self.num_tokens
 
     @property
     def category_counts(self) -> Tensor:
-        """`[heads, components, categories]` tokens whose most responsible component and category these are."""
+        """Number of tokens with each most responsible component and each category, `(heads, components, categories)`."""
         return self._sums["category_counts"].long()
 
     @property
     def category_mass(self) -> Tensor:
-        """`[heads, components, categories]` sum of responsibilities over the tokens of a category."""
+        """Sum of responsibilities over the tokens of each category, `(heads, components, categories)`."""
         return self._sums["category_mass"]
 
     def top_tokens(self, head: int, component: int, count: int = 8) -> list[tuple[int, int, float]]:
-        """The tokens that a component prefers: those with the largest excess over the component's share of all tokens.
+        """
+        The tokens that a component prefers: the tokens with the largest excess over the component's share of all tokens.
 
             excess_t = sum over the occurrences of token t of (gamma_c - usage_c)
 
         Args:
-            head, component: whose preferences.
-            count: how many tokens at most; tokens without an excess are left out.
+            head (`int`): number of the head.
+            component (`int`): number of the component.
+            count (`int`, *optional*, defaults to `8`): the largest number of tokens. Tokens without an excess are left out.
 
         Returns:
-            Token type, number of occurrences, and mean responsibility of the component for it, best first.
+            `list[tuple[int, int, float]]`: token type, number of occurrences, and mean responsibility of the component for
+            the type; the best type first.
         """
         mass, counts = self._sums["token_mass"][:, head, component], self._sums["token_counts"]
         excess = mass - counts * self.usage[head, component]
@@ -186,11 +201,13 @@ class RoutingStatistics:
 
 @dataclass
 class LayerStatistics:
-    """Statistics of one layer.
+    """
+    Statistics of one layer.
 
-    Attributes:
-        name: the mixture's module name.
-        queries, keys: statistics of the queries that read and of the keys that write.
+    Args:
+        name (`str`): module name of the mixture.
+        queries ([`RoutingStatistics`]): statistics of the queries, which read.
+        keys ([`RoutingStatistics`]): statistics of the keys, which write.
     """
 
     name: str
@@ -201,20 +218,24 @@ class LayerStatistics:
 def collect_statistics(
     model: nn.Module, batches: Iterable[TokenBatch], num_categories: int = 0, num_token_types: int = 0
 ) -> dict[str, LayerStatistics]:
-    """Let a model read batch after batch and add up the statistics of its mixtures.
+    """
+    Let a model read batch after batch, and add up the statistics of its mixtures.
 
     Args:
-        model: a model with Gaussian mixture attention, native or converted; any modality.
-        batches: what it reads. A batch's `attention_mask` says what is padding; without one, the tokens do that write
-            nothing in any head.
-        num_categories: number of categories that the batches' `categories` index, 0 without.
-        num_token_types: number of token types that the batches' `token_types` index, 0 without.
+        model (`nn.Module`): a model with Gaussian mixture attention, native or converted, of any modality.
+        batches (`Iterable[TokenBatch]`): the inputs. The `attention_mask` of a batch marks real tokens. Without a mask,
+            tokens that write nothing in any head count as padding.
+        num_categories (`int`, *optional*, defaults to `0`): number of categories that `categories` of the batches index; 0
+            for none.
+        num_token_types (`int`, *optional*, defaults to `0`): number of token types that `token_types` of the batches index;
+            0 for none.
 
     Returns:
-        The statistics of every mixture that ran, by module name, in the order in which they run.
+        `dict[str, LayerStatistics]`: the statistics of every mixture that ran, by module name, in the order in which they
+        run.
 
     Raises:
-        AnalysisError: the model has no Gaussian mixtures.
+        AnalysisError: if the model has no Gaussian mixtures.
     """
     layers: dict[str, LayerStatistics] = {}
     current: list[TokenBatch] = []
@@ -237,7 +258,7 @@ def collect_statistics(
 
 
 def _real_tokens(states: Tensor, attention_mask: Tensor | None, writing: Tensor | None) -> Tensor:
-    """True at real tokens, `[batch, length]`, of states `[batch, heads, length, routing_dim]`."""
+    """Real tokens as `True` in `(batch, length)`, for states `(batch, heads, length, routing_dim)`."""
     shape = (states.shape[0], states.shape[2])
     for mask in (attention_mask, writing):
         if mask is not None and mask.ndim == 2 and mask.shape[1] == shape[1]:

@@ -1,8 +1,9 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
-"""What tokens are on their surface: one category per token, for the vocabulary of any Hugging Face tokenizer.
+"""
+The surface of tokens: one category per token, for the vocabulary of any Hugging Face tokenizer.
 
-Vocabularies mark the borders of words in different ways. Every token is first written as the text that it stands for,
-with a space where a word begins; then the categories ask the same questions of all of them.
+Vocabularies mark the beginning of a word in different ways. So each token is first replaced by the text that it stands for,
+with a space where a word begins. Then the same rules give the category of every token.
 """
 
 import unicodedata
@@ -39,14 +40,16 @@ APOSTROPHES = "'\u2019"
 
 
 def token_surfaces(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> list[str]:
-    """The text that each token stands for, with a space where its word begins (or, in some vocabularies, ends).
+    """
+    The text that each token stands for, with a space where its word begins (in some vocabularies: where its word ends).
 
     Args:
-        tokenizer: any tokenizer: byte-level BPE, SentencePiece, WordPiece, BPE with end-of-word marks, characters, ...
-        token_ids: tokens.
+        tokenizer (`PreTrainedTokenizerBase`): any tokenizer: byte-level BPE, SentencePiece, WordPiece, BPE with end-of-word
+            marks, characters.
+        token_ids (`Sequence[int]`): the tokens.
 
     Returns:
-        One string per token. A byte that is no character by itself is the replacement character U+FFFD.
+        `list[str]`: one string per token. A byte that is no character by itself becomes the replacement character U+FFFD.
     """
     unique = sorted(set(token_ids))
     pieces = tokenizer.convert_ids_to_tokens(unique)
@@ -72,15 +75,16 @@ def token_surfaces(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int])
 
 
 def token_categories(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> list[str]:
-    """The surface category of each token of a text.
+    """
+    The surface category of each token of a text.
 
     Args:
-        tokenizer: see `token_surfaces`.
-        token_ids: the tokens of one text in their order, for whether a token continues a word depends on the one before,
-            and whether it is a whole word on the one behind.
+        tokenizer (`PreTrainedTokenizerBase`): any tokenizer, see [`token_surfaces`].
+        token_ids (`Sequence[int]`): the tokens of one text, in order. The category depends on the neighbours: the token
+            before decides whether a token continues a word, and the token after decides whether a token is a whole word.
 
     Returns:
-        One key of `CATEGORIES` per token.
+        `list[str]`: one key of `CATEGORIES` per token.
     """
     surfaces = token_surfaces(tokenizer, token_ids)
     special = set(tokenizer.all_special_ids)
@@ -93,7 +97,7 @@ def token_categories(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int
 
 
 def visible(surface: str) -> str:
-    """A token as reports write it, its white space made visible."""
+    """A token as reports write it, with visible white space."""
     for white_space, mark in (("\r", "\u240d"), ("\n", "\u21b5"), ("\t", "\u2192"), (" ", "\u00b7")):
         surface = surface.replace(white_space, mark)
     # Other control characters neither show in a browser nor stand in XML
@@ -119,7 +123,7 @@ def _category(surface: str, attached: bool, ends_word: bool) -> str:
 
 
 def _goes_on(before: str, text: str) -> bool:
-    """Whether a word that `before` ends in goes on in `text`: `read` + `_lines`, `don` + `'t`."""
+    """Whether `text` continues the word at the end of `before`: `read` + `_lines`, `don` + `'t`."""
     within_word = _is_word_char(before[-1:]) and _is_word_char(text[:1])
     contraction = _is_word_char(before[-1:]) and text[:1] in tuple(APOSTROPHES) and text[1:2].isalpha()
     return within_word or contraction

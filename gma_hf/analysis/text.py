@@ -1,5 +1,5 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
-"""A text as the analysis reads it: tokens with their surface categories, cut into blocks of the model's length."""
+"""A text as the analysis reads it: tokens with their surface categories, cut into blocks that fit the model."""
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -19,12 +19,14 @@ UNTRACKED = -1  # token type of a token whose preferences are not counted
 
 @dataclass
 class TokenBatch:
-    """One forward pass's tokens, and what is known about them.
+    """
+    The tokens of one forward pass, with their categories and types.
 
-    Attributes:
-        inputs: what the model takes; an `attention_mask` tells real tokens from padding.
-        categories: `[batch, length]` indices of surface categories, or None.
-        token_types: `[batch, length]` indices of the tracked token types, `UNTRACKED` for the others, or None.
+    Args:
+        inputs (`dict[str, torch.Tensor]`): the arguments of the model. An `attention_mask` marks real tokens.
+        categories (`torch.Tensor` of shape `(batch, length)`, *optional*): indices of surface categories.
+        token_types (`torch.Tensor` of shape `(batch, length)`, *optional*): indices of the tracked token types, `UNTRACKED`
+            for other tokens.
     """
 
     inputs: dict[str, Tensor]
@@ -34,14 +36,16 @@ class TokenBatch:
 
 @dataclass
 class EncodedText:
-    """A tokenized text.
+    """
+    A tokenized text.
 
-    Attributes:
-        token_ids: `[num_tokens]`, without the special tokens that the tokenizer puts around a text.
-        categories: `[num_tokens]` indices into `CATEGORY_NAMES`.
-        prefix, suffix: the special tokens that stand around every block.
-        type_ids: token ids of the tracked token types, the most frequent first.
-        type_counts: how often each of them occurs.
+    Args:
+        token_ids (`torch.Tensor` of shape `(num_tokens,)`): the tokens, without the special tokens around the text.
+        categories (`torch.Tensor` of shape `(num_tokens,)`): indices into `CATEGORY_NAMES`.
+        prefix (`list[int]`): the special tokens before every block.
+        suffix (`list[int]`): the special tokens after every block.
+        type_ids (`list[int]`): token ids of the tracked token types, the most frequent type first.
+        type_counts (`list[int]`): how often each of these types occurs.
     """
 
     token_ids: Tensor
@@ -52,9 +56,18 @@ class EncodedText:
     type_counts: list[int]
 
     def batches(self, block_size: int, batch_size: int) -> Iterator[TokenBatch]:
-        """Cut the text into blocks of `block_size` tokens, special tokens included, `batch_size` blocks at a time.
+        """
+        Cut the text into blocks, without overlap and without padding. A shorter last block is a batch of its own.
 
-        Nothing is padded: a shorter last block comes by itself.
+        Args:
+            block_size (`int`): tokens per block, special tokens included.
+            batch_size (`int`): blocks per batch.
+
+        Yields:
+            [`TokenBatch`]: the next blocks.
+
+        Raises:
+            AnalysisError: if the special tokens leave no room in a block.
         """
         room = block_size - len(self.prefix) - len(self.suffix)
         if room < 1:
@@ -85,7 +98,12 @@ class EncodedText:
         return around(ids, self.prefix, self.suffix), labels
 
     def all_ids(self) -> Tensor:
-        """The tokens of the text and the special tokens around its blocks."""
+        """
+        The tokens of the text and the special tokens around its blocks.
+
+        Returns:
+            `torch.Tensor` of shape `(num_tokens + num_special_tokens,)`: token ids.
+        """
         return torch.cat([self.token_ids, torch.tensor(self.prefix + self.suffix).long()])
 
 
@@ -95,16 +113,21 @@ def encode_text(
     max_tokens: int | None = None,
     max_token_types: int = 512,
 ) -> EncodedText:
-    """Tokenize a text, or the pieces of one.
+    """
+    Tokenize a text, or the pieces of a text.
 
     Args:
-        tokenizer: any Hugging Face tokenizer of text.
-        text: a text, or its pieces in order (documents, chapters); read only as far as `max_tokens` needs.
-        max_tokens: stop behind so many tokens; None reads everything.
-        max_token_types: how many different tokens, the most frequent ones, have their preferences counted.
+        tokenizer (`PreTrainedTokenizerBase`): any Hugging Face tokenizer of text.
+        text (`str` or `Iterable[str]`): a text, or its pieces in order (documents, chapters). Pieces beyond `max_tokens` are
+            not read.
+        max_tokens (`int`, *optional*): the largest number of tokens; by default the whole text is read.
+        max_token_types (`int`, *optional*, defaults to `512`): how many of the most frequent token types are tracked.
+
+    Returns:
+        [`EncodedText`]: the tokens, with their categories and types.
 
     Raises:
-        AnalysisError: the text gives no token.
+        AnalysisError: if the text gives no token.
     """
     token_ids: list[int] = []
     for piece in [text] if isinstance(text, str) else text:
@@ -127,10 +150,11 @@ def encode_text(
 
 
 def check_vocabulary(model: PreTrainedModel, encoded: EncodedText) -> None:
-    """Check that the model has an embedding for every token.
+    """
+    Check that the model has an embedding for every token.
 
     Raises:
-        AnalysisError: it has not, so the tokenizer is another model's.
+        AnalysisError: if the model has too few embeddings, because the tokenizer belongs to another model.
     """
     size = model.get_input_embeddings().weight.shape[0]
     largest = int(encoded.all_ids().max())
@@ -142,13 +166,13 @@ def check_vocabulary(model: PreTrainedModel, encoded: EncodedText) -> None:
 
 
 def default_block_size(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, preferred: int = 512) -> int:
-    """Tokens per block: the preferred number, or less where the model or its tokenizer end before."""
+    """Tokens per block: the preferred number, or the largest number that the model and its tokenizer allow."""
     limits = [getattr(model.config.get_text_config(), "max_position_embeddings", None), tokenizer.model_max_length]
     return min([preferred, *(limit for limit in limits if limit)])
 
 
 def _special_tokens_around(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """The special tokens that a tokenizer puts before and behind a text."""
+    """The special tokens that a tokenizer puts before and after a text."""
     bare = tokenizer("a", add_special_tokens=False)["input_ids"]
     whole = tokenizer("a")["input_ids"]
     for start in range(len(whole) - len(bare) + 1):

@@ -31,7 +31,15 @@ logger = logging.get_logger(__name__)
 
 
 class GMAForCausalLM(GMAGenerationMixin, GMAPreTrainedModel, GenerationMixin):
-    """GMA language model: a causal `GMAModel` and a head that predicts the next token."""
+    """
+    The GMA language model: a causal `GMAModel` and a head that predicts the next token.
+
+    Args:
+        config ([`GMAConfig`]): the configuration, with `is_causal=True`.
+
+    Raises:
+        ValueError: if the configuration is bidirectional.
+    """
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
@@ -88,12 +96,24 @@ class GMAForCausalLM(GMAGenerationMixin, GMAPreTrainedModel, GenerationMixin):
         **kwargs: Unpack[TransformersKwargs],
     ) -> CausalLMOutputWithPast:
         """
+        Predict the next token at each position.
+
         Args:
-            labels (`torch.LongTensor` of shape `(batch, length)`, *optional*): tokens to predict, shifted inside; -100 is
-                ignored.
-            logits_to_keep (`int` or `torch.Tensor`): compute logits for the last so many positions only (0: all), or for
-                these positions.
-            For the others see [`GMAModel.forward`].
+            input_ids (`torch.LongTensor` of shape `(batch, length)`, *optional*): token ids. Pass either `input_ids` or
+                `inputs_embeds`.
+            attention_mask (`torch.Tensor` of shape `(batch, seen + length)`, *optional*): nonzero at real tokens, zero at
+                padding.
+            position_ids (`torch.LongTensor` of shape `(batch or 1, length)`, *optional*): positions, see
+                [`GMAModel.forward`].
+            cache (`Cache`, *optional*): the state to continue from, see [`GMAModel.forward`].
+            inputs_embeds (`torch.FloatTensor` of shape `(batch, length, hidden_size)`, *optional*): embeddings instead of
+                token ids.
+            labels (`torch.LongTensor` of shape `(batch, length)`, *optional*): the token ids themselves: the model shifts
+                the labels. The label -100 is ignored.
+            use_cache (`bool`, *optional*): whether to return the state; by default `config.use_cache`.
+            logits_to_keep (`int` or `torch.Tensor`, *optional*, defaults to `0`): compute the logits of the last
+                `logits_to_keep` positions only (0: of all positions), or of the positions in the tensor.
+            kwargs (`dict`, *optional*): see [`GMAModel.forward`].
 
         Returns:
             `CausalLMOutputWithPast`: `loss`, `logits` of shape `(batch, kept length, vocab_size)`, `cache`.
@@ -134,7 +154,12 @@ class GMAForCausalLM(GMAGenerationMixin, GMAPreTrainedModel, GenerationMixin):
 
 
 class GMAForMaskedLM(GMAPreTrainedModel):
-    """GMA masked language model: a bidirectional `GMAModel` and a head that predicts the masked tokens."""
+    """
+    The GMA masked language model: a bidirectional `GMAModel` and a head that predicts the masked tokens.
+
+    Args:
+        config ([`GMAConfig`]): the configuration, with `is_causal=False`. A causal configuration gives a warning.
+    """
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
@@ -164,9 +189,20 @@ class GMAForMaskedLM(GMAPreTrainedModel):
         **kwargs: Unpack[TransformersKwargs],
     ) -> MaskedLMOutput:
         """
+        Predict the masked tokens.
+
         Args:
-            labels (`torch.LongTensor` of shape `(batch, length)`, *optional*): tokens to predict, in place; -100 is ignored.
-            For the others see [`GMAModel.forward`].
+            input_ids (`torch.LongTensor` of shape `(batch, length)`, *optional*): token ids. Pass either `input_ids` or
+                `inputs_embeds`.
+            attention_mask (`torch.Tensor` of shape `(batch, seen + length)`, *optional*): nonzero at real tokens, zero at
+                padding.
+            position_ids (`torch.LongTensor` of shape `(batch or 1, length)`, *optional*): positions, see
+                [`GMAModel.forward`].
+            inputs_embeds (`torch.FloatTensor` of shape `(batch, length, hidden_size)`, *optional*): embeddings instead of
+                token ids.
+            labels (`torch.LongTensor` of shape `(batch, length)`, *optional*): the tokens to predict, at their own positions.
+                The label -100 is ignored.
+            kwargs (`dict`, *optional*): see [`GMAModel.forward`].
 
         Returns:
             `MaskedLMOutput`: `loss`, `logits` of shape `(batch, length, vocab_size)`.
@@ -190,7 +226,11 @@ class GMAForMaskedLM(GMAPreTrainedModel):
 
 class GMAForSequenceClassification(GenericForSequenceClassification, GMAPreTrainedModel):
     """
-    GMA sequence classifier. A causal model pools the last real token, a bidirectional one the mean of the real tokens.
+    The GMA sequence classifier. A causal model pools the last real token. A bidirectional model pools the mean of the real
+    tokens.
+
+    Args:
+        config ([`GMAConfig`]): the configuration, with `num_labels`.
     """
 
     def __init__(self, config: GMAConfig):
@@ -212,10 +252,22 @@ class GMAForSequenceClassification(GenericForSequenceClassification, GMAPreTrain
         **kwargs: Unpack[TransformersKwargs],
     ) -> SequenceClassifierOutputWithPast:
         """
+        Classify each row.
+
         Args:
-            labels (`torch.LongTensor` of shape `(batch,)`, *optional*): classes (or numbers, or rows of 0 and 1, as
-                `config.problem_type` says).
-            For the others see [`GMAModel.forward`].
+            input_ids (`torch.LongTensor` of shape `(batch, length)`, *optional*): token ids. Pass either `input_ids` or
+                `inputs_embeds`.
+            attention_mask (`torch.Tensor` of shape `(batch, seen + length)`, *optional*): nonzero at real tokens, zero at
+                padding.
+            position_ids (`torch.LongTensor` of shape `(batch or 1, length)`, *optional*): positions, see
+                [`GMAModel.forward`].
+            cache (`Cache`, *optional*): the state to continue from, see [`GMAModel.forward`].
+            inputs_embeds (`torch.FloatTensor` of shape `(batch, length, hidden_size)`, *optional*): embeddings instead of
+                token ids.
+            labels (`torch.Tensor` of shape `(batch,)`, *optional*): classes. With `config.problem_type="regression"`
+                numbers, and with `"multi_label_classification"` rows of 0 and 1.
+            use_cache (`bool`, *optional*): whether to return the state; by default `config.use_cache`.
+            kwargs (`dict`, *optional*): see [`GMAModel.forward`].
 
         Returns:
             `SequenceClassifierOutputWithPast`: `loss`, `logits` of shape `(batch, num_labels)`.
@@ -247,7 +299,16 @@ class GMAForSequenceClassification(GenericForSequenceClassification, GMAPreTrain
         )
 
     def pool(self, hidden_states: torch.Tensor, is_real: torch.Tensor) -> torch.Tensor:
-        """`(batch, length, hidden_size)` and real tokens `(batch, length)` to `(batch, hidden_size)`."""
+        """
+        Reduce the states of the tokens to one state per row.
+
+        Args:
+            hidden_states (`torch.Tensor` of shape `(batch, length, hidden_size)`): the states of the tokens.
+            is_real (`torch.BoolTensor` of shape `(batch, length)`): `True` at real tokens.
+
+        Returns:
+            `torch.Tensor` of shape `(batch, hidden_size)`: the state of the last real token, or the mean of the real tokens.
+        """
         if self.config.is_causal:
             index = torch.arange(is_real.shape[1], device=is_real.device)
             last_real_token = (index * is_real).argmax(dim=1)
@@ -259,7 +320,7 @@ class GMAForSequenceClassification(GenericForSequenceClassification, GMAPreTrain
     def _real_tokens(
         self, hidden_states: torch.Tensor, input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None
     ) -> torch.Tensor:
-        """Which tokens count: those of the attention mask or, without one, those that are not the padding token."""
+        """Which tokens count: the tokens of the attention mask or, without a mask, all tokens but the padding token."""
         batch_size, length = hidden_states.shape[:2]
         if attention_mask is not None:
             return (attention_mask[:, attention_mask.shape[1] - length :] != 0).to(hidden_states.device)
@@ -274,13 +335,23 @@ class GMAForSequenceClassification(GenericForSequenceClassification, GMAPreTrain
 
 
 class GMAForTokenClassification(GenericForTokenClassification, GMAPreTrainedModel):
-    """GMA token classifier: a label per token."""
+    """
+    The GMA token classifier: one label per token.
+
+    Args:
+        config ([`GMAConfig`]): the configuration, with `num_labels`.
+    """
 
     forward = as_part_of_step(GenericForTokenClassification.forward)
 
 
 class GMAForQuestionAnswering(GenericForQuestionAnswering, GMAPreTrainedModel):
-    """GMA extractive question answering: the first and last token of the answer."""
+    """
+    GMA for extractive question answering: predicts the first and the last token of the answer.
+
+    Args:
+        config ([`GMAConfig`]): the configuration.
+    """
 
     forward = adds_nothing_without_labels(GenericForQuestionAnswering.forward)
 

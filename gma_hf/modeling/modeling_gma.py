@@ -52,7 +52,7 @@ class GMAMLP(nn.Module):
 
 
 class GMADecoderLayer(GradientCheckpointingLayer):
-    """One block: attention (GMA or softmax) and MLP, each behind a norm and beside a residual."""
+    """One block: attention (GMA or softmax) and MLP. Each has a norm before it and a residual connection."""
 
     def __init__(self, config: GMAConfig, layer_idx: int):
         super().__init__()
@@ -71,7 +71,14 @@ class GMADecoderLayer(GradientCheckpointingLayer):
 
 
 class GMAPreTrainedModel(PartOfRow, PreTrainedModel):
-    """Weight initialisation and what Transformers needs to know about every GMA model."""
+    """
+    The base class of all GMA models: initialises weights, and tells Transformers what GMA models support.
+
+    Args:
+        config ([`GMAConfig`]): the configuration.
+        inputs (`tuple`, *optional*): further arguments of `PreTrainedModel`.
+        kwargs (`dict`, *optional*): further keyword arguments of `PreTrainedModel`.
+    """
 
     config_class = GMAConfig
     config: GMAConfig
@@ -101,7 +108,7 @@ class GMAPreTrainedModel(PartOfRow, PreTrainedModel):
 
     @classmethod
     def register_for_auto_class(cls, auto_class="AutoModel"):
-        """Nothing to do: every folder that `save_pretrained` writes already loads with `trust_remote_code=True`."""
+        """Do nothing: every folder that `save_pretrained` writes already loads with `trust_remote_code=True`."""
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
@@ -119,7 +126,12 @@ class GMAPreTrainedModel(PartOfRow, PreTrainedModel):
 
 
 class GMAModel(GMAPreTrainedModel):
-    """Embeddings, blocks and final norm; causal or bidirectional as the configuration says."""
+    """
+    The GMA model without a head: embeddings, blocks and a final norm. The configuration makes it causal or bidirectional.
+
+    Args:
+        config ([`GMAConfig`]): the configuration.
+    """
 
     def __init__(self, config: GMAConfig):
         super().__init__(config)
@@ -158,21 +170,31 @@ class GMAModel(GMAPreTrainedModel):
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPast:
         """
+        Compute the hidden states of the tokens.
+
         Args:
-            input_ids (`torch.LongTensor` of shape `(batch, length)`): tokens; or give `inputs_embeds`.
-            attention_mask (`torch.Tensor` of shape `(batch, seen + length)`, *optional*): nonzero at real tokens. Padding
-                may stand anywhere.
-            position_ids (`torch.LongTensor` of shape `(batch or 1, length)`, *optional*): positions; where they start
-                anew, a new packed sequence begins. By default real tokens are counted.
-            cache (`Cache`, *optional*): state to go on from; a `DynamicCache` or `StaticCache`. Before Transformers 5.24 this
-                argument is `past_key_values`.
-            inputs_embeds (`torch.FloatTensor` of shape `(batch, length, hidden_size)`, *optional*): instead of tokens.
-            use_cache (`bool`, *optional*): return the state (causal models).
-            kwargs: `output_hidden_states`, `output_attentions`; `seq_idx` `(batch, length)` or `cu_seq_lens_q`
-                `(num_sequences + 1,)` for packed sequences; and what attention implementations take.
+            input_ids (`torch.LongTensor` of shape `(batch, length)`, *optional*): token ids. Pass either `input_ids` or
+                `inputs_embeds`.
+            attention_mask (`torch.Tensor` of shape `(batch, seen + length)`, *optional*): nonzero at real tokens, zero at
+                padding. Padding may stand anywhere. `seen` is the number of tokens in the cache; the mask may leave these
+                tokens out if no layer is softmax.
+            position_ids (`torch.LongTensor` of shape `(batch or 1, length)`, *optional*): positions. Where the positions
+                start anew, a new packed sequence begins. By default real tokens are counted.
+            cache (`Cache`, *optional*): the state to continue from, a `DynamicCache` or `StaticCache`. Before Transformers
+                5.24 the name of this argument is `past_key_values`.
+            inputs_embeds (`torch.FloatTensor` of shape `(batch, length, hidden_size)`, *optional*): embeddings instead of
+                token ids.
+            use_cache (`bool`, *optional*): whether to return the state (causal models only); by default `config.use_cache`.
+            kwargs (`dict`, *optional*): `output_hidden_states`, `output_attentions`; for packed sequences `seq_idx` of shape
+                `(batch, length)` or `cu_seq_lens_q` of shape `(num_sequences + 1,)`; and arguments of attention
+                implementations.
 
         Returns:
-            `BaseModelOutputWithPast`: `last_hidden_state` of shape `(batch, length, hidden_size)`.
+            `BaseModelOutputWithPast`: `last_hidden_state` of shape `(batch, length, hidden_size)`, `cache`.
+
+        Raises:
+            ValueError: if both or neither of `input_ids` and `inputs_embeds` are passed, if a bidirectional model gets a
+                cache, or if the mask, the positions and the cache do not fit each other.
         """
         expect_known_cache(cache, kwargs)
         if (input_ids is None) ^ (inputs_embeds is not None):
@@ -259,8 +281,9 @@ class GMAModel(GMAPreTrainedModel):
 
     def _own(self, cache: Cache) -> None:
         """
-        Tell a cache which model fills it. What a file or another model has filled must be of the same weights. After the model that
-        filled a cache was deleted, or the cache was pickled, nobody knows.
+        Record in a cache which model fills it. A cache that a file or another model has filled must come from the same
+        weights. Of a pickled cache, and after the model that filled a cache was deleted, the model is unknown, and nothing
+        is compared.
         """
         layers = [
             layer for layer in cache.layers if isinstance(layer, GMACacheLayer) and layer.owner.model() is not self
@@ -285,7 +308,7 @@ class GMAModel(GMAPreTrainedModel):
         cache: Cache | None,
         seen_tokens: int | torch.Tensor,
     ) -> torch.Tensor | None:
-        """The mask of the softmax layers, in the form that their attention implementation wants."""
+        """The mask of the softmax layers, in the form that their attention implementation needs."""
         if "full_attention" not in self.config.layer_types:
             return None
         if attention_mask is not None and attention_mask.ndim == 2 and isinstance(seen_tokens, int):
@@ -308,7 +331,7 @@ class GMAModel(GMAPreTrainedModel):
         return create_bidirectional_mask(*arguments, **others)
 
     def _check_positions(self, position_ids: torch.Tensor, length: int, seen_tokens: int | torch.Tensor):
-        """Learned positions end somewhere; an index error on a GPU would not say so."""
+        """Refuse positions beyond the learned ones. On a GPU the index error would not name the cause."""
         maximum = self.config.max_position_embeddings
         last_position = None
         if not is_tracing(position_ids) and position_ids.device.type == "cpu" and position_ids.numel() > 0:

@@ -31,7 +31,7 @@ from gma_hf.analysis import (
     responsibilities,
     write_report,
 )
-from gma_hf.analysis.report import layer_labels
+from gma_hf.analysis.analyzing import layer_labels
 from tests.conftest import make_model, tiny_config
 
 from .conftest import TEXT
