@@ -10,6 +10,8 @@ with decay as in Mamba-2, a norm per head, an output gate): linear attention, th
 To add a mixer, write a subclass with one method, `features` or `mix`, and an entry in `mixers.MIXERS`.
 """
 
+import copy
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -21,7 +23,8 @@ from benchmarks.rivals.recurrences import decayed_attention, linear_attention, s
 from benchmarks.rivals.recurrences import padding_mask_of as real_tokens
 from gma_hf import GMAConfig
 from gma_hf.cache_argument import takes_cache
-from gma_hf.modeling.attention_gma import GMARMSNorm
+from gma_hf.configuration.configuration_gma import GMA_PRESETS
+from gma_hf.modeling.attention_gma import GMAAttention, GMARMSNorm
 
 
 class Projected(nn.Module):
@@ -280,9 +283,35 @@ class GatedDeltaNet(nn.Module):
     def reset_parameters(self) -> None:
         step_bias_(self.net.dt_bias, self.config.time_step_min, self.config.time_step_max)
 
+    @torch.no_grad()
+    def finish_initialization(self) -> None:
+        if self.config.scale_output_init:
+            self.net.out_proj.weight.mul_((2 * self.config.num_hidden_layers) ** -0.5)
+
     @takes_cache
     def forward(self, hidden_states, cache=None, layout=None, is_causal: bool = True, **kwargs):
         mask = real_tokens(layout, cache)
         if mask is not None:  # the module itself masks batches of several rows only
             hidden_states = hidden_states * mask[..., None]
         return self.net(hidden_states), None
+
+
+class AlternatingGMA(GMAAttention):
+    """The gated block's GMA in layers 0, 2, ... and the correlated block's in layers 1, 3, ..., all with the quiet start."""
+
+    def __init__(self, config: GMAConfig, layer_idx: int):
+        own, correlated = copy.copy(config), GMA_PRESETS["correlated"]
+        for name in correlated:
+            setattr(
+                own,
+                name,
+                correlated[name] if layer_idx % 2 else GMA_PRESETS["gated"].get(name, getattr(GMAConfig, name)),
+            )
+        own.scale_output_init = True
+        super().__init__(own, layer_idx)
+
+    @torch.no_grad()
+    def finish_initialization(self) -> None:
+        self.reset_parameters()  # again: the linear maps were drawn behind it
+        own = self.config
+        self.mixture_norm.reset_parameters(own.mean_init_std, own.variance_init, own.prior_init == "balanced")

@@ -83,5 +83,10 @@ class Mamba2Layer(GradientCheckpointingLayer):
         self.self_attn = Mamba2Mixer(config, layer_idx)
         self.dropout = nn.Dropout(config.hidden_dropout)
 
+    @torch.no_grad()
+    def finish_initialization(self) -> None:
+        if self.self_attn.config.scale_output_init:  # of one residual a block, as Mamba-2 does it
+            self.self_attn.out_proj.weight.mul_(self.self_attn.config.num_hidden_layers**-0.5)
+
     def forward(self, hidden_states: Tensor, **kwargs) -> Tensor:
         return hidden_states + self.dropout(self.self_attn(self.input_layernorm(hidden_states), **kwargs)[0])

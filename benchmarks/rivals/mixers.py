@@ -91,6 +91,19 @@ DELTA = Mixer(
     "Gated DeltaNet", "gated", attention=blocks.GatedDeltaNet, state=state_by_dimension, only="causal",
     program="Transformers, plain PyTorch",
 )  # fmt: skip
+GATED_SOFTMAX = Mixer(
+    "softmax + RoPE, short convolution, output gate", "gated", attention=blocks.GatedSoftmaxAttention
+)
+MAMBA2 = Mixer(
+    "Mamba-2", "paper", lambda n: {"position_embedding_type": "none"}, layer=Mamba2Layer, layer_factor=2,
+    state=lambda config: EXPAND * config.hidden_size * STATE_SIZE, only="causal", program=PLAIN,
+)  # fmt: skip
+ALTERNATING = Mixer(
+    "GMA, gated and correlated layers in turn",
+    "correlated",
+    attention=blocks.AlternatingGMA,
+    state=state_by_components,
+)
 QUIET = {"scale_output_init": True}
 
 
@@ -103,7 +116,7 @@ def variant(mixer: Mixer, name: str, **overrides) -> Mixer:
 
 MIXERS: dict[str, Mixer] = {
     "softmax": SOFTMAX,
-    "softmax_gated": Mixer("softmax + RoPE, short convolution, output gate", "gated", attention=blocks.GatedSoftmaxAttention),
+    "softmax_gated": GATED_SOFTMAX,
     "gma_paper": GMA_PAPER,
     # In the paper's initialisation one component takes nearly everything at first
     "gma_paper_wide": replace(
@@ -122,10 +135,7 @@ MIXERS: dict[str, Mixer] = {
     "linear_gated": UNIT_LINEAR,
     "step_gated": STEP_LINEAR,
     "gated_delta_net": DELTA,
-    "mamba2": Mixer(
-        "Mamba-2", "paper", lambda n: {"position_embedding_type": "none"}, layer=Mamba2Layer, layer_factor=2,
-        state=lambda config: EXPAND * config.hidden_size * STATE_SIZE, only="causal", program=PLAIN,
-    ),
+    "mamba2": MAMBA2,
     "hybrid": Mixer(
         "hybrid: 1 softmax layer in 4, others GMA gated", "gated", lambda n: {"layer_types": hybrid_layers(n)}
     ),
@@ -136,6 +146,10 @@ MIXERS: dict[str, Mixer] = {
     "gated_eps": variant(GMA_GATED, "norm per head with epsilon 1e-5", head_norm_eps=1e-5),
     "gated_quiet": variant(GMA_GATED, "output scaled", **QUIET),
     "linear_quiet": variant(UNIT_LINEAR, "output scaled, q and k tied", head_norm_eps=1e-4, tie_qk_init=True, **QUIET),
+    "alternating": replace(ALTERNATING, is_variant=True),
+    "softmax_quiet": variant(GATED_SOFTMAX, "output scaled", **QUIET),
+    "mamba2_quiet": variant(MAMBA2, "output scaled", **QUIET),
+    "delta_quiet": variant(DELTA, "output scaled", **QUIET),
     "step_quiet": variant(STEP_LINEAR, "output scaled", head_norm_eps=1e-4, **QUIET),
 }  # fmt: skip
 COMPARED = [name for name, mixer in MIXERS.items() if not mixer.is_variant]
@@ -144,7 +158,10 @@ COMPARED = [name for name, mixer in MIXERS.items() if not mixer.is_variant]
 def program_of(mixer: str) -> dict:
     """What a row tells of the program that computes a rival on this machine."""
     chosen = MIXERS[mixer]
-    recurrent = mixer == "mamba2" or chosen.attention in (blocks.UnitLinearAttention, blocks.StepLinearAttention)
+    recurrent = mixer.startswith("mamba2") or chosen.attention in (
+        blocks.UnitLinearAttention,
+        blocks.StepLinearAttention,
+    )
     return {} if chosen.program is None else {"program": program() if recurrent else chosen.program}
 
 
@@ -198,7 +215,7 @@ def initialize(module: nn.Module, model: PreTrainedModel) -> nn.Module:
     """Linear maps and norms as in the package, the rest as its class says."""
     for part in module.modules():
         model._init_weights(part)
-        if hasattr(part, "reset_parameters") and not type(part).__module__.startswith("torch."):
+        if hasattr(part, "reset_parameters") and not type(part).__module__.startswith(("torch.", "gma_hf.")):
             part.reset_parameters()
     if hasattr(module, "finish_initialization"):
         module.finish_initialization()
