@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.rivals import operators
-from benchmarks.rivals.operators import GATES, MIXTURE, QKV, Shape
+from benchmarks.rivals.operators import CORRELATED, GATES, MIXTURE, NORMALISED, QKV, UNNORMALISED, Shape
 
 
 SHAPE = Shape(batch=2, length=1024, heads=4)
@@ -40,13 +40,18 @@ def padding(x: dict[str, Tensor]) -> None:
         x[name][1:, :, ::7] = 0
 
 
-BLOCKS = {"plain": (QKV + MIXTURE, True), "gated": (QKV + MIXTURE + GATES, False)}
-# Case: inputs, whether the read is normalised, and what is done to the inputs
+BLOCKS = {
+    "plain": (QKV + MIXTURE, NORMALISED),
+    "gated": (QKV + MIXTURE + GATES, UNNORMALISED),
+    "correlated": (QKV + MIXTURE + GATES, CORRELATED),
+}
+# Case: inputs, the read, and what is done to the inputs
 CASES = {name: (*block, lambda x: None) for name, block in BLOCKS.items()}
 for change in (outliers, near_zero_variances, one_hot_priors):
     CASES |= {f"{change.__name__.replace('_', ' ')}, {name}": (*block, change) for name, block in BLOCKS.items()}
-CASES["padding, plain"] = (QKV + MIXTURE + GATES[:1], True, padding)
+CASES["padding, plain"] = (QKV + MIXTURE + GATES[:1], NORMALISED, padding)
 CASES["padding, gated"] = (*BLOCKS["gated"], padding)
+CASES["padding, correlated"] = (*BLOCKS["correlated"], padding)
 
 
 def measure_case(
@@ -57,7 +62,7 @@ def measure_case(
     relative to the norm of the float64 result. A ratio compares with at least what rounding the exact result to `dtype` costs,
     an eighth of the machine epsilon or more; results that `dtype` cannot hold are left out.
     """
-    names, normalize, change = CASES[case]
+    names, options, change = CASES[case]
     inputs = {k: x.detach() for k, x in operators.make_inputs(names, shape, torch.float32, device).items()}
     torch.manual_seed(7)
     change(inputs)
@@ -65,7 +70,7 @@ def measure_case(
     grad = operators.random_grad(shape, dtype, device)
 
     def results(backend: str, inputs: dict[str, Tensor], grad: Tensor) -> dict[str, Tensor]:
-        return operators.evaluate(operators.gma(names, normalize, backend), inputs, grad)
+        return operators.evaluate(operators.gma(names, options, backend), inputs, grad)
 
     exact = results("chunked", operators.in_float64(inputs), grad.double())
     computed = [results(name, inputs, grad) for name in (backend, "chunked")]

@@ -47,7 +47,7 @@ def check_correctness() -> float:
     worst = 0.0
     for name in ("gma", "gma, decay"):
         exact, found = (
-            evaluate(operators.gma(RIVALS[name].names, True, backend), *inputs_of(name, 300, dtype))
+            evaluate(operators.gma(RIVALS[name].names, operators.NORMALISED, backend), *inputs_of(name, 300, dtype))
             for dtype, backend in ((torch.float64, "reference"), (torch.float32, "chunked"))
         )
         worst = max(worst, *(((found[k].double() - x).norm() / x.norm()).item() for k, x in exact.items()))

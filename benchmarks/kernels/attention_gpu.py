@@ -179,7 +179,8 @@ def summary(content: dict) -> str:
 
     softmax = softmax_rival(results)
     others = [name for name in (*SDPA, "fla chunk_linear_attn") if any(ms(name, n) for n in LENGTHS)]
-    own = dict(zip(GMA_EXTREMES, ("GMA", "GMA with forgetting"), strict=True))
+    titles = ("GMA", "GMA with forgetting", "GMA correlated")
+    own = {name: title for name, title in zip(GMA_EXTREMES, titles, strict=True) if any(ms(name, n) for n in LENGTHS)}
     ratio = "SDPA / {}" if softmax == "SDPA" else "FlashAttention-2 / {}"
     columns = ["tokens of a sequence", *(TITLES.get(name, name) for name in others)]
     columns += [column for title in own.values() for column in (title, ratio.format(title))]
@@ -247,7 +248,7 @@ def properties(results: Results) -> str:
             lines.append([f"{name}: peak memory beyond the necessary", f"{share:.0%}"])
     worst = [(row["worst_ratio"], row["case"], row["dtype"]) for row in results.find(part="accuracy")]
     for is_extreme in (False, True):
-        chosen = [x for x in worst if (x[1] in ("plain", "gated") or x[1].startswith("padding")) != is_extreme]
+        chosen = [x for x in worst if (x[1] in accuracy.BLOCKS or x[1].startswith("padding")) != is_extreme]
         if chosen:
             value, case, dtype = max((x for x in chosen if x[0] is not None), default=chosen[0])
             kind = "extreme inputs" if is_extreme else "ordinary inputs"

@@ -41,6 +41,7 @@ SIZES = {
 }  # fmt: skip
 MODELS = {
     "GMA gated": ("gated", "linear_attention"),
+    "GMA correlated": ("correlated", "linear_attention"),
     "GMA paper": ("paper", "linear_attention"),
     "softmax + RoPE": ("gated", "full_attention"),
     "softmax + RoPE, FlashAttention-2": ("gated", "full_attention"),

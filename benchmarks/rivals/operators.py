@@ -91,12 +91,12 @@ class Rival(NamedTuple):
     needs_gpu: bool = False
 
 
-def gma(names: tuple[str, ...], normalize: bool, backend: str | None = None) -> Rival:
+def gma(names: tuple[str, ...], options: dict, backend: str | None = None) -> Rival:
     """On a backend by its name, so that nothing falls back unnoticed: the kernels on a GPU, `chunked` on a CPU."""
 
     def function(x: dict[str, Tensor]) -> Tensor:
         chosen = backend or ("triton" if x["query"].is_cuda else "chunked")
-        return gaussian_mixture_attention(**x, normalize=normalize, backend=chosen)
+        return gaussian_mixture_attention(**x, **options, backend=chosen)
 
     return Rival(function, names)
 
@@ -130,15 +130,22 @@ def elu_attention(x: dict[str, Tensor]) -> Tensor:
     return linear_attention(query, key, x["value"])
 
 
-# The four ways to call the operator: which inputs, and whether the read is normalised
+# The ways to call the operator: which inputs, and which read
+NORMALISED, UNNORMALISED, CORRELATED = (
+    {"normalize": True},
+    {"normalize": False},
+    {"normalize": False, "correlate": True},
+)
 VARIANTS = {
-    "normalised": (QKV + MIXTURE, True),
-    "normalised, decay": (QKV + MIXTURE + GATES, True),
-    "un-normalised": (QKV + MIXTURE, False),
-    "un-normalised, decay": (QKV + MIXTURE + GATES, False),
+    "normalised": (QKV + MIXTURE, NORMALISED),
+    "normalised, decay": (QKV + MIXTURE + GATES, NORMALISED),
+    "un-normalised": (QKV + MIXTURE, UNNORMALISED),
+    "un-normalised, decay": (QKV + MIXTURE + GATES, UNNORMALISED),
+    "correlated, decay": (QKV + MIXTURE + GATES, CORRELATED),
 }
 GMA = {f"GMA {name}": gma(*variant) for name, variant in VARIANTS.items()}
-GMA_EXTREMES = ("GMA normalised", "GMA un-normalised, decay")  # the paper's block and the gated block
+# The blocks of the presets: the paper's, the gated and the correlated one
+GMA_EXTREMES = ("GMA normalised", "GMA un-normalised, decay", "GMA correlated, decay")
 SDPA = {
     "SDPA": Rival(sdpa, QKV, order=2),
     "SDPA flash": Rival(flash_attention, QKV, order=2, needs_gpu=True),
@@ -194,10 +201,10 @@ def relative_error(variant: str, shape: Shape, backend: str = "triton", device: 
     Raises:
         SystemExit: it exceeds `TOLERANCE`, or is no number: a wrong operator has no speed.
     """
-    names, normalize = VARIANTS[variant]
+    names, options = VARIANTS[variant]
     inputs, grad = make_inputs(names, shape, torch.bfloat16, device), random_grad(shape, torch.bfloat16, device)
-    actual = evaluate(gma(names, normalize, backend), inputs, grad)
-    expected = evaluate(gma(names, normalize, "chunked"), in_float64(inputs), grad.double())
+    actual = evaluate(gma(names, options, backend), inputs, grad)
+    expected = evaluate(gma(names, options, "chunked"), in_float64(inputs), grad.double())
     errors = {name: ((actual[name] - x).norm() / x.norm()).item() for name, x in expected.items()}
     wrong = {name: f"{error:.1e}" for name, error in errors.items() if not error <= TOLERANCE}
     if wrong:

@@ -350,6 +350,15 @@ def test_weight_decay_spares_what_is_no_matrix():
 def test_variants_of_the_search_differ_from_their_block_as_their_names_say():
     torch.manual_seed(0)
     made = {name: make_model(name, make_config(name, **SIZES)) for name, mixer in MIXERS.items() if mixer.is_variant}
+    # Rivals with a projection of their own; Mamba-2 has one residual a block, in twice as many blocks
+    for name, path in {"mamba2_quiet": "out_proj", "delta_quiet": "net.out_proj"}.items():
+        weight = made.pop(name).model.layers[0].self_attn.get_submodule(path).weight
+        assert weight.std().item() == pytest.approx(0.01, rel=0.1), name
+    for index, layer in enumerate(made.pop("alternating").model.layers):
+        module = layer.self_attn
+        assert module.mixture_norm.correlate == hasattr(module, "q_norm") == (index % 2 == 1)
+        assert torch.equal(module.q_proj.weight, module.k_proj.weight) == (index % 2 == 1)
+        assert module.o_proj.weight.std().item() == pytest.approx(0.01, rel=0.1)
     attention = {name: model.model.layers[0].self_attn for name, model in made.items()}
     tied = {"correlated_loud", "correlated_raw", "correlated_narrow", "linear_quiet"}
     loud = {"correlated_loud", "gated_eps"}
