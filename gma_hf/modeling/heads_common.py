@@ -75,20 +75,54 @@ def as_part_of_step(forward: Callable) -> Callable:
         `Callable`: the same `forward`, which takes `num_items_in_batch`, the number of labels of the step, besides.
     """
     place = place_of(forward, "labels")
+    others = [name for name in inspect.signature(forward).parameters if name in OTHER_LABELS]
 
     @functools.wraps(forward)
     def wrapper(self, *args, num_items_in_batch: torch.Tensor | int | None = None, **kwargs):
         outputs = forward(self, *args, **kwargs)
         labels = kwargs.get("labels", args[place] if len(args) > place else None)
-        if labels is None or (num_items_in_batch is None and not self.training):
+        # Objects to detect are lists, which nobody can count: `Trainer` gives no number and divides by itself
+        if not isinstance(labels, torch.Tensor) or not has_mean_over_labels(self):
+            return outputs
+        if num_items_in_batch is None and not self.training:
             return outputs
         num_labels = count_labels(self, labels, kwargs.get("shift_labels"))
         loss = outputs[0]
         if num_items_in_batch is not None:
-            loss = loss * (num_labels / at_least_one(num_items_in_batch))
+            num_items = at_least_one(num_items_in_batch)
+            for name in others:
+                if kwargs.get(name) is not None and bool(num_labels != num_items):
+                    raise ValueError(more_than_labels(self, name))
+            loss = loss * (num_labels / num_items)
         return with_loss(outputs, zero_unless(num_labels > 0, loss))
 
     return wrapper
+
+
+# Labels beside `labels`, whose mean a head adds to the mean over those
+OTHER_LABELS = ("next_sentence_label", "sentence_order_label")
+
+
+def has_mean_over_labels(model: Any) -> bool:
+    """Whether a head's loss is a mean over its labels. That of CTC is a sum over rows, or a mean over rows."""
+    return not type(model).__name__.endswith("ForCTC")
+
+
+def adds_up_to_a_step(model: Any) -> bool:
+    """
+    Whether the losses of a step's batches add up to the loss of the step, so that `Trainer` must not divide by the number of
+    batches. `Trainer` reads it as `accepts_loss_kwargs`.
+    """
+    return has_mean_over_labels(model) or model.config.ctc_loss_reduction == "sum"
+
+
+def more_than_labels(model: Any, name: str) -> str:
+    """Why a step cannot have several batches."""
+    return (
+        f"The loss of {type(model).__name__} is the mean over `labels` plus the mean over `{name}`. `num_items_in_batch` counts "
+        "`labels` alone, so several batches of one step would not add up to the loss of the step. Use "
+        f"`gradient_accumulation_steps=1` and one process, or leave `{name}` out with a head for `labels` alone."
+    )
 
 
 def adds_nothing_without_labels(forward: Callable) -> Callable:

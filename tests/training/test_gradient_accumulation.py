@@ -25,6 +25,12 @@ LABELS = {
     "class of each token": (TOKENS % 3).masked_fill(UNLABELLED, -100),
     "class": torch.tensor([0, 1, 2, 1]),
     "number": torch.tensor([0.5, -1.0, 2.0, 0.0]),
+    "choice": torch.tensor([0, 2, 1, 1]),
+    "tokens of each choice": torch.stack([TOKENS, TOKENS.flip(1)], 1).masked_fill(UNLABELLED[:, None], -100),
+    "objects": [
+        [{"class_labels": torch.tensor([i % 3]), "boxes": torch.tensor([[0.5, 0.5, 0.2, 0.1 * (i + 1)]])}]
+        for i in range(4)
+    ],
     "rows of 0 and 1": torch.tensor([[0.0, 1.0, 1.0], [1.0, 0.0, 0.0], [0.0, 0.0, 0.0], [1.0, 1.0, 1.0]]),
 }
 NATIVE = {
@@ -35,6 +41,11 @@ NATIVE = {
     "SequenceClassification, regression": ("number", {"num_labels": 1}),
     "SequenceClassification, several classes": ("rows of 0 and 1", {"num_labels": 3}),
     "QuestionAnswering": (None, {}),
+}
+SOUND = {
+    **{k: v for k, v in SIZES.items() if k not in ("max_position_embeddings", "bos_token_id", "eos_token_id")},
+    **{"conv_dim": (8, 8), "conv_stride": (2, 2), "conv_kernel": (3, 3), "num_feat_extract_layers": 2},
+    **{"layerdrop": 0.0, "mask_time_prob": 0.0},
 }
 CONVERTED = {
     "LlamaForCausalLM": ("tokens", GQA),
@@ -51,23 +62,56 @@ CONVERTED = {
     "BertForSequenceClassification": ("rows of 0 and 1", {**ENCODER, "num_labels": 3}),
     "BertForQuestionAnswering": (None, ENCODER),
     "BertForNextSentencePrediction": ("class", {**ENCODER, "num_labels": 3}),
+    "BertForMultipleChoice": ("choice", ENCODER),
+    "GPT2DoubleHeadsModel": ("tokens of each choice", SIZES),
     "ViTForImageClassification": ("class", {**IMAGE, "num_labels": 3}),
+    "Wav2Vec2ForCTC": ("tokens", SOUND),
+    "Wav2Vec2ForCTC, mean over rows": ("tokens", {**SOUND, "ctc_loss_reduction": "mean"}),
+    "YolosForObjectDetection": (
+        "objects",
+        {**IMAGE, "image_size": [8, 8], "num_detection_tokens": 4, "num_labels": 3},
+    ),
     "BartForConditionalGeneration": ("tokens", {**BART, "dropout": 0.0}),
 }
 
 
-def rows_of(kind, is_image=False):
+def rows_of(kind, main_input="input_ids"):
     rows = []
     for index in range(4):
+        generator = torch.Generator().manual_seed(index)
         row = {"input_ids": TOKENS[index], "attention_mask": torch.ones(LENGTH, dtype=torch.long)}
-        if is_image:
-            row = {"pixel_values": torch.randn(3, 8, 8, generator=torch.Generator().manual_seed(index))}
+        if main_input == "pixel_values":
+            row = {"pixel_values": torch.randn(3, 8, 8, generator=generator)}
+        if main_input == "input_values":
+            row = {"input_values": torch.randn(200, generator=generator)}
+        if kind in ("choice", "tokens of each choice"):
+            choices = [TOKENS[index], TOKENS[index].flip(0), TOKENS[index].roll(1)]
+            row = {"input_ids": torch.stack(choices if kind == "choice" else choices[:2])}
         if kind is None:
             row |= {"start_positions": torch.tensor(index), "end_positions": torch.tensor(index + 3)}
         else:
-            row["labels"] = LABELS[kind][index] % 2 if kind == "class" and not is_image else LABELS[kind][index]
+            is_pair = kind == "class" and main_input == "input_ids"
+            row["labels"] = LABELS[kind][index] % 2 if is_pair else LABELS[kind][index]
         rows.append(row)
     return rows
+
+
+def batch_of(rows):
+    """A batch; objects to detect stay a list."""
+    batch = {}
+    for name, first in rows[0].items():
+        column = [row[name] for row in rows]
+        batch[name] = [x for objects in column for x in objects] if isinstance(first, list) else torch.stack(column)
+    return batch
+
+
+def converted(name):
+    """A converted model and four rows for it."""
+    kind, arguments = CONVERTED[name]
+    model_class = getattr(transformers, name.split(",")[0])
+    torch.manual_seed(0)
+    model = convert_to_gma(model_class(model_class.config_class(**arguments)), num_components=6)
+    return model, rows_of(kind, model.main_input_name)
 
 
 def gradient(model, rows, tmp_path, batch_size, accumulation):
@@ -87,15 +131,16 @@ def gradient(model, rows, tmp_path, batch_size, accumulation):
         use_cpu=True,
         disable_tqdm=True,
         save_strategy="no",
+        remove_unused_columns=False,
     )
-    Trainer(model=model, args=arguments, train_dataset=rows).train()
+    Trainer(model=model, args=arguments, train_dataset=rows, data_collator=batch_of).train()
     return torch.cat([(b - p.detach()).flatten() for p, b in zip(model.parameters(), before, strict=True)])
 
 
 def mean_over_all_labels(model, rows):
     """The gradient of the loss that the head gives all rows at once, without any Trainer."""
     model = copy.deepcopy(model).train()
-    model(**{name: torch.stack([row[name] for row in rows]) for name in rows[0]}).loss.backward()
+    model(**batch_of(rows)).loss.backward()
     zero = torch.zeros
     return torch.cat([(zero(p.shape) if p.grad is None else p.grad).flatten() for p in model.parameters()])
 
@@ -124,11 +169,19 @@ def test_native_heads(name, tmp_path):
 
 @pytest.mark.parametrize("name", list(CONVERTED))
 def test_heads_of_converted_models(name, tmp_path):
-    kind, arguments = CONVERTED[name]
-    model_class = getattr(transformers, name)
+    expect_the_same_update(*converted(name), tmp_path)
+
+
+def test_a_loss_over_two_kinds_of_labels_is_not_accumulated():
+    """The number of tokens that a step predicts does not tell how many pairs of sentences it has."""
     torch.manual_seed(0)
-    model = convert_to_gma(model_class(model_class.config_class(**arguments)), num_components=6)
-    expect_the_same_update(model, rows_of(kind, is_image="pixel_values" == model.main_input_name), tmp_path)
+    model = convert_to_gma(transformers.BertForPreTraining(transformers.BertConfig(**ENCODER)), num_components=6)
+    batch = {"input_ids": TOKENS, "labels": LABELS["tokens"], "next_sentence_label": LABELS["class"] % 2}
+    number = LABELS["tokens"].ne(-100).sum()
+    whole = model(**batch, num_items_in_batch=number).loss
+    torch.testing.assert_close(whole, model(**batch).loss)
+    with pytest.raises(ValueError, match="gradient_accumulation_steps=1"):
+        model(**batch, num_items_in_batch=2 * number)
 
 
 def without_labels(row: dict) -> dict:
@@ -137,9 +190,13 @@ def without_labels(row: dict) -> dict:
     return row | empty | {name: torch.tensor(512) for name in row if name.endswith("_positions")}
 
 
-# Numbers, and rows of 0 and 1, have no value for "no label"
+# Numbers, rows of 0 and 1, and lists have no value for "no label"; choices and CTC always have one
 IGNORABLE = [name for name, (kind, _) in NATIVE.items() if kind not in ("number", "rows of 0 and 1")]
-IGNORABLE_CONVERTED = [name for name, (kind, _) in CONVERTED.items() if kind != "rows of 0 and 1"]
+IGNORABLE_CONVERTED = [
+    name
+    for name, (kind, _) in CONVERTED.items()
+    if kind not in ("rows of 0 and 1", "choice", "objects") and "CTC" not in name
+]
 
 
 def head(name: str):
@@ -147,11 +204,7 @@ def head(name: str):
     if name in NATIVE:
         kind, overrides = NATIVE[name]
         return make_model(getattr(gma_hf, f"GMAFor{name}"), tiny_config("gated", **overrides)), rows_of(kind)
-    kind, arguments = CONVERTED[name]
-    model_class = getattr(transformers, name)
-    torch.manual_seed(0)
-    model = convert_to_gma(model_class(model_class.config_class(**arguments)), num_components=6)
-    return model, rows_of(kind, is_image="pixel_values" == model.main_input_name)
+    return converted(name)
 
 
 @pytest.mark.parametrize("name", [*IGNORABLE, *IGNORABLE_CONVERTED])
@@ -160,7 +213,7 @@ def test_a_batch_without_any_label_adds_nothing(name):
     model, rows = head(name)
     model.train()
     empty = [without_labels(row) for row in rows]
-    batch = {name: torch.stack([row[name] for row in empty]) for name in rows[0]}
+    batch = batch_of(empty)
     steps = [{}] if "labels" not in batch else [{}, {"num_items_in_batch": 0}, {"num_items_in_batch": torch.tensor(0)}]
     for step in steps:
         for options in ({}, {"return_dict": False}):

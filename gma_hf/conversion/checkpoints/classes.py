@@ -37,7 +37,12 @@ from ...compat import (
     share_processors,
     transformers_model_types,
 )
-from ...modeling.heads_common import GMAGenerationMixin, adds_nothing_without_labels, as_part_of_step
+from ...modeling.heads_common import (
+    GMAGenerationMixin,
+    adds_nothing_without_labels,
+    adds_up_to_a_step,
+    as_part_of_step,
+)
 from ...modeling.memory_parts import LACKING_BEFORE
 from ...parallel.heads import PartOfRow
 from ...remote_code import add_remote_code
@@ -135,7 +140,8 @@ class ConvertedModelMixin(PartOfRow):
     def loss_type(self) -> str | None:
         # `Trainer` reads here that labels are shifted. Transformers finds no kind of loss in names such as GPT2LMHeadModel
         found = vars(self).get("loss_type")
-        return "ForCausalLM" if found is None and type(self).__name__.endswith("LMHeadModel") else found
+        is_causal = type(self).__name__.endswith(("LMHeadModel", "DoubleHeadsModel"))
+        return "ForCausalLM" if found is None and is_causal else found
 
     @loss_type.setter
     def loss_type(self, value: str | None):
@@ -231,7 +237,10 @@ def converted_model_class(
     names = inspect.signature(model_class.forward).parameters
     if "labels" in names:
         # Many heads ignore `num_items_in_batch`, and some have no argument for it
-        members |= {"forward": as_part_of_step(model_class.forward), "accepts_loss_kwargs": True}
+        members |= {
+            "forward": as_part_of_step(model_class.forward),
+            "accepts_loss_kwargs": property(adds_up_to_a_step),
+        }
     elif "start_positions" in names and "end_positions" in names:
         members["forward"] = adds_nothing_without_labels(model_class.forward)
     if CACHE_NAME == "cache" and CACHE_NAME in names:
