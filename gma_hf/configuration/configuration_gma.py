@@ -59,15 +59,15 @@ class GMAConfig(PreTrainedConfig):
     block; `GMAConfig.from_preset("gated")` is the block to train for quality, `"correlated"` the one that recalls as well.
 
     Args:
-        vocab_size (`int`, *optional*, defaults to 32000):
+        vocab_size (`int`, *optional*, defaults to `32000`):
             Size of the vocabulary.
-        hidden_size (`int`, *optional*, defaults to 768):
+        hidden_size (`int`, *optional*, defaults to `768`):
             Width of the residual stream.
-        intermediate_size (`int`, *optional*, defaults to 2048):
+        intermediate_size (`int`, *optional*, defaults to `2048`):
             Width of the SwiGLU MLP.
-        num_hidden_layers (`int`, *optional*, defaults to 12):
+        num_hidden_layers (`int`, *optional*, defaults to `12`):
             Number of layers.
-        num_attention_heads (`int`, *optional*, defaults to 12):
+        num_attention_heads (`int`, *optional*, defaults to `12`):
             Number of heads. Every head of a GMA layer has a mixture of its own.
         num_key_value_heads (`int`, *optional*):
             Number of key and value heads (grouped-query attention); divides `num_attention_heads`, which is the default.
@@ -76,7 +76,7 @@ class GMAConfig(PreTrainedConfig):
             `hidden_size // num_attention_heads`.
         routing_dim (`int`, *optional*):
             Dimension of the queries and keys of GMA layers, the space the mixture lives in. Defaults to `head_dim`.
-        num_components (`int`, *optional*, defaults to 64):
+        num_components (`int`, *optional*, defaults to `64`):
             Number of Gaussian components per head (the paper's K): the number of memory slots.
         layer_types (`list[str]`, *optional*):
             One entry per layer: `"linear_attention"` is GMA, `"full_attention"` is softmax. Defaults to GMA everywhere.
@@ -90,7 +90,7 @@ class GMAConfig(PreTrainedConfig):
             only the softmax layers do.
         rope_parameters (`RopeParameters`, *optional*):
             RoPE in the usual Transformers form: `rope_theta`, `rope_type` and what that type needs.
-        max_position_embeddings (`int`, *optional*, defaults to 2048):
+        max_position_embeddings (`int`, *optional*, defaults to `2048`):
             Length of the table of learned positions; only learned positions bound the length of a sequence.
         normalize_read (`bool`, *optional*, defaults to `True`):
             Divide the read by the accumulated responsibility (the paper), or leave it un-normalised and put a norm per
@@ -100,13 +100,13 @@ class GMAConfig(PreTrainedConfig):
             Needs `normalize_read=False`, two components or more, and no window.
         use_qk_norm (`bool`, *optional*, defaults to `False`):
             RMS norms on the queries and keys of GMA layers, behind the short convolution.
-        conv_kernel_size (`int`, *optional*, defaults to 0):
+        conv_kernel_size (`int`, *optional*, defaults to `0`):
             Width of the depthwise short convolution (with SiLU) on queries, keys and values of GMA layers; 0 for none.
-        window_size (`int`, *optional*, defaults to 0):
+        window_size (`int`, *optional*, defaults to `0`):
             Number of nearest tokens that GMA layers see exactly, by softmax, with the mixture holding what is older: a
             token itself and the `window_size - 1` before it, or `window_size` to each side if not `is_causal`. Softmax and
             mixture share one normaliser, whatever `normalize_read` says. 0 for no window.
-        num_sink_tokens (`int`, *optional*, defaults to 0):
+        num_sink_tokens (`int`, *optional*, defaults to `0`):
             How many of the first tokens of each sequence every later token sees exactly as well, when they have left its
             window: the mixture does not hold them (attention sinks, arXiv:2309.17453). Causal, with a window, only.
         use_write_weight (`bool`, *optional*, defaults to `False`):
@@ -117,13 +117,13 @@ class GMAConfig(PreTrainedConfig):
             Norm per head and SiLU gate on what the heads read.
         head_norm_eps (`float`, *optional*):
             Epsilon of the norm per head. Reads below its root stay quiet. Defaults to `rms_norm_eps`.
-        read_eps (`float`, *optional*, defaults to 1e-06):
+        read_eps (`float`, *optional*, defaults to `1e-06`):
             The constant that keeps the normaliser of the read away from zero.
-        variance_floor (`float`, *optional*, defaults to 0.0001):
+        variance_floor (`float`, *optional*, defaults to `0.0001`):
             The smallest variance of a component in any dimension.
-        mean_init_std (`float`, *optional*, defaults to 1.0):
+        mean_init_std (`float`, *optional*, defaults to `1.0`):
             Standard deviation of the initial component means.
-        variance_init (`float`, *optional*, defaults to 0.6931472):
+        variance_init (`float`, *optional*, defaults to `0.6931472`):
             Initial variance of the components; must exceed `variance_floor`. The default is softplus(0), the paper's, at which
             one component is responsible for nearly all of a token in 64 dimensions; 16 served the paper's block much better
             (docs/results.md).
@@ -135,31 +135,37 @@ class GMAConfig(PreTrainedConfig):
         scale_output_init (`bool`, *optional*, defaults to `False`):
             Initialise the output projections of GMA layers with `initializer_range / sqrt(2 * num_hidden_layers)`, as GPT-2
             does.
-        time_step_min (`float`, *optional*, defaults to 0.001):
+        time_step_min (`float`, *optional*, defaults to `0.001`):
             Smallest initial step: write weights and decays start from steps drawn log-uniformly in
             [`time_step_min`, `time_step_max`], as in Mamba-2.
-        time_step_max (`float`, *optional*, defaults to 0.1):
+        time_step_max (`float`, *optional*, defaults to `0.1`):
             Largest initial step.
         decay_rate_range (`tuple[float, float]`, *optional*, defaults to `(1.0, 16.0)`):
             Range of the initial decay rates A.
         hidden_act (`str`, *optional*, defaults to `"silu"`):
             Activation of the MLP.
-        hidden_dropout (`float`, *optional*, defaults to 0.0):
+        hidden_dropout (`float`, *optional*, defaults to `0.0`):
             Dropout on the embeddings and on the output of every attention and MLP block.
-        attention_dropout (`float`, *optional*, defaults to 0.0):
+        attention_dropout (`float`, *optional*, defaults to `0.0`):
             Dropout on the attention weights of the softmax layers.
-        classifier_dropout (`float`, *optional*, defaults to 0.0):
+        classifier_dropout (`float`, *optional*, defaults to `0.0`):
             Dropout before the classification heads.
         attention_bias (`bool`, *optional*, defaults to `False`):
             Biases in the query, key, value and output projections.
         mlp_bias (`bool`, *optional*, defaults to `False`):
             Biases in the MLP.
-        rms_norm_eps (`float`, *optional*, defaults to 1e-06):
+        rms_norm_eps (`float`, *optional*, defaults to `1e-06`):
             Epsilon of the RMS norms.
-        initializer_range (`float`, *optional*, defaults to 0.02):
+        initializer_range (`float`, *optional*, defaults to `0.02`):
             Standard deviation of the initial projections and embeddings.
         use_cache (`bool`, *optional*, defaults to `True`):
             Whether the model returns its state, for generation.
+        pad_token_id (`int`, *optional*):
+            Id of the padding token.
+        bos_token_id (`int`, *optional*):
+            Id of the token at the beginning of a text.
+        eos_token_id (`int` or `list[int]`, *optional*):
+            Id of the token at the end of a text, or several such ids.
         tie_word_embeddings (`bool`, *optional*, defaults to `True`):
             Whether input and output embeddings share their weights.
 
@@ -275,14 +281,15 @@ class GMAConfig(PreTrainedConfig):
     @classmethod
     def from_preset(cls, preset: str, **overrides) -> "GMAConfig":
         """
-        A configuration of one of the documented blocks.
+        The configuration of one of the documented blocks.
 
         Args:
-            preset (`str`): `"paper"`, `"gated"` or `"correlated"`. A bidirectional gated block has no decay: nothing comes "before".
-            overrides: any field of the configuration; they win over the preset.
+            preset (`str`): `"paper"`, `"gated"` or `"correlated"`. A bidirectional gated block has no decay, because
+                forgetting needs an order.
+            overrides (`Any`, *optional*): fields of the configuration. They override the preset.
 
         Returns:
-            `GMAConfig`.
+            [`GMAConfig`]: the configuration.
 
         Raises:
             ValueError: if there is no such preset, or the overrides are impossible.
@@ -295,13 +302,16 @@ class GMAConfig(PreTrainedConfig):
         return cls(**{**values, **overrides})
 
     def validate_architecture(self):
-        """Part of the `@strict` validation: impossible values and combinations, with the valid choice in the message."""
+        """
+        Check for impossible values and combinations, as part of the `@strict` validation. The messages give the valid
+        choice.
+        """
         expect_possible(self)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
         """
-        A configuration from a dictionary, with single values overridden by keywords: the values are checked together. See
+        The configuration from a dictionary. Keywords override single values, and all values are checked together. See
         [`PreTrainedConfig.from_dict`] for the arguments.
         """
         refuse_misspelt(cls, kwargs)
@@ -310,23 +320,26 @@ class GMAConfig(PreTrainedConfig):
         return config
 
     def update_from_string(self, update_str: str):
-        """Change fields by `"name=value,name=value"`, and check the result. See [`PreTrainedConfig.update_from_string`]."""
+        """
+        Change fields by `"name=value,name=value"`, and check the result. See [`PreTrainedConfig.update_from_string`] for the
+        arguments.
+        """
         super().update_from_string(update_str)
         self.validate()
 
     @classmethod
     def register_for_auto_class(cls, auto_class="AutoConfig"):
-        """Nothing to do: every folder that [`save_pretrained`] writes already loads with `trust_remote_code=True`."""
+        """Do nothing: every folder that [`save_pretrained`] writes already loads with `trust_remote_code=True`."""
 
     def to_dict(self) -> dict[str, Any]:
-        """The configuration as a dictionary, by which PEFT looks up the modules to adapt."""
+        """The configuration as a dictionary. PEFT reads from it which modules to adapt."""
         share_adapter_defaults()
         return super().to_dict()
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs):
         """
-        Save the configuration, and beside it the few lines that let programs which never import gma_hf load the folder
-        with `trust_remote_code=True`. See [`PreTrainedConfig.save_pretrained`] for the arguments.
+        Save the configuration, and a small file with which programs that do not import gma_hf load the folder by
+        `trust_remote_code=True`. See [`PreTrainedConfig.save_pretrained`] for the arguments.
         """
         add_remote_code(self, save_directory)
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)

@@ -1,7 +1,7 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
 """
-What is known about the architectures of Transformers. Any model whose attention goes through Transformers' attention
-interface can be tried; this table says which are tested, what to know about them, and which cannot work, and why.
+The architectures of Transformers: which are tested, what to know about each, and which cannot be converted. You can try any
+model whose attention goes through the attention interface of Transformers.
 """
 
 from typing import NamedTuple
@@ -11,13 +11,13 @@ from transformers import PreTrainedModel
 
 class Architecture(NamedTuple):
     """
-    One row of the table.
+    One row of the table of architectures.
 
-    Attributes:
-        model_type (`str`): as in config.json.
+    Args:
+        model_type (`str`): the model type, as in config.json.
         kind (`str`): "decoder", "encoder", "encoder-decoder", "vision encoder", "vision and text encoders"; or "refused".
-        tested (`bool`): whether the tests of gma_hf convert it.
-        notes (`str`): what to know, or why it is refused.
+        tested (`bool`): whether the tests of gma_hf convert this architecture.
+        notes (`str`, *optional*, defaults to `""`): what to know about the architecture, or why it is refused.
     """
 
     model_type: str
@@ -101,18 +101,18 @@ TABLE = (
 
 def supported_architectures() -> tuple[Architecture, ...]:
     """
-    What is known about the architectures of Transformers.
+    The table of architectures.
 
     Returns:
-        `tuple[Architecture, ...]`: rows of `model_type`, `kind`, `tested` and `notes`. Rows of the kind "refused" cannot be
-        converted, and `notes` says why. An architecture without a row is tried: if its attention goes through Transformers'
-        attention interface, it can be converted.
+        `tuple[Architecture, ...]`: the rows. A row of the kind "refused" cannot be converted, and `notes` says why. An
+        architecture without a row can be tried: it can be converted if its attention goes through the attention interface of
+        Transformers.
     """
     return TABLE
 
 
 def supported_list() -> str:
-    """One sentence with the model types that are tested."""
+    """One sentence with the tested model types."""
     tested = ", ".join(row.model_type for row in TABLE if row.tested)
     return f"Tested architectures are: {tested}. Others that use the interface can be tried."
 

@@ -1,5 +1,5 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
-"""The options of a conversion, checked when a model is converted and when a saved folder is loaded."""
+"""The options of a conversion. They are checked when a model is converted, and when a saved folder is loaded."""
 
 import dataclasses
 import difflib
@@ -27,36 +27,31 @@ RECIPES: dict[str, dict[str, Any]] = {
 @dataclass
 class GMAConversionConfig:
     """
-    What [`convert_to_gma`] did to a model: the entry `gma` of the configuration of a converted model.
+    The options of a conversion: the entry `gma` in the configuration of a converted model.
 
     Args:
-        layers (`dict[str, dict]`):
-            From the names of the converted attention modules, relative to the base model, to what the model decides for each
-            of them: `num_heads`, `num_key_value_heads`, `routing_dim`, `value_dim`, `is_causal`, `rotary_dim` and
-            `undone_columns`, see [`GMAConversion`].
-        softmax_layers (`list[str]`):
-            The names of the attention modules that were not converted.
-        num_components (`int`, *optional*, defaults to 64):
-            Gaussian components per head, the slots of the memory.
-        window_size (`int`, *optional*, defaults to 0):
-            How many of the nearest tokens are seen exactly, by softmax, in front of the memory; 0 for none.
-        num_sink_tokens (`int`, *optional*, defaults to 0):
-            How many of the first tokens of each sequence stay exactly visible in causal layers. Needs a window.
-        use_routing_projections (`bool`, *optional*, defaults to `False`):
-            Whether queries and keys pass a learned map per head before they are routed.
-        use_forgetting (`bool`, *optional*, defaults to `False`):
-            Whether the memory of causal layers forgets, by a learned gate.
-        variance_floor (`float`, *optional*, defaults to 1e-4):
-            Smallest variance, in squared units of queries and keys.
-        read_eps (`float`, *optional*, defaults to 1e-6):
-            Constant added to the normaliser of the read.
-        mean_init_std (`float`, *optional*, defaults to 1.0):
-            Standard deviation of the means before calibration or training.
-        variance_init (`float`, *optional*, defaults to 1.0):
-            Variance of the components before calibration or training. Must exceed `variance_floor`.
+        layers (`dict[str, dict]`, *optional*): from the names of the converted attention modules, relative to the base
+            model, to the sizes that the model decides for each of them: `num_heads`, `num_key_value_heads`, `routing_dim`,
+            `value_dim`, `is_causal`, `rotary_dim` and `undone_columns`, see [`GMAConversion`].
+        softmax_layers (`list[str]`, *optional*): the names of the attention modules that were not converted.
+        num_components (`int`, *optional*, defaults to `64`): Gaussian components per head, the slots of the memory.
+        window_size (`int`, *optional*, defaults to `0`): number of nearest tokens that are seen exactly, by softmax; 0 for
+            none.
+        num_sink_tokens (`int`, *optional*, defaults to `0`): number of first tokens of each sequence that stay exactly
+            visible in causal layers. Needs a window.
+        use_routing_projections (`bool`, *optional*, defaults to `False`): whether queries and keys pass a learned map per
+            head before the routing.
+        use_forgetting (`bool`, *optional*, defaults to `False`): whether the memory of causal layers forgets, by a learned
+            gate.
+        variance_floor (`float`, *optional*, defaults to `1e-4`): smallest variance, in squared units of queries and keys.
+        read_eps (`float`, *optional*, defaults to `1e-6`): constant added to the normaliser of the read.
+        mean_init_std (`float`, *optional*, defaults to `1.0`): standard deviation of the means before calibration or
+            training.
+        variance_init (`float`, *optional*, defaults to `1.0`): variance of the components before calibration or training.
+            Must exceed `variance_floor`.
 
     Raises:
-        ValueError: for impossible values and combinations. The message names the field, its value and what was expected.
+        ValueError: for impossible values and combinations. The message names the field, its value and the expected values.
     """
 
     layers: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -121,16 +116,16 @@ class GMAConversionConfig:
     @classmethod
     def from_dict(cls, values: Any) -> "GMAConversionConfig":
         """
-        The options of a saved conversion.
+        Read the options of a saved conversion.
 
         Args:
-            values (`dict`): the entry `gma` of a converted model's configuration.
+            values (`dict`): the entry `gma` of the configuration of a converted model.
 
         Returns:
-            [`GMAConversionConfig`].
+            [`GMAConversionConfig`]: the options.
 
         Raises:
-            ValueError: for unknown and missing fields, and impossible values.
+            ValueError: for unknown fields, missing fields, and impossible values.
         """
         if not isinstance(values, Mapping):
             raise ValueError(
@@ -152,26 +147,39 @@ class GMAConversionConfig:
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
-        """What is saved."""
+        """
+        The options as a dictionary, as they are saved.
+
+        Returns:
+            `dict`: the fields by name.
+        """
         return {option.name: getattr(self, option.name) for option in dataclasses.fields(self)}
 
     def layer_arguments(self, name: str) -> dict[str, Any]:
-        """The arguments of [`GMAConversion`] for one layer."""
+        """
+        The arguments of [`GMAConversion`] for one layer.
+
+        Args:
+            name (`str`): name of the attention module, relative to the base model.
+
+        Returns:
+            `dict`: the arguments by name.
+        """
         options = self.to_dict()
         return {**options.pop("layers")[name], **{k: v for k, v in options.items() if k != "softmax_layers"}}
 
 
 def with_recipe(recipe: str | None, chooses_layers: bool, given: dict[str, Any]) -> dict[str, Any]:
     """
-    The options that a recipe and the user give together.
+    Combine the options of a recipe with the options of the user.
 
     Args:
         recipe (`str`, *optional*): the name of a recipe.
-        chooses_layers (`bool`): whether the user says which layers to convert, so that the recipe does not.
-        given (`dict`): the user's options, `None` where the user gives none. They override the recipe's.
+        chooses_layers (`bool`): whether the user chooses the layers. The recipe then does not choose them.
+        given (`dict`): the options of the user, `None` for options that the user does not set. They override the recipe.
 
     Returns:
-        `dict`: the options that the recipe or the user give.
+        `dict`: the options that the recipe or the user sets.
 
     Raises:
         ValueError: if there is no such recipe.
@@ -202,8 +210,10 @@ SHAPES = {
 
 def check_shapes(layer: str, shapes: Mapping[str, Any]) -> None:
     """
+    Check that the sizes of a layer are possible.
+
     Raises:
-        ValueError: unless the shapes of a layer are possible.
+        ValueError: if they are not.
     """
     where = f"layers[{layer!r}]"
     known = [*SHAPES, "undone_columns"]
@@ -241,7 +251,7 @@ def whole_number(name: str, value: Any, smallest: int, note: str = "") -> int:
     The value as an `int`.
 
     Raises:
-        ValueError: unless it is a whole number, not smaller than the smallest.
+        ValueError: if the value is no whole number, or too small.
     """
     try:
         whole = operator.index(value)
@@ -262,7 +272,7 @@ def number(name: str, value: Any, is_positive: bool) -> float:
     The value as a `float`.
 
     Raises:
-        ValueError: unless it is a finite number that is positive, or not negative.
+        ValueError: if the value is no finite number, is negative, or is 0 and must be positive.
     """
     if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
         raise ValueError(f"`{name}` must be a finite number, got {value!r}.")
@@ -273,15 +283,17 @@ def number(name: str, value: Any, is_positive: bool) -> float:
 
 def expect_bool(name: str, value: Any) -> None:
     """
+    Check that a value is `True` or `False`.
+
     Raises:
-        ValueError: unless it is `True` or `False`.
+        ValueError: if it is not.
     """
     if not isinstance(value, bool):
         raise ValueError(f"`{name}` must be True or False, got {value!r}.")
 
 
 def unknown_field(name: str, value: Any, known: list[str], where: str = "") -> str:
-    """The message for a field that does not exist, with the name that may have been meant."""
+    """The message for a field that does not exist, with the most similar name."""
     similar = difflib.get_close_matches(str(name), known, n=1)
     meant = f" Did you mean `{similar[0]}`?" if similar else ""
     return (

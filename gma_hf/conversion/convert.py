@@ -49,64 +49,52 @@ def convert_to_gma(
     example_inputs: dict[str, Any] | None = None,
 ) -> PreTrainedModel:
     """
-    Replace the softmax of a model's self-attention by Gaussian Mixture Attention (Huang and Raza, arXiv:2606.18283), in
-    place. Projections, norms, positions and the names of all weights stay; each converted module gains a child `gma`.
+    Replace the softmax of the self-attention of a model by Gaussian Mixture Attention (Huang and Raza, arXiv:2606.18283), in
+    place. Projections, norms, positions and the names of all weights stay. Each converted module gets a child `gma`.
 
     Args:
-        model (`PreTrainedModel`):
-            A loaded model of Transformers.
-        layers (`list` of `int` or `str`, `float` or `str`, *optional*):
-            Which self-attention layers to convert. All by default. A list of indices, counted over the self-attention layers
-            in the order of the model: those of an encoder come before those of its decoder, negative ones count from the end.
-            A list of module names, or of their beginnings, such as `["encoder"]`. Or a fraction between 0 and 1, spread
-            evenly.
-        recipe (`str`, *optional*):
-            A named choice of options: `"hybrid"` keeps every fourth layer softmax, and the others see the nearest 128 tokens
-            and the first one exactly; `"window"` does the latter in all layers; `"linear"` keeps no softmax, and the memory
-            forgets. After distillation SmolLM2-135M has 1.02, 1.15 and 2.45 times the perplexity of the original with them.
-            Options that are given override those of the recipe; `layers` override its choice of layers. What needs causal
-            layers is left out for an encoder.
-        keep_every (`int`, *optional*):
-            Of the layers above, every n-th (the n-th, the 2n-th, ...) stays softmax.
-        num_components (`int`, *optional*, defaults to 64):
-            Gaussian components per head, the slots of the memory.
-        window_size (`int`, *optional*, defaults to 0):
-            How many of the nearest tokens are seen exactly, by softmax, in front of the memory; 0 for none.
-        num_sink_tokens (`int`, *optional*, defaults to 0):
-            How many of the first tokens of each sequence stay exactly visible in causal layers when they have left the
-            window, instead of passing into the memory. Pretrained models pay much attention to the very first token: 1 or 4
-            are good choices.
-        use_routing_projections (`bool`, *optional*, defaults to `False`):
-            Whether queries and keys pass a learned map per head before they are routed.
-        use_forgetting (`bool`, *optional*, defaults to `False`):
-            Whether the memory of causal layers forgets, by a learned gate.
-        undo_rotation (`bool`, *optional*):
-            Whether queries and keys are routed without the slow ones of their rotary positions, so that the memory is as good
-            at positions that it was not fitted to. By default in every layer whose rotation can be undone, except
-            bidirectional layers without a window, which would see little of the order.
-        undo_rotation_beyond (`float`, *optional*):
-            Which rotations are slow: those that take more than so many tokens for a turn. Not more than the length of the
-            texts that the model is calibrated and trained on; 0 for all rotations. By default 1,024 behind a window, and 0
-            where there is none.
-        variance_floor (`float`, *optional*, defaults to 1e-4):
-            Smallest variance, in squared units of queries and keys.
-        read_eps (`float`, *optional*, defaults to 1e-6):
-            Constant added to the normaliser of the read.
-        mean_init_std (`float`, *optional*, defaults to 1.0):
-            Standard deviation of the means before they are calibrated or trained.
-        variance_init (`float`, *optional*, defaults to 1.0):
-            Variance of the components before they are calibrated or trained.
-        example_inputs (`dict`, *optional*):
-            Arguments for one forward pass of the base model, by which its attention is found. Needed where tokens, pixels or
-            audio features made up from the configuration do not do.
+        model (`PreTrainedModel`): a loaded model of Transformers.
+        layers (`list[int | str]`, `float` or `str`, *optional*): which self-attention layers to convert; by default all. A
+            list of indices counts the self-attention layers in the order of the model: the layers of an encoder come before
+            the layers of its decoder, and negative indices count from the end. A list of strings gives names of modules, or
+            their beginnings, such as `["encoder"]`. A fraction between 0 and 1 chooses layers that are evenly spread.
+        recipe (`str`, *optional*): a named choice of options. `"hybrid"`: every fourth layer stays softmax, and the other
+            layers see the nearest 128 tokens and the first token exactly. `"window"`: all layers see the nearest 128 tokens
+            and the first token exactly. `"linear"`: no softmax, and the memory forgets. After distillation, SmolLM2-135M has
+            1.02, 1.15 and 2.45 times the perplexity of the original. Options that you pass override the options of the
+            recipe, and `layers` overrides its choice of layers. Options for causal layers are left out for an encoder.
+        keep_every (`int`, *optional*): of the chosen layers, every n-th (the n-th, the 2n-th, ...) stays softmax.
+        num_components (`int`, *optional*, defaults to `64`): Gaussian components per head, the slots of the memory.
+        window_size (`int`, *optional*): number of nearest tokens that are seen exactly, by softmax; by default 0 (none) or
+            the value of the recipe.
+        num_sink_tokens (`int`, *optional*): number of first tokens of each sequence that stay exactly visible in causal
+            layers when they have left the window; the memory does not hold these tokens. Pretrained models pay much
+            attention to the very first token: 1 or 4 are good choices. By default 0 or the value of the recipe.
+        use_routing_projections (`bool`, *optional*): whether queries and keys pass a learned map per head before the
+            routing; by default `False` or the value of the recipe.
+        use_forgetting (`bool`, *optional*): whether the memory of causal layers forgets, by a learned gate; by default
+            `False` or the value of the recipe.
+        undo_rotation (`bool`, *optional*): whether the slow rotations of rotary positions are removed from queries and keys
+            before the routing, so that the memory works at positions that calibration did not see. By default in every layer
+            whose rotation can be undone, except bidirectional layers without a window, which would see little of the order.
+        undo_rotation_beyond (`float`, *optional*): which rotations are slow: the rotations that need more than this number
+            of tokens for a full turn; 0 for all rotations. Choose at most the length of the texts for calibration and
+            training. By default 1,024 behind a window, and 0 without a window.
+        variance_floor (`float`, *optional*, defaults to `1e-4`): smallest variance, in squared units of queries and keys.
+        read_eps (`float`, *optional*, defaults to `1e-6`): constant added to the normaliser of the read.
+        mean_init_std (`float`, *optional*, defaults to `1.0`): standard deviation of the means before calibration or
+            training.
+        variance_init (`float`, *optional*, defaults to `1.0`): variance of the components before calibration or training.
+        example_inputs (`dict`, *optional*): arguments for one forward pass of the base model, which finds its attention
+            modules. Needed if made-up tokens, pixels or audio features do not work.
 
     Returns:
-        `PreTrainedModel`: the same object, now of a class such as `GMALlamaForCausalLM` and with a configuration of its own,
-        whose model type is "gma_llama".
+        `PreTrainedModel`: the same object. It now has a class such as `GMALlamaForCausalLM`, and its own configuration with
+        a model type such as "gma_llama".
 
     Raises:
-        ValueError: for a model or layer that cannot be converted, with the reason. The model is unchanged then, and after any
-            other error.
+        ValueError: if the model or a layer cannot be converted; the message says why. After this and any other error the
+            model is unchanged.
 
     ```python
     >>> from gma_hf import convert_to_gma
@@ -166,16 +154,16 @@ def convert_to_gma(
 
 def revert_to_softmax(model: PreTrainedModel) -> PreTrainedModel:
     """
-    Undo [`convert_to_gma`]: the original class, configuration and attention, in place. The mixtures are lost.
+    Undo [`convert_to_gma`] in place: restore the original class, configuration and attention. The mixtures are lost.
 
     Args:
-        model (`PreTrainedModel`): a converted model, or one that was loaded as such.
+        model (`PreTrainedModel`): a converted model, from [`convert_to_gma`] or loaded from a folder.
 
     Returns:
         `PreTrainedModel`: the same object.
 
     Raises:
-        ValueError: if the model is not a converted one. The model is unchanged then, and after any other error.
+        ValueError: if the model is not converted. After this and any other error the model is unchanged.
     """
     if not isinstance(model, ConvertedModelMixin):
         raise ValueError(why_not_reverted(model))
@@ -192,7 +180,7 @@ def revert_to_softmax(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def why_not_reverted(model: Any) -> str:
-    """The message for what [`revert_to_softmax`] does not take."""
+    """The message for an object that [`revert_to_softmax`] does not take."""
     name = type(model).__name__
     inside = (
         [part for part in model.modules() if isinstance(part, ConvertedModelMixin)]
@@ -214,8 +202,10 @@ def why_not_reverted(model: Any) -> str:
 
 def check_model(model: Any) -> None:
     """
+    Check that an object is a model whose architecture can be converted.
+
     Raises:
-        ValueError: unless it is a model of Transformers whose architecture can be converted.
+        ValueError: if it is not.
     """
     if not isinstance(model, PreTrainedModel):
         wrapped = " Convert the model first, then wrap it or add adapters." if isinstance(model, nn.Module) else ""
@@ -246,8 +236,10 @@ def check_model(model: Any) -> None:
 
 def check_selection(keep_every: Any, undo_rotation: Any, undo_rotation_beyond: Any) -> None:
     """
+    Check the options that choose layers and rotations.
+
     Raises:
-        ValueError: for impossible values of the options that choose layers and rotations.
+        ValueError: for impossible values.
     """
     if keep_every is not None and whole_number("keep_every", keep_every, 0) < 2:
         raise ValueError(f"`keep_every` must be at least 2, got {keep_every}: with 1, every layer would be kept.")
@@ -264,7 +256,7 @@ def choose_rotations(
     Decide for each layer which rotations are undone, see [`convert_to_gma`].
 
     Raises:
-        ValueError: if rotations are to be undone, and there are none.
+        ValueError: if rotations are requested to be undone, and there are none.
     """
     if undo_rotation and not any(layer.rotary_dim > 0 for layer in chosen):
         raise ValueError(
@@ -283,9 +275,7 @@ def choose_rotations(
 
 
 def exchange_config(model: PreTrainedModel, config_class: type[PreTrainedConfig]) -> PreTrainedConfig:
-    """
-    Give a model a copy of its configuration, of another class. Another model that shares the old one keeps it as it is.
-    """
+    """Give a model a copy of its configuration, of another class. Other models that share the old configuration keep it."""
     held = [(model, "config", model.config)]
     held += [(module, name, config) for module in model.modules() for name, config in held_configs(module)]
     for module, name, config in copied_configs(held):
@@ -306,15 +296,18 @@ def select_layers(
     keep_every: int | None,
 ) -> list[AttentionLayer]:
     """
+    Choose the self-attention layers to convert.
+
     Args:
-        attention_layers (`Sequence[AttentionLayer]`): all of the model, in its order.
-        layers, keep_every: as in [`convert_to_gma`].
+        attention_layers (`Sequence[AttentionLayer]`): all attention layers of the model, in order.
+        layers (`list[int | str]`, `float` or `str`, *optional*): see [`convert_to_gma`].
+        keep_every (`int`, *optional*): see [`convert_to_gma`].
 
     Returns:
-        `list[AttentionLayer]`: the self-attention layers to convert, in the order of the model.
+        `list[AttentionLayer]`: the layers to convert, in the order of the model.
 
     Raises:
-        ValueError: if there is none, or one of them cannot be converted.
+        ValueError: if there is no such layer, or one of them cannot be converted.
     """
     candidates = [layer for layer in attention_layers if layer.is_self_attention]
     if layers is None:
@@ -345,7 +338,7 @@ def select_layers(
 
 
 def spread_evenly(candidates: list[AttentionLayer], fraction: float) -> list[AttentionLayer]:
-    """That fraction of the layers, at least one, evenly spread."""
+    """This fraction of the layers, at least one layer, evenly spread."""
     if not 0.0 < fraction <= 1.0:
         raise ValueError(f"A fraction of layers must lie in (0, 1], got {fraction}.")
     number = len(candidates)
@@ -354,7 +347,7 @@ def spread_evenly(candidates: list[AttentionLayer], fraction: float) -> list[Att
 
 
 def find_entry(candidates: list[AttentionLayer], entry: int | str) -> list[int]:
-    """The positions among the candidates that an entry of `layers` means."""
+    """The candidates that an entry of `layers` selects, as positions."""
     number = len(candidates)
     if isinstance(entry, str):
         beginning = f"{entry.rstrip('.')}."

@@ -1,7 +1,7 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
 """
-The state of a model in a file: a long prompt is read once, and continued many times. The file carries what it belongs to: the
-shapes of every layer, and a fingerprint of the weights. Every other model is refused.
+The state of a model in a file: read a long prompt once, and continue it many times. The file contains the shapes of every
+layer and a fingerprint of the weights, so every other model is refused.
 """
 
 import hashlib
@@ -26,11 +26,11 @@ SAMPLES = 256  # numbers of each parameter that enter the fingerprint
 
 def fingerprint_of(model: nn.Module) -> str | None:
     """
-    A number that two models share only if their weights are the same: of every parameter its name, its shape, its dtype and
-    up to 256 of its numbers.
+    A fingerprint of the weights: models share it only if their weights are the same. It covers the name, the shape, the
+    dtype and up to 256 numbers of every parameter.
 
     Returns:
-        `str`, or `None` if weights are not in memory (offloaded models).
+        `str` or `None`: the fingerprint; `None` if weights are not in memory (offloaded models).
     """
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
@@ -56,16 +56,16 @@ def base_model_of(model: Any) -> nn.Module:
 
 def save_cache(cache: DynamicCache, path: str | os.PathLike, model: nn.Module | None = None) -> None:
     """
-    Write the state of a native model, say after a long prompt, to a safetensors file.
+    Write the state of a native model, for example after a long prompt, to a safetensors file.
 
     Args:
-        cache (`DynamicCache`): as a model returns it.
+        cache (`DynamicCache`): the cache that a model returned.
         path (`str` or `os.PathLike`): the file, conventionally `*.safetensors`.
-        model (`PreTrainedModel`, *optional*): the model that filled the cache. The cache knows its model as long as the model
-            lives, unless the cache was pickled.
+        model (`PreTrainedModel`, *optional*): the model that filled the cache. By default the cache knows its model, as long
+            as the model exists and the cache was not pickled.
 
     Raises:
-        ValueError: for a cache that is empty, static, quantized, or of a converted model.
+        ValueError: if the cache is empty, static, quantized, or belongs to a converted model, or if its model is unknown.
     """
     layers = getattr(cache, "layers", None)
     # Layers that no GMA model has taken over yet say less of themselves
@@ -118,16 +118,18 @@ def load_cache(
     path: str | os.PathLike, config: PreTrainedConfig | nn.Module, device: str | torch.device = "cpu"
 ) -> DynamicCache:
     """
-    Read a state written by [`save_cache`]. Fork it with `copy.deepcopy(cache)` or `cache.batch_repeat_interleave(n)`.
+    Read a state that [`save_cache`] wrote. To continue it several times, use `copy.deepcopy(cache)` or
+    `cache.batch_repeat_interleave(n)`.
 
     Args:
         path (`str` or `os.PathLike`): the file.
-        config (`GMAConfig` or `PreTrainedModel`): the model that goes on from it, or its configuration. With the configuration
-            alone the weights are compared when a model first uses the cache.
-        device (`str` or `torch.device`): where to put the tensors.
+        config (`GMAConfig` or `PreTrainedModel`): the model that will continue from the cache, or its configuration. With a
+            configuration, the weights are compared when a model first uses the cache.
+        device (`str` or `torch.device`, *optional*, defaults to `"cpu"`): the device of the tensors.
 
     Returns:
-        `DynamicCache`: to pass to the model, or to `generate`, as `cache` (before Transformers 5.24: `past_key_values`).
+        `DynamicCache`: the cache. Pass it to the model, or to `generate`, as `cache` (before Transformers 5.24:
+        `past_key_values`).
 
     Raises:
         ValueError: if the file is no such state, or does not fit the model.
@@ -174,8 +176,10 @@ def load_cache(
 
 def expect_fingerprint(model: nn.Module, fingerprint: str, what: str) -> None:
     """
+    Check that a cache belongs to the weights of a model.
+
     Raises:
-        ValueError: if the weights of a model are others than those that filled a cache.
+        ValueError: if other weights filled the cache.
     """
     found = fingerprint_of(model)
     if found is not None and found != fingerprint:
@@ -201,8 +205,10 @@ def number_in(metadata: dict[str, str], name: str, path: Any, lowest: int = 0) -
 
 def expect_finite(tensors: dict[str, Tensor], what: str) -> None:
     """
+    Check for NaN and infinite numbers, which every further token would inherit.
+
     Raises:
-        ValueError: for NaN or infinite numbers, which every further token would inherit.
+        ValueError: if there are such numbers.
     """
     for name, tensor in tensors.items():
         # A logarithm of a decay may be -inf: everything before the token is forgotten
@@ -212,7 +218,7 @@ def expect_finite(tensors: dict[str, Tensor], what: str) -> None:
 
 
 def expected_shapes(config: GMAConfig, is_gma: bool, seq_length: int) -> dict[str, tuple[int, ...]]:
-    """What a layer of a model remembers of one row, by name."""
+    """The shapes of the state of a layer for one row, by name."""
     heads, key_heads = config.num_attention_heads, config.num_key_value_heads
     if not is_gma:
         return dict.fromkeys(("keys", "values"), (key_heads, seq_length, config.head_dim))
@@ -244,8 +250,10 @@ def expect_shapes(
     named: dict[str, Tensor], expected: dict[str, tuple[int, ...]], layer_idx: int, path: str | os.PathLike
 ) -> None:
     """
+    Check that a layer of the file has the state that a layer of the model needs.
+
     Raises:
-        ValueError: unless a layer of the file holds what a layer of the model remembers.
+        ValueError: if it has not.
     """
     found = {name: tuple(tensor.shape[1:]) for name, tensor in named.items() if name not in OPTIONAL}
     if found == expected:
@@ -262,6 +270,6 @@ def expect_shapes(
 
 
 def kept_tokens(shapes: dict[str, tuple[int, ...]]) -> str:
-    """How many tokens a layer keeps as they are, in words."""
+    """In words, how many tokens a layer keeps exactly."""
     window, sinks = (shapes[name][1] if name in shapes else 0 for name in ("keys", "sink_keys"))
     return f"a window of {window} tokens and {sinks} sink tokens"

@@ -20,7 +20,7 @@ from torch import Tensor
 
 
 class ProcessLostError(RuntimeError):
-    """Another process of the group has stopped, or does not answer."""
+    """Another process of the group has stopped, or does not answer. Start all processes again."""
 
 
 LOST = (
@@ -31,7 +31,7 @@ LOST = (
 
 
 def is_lost(error: BaseException) -> bool:
-    """Whether an error says that another process does not answer. Gloo has no class of its own for such errors."""
+    """Whether an error says that another process does not answer. Gloo has no class for such errors."""
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
 
 
@@ -51,7 +51,7 @@ def call_collective(function: Callable, *args: Any, **kwargs: Any) -> Any:
 
 
 class Gather(torch.autograd.Function):
-    """`(R, ...)` on every process, of tensors of one shape."""
+    """`(R, ...)` on every process, from tensors of one shape."""
 
     @staticmethod
     def forward(ctx, group: dist.ProcessGroup, x: Tensor, link: Tensor) -> tuple[Tensor, Tensor]:
@@ -72,7 +72,10 @@ class Gather(torch.autograd.Function):
 
 
 class Shift(torch.autograd.Function):
-    """The tensors of the process `distance` places before this one (behind it, if negative); zeros where there is none."""
+    """
+    The tensors of the process `distance` places before this process (after it, if negative); zeros if there is no such
+    process.
+    """
 
     @staticmethod
     def forward(ctx, group: dist.ProcessGroup, distance: int, link: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:

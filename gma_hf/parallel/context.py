@@ -32,12 +32,12 @@ class ContextParallel:
     A group of processes that share every sequence.
 
     Args:
-        group (`ProcessGroup`, *optional*): the processes, in the order of the parts; by default all.
+        group (`ProcessGroup`, *optional*): the processes, in the order of the parts; by default all processes.
 
     Attributes:
         group (`ProcessGroup`): the processes.
         rank (`int`): the place of this process in the group, and of its part in the sequence.
-        size (`int`): how many processes there are.
+        size (`int`): number of processes.
 
     Raises:
         ValueError: if `torch.distributed` was not set up, or this process is not in the group.
@@ -59,7 +59,16 @@ class ContextParallel:
         self.size = dist.get_world_size(self.group)
 
     def split(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """The part of a batch that this process computes, see [`gma_hf.parallel.batches.split_batch`]."""
+        """
+        Cut a batch, and return the part that this process computes.
+
+        Args:
+            batch (`dict[str, Any]`): the arguments of the model for whole rows, the same on every process.
+
+        Returns:
+            `dict[str, Any]`: the arguments for the part of this process, with shifted labels and `num_items_in_batch`, see
+            [`gma_hf.parallel.batches.split_batch`].
+        """
         from .batches import split_batch
 
         return split_batch(self, batch)
@@ -73,20 +82,21 @@ class ContextParallel:
         given: dict[str, Any],
     ) -> Any:
         """
-        The layout of the part of a call, which knows the whole rows.
+        The layout of the part of a call, with the padding and the packing of the whole rows.
 
         Args:
-            tokens (`torch.Tensor` of shape `(batch, length, ...)`): of this part.
-            padding_mask (`torch.BoolTensor` of shape `(batch, length)`, *optional*): `True` at the real ones.
-            position_ids (`torch.Tensor`, *optional*): of this part.
-            cache (`Cache`, *optional*): what the call fills.
-            given (`dict`): the other arguments of the model.
+            tokens (`torch.Tensor` of shape `(batch, length, ...)`): the tokens of this part.
+            padding_mask (`torch.BoolTensor` of shape `(batch, length)` or `None`): `True` at real tokens; `None` if all are
+                real.
+            position_ids (`torch.Tensor` or `None`): the positions of this part.
+            cache (`Cache` or `None`): the cache that the call fills.
+            given (`dict[str, Any]`): the other arguments of the model.
 
         Returns:
-            [`Layout`]: with a `row`.
+            [`Layout`]: the layout, with a `row`.
 
         Raises:
-            ValueError: for what context parallelism does not support, and for parts that do not belong together.
+            ValueError: for arguments that context parallelism does not support, and for parts that do not belong together.
         """
         from .row import gather_row
 
@@ -114,15 +124,27 @@ class ContextParallel:
         return row.layout()
 
     def total(self, x: Tensor) -> Tensor:
-        """The sum of a tensor over the processes, of losses say, without a gradient."""
+        """
+        The sum of a tensor over the processes, for example of losses, without a gradient. All processes have to call this
+        method.
+
+        Args:
+            x (`torch.Tensor`): a tensor of the same shape on every process.
+
+        Returns:
+            `torch.Tensor`: the sum, in the shape of `x`.
+        """
         x = x.detach().clone()
         call_collective(dist.all_reduce, x, group=self.group)
         return x
 
     def sum_gradients(self, model: nn.Module) -> None:
         """
-        Add up the gradients of all processes, in place. For training loops of your own; wrappers for data parallelism, and
-        [`gma_hf.training.GMATrainer`], do it themselves.
+        Add up the gradients of all processes, in place. Call this method in your own training loop. Wrappers for data
+        parallelism and [`gma_hf.training.GMATrainer`] add the gradients up themselves.
+
+        Args:
+            model (`nn.Module`): the model, the same on every process.
         """
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -131,7 +153,16 @@ class ContextParallel:
                 call_collective(dist.all_reduce, parameter.grad, group=self.group)
 
     def gather(self, x: Tensor, dim: int = 1) -> Tensor:
-        """The parts of all processes side by side along the tokens, logits say, without a gradient."""
+        """
+        Join the parts of all processes along the tokens, for example logits, without a gradient.
+
+        Args:
+            x (`torch.Tensor`): the part of this process.
+            dim (`int`, *optional*, defaults to `1`): the dimension of the tokens.
+
+        Returns:
+            `torch.Tensor`: the whole, on every process.
+        """
         from .collectives import gather_numbers, gather_tokens
 
         with torch.no_grad():
@@ -139,7 +170,16 @@ class ContextParallel:
             return gather_tokens(self.group, x.detach(), dim, lengths)[0]
 
     def prefill(self, model: nn.Module, **inputs: Any) -> Any:
-        """The cache of a prompt that all processes read together, see [`gma_hf.parallel.prefill.prefill`]."""
+        """
+        Read a prompt with all processes together, see [`gma_hf.parallel.prefill.prefill`].
+
+        Args:
+            model (`nn.Module`): the model, the same on every process.
+            inputs (`Any`, *optional*): the arguments of the model for whole rows.
+
+        Returns:
+            `Cache`: the whole cache of the prompt, on every process.
+        """
         from .prefill import prefill
 
         return prefill(self, model, **inputs)
@@ -157,10 +197,13 @@ _lock = threading.Lock()
 
 def current_context() -> ContextParallel | None:
     """
-    The group in which this thread computes, or `None`.
+    The group in which this thread computes.
+
+    Returns:
+        [`ContextParallel`] or `None`: the group; `None` outside of [`context_parallel`].
 
     Raises:
-        ValueError: in code that is compiled while a group computes.
+        ValueError: in compiled code while a group computes.
     """
     if torch.compiler.is_compiling():
         if _num_entered > 0:
@@ -172,15 +215,15 @@ def current_context() -> ContextParallel | None:
 @contextmanager
 def context_parallel(group: dist.ProcessGroup | ContextParallel | None = None) -> Iterator[ContextParallel]:
     """
-    Within the context, the calls of this thread to GMA models, native and converted, take the part of a sequence that this
-    process holds, and compute what one process would compute of the whole sequence.
+    Share every sequence among processes. Within this context, the calls of this thread to GMA models, native and converted,
+    take the part of a sequence that this process holds. They compute what one process would compute from the whole sequence.
 
     Args:
-        group (`ProcessGroup` or [`ContextParallel`], *optional*): the processes that share every sequence, in the order of the
-            parts; by default all.
+        group (`ProcessGroup` or [`ContextParallel`], *optional*): the processes that share every sequence, in the order of
+            the parts; by default all processes.
 
     Yields:
-        [`ContextParallel`]: the group, with what splits batches and adds up losses.
+        [`ContextParallel`]: the group, which splits batches and adds up losses.
 
     Raises:
         ValueError: if there are no such processes.

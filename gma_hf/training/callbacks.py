@@ -1,11 +1,12 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
-"""Health of the mixtures while they train: are the components used, how sharply are tokens routed, did a layer collapse?
+"""
+The health of the mixtures during a training: are the components used, how sharply are tokens routed, has a layer collapsed?
 
-For a head with responsibilities gamma_c(k_t) of the keys k_t that real tokens write with:
+For a head with responsibilities gamma_c(k_t) of the keys k_t of real tokens:
 
     usage_c          = mean over t of gamma_c(k_t)               the share of the memory's writes in component c
-    usage perplexity = exp(-sum_c usage_c log usage_c)           between 1 (one component takes all) and C (all alike)
-    entropy          = mean over t of -sum_c gamma_c log gamma_c  in nats, 0 for hard routing, log C for none
+    usage perplexity = exp(-sum_c usage_c log usage_c)           between 1 (one component takes all) and C (equal use)
+    entropy          = mean over t of -sum_c gamma_c log gamma_c  in nats, 0 for hard routing, log C for no routing
     dead             : usage_c < 1 / (10 C)                      a tenth of an equal share
 """
 
@@ -41,13 +42,15 @@ MAX_EXAMPLES = 8  # that the health is measured on, if a batch holds them; every
 
 @dataclass
 class MixtureHealth:
-    """What the keys of one layer's mixtures look like, one number per head.
+    """
+    The health of the mixtures of one layer, measured on keys.
 
-    Attributes:
-        usage: `[heads, C]` mean responsibility over real tokens.
-        usage_perplexity: `[heads]` effective number of components in use.
-        entropy: `[heads]` mean entropy of the responsibilities, in nats.
-        dead_components: `[heads]` components with less than a tenth of an equal share of the writes.
+    Args:
+        usage (`torch.Tensor` of shape `(heads, components)`): mean responsibility over real tokens.
+        usage_perplexity (`torch.Tensor` of shape `(heads,)`): effective number of components in use.
+        entropy (`torch.Tensor` of shape `(heads,)`): mean entropy of the responsibilities, in nats.
+        dead_components (`torch.Tensor` of shape `(heads,)`): number of components with less than a tenth of an equal share
+            of the writes.
     """
 
     usage: torch.Tensor
@@ -57,7 +60,17 @@ class MixtureHealth:
 
     @classmethod
     def from_sums(cls, responsibility_sum: torch.Tensor, entropy_sum: torch.Tensor, count: torch.Tensor):
-        """From sums over tokens: `[heads, C]`, `[heads]`, and the number of tokens."""
+        """
+        Compute the health from sums over tokens.
+
+        Args:
+            responsibility_sum (`torch.Tensor` of shape `(heads, components)`): sum of the responsibilities.
+            entropy_sum (`torch.Tensor` of shape `(heads,)`): sum of the entropies, in nats.
+            count (`torch.Tensor`): number of tokens.
+
+        Returns:
+            [`MixtureHealth`]: the means.
+        """
         usage = responsibility_sum / count
         return cls(
             usage=usage,
@@ -68,23 +81,24 @@ class MixtureHealth:
 
     @property
     def collapsed(self) -> bool:
-        """Whether the heads of this layer, in the mean, use hardly more than one of their components."""
+        """Whether the heads of this layer, on average, use hardly more than one component."""
         num_components = self.usage.shape[-1]
         threshold = min(COLLAPSE_PERPLEXITY, 1 + 0.1 * (num_components - 1))
         return num_components > 1 and self.usage_perplexity.mean().item() < threshold
 
 
 class MixtureHealthCallback(TrainerCallback):
-    """Log the health of the mixtures at every evaluation, and warn when a layer collapses.
+    """
+    Log the health of the mixtures at every evaluation, and warn when a layer collapses.
 
     Logged over all layers and heads: `mixture/usage_perplexity` and `mixture/entropy` (means),
-    `mixture/usage_perplexity_min`, `mixture/dead_components` (total). At evaluations they are also added to the
-    metrics that `evaluate` returns. `health` keeps the last report, by layer. Nothing happens for models without
-    mixtures. Weights, gradients and random states stay as they are.
+    `mixture/usage_perplexity_min`, `mixture/dead_components` (total). At evaluations, these numbers are also added to the
+    metrics that `evaluate` returns. `health` keeps the last report, by layer. Models without mixtures have no report.
+    Weights, gradients and random states do not change.
 
     Args:
-        trainer: the trainer to log through: `trainer.add_callback(MixtureHealthCallback(trainer))`.
-        every_steps: also report every so many training steps.
+        trainer (`Trainer`): the trainer that logs: `trainer.add_callback(MixtureHealthCallback(trainer))`.
+        every_steps (`int`, *optional*): report after every such number of training steps, in addition to every evaluation.
     """
 
     def __init__(self, trainer: "Trainer", every_steps: int | None = None):
@@ -94,12 +108,14 @@ class MixtureHealthCallback(TrainerCallback):
         self._collapsed: set[str] = set()
 
     def on_evaluate(self, args, state, control, metrics: dict | None = None, eval_dataloader=None, **kwargs):
+        """Report at every evaluation, and add the numbers to its metrics."""
         summary = self._report(eval_dataloader)
         if summary and metrics is not None:
             prefix = next((name.removesuffix("_loss") for name in metrics if name.endswith("_loss")), "eval")
             metrics.update({f"{prefix}_{name}": value for name, value in summary.items()})
 
     def on_step_end(self, args, state, control, train_dataloader=None, **kwargs):
+        """Report after every `every_steps` training steps."""
         if self.every_steps is not None and state.global_step % self.every_steps == 0:
             self._report(train_dataloader)
 
@@ -129,7 +145,7 @@ class MixtureHealthCallback(TrainerCallback):
         return summary
 
     def _warn_of_collapse(self) -> None:
-        """Warn once of every layer that has collapsed, and again if it recovered in between."""
+        """Warn once of every collapsed layer, and again if the layer recovered in between."""
         for name, health in self.health.items():
             if health.collapsed and name not in self._collapsed:
                 logger.warning(
@@ -143,7 +159,7 @@ class MixtureHealthCallback(TrainerCallback):
 
 
 def first_examples(dataset: Any, count: int) -> list:
-    """Return the first examples of a data set, also of a streaming one; none of a stream that can be read only once."""
+    """The first examples of a data set, also of a streaming data set; none of a stream that can be read only once."""
     if dataset is None:
         return []
     if isinstance(dataset, IterableDatasetShard):
@@ -155,7 +171,7 @@ def first_examples(dataset: Any, count: int) -> list:
 
 
 def summarize(health: dict[str, MixtureHealth]) -> dict[str, float]:
-    """Reduce the health of all layers to the few numbers that are logged."""
+    """Reduce the health of all layers to the few numbers for the log."""
     usage_perplexity = torch.cat([h.usage_perplexity for h in health.values()])
     return {
         "mixture/usage_perplexity": usage_perplexity.mean().item(),
@@ -167,14 +183,17 @@ def summarize(health: dict[str, MixtureHealth]) -> dict[str, float]:
 
 @torch.no_grad()
 def measure_mixture_health(model: nn.Module, inputs: dict[str, torch.Tensor]) -> dict[str, MixtureHealth]:
-    """Run a model on a batch and measure its mixtures.
+    """
+    Run a model on a batch, and measure the health of its mixtures.
 
     Args:
-        model: any model; compiled ones are run uncompiled.
-        inputs: its inputs, without labels; an `attention_mask` tells real tokens from padding.
+        model (`nn.Module`): any model. A compiled model runs uncompiled.
+        inputs (`dict[str, torch.Tensor]`): the arguments of the model, without labels. An `attention_mask` marks real
+            tokens.
 
     Returns:
-        The health of every `GMAMixture` that ran, by module name, on the CPU; empty if there is none.
+        `dict[str, MixtureHealth]`: the health of every `GMAMixture` that ran, by module name, on the CPU; empty if there is
+        none.
     """
     if not any(isinstance(module, GMAMixture) for module in model.modules()):
         return {}

@@ -1,5 +1,5 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
-"""Checkpoints of a training: which are complete, which are damaged, and from which one a training can go on."""
+"""The checkpoints of a training: which are complete, which are damaged, and from which a training can continue."""
 
 import json
 import logging
@@ -21,27 +21,35 @@ OPTIMIZER_STATES = ("optimizer.pt", "optimizer.bin", "optimizer_*", "global_step
 
 
 def complete_checkpoints(output_dir: str | os.PathLike) -> list[Path]:
-    """Return the checkpoints of a folder that hold the Trainer's state, which is written last; the newest first."""
+    """The checkpoints of a folder with the state of the Trainer, which is written last; the newest first."""
     found = [path for path in all_checkpoints(output_dir) if (path / STATE_FILE).is_file()]
     return sorted(found, key=_step, reverse=True)
 
 
 def all_checkpoints(output_dir: str | os.PathLike) -> list[Path]:
-    """Return every folder of a checkpoint, complete or not."""
+    """Every folder of a checkpoint, complete or incomplete."""
     prefix = f"{PREFIX_CHECKPOINT_DIR}-"
     return [path for path in Path(output_dir).glob(f"{prefix}*") if path.name.removeprefix(prefix).isdigit()]
 
 
 def find_last_checkpoint(output_dir: str | os.PathLike) -> str | None:
-    """Return the newest complete checkpoint of a folder that is not damaged, or None.
+    """
+    Find the newest checkpoint of a folder that is complete and not damaged. A checkpoint is complete if it has the state of
+    the Trainer, which is written last.
 
-    A checkpoint is complete when the Trainer's state, which is written last, lies in it.
+    Args:
+        output_dir (`str` or `os.PathLike`): the output folder of the run.
+
+    Returns:
+        `str` or `None`: the folder of the checkpoint; `None` if there is none.
     """
     return next((str(path) for path in complete_checkpoints(output_dir) if damage_of(path) is None), None)
 
 
 def damage_of(checkpoint: str | os.PathLike) -> str | None:
-    """Say which file of a checkpoint cannot be read, as one that a full disk cut short; None if all can."""
+    """
+    The file of a checkpoint that cannot be read, for example because the disk was full; `None` if all files can be read.
+    """
     folder = Path(checkpoint)
     for path in sorted(folder.glob("*.safetensors")):
         try:
@@ -69,7 +77,10 @@ def damage_of(checkpoint: str | os.PathLike) -> str | None:
 
 
 def lacks_optimizer(checkpoint: str | os.PathLike) -> str | None:
-    """Name the state of the optimization that a checkpoint lacks, so that `Trainer` would start it anew; None if it has all."""
+    """
+    The state of the optimization that a checkpoint lacks, so that `Trainer` would start it anew; `None` if nothing is
+    missing.
+    """
     folder = Path(checkpoint)
     if not any(any(folder.glob(pattern)) for pattern in OPTIMIZER_STATES):
         return "optimizer.pt"
@@ -79,10 +90,11 @@ def lacks_optimizer(checkpoint: str | os.PathLike) -> str | None:
 
 
 def expect_resumable(checkpoint: str | os.PathLike) -> None:
-    """Check that a training can go on from a checkpoint as if it had not stopped.
+    """
+    Check that a training can continue from a checkpoint as if it had not stopped.
 
     Raises:
-        TrainingInputError: if the checkpoint is incomplete, damaged, or lacks the state of the optimizer.
+        TrainingInputError: if the checkpoint is incomplete or damaged, or lacks the state of the optimizer.
     """
     if not (Path(checkpoint) / STATE_FILE).is_file():
         raise TrainingInputError(f"{str(checkpoint)!r} is not a complete checkpoint (it has no {STATE_FILE}).")
@@ -94,16 +106,12 @@ def expect_resumable(checkpoint: str | os.PathLike) -> None:
 
 
 def checkpoint_to_resume(output_dir: str | os.PathLike) -> str | None:
-    """Return the newest checkpoint that a training can go on from. Damaged ones are passed over, with a warning.
-
-    Args:
-        output_dir: folder of the run.
-
-    Returns:
-        The checkpoint, or None if the folder has none.
+    """
+    The newest checkpoint from which a training can continue; `None` if the folder has none. Damaged checkpoints are skipped,
+    with a warning.
 
     Raises:
-        TrainingInputError: if every checkpoint that can be read lacks the state of the optimizer.
+        TrainingInputError: if every readable checkpoint lacks the state of the optimizer.
     """
     without_optimizer = None
     for path in complete_checkpoints(output_dir):

@@ -1,5 +1,5 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
-"""Errors that the training scripts print as one message instead of a traceback."""
+"""Errors that the training commands print as one message, without a traceback."""
 
 import re
 from pathlib import Path
@@ -9,20 +9,20 @@ REPOSITORY_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
 class TrainingInputError(ValueError):
-    """The user's data, files or arguments cannot be trained on; the message says what to change."""
+    """The data, the files or the arguments of the user cannot be trained on. The message says what to change."""
 
 
 class NonFiniteTrainingError(ArithmeticError):
-    """The loss or a weight became NaN or infinite; the message names the last good checkpoint."""
+    """The loss or a weight became NaN or infinite. The message names the last good checkpoint."""
 
 
 def why_not_loaded(name: str, error: Exception) -> str:
     """
-    The message for a model or a tokenizer that cannot be loaded. Transformers takes the path of a folder that does not exist
-    for the name of a repository, and its error speaks of that.
+    The message for a model or a tokenizer that cannot be loaded. For a folder that does not exist, the error of Transformers
+    speaks of a repository, so this function writes another message.
 
     Args:
-        name (`str`): the folder or the name of a repository, as the user gave it.
+        name (`str`): the folder or the name of a repository, as the user wrote it.
         error (`Exception`): the error of Transformers.
 
     Returns:

@@ -1,7 +1,8 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
-"""A `Trainer` that gives mixtures their own learning rate and stops before a NaN can replace a good checkpoint.
+"""
+A `Trainer` that can give mixtures their own learning rate, and that stops before NaN weights replace a good checkpoint.
 
-A stock `transformers.Trainer` trains GMA models too: the mixtures get no weight decay there either.
+The stock `transformers.Trainer` trains GMA models too. There, too, the mixtures get no weight decay.
 """
 
 import os
@@ -25,16 +26,21 @@ from .options import check_options, check_training_numbers
 
 @dataclass
 class GMATrainingArguments(TrainingArguments):
-    """`TrainingArguments` and what is particular to mixtures.
+    """
+    `TrainingArguments` with the options of mixtures and of context parallelism.
 
     Args:
-        mixture_learning_rate: learning rate of means, variances and priors of the mixtures, with the same schedule as
-            `learning_rate`, which they get when this is None.
-        mixture_health_steps: report the health of the mixtures every so many steps, too; they are reported at every
-            evaluation anyway.
-        context_parallel_size: how many processes share every sequence, each with one part of it; divides the number of
-            processes. See docs/parallel.md.
-        overwrite_output_dir: start anew in an output folder that holds checkpoints (they are deleted) or a model.
+        mixture_learning_rate (`float`, *optional*): learning rate of means, variances and priors of the mixtures, with the
+            schedule of `learning_rate`; by default `learning_rate`.
+        mixture_health_steps (`int`, *optional*): report the health of the mixtures after every such number of steps, in
+            addition to every evaluation.
+        context_parallel_size (`int`, *optional*, defaults to `1`): number of processes that share every sequence, each with
+            one part of it. Divides the number of processes. See docs/parallel.md.
+        overwrite_output_dir (`bool`, *optional*, defaults to `False`): start anew in an output folder with a model or with
+            checkpoints, which are deleted.
+
+    Raises:
+        ValueError: for impossible values, and if the processes were not connected with each other.
     """
 
     mixture_learning_rate: float | None = field(
@@ -82,9 +88,14 @@ class GMATrainingArguments(TrainingArguments):
 
 
 class GMATrainer(Trainer):
-    """`Trainer` with a learning rate for mixtures, reports of their health, and checks for NaN.
+    """
+    A `Trainer` with a learning rate for mixtures, reports of their health, and checks for NaN.
 
-    Takes the arguments of `transformers.Trainer`; `args` should be a `GMATrainingArguments`.
+    Args:
+        model (`nn.Module`, *optional*): the model.
+        args (`Any`, *optional*): further positional arguments of `transformers.Trainer`. The first should be a
+            [`GMATrainingArguments`].
+        kwargs (`Any`, *optional*): further keyword arguments of `transformers.Trainer`.
     """
 
     context: ContextParallel | None = None  # of the processes that share every sequence with this one
@@ -100,7 +111,7 @@ class GMATrainer(Trainer):
         self.add_callback(MixtureHealthCallback(self, every_steps=getattr(self.args, "mixture_health_steps", None)))
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Create the stock optimizer and move the mixtures into a group of their own if they have their own rate."""
+        """Create the stock optimizer. With `mixture_learning_rate`, the mixtures get their own group."""
         created = self.optimizer is None
         optimizer = super().create_optimizer() if model is None else super().create_optimizer(model)
         learning_rate = getattr(self.args, "mixture_learning_rate", None)
@@ -109,13 +120,18 @@ class GMATrainer(Trainer):
         return optimizer
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """As in `Trainer`; of the rows that several processes share, each process returns those of its own batch."""
+        """Predict as `Trainer` does. With context parallelism, each process returns the rows of its own batch."""
         if self.context is None:
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         return context.prediction_step(self, model, inputs, prediction_loss_only)
 
     def training_step(self, *args, **kwargs) -> torch.Tensor:
-        """One step as in `Trainer`; a NaN or infinite loss stops the training before the weights are touched."""
+        """
+        Train one step as `Trainer` does. A NaN or infinite loss stops the training before the weights change.
+
+        Raises:
+            NonFiniteTrainingError: if the loss of this process or of another process is NaN or infinite.
+        """
         if self.context is None:
             loss = super().training_step(*args, **kwargs)
         else:
@@ -134,10 +150,11 @@ class GMATrainer(Trainer):
         return loss
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the model as `Trainer` does, unless one of its weights is NaN or infinite.
+        """
+        Save the model as `Trainer` does. If a weight is NaN or infinite, the error comes before anything is written.
 
         Raises:
-            NonFiniteTrainingError: before anything is written.
+            NonFiniteTrainingError: if a weight is NaN or infinite.
         """
         bad = [
             name
@@ -177,7 +194,12 @@ class GMATrainer(Trainer):
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def train(self, *args, **kwargs):
-        """Train as `Trainer` does; a checkpoint whose writing fails, or is interrupted, is removed."""
+        """
+        Train as `Trainer` does. A checkpoint that could not be written completely is removed.
+
+        Raises:
+            ProcessLostError: if another process has stopped or does not answer. The message names the last good checkpoint.
+        """
         before = set(all_checkpoints(self.args.output_dir))
         try:
             return super().train(*args, **kwargs)
@@ -198,7 +220,15 @@ class GMATrainer(Trainer):
 
 
 def mixture_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """Return the trainable parameters of all mixtures of a model, converted and adapted models included."""
+    """
+    The trainable parameters of all mixtures of a model, in native, converted and adapted models.
+
+    Args:
+        model (`nn.Module`): any model.
+
+    Returns:
+        `list[nn.Parameter]`: the parameters, each once.
+    """
     found = (
         parameter
         for module in model.modules()
@@ -212,7 +242,7 @@ def mixture_parameters(model: nn.Module) -> list[nn.Parameter]:
 def give_own_learning_rate(
     optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], learning_rate: float
 ) -> None:
-    """Move parameters from their groups into a new one with its own learning rate and no weight decay."""
+    """Move parameters from their groups into a new group with its own learning rate and without weight decay."""
     if not parameters:
         raise TrainingInputError(
             "`mixture_learning_rate` is set, but the model has no trainable mixture. Leave it out."
@@ -230,7 +260,7 @@ def give_own_learning_rate(
 
 
 def move_files(source: Path, target: Path) -> None:
-    """Move every file below a folder to the same place below another one, each in one step."""
+    """Move every file of a folder to the same place in another folder, each file in one step."""
     for path in sorted(source.rglob("*")):
         if path.is_file():
             place = target / path.relative_to(source)
@@ -239,5 +269,5 @@ def move_files(source: Path, target: Path) -> None:
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:
-    """Return this process's part of a sharded tensor, or the tensor itself."""
+    """The part of a sharded tensor that this process has, or the tensor itself."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor

@@ -47,15 +47,17 @@ SMALLEST_OVERLAP = (
 @dataclasses.dataclass
 class LayerCalibration:
     """
-    What calibration did for one layer; means over its heads.
+    The calibration of one layer. Numbers are means over its heads.
 
-    Attributes:
-        log_likelihood_before, log_likelihood_after (`float`): of queries and keys under the mixtures as they were and as they
-            were fitted, before they are widened; nats per vector.
-        error_before, error_after (`float`): ||gma - softmax|| / ||softmax||, of the output of the attention on the teacher's
-            own hidden states.
-        temperature (`float`): by what the fitted variances were multiplied, the median.
-        far_mass (`float` or `None`): share of softmax's attention outside of the window, sink tokens not counted.
+    Args:
+        log_likelihood_before (`float`): log-likelihood of queries and keys under the old mixtures, in nats per vector.
+        log_likelihood_after (`float`): log-likelihood under the fitted mixtures, before their widening.
+        error_before (`float`): ||gma - softmax|| / ||softmax|| of the output of the attention, on the hidden states of the
+            teacher, with the old mixtures.
+        error_after (`float`): the same error with the new mixtures.
+        temperature (`float`): the factor of the fitted variances, median over the heads.
+        far_mass (`float`, *optional*): share of the attention of softmax outside of the window and outside of sink tokens;
+            `None` without a window.
     """
 
     log_likelihood_before: float
@@ -69,13 +71,13 @@ class LayerCalibration:
 @dataclasses.dataclass
 class CalibrationReport:
     """
-    What [`calibrate`] did.
+    The result of [`calibrate`].
 
-    Attributes:
-        layers (`dict[str, LayerCalibration]`): by the name of the attention module.
-        num_tokens (`int`): tokens read.
-        num_samples (`int`): tokens kept per layer.
-        seconds (`float`): time taken.
+    Args:
+        layers (`dict[str, LayerCalibration]`): the layers, by the name of the attention module.
+        num_tokens (`int`): number of tokens that were read.
+        num_samples (`int`): number of tokens that were kept per layer.
+        seconds (`float`): duration.
     """
 
     layers: dict[str, LayerCalibration]
@@ -84,11 +86,24 @@ class CalibrationReport:
     seconds: float
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain numbers, for JSON."""
+        """
+        The report as plain numbers, for JSON.
+
+        Returns:
+            `dict`: the fields by name.
+        """
         return dataclasses.asdict(self)
 
     def mean(self, name: str) -> float:
-        """Mean over the layers of one of their numbers, by the name of the attribute."""
+        """
+        The mean of one number over the layers.
+
+        Args:
+            name (`str`): name of a field of [`LayerCalibration`].
+
+        Returns:
+            `float`: the mean.
+        """
         return sum(getattr(layer, name) for layer in self.layers.values()) / len(self.layers)
 
 
@@ -105,30 +120,33 @@ def calibrate(
     progress: bool = True,
 ) -> CalibrationReport:
     """
-    Fit the mixtures of a converted model to the queries and keys that they will route, in place. A matter of seconds to
-    minutes; the weights that the model had before its conversion are not touched.
+    Fit the mixtures of a converted model to the queries and keys that they will route, in place. The fit takes seconds to
+    minutes. The weights that the model had before its conversion do not change.
 
     Args:
-        model (`PreTrainedModel`): a model from [`convert_to_gma`], its other weights still as they were.
-        data (`Iterable`): batches (dictionaries of tensors, as a `DataLoader` gives them, or tensors of token ids
-            `(batch, length)`) or single examples (rows of a data set with `input_ids`, which are batched and padded).
-        max_tokens (`int`): how many tokens are read.
-        num_samples (`int`): how many of them are kept per layer; twice as many vectors per head, a query and a key each.
-        evaluation_tokens (`int`): how many tokens of the beginning choose the width of the mixtures and measure errors.
-        batch_size (`int`): how many examples make a batch, where `data` are examples.
-        em_steps (`int`): steps of expectation maximisation.
-        seed (`int`): of the sample and of the seeding of the mixtures.
-        progress (`bool`): whether to show a progress bar.
+        model (`PreTrainedModel`): a model from [`convert_to_gma`], with the weights of the original.
+        data (`Iterable`): batches (dictionaries of tensors, as a `DataLoader` returns them, or tensors of token ids `(batch,
+            length)`), or single examples (rows of a data set with `input_ids`, which are batched and padded).
+        max_tokens (`int`, *optional*, defaults to `200000`): the largest number of tokens to read.
+        num_samples (`int`, *optional*, defaults to `4096`): how many tokens are kept per layer. Each token gives a query and
+            a key per head.
+        evaluation_tokens (`int`, *optional*, defaults to `4096`): how many of the first tokens choose the width of the
+            mixtures and measure errors.
+        batch_size (`int`, *optional*, defaults to `8`): examples per batch, if `data` are examples.
+        em_steps (`int`, *optional*, defaults to `20`): steps of expectation maximisation.
+        seed (`int`, *optional*, defaults to `0`): seed of the sample and of the first means.
+        progress (`bool`, *optional*, defaults to `True`): whether to show progress bars.
 
     Returns:
-        [`CalibrationReport`].
+        [`CalibrationReport`]: log-likelihoods and errors per layer, before and after.
 
     Raises:
-        ValueError: if the model has no converted layer, there are no data or too few, or no sequence is longer than the window.
-        MemoryError: if the device's memory is too small, with what to lower.
+        ValueError: if no layer of the model is converted, there are no data or too few, or no sequence is longer than the
+            window.
+        MemoryError: if the memory of the device is too small. The message says which argument to lower.
 
-    After an error the mixtures are as they were. With so few data that mixtures cannot be fitted well, or if nothing came
-    nearer to softmax, a `UserWarning` says so.
+    After an error the mixtures are as before. A `UserWarning` says when the data are too few for a good fit, or when no
+    candidate comes nearer to softmax.
     """
     start = time.monotonic()
     layers = expect_gma_layers(model)
@@ -199,7 +217,9 @@ def calibrate(
 
 
 def choose_width(call: SoftmaxCall, fitted: FittedMixtures) -> dict[str, Any]:
-    """Give the layer of a call the fitted mixtures, of the width that suits each head best; errors before and after."""
+    """
+    Give the layer of a call the fitted mixtures, with the best width for each head. Returns the errors before and after.
+    """
     layer = call.layer
     real = call.real()
     before = output_errors(call, real)
@@ -253,7 +273,7 @@ def overlap(call: SoftmaxCall, real: Tensor | None) -> Tensor:
 
 
 def output_errors(call: SoftmaxCall, real: Tensor | None) -> Tensor:
-    """||gma - softmax|| / ||softmax|| of every head, over the real tokens: `(num_heads,)`."""
+    """||gma - softmax|| / ||softmax|| of every head over the real tokens, `(num_heads,)`."""
     target = call.output.float()
     difference = call.student().float() - target
     if real is not None:
@@ -263,7 +283,7 @@ def output_errors(call: SoftmaxCall, real: Tensor | None) -> Tensor:
 
 
 def current_mixture(layer: GMAConversion) -> tuple[Tensor, Tensor, Tensor]:
-    """Means, variances and prior logits as they are, in float32."""
+    """The current means, variances and prior logits, in float32."""
     mixture = layer.mixture_norm
     variances = F.softplus(mixture.raw_variances.float()) + mixture.variance_floor
     return mixture.means.float().clone(), variances, mixture.prior_logits.float().clone()
@@ -279,8 +299,10 @@ def set_mixture(layer: GMAConversion, means: Tensor, variances: Tensor, prior_lo
 
 def check_data(layers: dict[str, GMAConversion], num_tokens: int, longest: dict[GMAConversion, int]) -> None:
     """
+    Check that the calibration set is large enough.
+
     Raises:
-        ValueError: if the calibration set is empty, or too small, or its sequences too short.
+        ValueError: if the set is empty or too small, or its sequences are too short.
     """
     if num_tokens == 0:
         raise ValueError(

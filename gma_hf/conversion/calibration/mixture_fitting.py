@@ -30,16 +30,33 @@ LARGEST_TABLE = 2**25  # entries of a [heads, samples, components] table that ex
 
 
 class FittedMixtures(NamedTuple):
-    """Parameters of mixtures, and how the fit went."""
+    """
+    The parameters of fitted mixtures, and the course of the fit.
 
-    means: Tensor  # [heads, components, dim]
-    variances: Tensor  # [heads, components, dim]
-    prior_logits: Tensor  # [heads, components], log pi
-    log_likelihood: Tensor  # [steps + 1, heads], nats per sample, before and after every EM step
-    log_posterior: Tensor  # [steps + 1, heads], the same with the prior; never falls
+    Args:
+        means (`torch.Tensor` of shape `(heads, components, dim)`): mu.
+        variances (`torch.Tensor` of shape `(heads, components, dim)`): sigma^2.
+        prior_logits (`torch.Tensor` of shape `(heads, components)`): log pi.
+        log_likelihood (`torch.Tensor` of shape `(steps + 1, heads)`): in nats per sample, before and after every EM step.
+        log_posterior (`torch.Tensor` of shape `(steps + 1, heads)`): the log-likelihood with the prior; it never falls.
+    """
+
+    means: Tensor
+    variances: Tensor
+    prior_logits: Tensor
+    log_likelihood: Tensor
+    log_posterior: Tensor
 
     def raw_variances(self, variance_floor: float) -> Tensor:
-        """The parameter omega of `GMAMixture`: sigma^2 = softplus(omega) + variance_floor."""
+        """
+        The parameter omega of `GMAMixture`, with sigma^2 = softplus(omega) + variance_floor.
+
+        Args:
+            variance_floor (`float`): smallest variance of the mixture.
+
+        Returns:
+            `torch.Tensor` of shape `(heads, components, dim)`: omega.
+        """
         return inverse_softplus((self.variances - variance_floor).clamp(min=1e-6 * variance_floor))
 
 
@@ -53,18 +70,20 @@ def fit_mixtures(
     generator: torch.Generator | None = None,
 ) -> FittedMixtures:
     """
-    Fit one mixture to each head's samples, all heads at once, on the device of the samples.
+    Fit one mixture to the samples of each head, all heads at once, on the device of the samples. The formulas stand at the
+    top of this file.
 
     Args:
-        samples (`torch.Tensor` of shape `(heads, samples, dim)`): of any floating dtype; float32 inside.
-        num_components (`int`): C.
-        variance_floor (`float`): smallest variance, in squared units of the samples.
-        lloyd_steps (`int`): steps of k-means after the seeding.
-        em_steps (`int`): steps of expectation maximisation.
-        generator (`torch.Generator`, *optional*): of the seeding, on the device of the samples.
+        samples (`torch.Tensor` of shape `(heads, samples, dim)`): the samples, of any floating dtype. The fit computes in
+            float32.
+        num_components (`int`): number of components per head.
+        variance_floor (`float`, *optional*, defaults to `1e-4`): smallest variance, in squared units of the samples.
+        lloyd_steps (`int`, *optional*, defaults to `5`): steps of Lloyd's algorithm after k-means++.
+        em_steps (`int`, *optional*, defaults to `20`): steps of expectation maximisation.
+        generator (`torch.Generator`, *optional*): random numbers for k-means++, on the device of the samples.
 
     Returns:
-        [`FittedMixtures`], in float32.
+        [`FittedMixtures`]: the mixtures, in float32.
 
     Raises:
         ValueError: if there are fewer samples than components, or a sample is NaN or infinite.

@@ -1,5 +1,5 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
-"""Which layers can do without softmax: how far the outputs move when one layer alone is converted."""
+"""Which layers can do without softmax: how much the outputs change when one layer alone is converted."""
 
 from collections.abc import Iterable
 from typing import Any, NamedTuple
@@ -21,13 +21,19 @@ from .teacher import as_teacher
 
 
 class LayerSensitivity(NamedTuple):
-    """How much it hurts to convert a layer, and nothing else."""
+    """
+    How much the conversion of one layer alone changes the outputs of the model.
 
-    index: int  # among the self-attention layers, as `convert_to_gma` counts them
-    name: str  # of the attention module
-    distance: (
-        float  # KL to the unconverted model's logits, nats per token; without logits, 1 - cos of last hidden states
-    )
+    Args:
+        index (`int`): number of the layer among the self-attention layers, as [`convert_to_gma`] counts them.
+        name (`str`): name of the attention module.
+        distance (`float`): KL divergence to the logits of the unconverted model, in nats per token. For models without
+            logits, 1 - cos of the last hidden states.
+    """
+
+    index: int
+    name: str
+    distance: float
 
 
 def rank_layers(
@@ -40,18 +46,18 @@ def rank_layers(
     **conversion_options: Any,
 ) -> list[LayerSensitivity]:
     """
-    Rank the layers of a model by how much its outputs change when one of them is converted and calibrated.
+    Rank the layers of a model by how much its outputs change when one layer is converted and calibrated.
 
     Args:
-        model (`PreTrainedModel`): a model that is not converted. Afterwards it is as it was.
-        data (`Iterable`): as for [`calibrate`]; it must be possible to go through it twice.
-        max_tokens (`int`): how many tokens the outputs are compared on.
+        model (`PreTrainedModel`): a model without converted layers. Afterwards the model is as before.
+        data (`Iterable`): data as for [`calibrate`]. The function reads them twice.
+        max_tokens (`int`, *optional*, defaults to `16384`): number of tokens on which the outputs are compared.
         calibration_options (`dict`, *optional*): arguments of [`calibrate`].
-        progress (`bool`): whether to show progress bars.
-        conversion_options: arguments of [`convert_to_gma`]; layers that `layers` leaves out are not ranked.
+        progress (`bool`, *optional*, defaults to `True`): whether to show progress bars.
+        conversion_options (`Any`, *optional*): arguments of [`convert_to_gma`]. Layers outside of `layers` are not ranked.
 
     Returns:
-        `list[LayerSensitivity]`: the most sensitive layer first.
+        `list[LayerSensitivity]`: the layers, the most sensitive layer first.
 
     Raises:
         ValueError: see [`convert_to_gma`] and [`calibrate`]; also if `data` can be read only once.
@@ -93,11 +99,11 @@ def rank_layers(
 
 def choose_layers(ranking: list[LayerSensitivity], keep: int) -> list[int]:
     """
-    The layers to convert when the most sensitive ones stay softmax.
+    The layers to convert if the most sensitive layers stay softmax.
 
     Args:
-        ranking (`list[LayerSensitivity]`): from [`rank_layers`].
-        keep (`int`): how many stay softmax.
+        ranking (`list[LayerSensitivity]`): the result of [`rank_layers`].
+        keep (`int`): how many layers stay softmax.
 
     Returns:
         `list[int]`: indices for `convert_to_gma(model, layers=...)`.
@@ -113,7 +119,9 @@ def choose_layers(ranking: list[LayerSensitivity], keep: int) -> list[int]:
 
 
 def output_distance(batch: dict[str, Any], outputs: Any, target: Any) -> tuple[Tensor, int]:
-    """Distance of a model's outputs to the target's, summed over real tokens, and how many these are."""
+    """
+    Distance of the outputs of a model to the outputs of the target, summed over real tokens, and the number of these tokens.
+    """
     if "logits" in outputs:
         real = real_tokens(batch, outputs["logits"].shape[:-1])
         return kl_divergence(outputs["logits"], target["logits"], real), int(real.sum())

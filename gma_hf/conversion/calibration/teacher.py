@@ -1,7 +1,8 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
 """
-The model that was converted still holds the one it came from: as long as only what a conversion adds is trained, the
-teacher needs no second model. Inside [`as_teacher`] converted modules run their softmax, and who wants to can watch.
+The teacher of a converted model. A converted model still contains the softmax of its original. So as long as only new
+parameters are trained, the teacher needs no second model. Within [`as_teacher`], converted modules run their softmax, and a
+callback can watch them.
 """
 
 from collections.abc import Callable, Collection, Iterator
@@ -27,37 +28,66 @@ TEACHER_IMPLEMENTATION = "gma_teacher"
 
 
 class SoftmaxCall(NamedTuple):
-    """One call of the softmax that a converted module had before."""
+    """
+    One call of the softmax that a converted module had before its conversion.
 
-    module: nn.Module  # the attention module
-    layer: GMAConversion  # what it gained
-    query: Tensor  # [batch, num_heads, length, head_dim]
-    key: Tensor  # [batch, key_value_heads, length, head_dim]
-    value: Tensor  # [batch, key_value_heads, length, value_dim]
+    Args:
+        module (`nn.Module`): the attention module.
+        layer ([`GMAConversion`]): the child that the conversion added to the module.
+        query (`torch.Tensor` of shape `(batch, num_heads, length, head_dim)`): queries.
+        key (`torch.Tensor` of shape `(batch, key_value_heads, length, head_dim)`): keys.
+        value (`torch.Tensor` of shape `(batch, key_value_heads, length, value_dim)`): values.
+        attention_mask (`Any`): the mask, in the form of the attention implementation.
+        scaling (`float` or `None`): factor of the logits.
+        arguments (`dict[str, Any]`): further arguments of the attention function.
+        output (`torch.Tensor` of shape `(batch, num_heads, length, value_dim)`): the output of softmax.
+        rotation (`Rotation` or `None`): rotary positions of the tokens.
+    """
+
+    module: nn.Module
+    layer: GMAConversion
+    query: Tensor
+    key: Tensor
+    value: Tensor
     attention_mask: Any
     scaling: float | None
-    arguments: dict[str, Any]  # further arguments of the attention function
-    output: Tensor  # [batch, num_heads, length, value_dim]
-    rotation: Rotation | None  # of its tokens
+    arguments: dict[str, Any]
+    output: Tensor
+    rotation: Rotation | None
 
     def routed(self) -> tuple[Tensor, Tensor]:
-        """Queries and keys as the mixtures would route them."""
+        """
+        Queries and keys as the mixtures would route them.
+
+        Returns:
+            `tuple[torch.Tensor, torch.Tensor]`: both, in their shapes.
+        """
         return self.layer.route(self.query, self.key, self.rotation)
 
     def student(self) -> Tensor:
-        """What GMA makes of the same queries, keys and values: shape of `output`."""
+        """
+        The output of GMA for the same queries, keys and values.
+
+        Returns:
+            `torch.Tensor` of shape `(batch, num_heads, length, value_dim)`: the output.
+        """
         states = (self.query, self.key, self.value, self.attention_mask)
         options = {"scaling": self.scaling, "rotation": self.rotation, **self.arguments}
         output, _ = gma_attention_forward(self.module, *states, **options)
         return output.transpose(1, 2)
 
     def real(self) -> Tensor | None:
-        """`True` at real tokens `(batch, length)`; `None` if there is no padding."""
+        """
+        The real tokens of the call.
+
+        Returns:
+            `torch.BoolTensor` of shape `(batch, length)`: `True` at real tokens; `None` if there is no padding.
+        """
         return read_mask(self.attention_mask, self.query)[0]
 
 
 class Role(NamedTuple):
-    """What a converted module does inside [`as_teacher`]."""
+    """The role of a converted module within [`as_teacher`]."""
 
     layer: GMAConversion
     is_student: bool
@@ -74,12 +104,16 @@ def as_teacher(
     students: Collection[GMAConversion] = (),
 ) -> Iterator[None]:
     """
-    Within the context the converted modules of a model run the softmax that they were converted from. Do not pass a cache.
+    Within this context, the converted modules of a model run the softmax that they had before their conversion. Do not pass
+    a cache.
 
     Args:
-        model (`nn.Module`): a converted model, or one with adapters or wrappers around it.
+        model (`nn.Module`): a converted model, with or without adapters and wrappers around it.
         observe (`Callable`, *optional*): called with a [`SoftmaxCall`] after each softmax of a converted module.
-        students (`Collection[GMAConversion]`, *optional*): layers that stay GMA.
+        students (`Collection[GMAConversion]`, *optional*, defaults to `()`): layers that stay GMA.
+
+    Yields:
+        `None`.
 
     Raises:
         ValueError: if no layer of the model was converted.
@@ -113,7 +147,7 @@ def as_teacher(
 
 def expect_gma_layers(model: nn.Module) -> dict[str, GMAConversion]:
     """
-    [`gma_layers`] of a model that must have some.
+    [`gma_layers`] of a model that must have such layers.
 
     Raises:
         ValueError: if no layer of the model was converted.
@@ -139,7 +173,7 @@ def teacher_attention_forward(
     gma_layout: CallLayout | None = None,
     **kwargs,
 ) -> tuple[Tensor, Tensor | None]:
-    """The attention function that a converted module had, and a report to the observer."""
+    """The attention function that a converted module had before, with a report to the observer."""
     role = _roles[module]
     if role.is_student:
         told = {"gma_call": gma_call, "gma_layout": gma_layout, **kwargs}

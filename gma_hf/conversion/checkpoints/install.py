@@ -1,7 +1,6 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
 """
-Putting mixtures into a model as its configuration says, and taking them out again. All or nothing: an error in the middle of a
-change leaves the model as it was before the change.
+Put mixtures into a model as its configuration says, and remove them. An error during a change leaves the model as it was.
 """
 
 import copy
@@ -24,14 +23,14 @@ from ..runtime.layer import GMAConversion
 
 def gma_layers(model: nn.Module) -> dict[str, GMAConversion]:
     """
-    What the converted modules of a model gained.
+    The children `gma` of the converted modules of a model.
 
     Args:
-        model (`nn.Module`): a converted model, or one with adapters or wrappers around it.
+        model (`nn.Module`): a converted model, with or without adapters and wrappers around it.
 
     Returns:
-        `dict[str, GMAConversion]`: from the names of the attention modules in `model` to their child `gma`, in the order of
-        the model.
+        `dict[str, GMAConversion]`: from the names of the attention modules in `model` to their children `gma`, in the order
+        of the model.
     """
     layers = {}
     for name, module in model.named_modules():
@@ -43,19 +42,19 @@ def gma_layers(model: nn.Module) -> dict[str, GMAConversion]:
 
 def build_layers(model: PreTrainedModel, conversion: GMAConversionConfig) -> dict[nn.Module, GMAConversion]:
     """
-    The mixtures of a model, without values, each on the device and in the dtype of its attention module. The model is not
-    touched.
+    Build the mixtures of a model, without values, each on the device and in the dtype of its attention module. The model
+    does not change.
 
     Args:
         model (`PreTrainedModel`): the model.
-        conversion ([`GMAConversionConfig`]): which layers, and what they have. Names that this head of the model does not
-            have (the encoder of an encoder-decoder, say) are left out.
+        conversion ([`GMAConversionConfig`]): which layers, and their options. Names that this head of the model does not
+            have (for example the encoder of an encoder-decoder) are left out.
 
     Returns:
         `dict[nn.Module, GMAConversion]`: from the attention modules to their mixtures, in the order of the model.
 
     Raises:
-        ValueError: if the model has none of the layers, though it has the modules around them.
+        ValueError: if the model has none of the layers, but has the modules around them.
     """
     found = {name: find_module(model, name) for name in conversion.layers}
     if not any(found.values()):

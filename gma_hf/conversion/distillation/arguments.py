@@ -1,5 +1,5 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
-"""Arguments of one stage of a distillation."""
+"""The arguments of one stage of a distillation."""
 
 import re
 from dataclasses import dataclass, field, fields
@@ -18,23 +18,32 @@ POOLINGS = ("mean", "cls")
 
 @dataclass
 class GMADistillationArguments(TrainingArguments):
-    """`TrainingArguments` of one stage, and what is particular to it.
+    """
+    `TrainingArguments` of one stage, with the options of a distillation.
 
     Args:
-        stage: "attention_transfer": every converted layer learns to reproduce what softmax made of the teacher's hidden
-            states; only what the conversion added is trained, and no second model is needed. "distillation": the model learns
-            to reproduce the teacher's logits and hidden states. "finetune": the usual loss of the task.
-        gma_learning_rate: learning rate of what the conversion added, with the same schedule as `learning_rate`, which it gets
-            when this is None. In the first stage there is nothing else.
-        trainable: regular expression; of the parameters that the model had before, those whose names match are trained, in the
-            last two stages. "" trains none of them; the default trains all.
-        temperature: T of the KL divergence between the logits.
-        logits_weight: weight of the KL divergence, in nats per token.
-        hidden_weight: weight of the distance of the hidden states.
-        hidden_kind: "mse", ||s - t||^2 / ||t||^2 token by token; or "cosine", 1 - cos(s, t).
-        hidden_layers: "all", or "last": the hidden states after the last layer alone.
-        embedding_weight: weight of 1 - cos between embeddings of whole texts, for models that embed texts.
-        embedding_pooling: how those are made: "mean" over the tokens, or "cls", the first one.
+        stage (`str`, *optional*, defaults to `"distillation"`): "attention_transfer": every converted layer learns to
+            reproduce the output of softmax on the hidden states of the teacher; only new parameters are trained, and no
+            second model is needed. "distillation": the model learns to reproduce the logits and the hidden states of the
+            teacher. "finetune": the usual loss of the task.
+        gma_learning_rate (`float`, *optional*): learning rate of the parameters that the conversion added, with the schedule
+            of `learning_rate`; by default `learning_rate`. In the first stage these are all trained parameters.
+        trainable (`str`, *optional*, defaults to `".*"`): regular expression for the last two stages. Of the parameters that
+            the model had before its conversion, the parameters with matching names are trained. `""` trains none of them.
+        temperature (`float`, *optional*, defaults to `1.0`): temperature T of the KL divergence between the logits.
+        logits_weight (`float`, *optional*, defaults to `1.0`): weight of the KL divergence, in nats per token.
+        hidden_weight (`float`, *optional*, defaults to `0.0`): weight of the distance of the hidden states.
+        hidden_kind (`str`, *optional*, defaults to `"mse"`): "mse": ||s - t||^2 / ||t||^2 per token. "cosine": 1 - cos(s,
+            t).
+        hidden_layers (`str`, *optional*, defaults to `"all"`): "all", or "last" for the hidden states after the last layer
+            alone.
+        embedding_weight (`float`, *optional*, defaults to `0.0`): weight of 1 - cos between the embeddings of whole texts,
+            for models that embed texts.
+        embedding_pooling (`str`, *optional*, defaults to `"mean"`): the embedding of a text: "mean" over the tokens, or
+            "cls" for the first token.
+
+    Raises:
+        ValueError: for impossible values. The message names the option, its value and the valid choice.
     """
 
     stage: str = field(
@@ -79,16 +88,16 @@ class GMADistillationArguments(TrainingArguments):
 
 
 def gma_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """What a conversion added to a model: mixtures, routing maps, forgetting gates and windows."""
+    """The parameters that a conversion added to a model: mixtures, routing maps, forgetting gates and windows."""
     return [parameter for layer in expect_gma_layers(model).values() for parameter in layer.parameters()]
 
 
 def choose_trainable(model: nn.Module, args: GMADistillationArguments) -> bool:
     """
-    Set which parameters a stage trains. Adapters, which come with frozen weights, are left as they are.
+    Set which parameters a stage trains. Adapters have frozen weights already, so models with adapters stay as they are.
 
     Returns:
-        `bool`: whether parameters that the model had before are among them.
+        `bool`: whether some of the trained parameters existed before the conversion.
     """
     new = {id(parameter) for parameter in gma_parameters(model)}
     if hasattr(model, "peft_config"):

@@ -1,5 +1,5 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
-"""All stages of a distillation, one after the other; interrupted anywhere, the same call goes on from there."""
+"""All stages of a distillation, one after the other. After an interruption, the same call continues."""
 
 import dataclasses
 import json
@@ -28,12 +28,12 @@ class StageResult:
     """
     A finished stage.
 
-    Attributes:
-        stage (`str`): its name.
-        folder (`str`): where in the output folder its model and checkpoints are.
-        steps (`int`): optimization steps.
-        seconds (`float`): time of the training, of the last start of it.
-        metrics (`dict`): of the evaluation at its end, named `eval_...`; empty without evaluation data.
+    Args:
+        stage (`str`): name of the stage.
+        folder (`str`): name of its folder in the output folder, with its model and checkpoints.
+        steps (`int`): number of optimization steps.
+        seconds (`float`): duration of the training since its last start.
+        metrics (`dict[str, float]`): metrics of the evaluation at its end, named `eval_...`; empty without evaluation data.
     """
 
     stage: str
@@ -54,25 +54,28 @@ def distill(
     **options: Any,
 ) -> list[StageResult]:
     """
-    Train a converted model stage by stage, in place. Each stage has a folder of its own in `output_dir`, with its checkpoints
-    and, at the end, its model. Called again after an interruption, finished stages are skipped and the one that was
-    interrupted goes on from its last checkpoint.
+    Train a converted model stage by stage, in place. Each stage has its own folder in `output_dir`, with its checkpoints
+    and, at the end, its model. After an interruption, call the function again: it skips finished stages, and continues the
+    interrupted stage from its last checkpoint.
 
     Args:
         model (`PreTrainedModel`): a calibrated model, see [`calibrate`].
-        stages (`Sequence[GMADistillationArguments]`): in their order; their `output_dir` is replaced.
+        stages (`Sequence[GMADistillationArguments]`): the stages in order. Their `output_dir` is replaced.
         output_dir (`str` or `Path`): the folder of the run.
         teacher (`PreTrainedModel`, *optional*): the model before its conversion, see [`GMADistillationTrainer`].
-        peft_config (*optional*): of the adapters that the stage "finetune" trains instead of all weights, for example a
-            `peft.LoraConfig`. They are merged into the weights afterwards.
-        stage_options (`Mapping`, *optional*): from names of stages to arguments of the trainer that only they get.
-        options: arguments of [`GMADistillationTrainer`] for all stages: `train_dataset`, `eval_dataset`, `data_collator`, ...
+        peft_config (`PeftConfig`, *optional*): adapters for the stage "finetune", for example a `peft.LoraConfig`. The stage
+            trains the adapters instead of all weights, and then merges them into the weights.
+        stage_options (`Mapping[str, Mapping]`, *optional*): from names of stages to arguments of the trainer for this stage
+            only.
+        options (`Any`, *optional*): arguments of [`GMADistillationTrainer`] for all stages: `train_dataset`, `eval_dataset`,
+            `data_collator`, ...
 
     Returns:
-        `list[StageResult]`: of all stages, those that were finished before included.
+        `list[StageResult]`: all stages, including the stages that were finished before this call.
 
     Raises:
-        ValueError: if the folder holds a run with other stages or other arguments of a stage; see also [`GMADistillationTrainer`].
+        ValueError: if the folder contains a run with other stages or with other arguments of a stage; see also
+            [`GMADistillationTrainer`].
     """
     output_dir = Path(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
@@ -117,10 +120,10 @@ def distill(
 
 def read_state(output_dir: Path, stages: list[str]) -> list[StageResult]:
     """
-    The stages of a run that are finished.
+    The finished stages of a run.
 
     Raises:
-        ValueError: if they are not the first of these stages.
+        ValueError: if the finished stages are not the first of the given stages.
     """
     path = output_dir / STATE_FILE
     if not path.is_file():

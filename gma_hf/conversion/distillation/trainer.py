@@ -53,22 +53,25 @@ COLUMNS = (*STATISTICS, *dict.fromkeys(STATISTICS.values()))
 
 
 class GMADistillationTrainer(GMATrainer):
-    """`transformers.Trainer` for one stage of the recovery of a converted model.
+    """
+    A `transformers.Trainer` for one stage of the distillation of a converted model.
 
-    Evaluation reports, relative to the teacher and exact over batches and processes: of models with logits `kl` (nats per token);
-    of models without a head `hidden_cosine` (last hidden states, per token) and `embedding_cosine`; in the first stage
-    `attention_error`. And `perplexity`, of causal language models.
+    Evaluation compares with the teacher, exactly over batches and processes. Models with logits report `kl` (nats per
+    token). Models without a head report `hidden_cosine` (last hidden states, per token) and `embedding_cosine`. The first
+    stage reports `attention_error`. Causal language models also report `perplexity`.
 
     Args:
-        model: a model from `convert_to_gma`, which may have adapters on top.
-        args: [`GMADistillationArguments`]. Parameters are frozen and released as its `stage` and `trainable` say.
-        teacher: the model before its conversion. Needed where the stage trains parameters that it had before; otherwise
-            the model itself, with its softmax, is the teacher.
-        teacher_processing_class: the teacher's tokenizer; checked to be that of the student, `processing_class`.
-        kwargs: as for `transformers.Trainer`. Data need no labels in the first two stages.
+        model (`PreTrainedModel`): a model from [`convert_to_gma`], with or without adapters.
+        args ([`GMADistillationArguments`]): the arguments. `stage` and `trainable` decide which parameters are frozen.
+        teacher (`PreTrainedModel`, *optional*): the model before its conversion. Needed if the stage trains parameters that
+            the model had before its conversion. By default the model itself, with its softmax, is the teacher.
+        teacher_processing_class (`PreTrainedTokenizerBase`, *optional*): the tokenizer of the teacher, which must be equal
+            to `processing_class`, the tokenizer of the student.
+        kwargs (`Any`, *optional*): arguments of `transformers.Trainer`. The first two stages need no labels.
 
     Raises:
-        ValueError: if the model has no converted layer, or teacher and student do not fit together.
+        ValueError: if the model has no converted layer, if teacher and student do not fit each other, or if one process has
+            several GPUs.
     """
 
     def __init__(
@@ -111,7 +114,9 @@ class GMADistillationTrainer(GMATrainer):
             self.teacher = teacher.to(args.device)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Create the stock optimizer; what the conversion added gets a group of its own, with `gma_learning_rate`."""
+        """
+        Create the stock optimizer. With `gma_learning_rate`, the parameters that the conversion added get their own group.
+        """
         created = self.optimizer is None
         optimizer = super().create_optimizer() if model is None else super().create_optimizer(model)
         if created and self.args.gma_learning_rate is not None:
@@ -121,7 +126,7 @@ class GMADistillationTrainer(GMATrainer):
         return optimizer
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
-        """The batches of one step, and how many outputs they have that count: those at real tokens."""
+        """The batches of one step, and the number of outputs that count: the outputs at real tokens."""
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if self.is_distilling and batches:
             num_items = sum(self._num_tokens(batch) for batch in batches).to(device)
@@ -152,7 +157,7 @@ class GMADistillationTrainer(GMATrainer):
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys=None
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Loss and statistics of one batch, `(batch, statistics)`, for [`distillation_metrics`]."""
+        """Loss and statistics `(batch, statistics)` of one batch, for [`distillation_metrics`]."""
         if not self.is_distilling:
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         inputs = prepare_inputs(self, inputs)

@@ -1,5 +1,5 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
-"""What a converted attention module gains: its mixtures, and how they take the place of softmax."""
+"""The child `gma` of a converted attention module: its mixtures, and how they replace softmax."""
 
 import math
 
@@ -20,8 +20,8 @@ FORGETTING_HORIZONS = (1e3, 1e5)
 
 def autocast_as_softmax(*states: Tensor) -> tuple[Tensor, ...]:
     """
-    Queries, keys or values in the dtype of autocast, where it is on: what it does for `scaled_dot_product_attention`. The
-    linear maps return 16 bits, but rotary positions make float32 of them where hidden states are float32.
+    Queries, keys or values in the dtype of autocast, as autocast casts them for `scaled_dot_product_attention`. Linear maps
+    return 16 bits, but rotary positions return float32 if hidden states are float32.
     """
     device_type = states[0].device.type
     if not torch.is_autocast_enabled(device_type):
@@ -32,8 +32,8 @@ def autocast_as_softmax(*states: Tensor) -> tuple[Tensor, ...]:
 
 class GMARouting(nn.Module):
     """
-    A linear map per head, from a query or key to the point that the mixture routes: x + x W. With W = 0, where it starts
-    and where a weight decay pulls it to, the point is the vector itself.
+    A linear map per head, from a query or key to the point that the mixture routes: x + x W. W starts at 0, and a weight
+    decay pulls W to 0. With W = 0, the point is the vector itself.
     """
 
     def __init__(self, num_heads: int, routing_dim: int):
@@ -56,8 +56,8 @@ class GMARouting(nn.Module):
 
 class GMAForgetting(nn.Module):
     """
-    How much of the past each head keeps: log a_t = -softplus(u_h . v_t + b_h). It is read from the values, which no model
-    rotates, so that it does not depend on the position.
+    How much of the past each head keeps: log a_t = -softplus(u_h . v_t + b_h). The gate reads the values, because no model
+    rotates values. So the gate does not depend on the position.
     """
 
     def __init__(self, num_heads: int, value_dim: int):
@@ -85,31 +85,34 @@ class GMAForgetting(nn.Module):
 
 class GMAConversion(nn.Module):
     """
-    Gaussian Mixture Attention in the place of one module's softmax, the child `gma` of the attention module.
+    Gaussian Mixture Attention in place of the softmax of one attention module: the child `gma` of this module.
 
     Args:
-        num_heads (`int`): query heads, each with a mixture of its own.
-        num_key_value_heads (`int`): key and value heads; divides `num_heads`.
+        num_heads (`int`): number of query heads. Each has its own mixture.
+        num_key_value_heads (`int`): number of key and value heads; divides `num_heads`.
         routing_dim (`int`): dimension of queries and keys.
         value_dim (`int`): dimension of values.
-        is_causal (`bool`): whether tokens look back only.
-        rotary_dim (`int`): how many of the first dimensions of queries and keys are rotated by positions that are undone, all
-            or in part, before they are routed; 0 if none are.
+        is_causal (`bool`): whether a token sees the tokens before it only.
+        rotary_dim (`int`, *optional*, defaults to `0`): how many of the first dimensions of queries and keys have rotary
+            positions that are undone, fully or partly, before the routing.
         undone_columns (`list[tuple[int, int]]`, *optional*): ranges of the columns of cosines and sines, first and last + 1,
-            whose rotations are undone; by default all.
+            whose rotations are undone; by default all columns.
         num_components (`int`): components per mixture.
-        window_size (`int`): how many of the nearest tokens are seen exactly, by softmax; 0 for none.
-        num_sink_tokens (`int`): how many of a sequence's first tokens stay exactly visible behind the window; causal modules
-            only.
-        use_routing_projections (`bool`): whether queries and keys pass a learned map before they are routed.
+        window_size (`int`): number of nearest tokens that are seen exactly, by softmax; 0 for none.
+        num_sink_tokens (`int`, *optional*, defaults to `0`): number of first tokens of a sequence that stay exactly visible
+            behind the window; causal modules only.
+        use_routing_projections (`bool`): whether queries and keys pass a learned map before the routing.
         use_forgetting (`bool`): whether the memory forgets; causal modules only.
         variance_floor (`float`): smallest variance.
         read_eps (`float`): constant added to the normaliser of the read.
-        mean_init_std (`float`), variance_init (`float`): the mixtures before calibration.
+        mean_init_std (`float`): standard deviation of the means before calibration.
+        variance_init (`float`): variance of the components before calibration.
 
     Attributes:
-        mixture_norm (`GMAMixture`): the mixtures. A forward pre-hook on it sees what is routed, in every configuration.
-        q_routing, k_routing (`GMARouting` or `None`): maps of the queries, per query head, and keys, per key head.
+        mixture_norm (`GMAMixture`): the mixtures. A forward pre-hook on this module sees queries and keys as they are
+            routed.
+        q_routing (`GMARouting` or `None`): the maps of the queries, one per query head.
+        k_routing (`GMARouting` or `None`): the maps of the keys, one per key head.
         forgetting (`GMAForgetting` or `None`): the forgetting gate.
         window_norm (`GMAWindow` or `None`): the softmax window.
     """
@@ -157,7 +160,7 @@ class GMAConversion(nn.Module):
             self.window_norm = GMAWindow(num_heads, routing_dim, window_size, num_sink_tokens if is_causal else 0)
 
     def reset_parameters(self):
-        """Initialise everything; parameters that were loaded from a checkpoint are left alone."""
+        """Initialise all parameters. Parameters that were loaded from a checkpoint keep their values."""
         self.mixture_norm.reset_parameters(self.mean_init_std, self.variance_init, balanced_priors=True)
         for module in (self.q_routing, self.k_routing, self.forgetting, self.window_norm):
             if module is not None:
@@ -170,13 +173,15 @@ class GMAConversion(nn.Module):
         The points that the mixtures route.
 
         Args:
-            query (`torch.Tensor` of shape `(batch, num_heads, length, routing_dim)`): as softmax would get them.
-            key (`torch.Tensor` of shape `(batch, num_key_value_heads, length, routing_dim)`): likewise.
-            rotation ([`Rotation`], *optional*): by which they were rotated; needed if `rotary_dim` is not 0.
-            layout ([`Layout`], *optional*): of the tokens; keeps the inverse of the rotation for the other layers.
+            query (`torch.Tensor` of shape `(batch, num_heads, length, routing_dim)`): queries as softmax would get them.
+            key (`torch.Tensor` of shape `(batch, num_key_value_heads, length, routing_dim)`): keys as softmax would get
+                them.
+            rotation (`Rotation`, *optional*): the rotation of queries and keys. Needed if `rotary_dim` is not 0.
+            layout (`Layout`, *optional*): the layout of the tokens. It keeps the inverse of the rotation for the other
+                layers.
 
         Returns:
-            `tuple[torch.Tensor, torch.Tensor]`: both, in the same shapes.
+            `tuple[torch.Tensor, torch.Tensor]`: queries and keys, in their shapes.
 
         Raises:
             ValueError: if the rotation is missing.
@@ -209,21 +214,29 @@ class GMAConversion(nn.Module):
         output_attentions: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """
+        Compute the attention of the module.
+
         Args:
-            query (`torch.Tensor` of shape `(batch, num_heads, length, routing_dim)`): as softmax would get them.
-            key (`torch.Tensor` of shape `(batch, num_key_value_heads, length, routing_dim)`): of the current tokens.
-            value (`torch.Tensor` of shape `(batch, num_key_value_heads, length, value_dim)`): likewise.
-            layout ([`Layout`], *optional*): padding and packed sequences.
-            scaling (`float`, *optional*): factor of the window's logits; by default `routing_dim ** -0.5`.
-            is_causal (`bool`, *optional*): overrides the module's own.
-            softcap (`float`, *optional*), sinks (`torch.Tensor`, *optional*): of the window's softmax.
-            rotation ([`Rotation`], *optional*): of queries and keys; needed if `rotary_dim` is not 0.
-            cache_layer (`GMACacheLayer`, *optional*): the state to go on from; it is advanced.
-            output_attentions (`bool`): also return the implied affinity.
+            query (`torch.Tensor` of shape `(batch, num_heads, length, routing_dim)`): queries as softmax would get them.
+            key (`torch.Tensor` of shape `(batch, num_key_value_heads, length, routing_dim)`): keys of the current tokens.
+            value (`torch.Tensor` of shape `(batch, num_key_value_heads, length, value_dim)`): values of the current tokens.
+            layout (`Layout`, *optional*): padding and packed sequences.
+            scaling (`float`, *optional*): factor of the logits of the window; by default `routing_dim ** -0.5`.
+            is_causal (`bool`, *optional*): overrides `is_causal` of the module.
+            softcap (`float`, *optional*): soft cap of the logits of the window.
+            sinks (`torch.Tensor` of shape `(num_heads,)`, *optional*): learned logits that join the normaliser of the
+                window.
+            rotation (`Rotation`, *optional*): the rotation of queries and keys. Needed if `rotary_dim` is not 0.
+            cache_layer (`GMACacheLayer`, *optional*): the state to continue from. The call updates it.
+            output_attentions (`bool`, *optional*, defaults to `False`): whether to return the implied affinity.
 
         Returns:
-            The output `(batch, num_heads, length, value_dim)`, and the implied affinity `(batch, num_heads, length,
-            length)` if it was asked for.
+            `tuple[torch.Tensor, torch.Tensor or None]`: the output `(batch, num_heads, length, value_dim)`, and the implied
+            affinity `(batch, num_heads, length, length)` or `None`.
+
+        Raises:
+            ValueError: if the numbers of queries and keys differ, if a bidirectional layer gets a cache, or if the affinity
+                is requested with a cache that has seen tokens.
         """
         length = query.shape[2]
         causal = self.is_causal if is_causal is None else is_causal
@@ -276,6 +289,7 @@ class GMAConversion(nn.Module):
         return output, weights
 
     def extra_repr(self) -> str:
+        """The sizes of the layer."""
         heads = f"num_heads={self.num_heads}, num_key_value_heads={self.num_key_value_heads}"
         rotary_dim = f", rotary_dim={self.rotary_dim}" if self.rotary_dim > 0 else ""
         return f"{heads}, is_causal={self.is_causal}{rotary_dim}"

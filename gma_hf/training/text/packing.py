@@ -1,12 +1,13 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
-"""Documents to blocks: tokenized, joined with an end-of-text token between them, cut to the block length.
+"""
+Pack documents into blocks: tokenize them, join them with an end-of-text token between them, cut the tokens into blocks.
 
-The stream of tokens is `<eot> document <eot> document <eot> ...`. Training cuts it into blocks without overlap and
-drops the last, incomplete one. Evaluation of a causal model loses nothing: the last block is kept, and each block
-begins with the last token of the one before, so that every token of the text is predicted exactly once.
+The stream of tokens is `<eot> document <eot> document <eot> ...`. Training cuts the stream into blocks without overlap, and
+drops the last, incomplete block. The evaluation of a causal model loses no token: it keeps the last block, and each block
+begins with the last token of the block before. So every token of the text is predicted exactly once.
 
-With isolated documents each begins with an end-of-text token of its own, `position_ids` restart there (models then
-keep the documents apart), and that first token is no target.
+Isolated documents begin with their own end-of-text token, and `position_ids` restart there, so models keep the documents
+apart. This first token is no target.
 """
 
 from collections.abc import Iterator
@@ -28,13 +29,14 @@ IGNORE_INDEX = -100  # labels that the loss leaves out
 
 @dataclass
 class PackedText:
-    """Blocks of tokens, and the size of the text they came from.
+    """
+    Blocks of tokens, and the size of their text.
 
-    Attributes:
-        blocks: columns `input_ids`, and `position_ids` if documents are isolated.
-        num_bytes: UTF-8 bytes of the text.
-        num_words: its pieces between white space.
-        num_documents: its documents.
+    Args:
+        blocks (`datasets.Dataset`): the blocks, with the column `input_ids`, and `position_ids` if documents are isolated.
+        num_bytes (`int`): UTF-8 bytes of the text.
+        num_words (`int`): number of pieces between white space.
+        num_documents (`int`): number of documents.
     """
 
     blocks: Dataset
@@ -54,24 +56,27 @@ def pack_documents(
     keep_last: bool = False,
     num_proc: int | None = None,
 ) -> PackedText:
-    """Tokenize documents and pack them into blocks.
+    """
+    Tokenize documents, and pack them into blocks.
 
     Args:
-        dataset: columns `text` and `document_end`; the rows of a document follow each other.
-        tokenizer: turns text into ids; no special tokens are added but `separator_id`.
-        separator_id: the end-of-text token.
-        block_size: tokens per block.
-        split: name of the data in messages.
-        isolate_documents: add `position_ids` that restart at every document.
-        predict_every_token: overlap the blocks by one token of context, for the evaluation of causal models.
-        keep_last: keep the last block, which may be shorter than the others.
-        num_proc: processes that tokenize.
+        dataset (`datasets.Dataset`): columns `text` and `document_end`. The rows of a document follow each other.
+        tokenizer (`PreTrainedTokenizerBase`): the tokenizer. Of its special tokens only `separator_id` is added.
+        separator_id (`int`): id of the end-of-text token.
+        block_size (`int`): tokens per block.
+        split (`str`): name of the data in messages.
+        isolate_documents (`bool`, *optional*, defaults to `False`): whether to add `position_ids` that restart at every
+            document.
+        predict_every_token (`bool`, *optional*, defaults to `False`): whether blocks overlap by one token of context, for
+            the evaluation of causal models.
+        keep_last (`bool`, *optional*, defaults to `False`): whether to keep the last block, which may be shorter.
+        num_proc (`int`, *optional*): number of processes that tokenize.
 
     Returns:
-        The blocks with the counts of the text.
+        [`PackedText`]: the blocks, with the size of the text.
 
     Raises:
-        TrainingInputError: when there is less text than one block, and the last one is not kept.
+        TrainingInputError: if the text is shorter than one block, and the last block is not kept.
     """
     tokenized = dataset.map(
         tokenize_rows,
@@ -118,7 +123,7 @@ def pack_documents(
 def pack_splits(
     splits: dict[str, Dataset], tokenizer: PreTrainedTokenizerBase, arguments: LanguageModelingArguments
 ) -> dict[str, PackedText]:
-    """Pack the documents of every split; outside of training every token is predicted and none is left out."""
+    """Pack the documents of every split. Outside of training every token is predicted, and no token is left out."""
     return {
         split: pack_documents(
             dataset,
@@ -157,7 +162,7 @@ def cut_into_blocks(
     keep_last: bool,
     cache_key: str | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Cut the stream into blocks; see the head of this file."""
+    """Cut the stream of tokens into blocks, see the top of this file."""
     overlap = block_size - stride
     tokens, starts = np.empty(0, np.int32), np.empty(0, bool)  # the stream so far; does a document start here?
     for piece_tokens, piece_starts in _stream(tokenized, separator_id, isolate_documents):
@@ -175,7 +180,7 @@ def cut_into_blocks(
 def _stream(
     tokenized: Dataset | IterableDataset, separator_id: int, isolate_documents: bool
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield pieces of the stream: tokens, and whether a document starts at each."""
+    """Yield pieces of the stream: tokens, and whether a document starts at each token."""
     at_start = True
     first = True
     for batch in tokenized.select_columns(["input_ids", "document_end"]).iter(batch_size=256):
@@ -206,10 +211,14 @@ def _block(tokens: np.ndarray, starts: np.ndarray, isolate_documents: bool) -> d
 
 @dataclass
 class PackedCollator:
-    """Stack blocks; labels are the tokens themselves, without the first token of isolated documents.
+    """
+    Stack blocks into a batch with labels. Labels are the tokens themselves, without the first token of isolated documents.
 
-    A batch with blocks of different lengths is padded on the right, with an `attention_mask`, labels that the loss
-    leaves out, and positions of a document of its own.
+    A batch with blocks of different lengths is padded on the right. The padding gets an `attention_mask`, labels that the
+    loss ignores, and positions like another document.
+
+    Args:
+        pad_token_id (`int`): id of the padding token.
     """
 
     pad_token_id: int

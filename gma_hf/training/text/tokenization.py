@@ -1,5 +1,5 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
-"""Tokenizers of the training scripts: loaded by name, or a byte-level BPE trained on the data."""
+"""The tokenizers of the training commands: loaded by name, or a byte-level BPE trained on the data."""
 
 import logging
 from collections.abc import Iterator
@@ -17,19 +17,20 @@ END_OF_TEXT, PAD, MASK = "<|endoftext|>", "<|pad|>", "<|mask|>"
 
 
 def train_tokenizer(texts: Iterator[str], vocab_size: int, with_mask: bool = False) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE tokenizer: every text can be encoded, and decoding gives it back exactly.
+    """
+    Train a byte-level BPE tokenizer. It can encode every text, and decoding returns exactly the same text.
 
     Args:
-        texts: the training text, in pieces.
-        vocab_size: number of tokens, special ones included; fewer come out when the text has fewer merges to offer.
-        with_mask: add a mask token, for masked language modelling.
+        texts (`Iterator[str]`): the training text, in pieces.
+        vocab_size (`int`): number of tokens, special tokens included. A short text gives fewer tokens.
+        with_mask (`bool`, *optional*, defaults to `False`): whether to add a mask token, for masked language modelling.
 
     Returns:
-        A fast tokenizer with `<|endoftext|>` as bos and eos, `<|pad|>`, and perhaps `<|mask|>`. It returns
-        `input_ids` and `attention_mask`.
+        `PreTrainedTokenizerFast`: a tokenizer with `<|endoftext|>` as bos and eos, with `<|pad|>`, and with `<|mask|>` if
+        requested. It returns `input_ids` and `attention_mask`.
 
     Raises:
-        TrainingInputError: if `vocab_size` does not hold the 256 bytes and the special tokens.
+        TrainingInputError: if `vocab_size` is smaller than the number of bytes (256) and special tokens.
     """
     special_tokens = [END_OF_TEXT, PAD] + ([MASK] if with_mask else [])
     alphabet = pre_tokenizers.ByteLevel.alphabet()
@@ -58,17 +59,9 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int, with_mask: bool = Fal
 def get_tokenizer(
     name: str | None, dataset: Dataset, vocab_size: int, with_mask: bool = False, **options
 ) -> PreTrainedTokenizerBase:
-    """Load the tokenizer `name`, or train one on the column `text` of a data set when there is no name.
-
-    Args:
-        name: folder or hub name, or None.
-        dataset: training data with a column `text`.
-        vocab_size: see `train_tokenizer`.
-        with_mask: whether a mask token is needed.
-        options: passed on to `AutoTokenizer.from_pretrained`.
-
-    Returns:
-        The tokenizer; it has a padding token.
+    """
+    Load the tokenizer `name`, or train a tokenizer on the column `text` of a data set if there is no name. The tokenizer has
+    a padding token.
 
     Raises:
         TrainingInputError: if the tokenizer cannot be loaded, or lacks a mask token that is needed.
@@ -95,7 +88,8 @@ def get_tokenizer(
 
 
 def separator_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return the token that stands between documents: the end-of-text token, or an encoder's separator.
+    """
+    The id of the token between documents: the end-of-text token, or the separator of an encoder.
 
     Raises:
         TrainingInputError: if the tokenizer has neither.
