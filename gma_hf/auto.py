@@ -11,9 +11,7 @@ from .remote_code import AUTO_CLASSES
 
 
 def register_auto_classes():
-    """
-    Register every GMA class with its Auto class, and what converted models need; calling it again changes nothing.
-    """
+    """Register every GMA class with its Auto class, and what converted models need. A second call changes nothing."""
     AutoConfig.register("gma", configuration.GMAConfig, exist_ok=True)
     for auto_name, class_name in AUTO_CLASSES.items():
         if auto_name != "AutoConfig":

@@ -1,7 +1,8 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
 """
-The name of the cache among the arguments and the outputs of a model. It depends on the version of Transformers: `past_key_values`,
-and `cache` since 5.24. A model that was handed its cache under another name would ignore the cache, without a word.
+The name of the cache among the arguments and outputs of a model. It depends on the version of Transformers:
+`past_key_values`, and `cache` from 5.24 on. A model that gets its cache under the other name would ignore it without any
+message.
 """
 
 import dataclasses
@@ -24,14 +25,14 @@ CACHE_NAME = "cache" if any(x.name == "cache" for x in dataclasses.fields(BaseMo
 
 def takes_cache(forward: Callable) -> Callable:
     """
-    Let a `forward` with an argument `cache` take the cache under the name that the installed version of Transformers uses. Where
-    Transformers' own models also take the old name, with a warning, so does this one.
+    Let a `forward` with an argument `cache` take the cache under the name of the installed version of Transformers. If the
+    models of Transformers also take the old name, with a warning, so does this `forward`.
 
     Args:
         forward (`Callable`): a `forward` with an argument `cache`.
 
     Returns:
-        `Callable`: the same `forward`; its signature has the name of the installed version.
+        `Callable`: the same `forward`, with the name of the installed version in its signature.
     """
 
     @functools.wraps(forward)
@@ -59,8 +60,8 @@ def takes_cache(forward: Callable) -> Callable:
 
 def keep_one_name(given: dict[str, Any]) -> None:
     """
-    Of the two names that a cache has since Transformers 5.24, leave the one that holds it. Transformers would keep the new name,
-    whatever it holds.
+    Of the two names of a cache since Transformers 5.24, keep the name that holds the cache. Transformers would keep the new
+    name, even if it holds `None`.
 
     Args:
         given (`dict[str, Any]`): the arguments of a model; changed in place.
@@ -82,14 +83,14 @@ def keep_one_name(given: dict[str, Any]) -> None:
 
 def tells_wrappers(prepare: Callable) -> Callable:
     """
-    PEFT wraps `prepare_inputs_for_generation` of an instance, and PEFT 0.21 looks there for the cache under the old name. Where it
-    found none, it would put the learned prompt of prompt tuning before every new token. So a wrapper is told both names.
+    Give the wrapper of PEFT the cache under both names. PEFT 0.21 wraps `prepare_inputs_for_generation` of an instance, and
+    looks there for the old name. Without it, PEFT would put the learned prompt of prompt tuning before every new token.
 
     Args:
         prepare (`Callable`): the `prepare_inputs_for_generation` of a class.
 
     Returns:
-        `Callable`: the same, for models whose `forward` knows [`keep_one_name`].
+        `Callable`: the same function, for models whose `forward` uses [`keep_one_name`].
     """
 
     @functools.wraps(prepare)
@@ -108,14 +109,15 @@ def tells_wrappers(prepare: Callable) -> Callable:
 
 def expect_known_cache(cache: Any, others: dict[str, Any]) -> None:
     """
-    A model ignores the arguments that it does not know. A cache among them must not be ignored: the model would begin anew.
+    Check that the cache is a `Cache`, and that no unknown argument is one. A model ignores unknown arguments, so it would
+    begin a new text.
 
     Args:
-        cache (`Any`): what was given as the cache.
+        cache (`Any`): the argument for the cache.
         others (`dict[str, Any]`): the arguments that the model does not know.
 
     Raises:
-        ValueError: if the cache is no `Cache`, or if there is a cache among the unknown arguments.
+        ValueError: if the cache is no `Cache`, or an unknown argument is a cache.
     """
     if cache is not None and not isinstance(cache, Cache):
         raise ValueError(
@@ -128,7 +130,7 @@ def expect_known_cache(cache: Any, others: dict[str, Any]) -> None:
 
 
 def unknown_cache(name: str) -> str:
-    """Why a cache under some name is refused."""
+    """The message for a cache under an unknown name."""
     return (
         f"A cache was passed as `{name}`. The model does not know this argument: it would ignore the cache and begin a new text. With "
         f"Transformers {transformers.__version__}, pass the cache as `{CACHE_NAME}`."

@@ -1,5 +1,5 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
-"""Checkpoints that load with `trust_remote_code=True` in programs that never import gma_hf."""
+"""Checkpoints that programs without `import gma_hf` load with `trust_remote_code=True`."""
 
 import os
 from pathlib import Path
@@ -47,14 +47,14 @@ def add_remote_code(
     auto_classes: dict[str, str] | None = None,
 ):
     """
-    Write the remote-code file into `save_directory` and point `config.auto_map` to it.
+    Write the remote-code file into `save_directory`, and point `config.auto_map` to it.
 
     Args:
-        config (`PreTrainedConfig`): gains the attributes `auto_map`, which Transformers reads from config.json, and
-            `gma_hf_version`, by which a program with an older gma_hf can tell that it may not know all of the fields.
-        save_directory (`str` or `os.PathLike`): the checkpoint's folder; created if missing.
-        module (`str`, *optional*, defaults to `"gma_hf"`): where the classes can be imported from.
-        auto_classes (`dict[str, str]`, *optional*): from the names of Auto classes to the names of what they load; by default
+        config (`PreTrainedConfig`): the configuration. It gets the attribute `auto_map`, which Transformers reads from
+            config.json, and `gma_hf_version`, with which an older gma_hf can say that it may not know all fields.
+        save_directory (`str` or `os.PathLike`): the folder of the checkpoint; it is created if it does not exist.
+        module (`str`, *optional*, defaults to `"gma_hf"`): the module that has the classes.
+        auto_classes (`dict[str, str]`, *optional*): from the names of Auto classes to the names of their classes; by default
             the native models.
     """
     config.auto_map = write_remote_code(save_directory, module, AUTO_CLASSES if auto_classes is None else auto_classes)
@@ -66,12 +66,12 @@ def write_remote_code(save_directory: str | os.PathLike, module: str, auto_class
     Write the remote-code file into `save_directory`.
 
     Args:
-        save_directory (`str` or `os.PathLike`): the checkpoint's folder; created if missing.
-        module (`str`): where the classes can be imported from.
-        auto_classes (`dict[str, str]`): from the names of Auto classes to the names of what they load.
+        save_directory (`str` or `os.PathLike`): the folder of the checkpoint; it is created if it does not exist.
+        module (`str`): the module that has the classes.
+        auto_classes (`dict[str, str]`): from the names of Auto classes to the names of their classes.
 
     Returns:
-        `dict[str, str]`: the `auto_map` of the checkpoint's config.json.
+        `dict[str, str]`: the `auto_map` for the config.json of the checkpoint.
     """
     folder = Path(save_directory)
     if folder.is_file():

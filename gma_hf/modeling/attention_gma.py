@@ -49,7 +49,7 @@ class GMARMSNorm(nn.Module):
 
 class GMARotaryEmbedding(nn.Module):
     """
-    Cosines and sines of RoPE for states of dimension `dim`: routing states and softmax heads may differ in theirs.
+    Cosines and sines of RoPE for states of dimension `dim`. Routing states and softmax heads may have different dimensions.
     """
 
     inv_freq: torch.Tensor
@@ -112,8 +112,8 @@ def apply_rotary_pos_emb(
 
 class GMAAttention(nn.Module):
     """
-    Gaussian Mixture Attention: tokens write to, and read from, the components of a mixture; with a window, they see the
-    nearest tokens exactly and only what is older through the mixture.
+    Gaussian Mixture Attention: tokens write to the components of a mixture, and read from them. With a window, tokens see
+    the nearest tokens exactly, and older tokens through the mixture.
     """
 
     def __init__(self, config: "GMAConfig", layer_idx: int):
@@ -276,8 +276,8 @@ class GMAAttention(nn.Module):
         self, hidden_states: torch.Tensor, kept: KeptValues | None = None
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
         """
-        The learned write weights w_t and log decays log a_t, `(batch, heads, length)`; where there are both, in the place of the
-        decays the rate log a_t / w_t, `(heads, 1)`.
+        The learned write weights w_t and log decays log a_t `(batch, heads, length)`. If there are both, the rate log a_t /
+        w_t `(heads, 1)` replaces the decays.
         """
         if not (self.config.use_write_weight or self.config.use_decay):
             return None, None, None
@@ -291,7 +291,7 @@ class GMAAttention(nn.Module):
 
 
 def decay_rate_of(A_log_bias: torch.Tensor) -> torch.Tensor:
-    """By how much a step of one multiplies log a_t, `(heads, 1)`."""
+    """The factor `(heads, 1)` between a step and log a_t."""
     return -A_log_bias.float().exp()[:, None]
 
 

@@ -1,10 +1,10 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
 """
-What a GMA layer remembers between forward passes: the sums S and z of the operator, the tokens that a softmax window
-still sees, and the last inputs of the short convolution. Its size does not depend on how many tokens were seen.
+The state of GMA layers between forward passes, in a cache of Transformers: the sums S and z of the operator, the tokens in a
+softmax window, and the last inputs of the short convolution. Its size does not depend on the number of seen tokens.
 
-The layer takes the place of Transformers' own recurrent layer in a `DynamicCache` or `StaticCache`, which counts no tokens,
-cannot be repeated or selected along the batch, and would keep S and z in the model's dtype.
+The layer replaces the recurrent layer of Transformers in a `DynamicCache` or `StaticCache`. That layer does not count
+tokens, cannot be repeated or selected along the batch, and would keep S and z in the dtype of the model.
 """
 
 import weakref
@@ -26,7 +26,7 @@ from .memory_state import KeptValues, MemoryState
 
 
 class Owner:
-    """The model that fills a cache layer, as long as the model lives and the layer is not pickled."""
+    """The model that fills a cache layer. It is unknown after the model was deleted or the layer was pickled."""
 
     def __init__(self, model: nn.Module | None = None, fingerprint: str | None = None):
         self.model = (lambda: None) if model is None else weakref.ref(model)
@@ -44,12 +44,12 @@ class GMACacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
     The state of one GMA layer, native or converted, in a cache that grows.
 
     Attributes:
-        memory ([`MemoryState`] or `None`): what the layer remembers.
-        kept ([`KeptValues`]): what the layer computed of its parameters, for the next step.
+        memory ([`MemoryState`] or `None`): the state.
+        kept ([`KeptValues`]): values that the layer computed from its parameters, for the next step.
         owner ([`Owner`]): the model that fills the layer.
-        cumulative_length (`int`): number of tokens seen.
-        num_plain (`int`): how many tokens came last of which it is known, without a look at their values, that all rows
-            had them and that no sequence began.
+        cumulative_length (`int`): number of seen tokens.
+        num_plain (`int`): how many of the last tokens were real in all rows and began no sequence, as far as this is known
+            without reading values.
     """
 
     is_compileable = False
@@ -71,12 +71,14 @@ class GMACacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
 
     @property
     def has_seen_tokens(self) -> bool:
-        """Whether there is something to go on from; after a reset a static cache holds zeros, which are nothing."""
+        """Whether there is a state to continue from. After a reset, a static cache holds zeros, which are no state."""
         return self.is_initialized and self.has_previous_state[0]
 
     @property
     def history(self) -> MemoryState | None:
-        """What the layer goes on from, or `None` before the first token. It says so if window and sinks are full."""
+        """
+        The state to continue from, or `None` before the first token. `valid` is `None` if window and sink tokens are full.
+        """
         if not self.has_seen_tokens:
             return None
         memory = self.memory
@@ -94,17 +96,18 @@ class GMACacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
     # A model of Transformers calls `cache.update(keys, values, layer_idx)` before its attention function. The keys and values of
     # the current tokens are what a converted layer needs; its state advances when that function has computed it
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
-        """Nothing is stored: returns the keys and values as they are."""
+        """Return the keys and values unchanged, and store nothing."""
         return key_states, value_states
 
     def advance(self, memory: MemoryState, num_tokens: int, is_plain: bool = False) -> None:
         """
-        Replace what is remembered by what is remembered after further tokens.
+        Replace the state by the state after further tokens.
 
         Args:
             memory ([`MemoryState`]): the new state.
-            num_tokens (`int`): how many tokens were processed.
-            is_plain (`bool`): whether none of them is padding and none begins a sequence of its own.
+            num_tokens (`int`): number of processed tokens.
+            is_plain (`bool`, *optional*, defaults to `False`): whether no token is padding and no token begins another
+                sequence.
         """
         self.lazy_initialization(memory)
         self._store(memory)
@@ -140,7 +143,7 @@ class GMACacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
     update_recurrent_state = update_conv_state
 
     def offload(self) -> None:
-        """The state is small and stays where it is."""
+        """Do nothing: the state is small and stays on its device."""
 
     prefetch = offload
 
@@ -149,7 +152,7 @@ class GMACacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
         return self.cumulative_length
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Length and offset of the keys that a mask would cover, as if all tokens seen were still there."""
+        """Length and offset of the keys for a mask, as if all seen tokens were still there."""
         return self.cumulative_length + query_length, 0
 
     def get_max_length(self) -> int:
@@ -162,8 +165,10 @@ class GMACacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
 
     def crop(self, tokens_to_remove: int) -> None:
         """
+        Do nothing for 0 tokens. A running sum cannot remove tokens.
+
         Raises:
-            ValueError: unless no token is to be removed; a running sum cannot give a token back.
+            ValueError: if tokens are to be removed.
         """
         if tokens_to_remove != 0:
             raise ValueError(
@@ -177,11 +182,11 @@ class GMACacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
         )
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        """Select the beams to go on with."""
+        """Select the beams to continue."""
         self.batch_select_indices(beam_idx)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keep only the rows `indices`."""
+        """Keep the rows `indices` only."""
         self._map_states(lambda state: state.index_select(0, indices.to(state.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -195,8 +200,8 @@ class GMACacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
 
 def unshared(x: torch.Tensor) -> torch.Tensor:
     """
-    The last tokens of a long prompt would keep all of it in memory, and a state in another order would be copied in every step.
-    What is neither needs no copy.
+    A tensor with its own memory. Otherwise the last tokens of a long prompt would keep the whole prompt in memory, and a
+    state in another order would be copied in every step.
     """
     if is_tracing(x) or x.untyped_storage().nbytes() > 2 * x.nbytes:
         return x.clone(memory_format=torch.contiguous_format)
@@ -205,8 +210,8 @@ def unshared(x: torch.Tensor) -> torch.Tensor:
 
 class StaticGMACacheLayer(GMACacheLayer):
     """
-    The state of one GMA layer in a `StaticCache`: the same tensors live at the same addresses for good, and the number of
-    tokens seen is a tensor too, so that compiled decoding never recompiles and CUDA graphs can be replayed.
+    The state of one GMA layer in a `StaticCache`. The same tensors stay at the same addresses, and the number of seen tokens
+    is a tensor. So compiled decoding does not recompile, and CUDA graphs can be replayed.
     """
 
     is_compileable = True
@@ -237,7 +242,7 @@ class StaticGMACacheLayer(GMACacheLayer):
                 kept.copy_(new)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Length and offset of the keys that a mask would cover: those of the static softmax layers beside this one."""
+        """Length and offset of the keys for a mask, as in the static softmax layers of the same cache."""
         return self.max_cache_len, 0
 
     def reset(self) -> None:
@@ -251,7 +256,7 @@ class StaticGMACacheLayer(GMACacheLayer):
 
 
 def counted(memory: MemoryState) -> MemoryState:
-    """The same with the number of tokens in the memory as a tensor."""
+    """The state with the number of tokens in the memory as a tensor."""
     if not isinstance(memory.count, int):
         return memory
     state = memory.state
@@ -261,17 +266,17 @@ def counted(memory: MemoryState) -> MemoryState:
 
 def adopt_cache(cache: Cache, config: PreTrainedConfig) -> Cache:
     """
-    Give a cache of Transformers the layers that GMA needs; in place, once, before its first token.
+    Give a cache of Transformers the layers that GMA needs, in place, before its first token. A second call changes nothing.
 
     Args:
-        cache (`Cache`): a `DynamicCache` or `StaticCache`, with or without a config of its own.
-        config (`GMAConfig`): says which layers are GMA.
+        cache (`Cache`): a `DynamicCache` or `StaticCache`, with or without a configuration.
+        config (`GMAConfig`): the configuration of the model, which says which layers are GMA.
 
     Returns:
         `Cache`: the same object.
 
     Raises:
-        ValueError: if a layer already holds the state of some other model.
+        ValueError: if a layer already holds the state of another model.
     """
     for layer_idx, layer_type in enumerate(config.layer_types):
         if layer_idx == len(cache.layers):
@@ -289,7 +294,7 @@ def adopt_cache(cache: Cache, config: PreTrainedConfig) -> Cache:
 
 
 def foreign_content(layer: CacheLayerMixin, layer_idx: int) -> str:
-    """Why a layer of a cache that holds keys and values of softmax attention cannot serve a GMA layer."""
+    """The message for a cache layer with keys and values of softmax attention, which cannot serve a GMA layer."""
     return (
         f"Layer {layer_idx} of the cache already holds a {type(layer).__name__} with content, but layer {layer_idx} of the model is a "
         "GMA layer, which goes on from a running state and not from keys and values. If prefix tuning (`PrefixTuningConfig`) put "
@@ -306,15 +311,15 @@ def expect_continuation(
     cache: Cache | None, position_ids: torch.Tensor | None, padding_mask: torch.Tensor | None
 ) -> None:
     """
-    A row that has seen tokens goes on with its first real token: a position of 0 would start it anew.
+    Check that the positions of a row that has seen tokens continue. A position of 0 would start the row anew.
 
     Args:
-        cache (`Cache`, *optional*): what the call goes on from.
-        position_ids (`torch.Tensor` of shape `(batch or 1, length)`, *optional*): as the user gave them.
+        cache (`Cache`, *optional*): the cache to continue from.
+        position_ids (`torch.Tensor` of shape `(batch or 1, length)`, *optional*): the positions that the user passed.
         padding_mask (`torch.BoolTensor` of shape `(batch, length)`, *optional*): `True` at the real tokens of the call.
 
     Raises:
-        ValueError: if it starts anew.
+        ValueError: if the positions start anew.
     """
     if cache is None or position_ids is None or position_ids.ndim != 2 or is_tracing(position_ids):
         return

@@ -1,10 +1,11 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
 """
-The layout of a call: which tokens are padding, which belong to the same packed sequence, where each stands in its sequence.
+The layout of a call: which tokens are padding, which tokens belong to the same packed sequence, and the position of each
+token in its sequence.
 
-Padding may stand anywhere in a row (left, right, in between). Packed sequences are announced in one of three ways: `seq_idx`,
-`cu_seq_lens_q`, or `position_ids` that start anew. A model works the layout out once, in a [`Layout`], and hands it to all of
-its layers.
+Padding may stand anywhere in a row (left, right, in between). Packed sequences are given in one of three ways: `seq_idx`,
+`cu_seq_lens_q`, or `position_ids` that start anew. A model computes the layout once, as a [`Layout`], and passes it to all
+of its layers.
 """
 
 from collections.abc import Callable
@@ -20,19 +21,20 @@ from ..ops.window.plan import WindowPlan, padding_first, plan_window, spread_ind
 
 class Layout:
     """
-    What one call says of its tokens. Everything that follows from it alone is computed when a layer first asks for it, and
-    kept for the other layers.
+    The layout of the tokens of one call. Values that depend on the layout alone are computed when the first layer needs
+    them, and kept for the other layers.
 
     Args:
-        batch_size (`int`), length (`int`): shape of the tokens.
-        padding_mask (`torch.BoolTensor` of shape `(batch, length)`, *optional*): `True` at real tokens; `None` if all are.
+        batch_size (`int`): number of rows.
+        length (`int`): number of tokens per row.
+        padding_mask (`torch.BoolTensor` of shape `(batch, length)`, *optional*): `True` at real tokens; `None` if all are
+            real.
         sequence_ids (`torch.LongTensor` of shape `(batch, length)`, *optional*): packed sequences, as runs of equal numbers
             over the real tokens; `None` if each row is one sequence.
-        has_gaps (`bool`, *optional*): whether padding may stand between real tokens; looked up if it is not given.
-        row (`gma_hf.parallel.row.Row`, *optional*): of the whole rows, where these tokens are the part of one process.
+        has_gaps (`bool`, *optional*): whether padding may stand between real tokens; by default the padding mask decides.
+        row (`gma_hf.parallel.row.Row`, *optional*): the whole rows, if these tokens are the part of one process.
 
     Attributes:
-        has_gaps (`bool`): whether padding may stand between real tokens.
         ends_at_last (`bool`): whether padding stands to the left of all real tokens, perhaps after [`Layout.sort`].
     """
 
@@ -65,8 +67,8 @@ class Layout:
         output_history: bool,
     ) -> None:
         """
-        Compute now what layers will ask for, and keep nothing that they compute: a traced layer must not change what other layers
-        see.
+        Compute now all values that layers will need, and keep no values that layers compute later: a traced layer must not
+        change the values that other layers see.
 
         Args:
             windows (`list[tuple[int, int]]`): sizes and numbers of sink tokens of the windows.
@@ -86,7 +88,7 @@ class Layout:
         return self.padding_mask is None and self.sequence_ids is None
 
     def once(self, name: Any, compute: Callable[[], Any]) -> Any:
-        """`compute()`, called for a name the first time only."""
+        """The result of `compute()` under a name. It is computed the first time only."""
         if name in self._known:
             return self._known[name]
         value = compute()
@@ -96,25 +98,27 @@ class Layout:
 
     @property
     def write_weight(self) -> Tensor | None:
-        """Write weights that are 0 at padding and 1 elsewhere, `(batch, 1, length)` in float32; `None` without padding."""
+        """Write weights `(batch, 1, length)` in float32: 0 at padding and 1 elsewhere; `None` without padding."""
         if self.padding_mask is None:
             return None
         return self.once("write_weight", lambda: self.padding_mask[:, None].to(torch.float32))
 
     def is_missing(self, dim: int) -> Tensor:
-        """`True` at padding, with a further dimension of size 1 at `dim`."""
+        """`True` at padding, with an additional dimension of size 1 at `dim`."""
         return self.once(("is_missing", dim), lambda: ~self.padding_mask.unsqueeze(dim))
 
     @property
     def order(self) -> Tensor | None:
-        """The order `(batch, length)` in which padding stands to the left of all real tokens; `None` if nothing has to move."""
+        """
+        The order `(batch, length)` in which padding stands to the left of all real tokens; `None` if no token has to move.
+        """
         if not self.has_gaps:
             return None
         return self._orders[0]
 
     @property
     def inverse(self) -> Tensor | None:
-        """The order that undoes it."""
+        """The inverse of `order`."""
         return self._orders[1] if self.has_gaps else None
 
     @property
@@ -122,15 +126,15 @@ class Layout:
         return self.once("orders", lambda: padding_first(self.padding_mask))
 
     def sort(self, x: Tensor, dim: int) -> Tensor:
-        """`x`, whose tokens stand along `dim`, in that order."""
+        """`x` with its tokens along `dim` in `order`."""
         return x if self.order is None else self._take("order", self.order, x, dim)
 
     def unsort(self, x: Tensor, dim: int) -> Tensor:
-        """Back from that order."""
+        """`x` with its tokens along `dim` moved from `order` to their own places."""
         return x if self.order is None else self._take("inverse", self.inverse, x, dim)
 
     def _take(self, name: Any, order: Tensor, x: Tensor, dim: int) -> Tensor:
-        """The tokens of `x` in an order `(batch, number)` that has a name."""
+        """The tokens of `x` in an order `(batch, number)` with a name."""
         # Sizes that are still open (torch.export) cannot be looked up
         if self._is_complete or not all(isinstance(size, int) for size in x.shape):
             return x.gather(dim, spread_index(order, x, dim))
@@ -138,12 +142,12 @@ class Layout:
 
     @property
     def sorted_padding_mask(self) -> Tensor | None:
-        """The padding mask in that order."""
+        """The padding mask in `order`."""
         return self.once("sorted_padding_mask", lambda: self.sort(self.padding_mask, 1))
 
     @property
     def sorted_sequence_ids(self) -> Tensor | None:
-        """The sequence ids in that order."""
+        """The sequence ids in `order`."""
         if self.sequence_ids is None:
             return None
         return self.once("sorted_sequence_ids", lambda: self.sort(self.sequence_ids, 1))
@@ -158,14 +162,15 @@ class Layout:
         output_history: bool,
     ) -> WindowPlan:
         """
-        What a window and its memory look at, where nothing was seen before the call.
+        The tokens that a window and its memory read, for a call without a past.
 
         Args:
-            window_size (`int`), num_sinks (`int`): W and s.
-            causal (`bool`): look back only.
-            dtype (`torch.dtype`): precision of the memory's weight.
-            device (`torch.device`): where the layer is.
-            output_history (`bool`): whether it tells what is to be remembered, too.
+            window_size (`int`): W.
+            num_sinks (`int`): s.
+            causal (`bool`): whether a token sees the tokens before it only.
+            dtype (`torch.dtype`): precision of the weight of the memory.
+            device (`torch.device`): device of the layer.
+            output_history (`bool`): whether the layer also returns its state.
         """
         length, size = self.length, window_size
         # A length that is still open (torch.export) is no int, and must not be decided on
@@ -183,7 +188,10 @@ class Layout:
         return self.once(("window", size, window_size, num_sinks, causal, dtype), compute)
 
     def take_last(self, x: Tensor, number: int) -> Tensor:
-        """The last real tokens of `x` `(batch, length, channels)`, zeros where a row has fewer: `(batch, number, channels)`."""
+        """
+        The last real tokens of `x` `(batch, length, channels)`, as `(batch, number, channels)`. Rows with fewer tokens get
+        zeros.
+        """
 
         def compute() -> tuple[Tensor, Tensor]:
             places = torch.arange(self.length, device=x.device)
@@ -196,11 +204,11 @@ class Layout:
         return self._take(("last", number), places, x, 1).masked_fill(is_missing, 0)
 
     def take_kept(self, x: Tensor, plan: WindowPlan) -> Tensor:
-        """The tokens of `x` that are in a window at the end of each row."""
+        """The tokens of `x` in the window at the end of each row."""
         return self._take(("kept", plan.kept_places.shape[1]), plan.kept_places, x, 1 if x.ndim == 2 else 2)
 
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> "Layout":
-        """The same on another device, for layers that are there. Accelerate's hooks call it."""
+        """The same layout on another device, for layers on this device. The hooks of Accelerate call this method."""
         tensors = [x for x in (self.padding_mask, self.sequence_ids) if x is not None]
         device = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
         if all(x.device == device for x in tensors):
@@ -217,7 +225,7 @@ class Layout:
 
 
 def may_have_gaps(padding_mask: Tensor) -> bool:
-    """Whether padding stands between real tokens. It may, where values cannot be looked at."""
+    """Whether padding stands between real tokens. If the values cannot be read, the answer is `True`."""
     if is_tracing(padding_mask):
         return True
     begins = padding_mask[:, 1:] & ~padding_mask[:, :-1]
@@ -226,8 +234,8 @@ def may_have_gaps(padding_mask: Tensor) -> bool:
 
 def expect_whole_sequences() -> None:
     """
-    Where each process has a part of every sequence, each memory would start anew with the part, and outputs and gradients would
-    be wrong without a sign of it.
+    Refuse processes that have a part of every sequence each. The memory would start anew with each part, and outputs and
+    gradients would be wrong without any message.
 
     Raises:
         ValueError: under context or sequence parallelism.
@@ -249,10 +257,10 @@ def select_padding_mask(attention_mask: Tensor | None, query_length: int) -> Ten
         query_length (`int`): number of current tokens.
 
     Returns:
-        `torch.BoolTensor` of shape `(batch, query_length)`, or `None` where no token is padding.
+        `torch.BoolTensor` of shape `(batch, query_length)`: `True` at real tokens; `None` if no token is padding.
 
     Raises:
-        ValueError: for a mask that says more than which tokens are padding.
+        ValueError: for a mask that does more than mark padding.
     """
     if attention_mask is None:
         return None
@@ -286,15 +294,16 @@ def find_sequence_ids(
     Number the packed sequences of each row.
 
     Args:
-        batch_size (`int`), length (`int`): shape of the tokens.
+        batch_size (`int`): number of rows.
+        length (`int`): number of tokens per row.
         padding_mask (`torch.BoolTensor` of shape `(batch, length)`, *optional*): `True` at real tokens.
-        position_ids (`torch.Tensor` of shape `(batch or 1, length)`, *optional*): a sequence starts where the position of
-            a real token does not continue that of the real token before it.
+        position_ids (`torch.Tensor` of shape `(batch or 1, length)`, *optional*): positions. A sequence starts where the
+            position of a real token does not continue the position of the real token before it.
         seq_idx (`torch.Tensor` of shape `(batch or 1, length)`, *optional*): number of the sequence of each token.
-        cu_seq_lens (`torch.Tensor` of shape `(num_sequences + 1,)`, *optional*): boundaries of the sequences, of one row.
+        cu_seq_lens (`torch.Tensor` of shape `(num_sequences + 1,)`, *optional*): boundaries of the sequences of one row.
 
     Returns:
-        `torch.LongTensor` of shape `(batch, length)`, or `None` if each row is one sequence.
+        `torch.LongTensor` of shape `(batch, length)`: the numbers; `None` if each row is one sequence.
     """
     announced = next((tensor for tensor in (seq_idx, cu_seq_lens, position_ids) if tensor is not None), None)
     if announced is None or length < 2:
@@ -339,18 +348,19 @@ def count_positions(
     seen_tokens: int | Tensor = 0,
 ) -> Tensor:
     """
-    Position of each token within its own sequence, padding not counted.
+    The position of each token in its own sequence. Padding does not count.
 
     Args:
-        batch_size (`int`), length (`int`): shape of the current tokens.
-        device (`torch.device`): where the positions are wanted.
-        attention_mask (`torch.Tensor` of shape `(batch, seen + length)` or `(batch, length)`, *optional*): nonzero at
-            real tokens.
+        batch_size (`int`): number of rows.
+        length (`int`): number of current tokens per row.
+        device (`torch.device`): device of the result.
+        attention_mask (`torch.Tensor` of shape `(batch, seen + length)` or `(batch, length)`, *optional*): nonzero at real
+            tokens.
         sequence_ids (`torch.LongTensor` of shape `(batch, length)`, *optional*): packed sequences.
         seen_tokens (`int` or `torch.Tensor`): number of tokens in the cache.
 
     Returns:
-        `torch.LongTensor` of shape `(batch, length)`, or `(1, length)` where all rows are alike.
+        `torch.LongTensor` of shape `(batch, length)`: the positions; `(1, length)` if all rows have the same positions.
     """
     if attention_mask is None and sequence_ids is None:
         return (torch.arange(length, device=device) + seen_tokens)[None]
@@ -368,7 +378,7 @@ def count_positions(
 
 
 def same_sequence_mask_function(sequence_ids: Tensor):
-    """The mask function, as `transformers.masking_utils` composes them, that keeps packed sequences apart."""
+    """A mask function for `transformers.masking_utils` that keeps packed sequences apart."""
     last = sequence_ids.shape[1] - 1
 
     def same_sequence(batch_idx, head_idx, q_idx, kv_idx):

@@ -1,12 +1,12 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
 """
-What a layer remembers, and how it reads it: the one piece that native layers and converted layers share.
+The memory of a layer: what the layer remembers, and how it reads. Native layers and converted layers share this module.
 
-    without a window    o_i = read of the mixture after the token at place i
-    with a window       o_i = softmax over the W nearest tokens, the sink tokens and the memory, see `window.py`
+    without a window    o_i = read of the mixture after token i
+    with a window       o_i = softmax over the W nearest tokens, the sink tokens and the memory, see `memory_parts.py`
 
-A layer makes queries, keys, values, write weights and forgetting of its tokens; [`GMAMemory`] writes them, reads for every query,
-and returns what is to be remembered for the next call, a [`MemoryState`].
+A layer computes queries, keys, values, write weights and decays of its tokens. [`GMAMemory`] writes the tokens, reads for
+every query, and returns a [`MemoryState`] for the next call.
 """
 
 from typing import Any
@@ -43,8 +43,8 @@ NO_AFFINITY_BEHIND_CACHE = (
 
 class GMAMemory(nn.Module):
     """
-    Write and read. It has no parameters of its own: mixture and window are those of the layer. A forward pre-hook sees the queries
-    and keys of all tokens of a call.
+    Write and read. This module has no parameters: the layer passes its mixture and its window. A forward pre-hook sees the
+    queries and keys of all tokens of a call.
     """
 
     def forward(
@@ -73,33 +73,38 @@ class GMAMemory(nn.Module):
         kept: KeptValues | None = None,
     ) -> tuple[Tensor, Tensor | None, MemoryState | None]:
         """
+        Write the tokens of a call, and read for each query.
+
         Args:
             mixture (`GMAMixture`): routes and remembers.
-            window (`GMAWindow`, *optional*): sees the nearest tokens by softmax, with one normaliser for it and the memory,
+            window (`GMAWindow`, *optional*): sees the nearest tokens by softmax. Window and memory share one normaliser,
                 whatever `normalize` says.
             query (`torch.Tensor` of shape `(batch, num_heads, length, head_dim)`): queries.
             key (`torch.Tensor` of shape `(batch, key_value_heads, length, head_dim)`): keys.
             value (`torch.Tensor` of shape `(batch, key_value_heads, length, value_dim)`): values.
-            layout ([`Layout`], *optional*): padding and packed sequences. A history belongs to the first sequence of its row.
-            causal (`bool`): look back only, or to both sides.
-            normalize (`bool`): divide what is read by the accumulated weight.
-            scaling (`float`, *optional*): factor of the window's logits, by default `head_dim ** -0.5`.
-            routing_query, routing_key (`torch.Tensor`, *optional*): what the mixture routes, of its own dimension; by default
-                `query` and `key`.
-            weigh_by_routing (`bool`): whether the memory behind a window is weighed by u . q_i of the routing query.
+            layout ([`Layout`], *optional*): padding and packed sequences. A history belongs to the first sequence of its
+                row.
+            causal (`bool`, *optional*, defaults to `True`): whether a token sees the tokens before it only.
+            normalize (`bool`, *optional*, defaults to `True`): whether the read is divided by the accumulated weight.
+            scaling (`float`, *optional*): factor of the logits of the window, by default `head_dim ** -0.5`.
+            routing_query, routing_key (`torch.Tensor`, *optional*): queries and keys for the mixture, of its own dimension;
+            by default `query` and `key`.
+            weigh_by_routing (`bool`, *optional*, defaults to `False`): whether u . q_i of the routing query weighs the
+                memory behind a window.
             write_weight, log_decay (`torch.Tensor` of shape `(batch, h, length)`, *optional*): see
-                [`gaussian_mixture_attention`]. What stands at padding does not count.
-            decay_rate (`torch.Tensor` of shape `(h, 1)`, *optional*): log a / w, in the place of `log_decay`.
-            softcap (`float`, *optional*): c, where the window's logits become c tanh(s / c).
-            sinks (`torch.Tensor` of shape `(num_heads,)`, *optional*): logits that join the window's normaliser alone.
-            history ([`MemoryState`], *optional*): as returned by an earlier call; causal only.
-            output_history (`bool`): also return what is to be remembered; causal only.
-            output_affinity (`bool`): also return the matrix that the attention implies.
-            kept ([`KeptValues`], *optional*): what depends on parameters alone, beside the history.
+            [`gaussian_mixture_attention`]. Values at padding do not count.
+            decay_rate (`torch.Tensor` of shape `(h, 1)`, *optional*): log a / w, instead of `log_decay`.
+            softcap (`float`, *optional*): c: the logits s of the window become c tanh(s / c).
+            sinks (`torch.Tensor` of shape `(num_heads,)`, *optional*): logits that join the normaliser of the window only.
+            history ([`MemoryState`], *optional*): the state that an earlier call returned; causal only.
+            output_history (`bool`, *optional*, defaults to `False`): whether to return the new state; causal only.
+            output_affinity (`bool`, *optional*, defaults to `False`): whether to return the matrix that the attention
+                implies.
+            kept ([`KeptValues`], *optional*): values that depend on parameters alone.
 
         Returns:
-            The output `(batch, num_heads, length, value_dim)` in the dtype of `value`; the matrix `(batch, num_heads, length,
-            length)` in float32 or `None`; the new [`MemoryState`] or `None`.
+            `tuple`: the output `(batch, num_heads, length, value_dim)` in the dtype of `value`; the matrix `(batch,
+            num_heads, length, length)` in float32 or `None`; the new [`MemoryState`] or `None`.
 
         Raises:
             ValueError: if the arguments do not fit each other.
@@ -136,8 +141,8 @@ class GMAMemory(nn.Module):
 
     def affinity(self, mixture: nn.Module, window: GMAWindow | None, query: Tensor, key: Tensor, **kwargs) -> Tensor:
         """
-        The matrix that the attention implies, `(batch, num_heads, length, length)`: quadratic, to look at. Behind a window its
-        rows sum to one (to less beside sinks, to zero at padding). For arguments see `forward`.
+        The matrix `(batch, num_heads, length, length)` that the attention implies, for analysis: its cost is quadratic.
+        Behind a window its rows sum to 1 (to less with `sinks`, to 0 at padding). See `forward` for the arguments.
         """
         return self.forward(mixture, window, query, key, key[..., :0], output_affinity=True, **kwargs)[1]
 
@@ -145,7 +150,7 @@ class GMAMemory(nn.Module):
         self, mixture: nn.Module, routing_query: Tensor, tokens: Tokens, layout: Layout, causal: bool, normalize: bool,
         history: MemoryState | None, output_history: bool, kept: KeptValues | None, decay_rate: Tensor | None,
     ) -> tuple[Tensor, MemoryState | None]:  # fmt: skip
-        """The mixture alone."""
+        """Read without a window."""
         write_weight, log_decay = tokens.write_weight, tokens.log_decay
         if layout.padding_mask is not None:
             if write_weight is None:
@@ -179,7 +184,7 @@ class GMAMemory(nn.Module):
         causal: bool, history: MemoryState | None, output_history: bool, kept: KeptValues | None, decay_rate: Tensor | None,
         *, weigh_by_routing: bool, scaling: float, softcap: float | None, sinks: Tensor | None,
     ) -> tuple[Tensor, MemoryState | None]:  # fmt: skip
-        """The mixture behind a window."""
+        """Read with a window."""
         (batch_size, _, length, _), device = query.shape, query.device
         if is_step(tokens, layout, history):
             return self._step(
@@ -255,8 +260,8 @@ class GMAMemory(nn.Module):
         history: MemoryState | None, output_history: bool, decay_rate: Tensor | None, row: Any, link: Tensor | None,
     ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:  # fmt: skip
         """
-        r `(batch, num_heads, asked, value_dim)` and log D `(batch, num_heads, asked)` of the queries that have a memory, the last
-        `asked` ones, and the last S and z.
+        The read r `(batch, num_heads, asked, value_dim)` and log D `(batch, num_heads, asked)` of the last `asked` queries,
+        which have a memory, and the last S and z.
         """
         batch_size, asked = routing_query.shape[0], plan.asked
         routing_keys = tokens.keys if tokens.routing_keys is None else tokens.routing_keys
@@ -301,11 +306,11 @@ class GMAMemory(nn.Module):
         softcap: float | None, sinks: Tensor | None,
     ) -> tuple[Tensor, MemoryState]:  # fmt: skip
         """
-        One further token behind a window, decoding: with one query, and nothing to tell apart but what is there, a token costs a few
-        operations instead of hundreds, most of which would move tokens about.
+        One decoding step with a window. A step has one query and no padding, so it needs a few operations instead of
+        hundreds, most of which would move tokens.
 
-        The oldest token leaves the window. As long as there is room, it is a sink; then it is written into the memory. The query
-        sees what has stayed, itself, the sinks and the memory.
+        The oldest token leaves the window. If there is room, the token becomes a sink token; otherwise it is written into
+        the memory. The query sees the tokens that stay, itself, the sink tokens and the memory.
         """
         is_written, sink_tokens = leave_window(history)
         oldest = (history.keys if history.routing_keys is None else history.routing_keys, history.values)

@@ -1,35 +1,34 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
 """
-The two parts of a memory that have parameters: the mixtures of a layer, [`GMAMixture`], and the softmax window in front of them,
+The two parts of a memory with parameters: the mixtures of a layer, [`GMAMixture`], and the softmax window in front of them,
 [`GMAWindow`].
 
-An exact softmax window in front of the mixture's memory: every token sees the W nearest tokens by softmax, and everything
-older through Gaussian Mixture Attention. Causal, with the state S, z of the operator delayed by W tokens:
+With a window, every token sees the W nearest tokens by exact softmax, and older tokens through Gaussian Mixture Attention.
+Causal, the state S, z of the operator is delayed by W tokens:
 
     s_ij = scaling * q_i . k_j                  i - W < j <= i, optionally soft-capped
-    n_i                                         how many tokens the memory holds
-    m_i  = a_h + u_h . q_i - b_h log(1 + n_i/W) how much the memory weighs, learned per head
+    n_i                                         number of tokens in the memory
+    m_i  = a_h + u_h . q_i - b_h log(1 + n_i/W) weight of the memory, learned per head
     D_i  = gamma^Q_i z_{i-W}                    how much the memory holds for a query
-    r_i  = gamma^Q_i S_{i-W} / D_i              what it holds, the normalised read
+    r_i  = gamma^Q_i S_{i-W} / D_i              the normalised read
     o_i  = (sum_j e^{s_ij} v_j + e^{m_i} D_i r_i) / (sum_j e^{s_ij} + e^{m_i} D_i)
 
-The memory is one more thing to attend to, of value r_i and logit m_i + log D_i. One normaliser for all, so that a query
-decides between near and far as softmax decides between tokens. Bidirectional,
-near are the tokens with |i - j| <= W, and the memory holds the whole sequence: it is a sum over all tokens, from which no
-query can leave out its neighbours; m_i balances the two. A window in front of a linear memory is known from LoLCATs
-(Zhang et al., arXiv:2410.10254); the one in front of a mixture is ours.
+The memory acts as one more token, with the value r_i and the logit m_i + log D_i. Window and memory share one normaliser, so
+a query decides between near and far as softmax decides between tokens. Bidirectional, the near tokens are the tokens with |i
+- j| <= W, and the memory holds the whole sequence: a query cannot leave its neighbours out of this sum, so m_i balances
+window and memory. A window in front of a linear memory is known from LoLCATs (Zhang et al., arXiv:2410.10254). The window in
+front of a mixture is ours.
 
-D_i grows in proportion to n_i, as long as nothing is forgotten. So does the share of attention that softmax pays to far tokens
-while few have left the window; later it grows more slowly, for most are of no interest, however many they are. So b_h says how
-much of the growth is taken back when the memory holds more than a window: with 0 it stays a sum over its tokens, with 1 it
-becomes a mean, which weighs the same however long the text is. n_i is a plain count of real tokens of the query's own sequence,
-whatever they weigh and however much of them is forgotten.
+Without forgetting, D_i grows in proportion to n_i. The attention that softmax pays to far tokens also grows in this way at
+first, but later more slowly, because most far tokens do not matter. b_h removes a part of the growth when the memory holds
+more tokens than a window. With b_h = 0 the memory is a sum over its tokens. With b_h = 1 it becomes a mean, whose weight
+does not depend on the length of the text. n_i counts the real tokens of the sequence of the query, whatever their write
+weights and decays.
 
-Pretrained softmax pays much attention to the first tokens of a sequence, whatever they are (attention sinks, Xiao et al.,
-arXiv:2309.17453); in a memory they would thin out as the text grows. The first s tokens can stay visible, causal only:
+Pretrained softmax pays much attention to the first tokens of a sequence (attention sinks, Xiao et al., arXiv:2309.17453). In
+a memory, these tokens would lose weight as the text grows. So the first s tokens can stay visible, in causal calls:
 
     near: i - W < j <= i        sinks: j < s and j <= i - W        memory: s <= j <= i - W
-
     o_i = (sum_{near, sinks} e^{s_ij} v_j + e^{m_i} D_i r_i) / (sum_{near, sinks} e^{s_ij} + e^{m_i} D_i)
 """
 
@@ -51,10 +50,10 @@ LACKING_BEFORE = r"\.window_norm\.memory_dilution$"
 
 class GMAMixture(nn.Module):
     """
-    One Gaussian mixture per head, shared by queries and keys; its forward pass is the attention.
+    One Gaussian mixture per head, shared by queries and keys. Its forward pass is the attention.
 
-    Name the attribute that holds it `mixture_norm`: every Hugging Face Trainer exempts parameters below a `..._norm` from
-    weight decay, and a decay would pull the components of a mixture towards each other.
+    Name the attribute that holds this module `mixture_norm`: every Hugging Face Trainer exempts parameters of a `..._norm`
+    from weight decay. A weight decay would pull the components of a mixture towards each other.
 
     Args:
         num_heads (`int`): number of mixtures.
@@ -62,8 +61,8 @@ class GMAMixture(nn.Module):
         routing_dim (`int`): dimension of queries and keys.
         variance_floor (`float`): smallest variance.
         eps (`float`): constant added to the normaliser of the read.
-        correlate (`bool`, *optional*, defaults to `False`): tokens write and read by the correlation of their routes, see
-            [`gaussian_mixture_attention`].
+        correlate (`bool`, *optional*, defaults to `False`): whether tokens write and read by the correlation of their
+            routes, see [`gaussian_mixture_attention`].
 
     Attributes:
         means (`torch.Tensor` of shape `(num_heads, num_components, routing_dim)`): mu.
@@ -90,9 +89,9 @@ class GMAMixture(nn.Module):
 
     def reset_parameters(self, mean_std: float, variance: float, balanced_priors: bool):
         """
-        Means ~ N(0, `mean_std`^2), all variances `variance`, and priors that are equal or, if balanced, such that all
-        components are equally responsible for x = 0. Queries and keys start near zero, where under equal priors the one
-        component with the shortest mean would take nearly everything.
+        Initialise means ~ N(0, `mean_std`^2), equal variances `variance`, and priors. Balanced priors make all components
+        equally responsible for x = 0; otherwise the priors are equal. Queries and keys start near zero. With equal priors,
+        the component with the shortest mean would then take nearly all tokens.
         """
         init.normal_(self.means, mean=0.0, std=mean_std)
         init.constant_(self.raw_variances, math.log(math.expm1(variance - self.variance_floor)))
@@ -115,19 +114,20 @@ class GMAMixture(nn.Module):
         **kwargs,
     ):
         """
-        Gaussian mixture attention.
+        Compute Gaussian mixture attention.
 
         Args:
-            query, key, value: as in [`gaussian_mixture_attention`]. A forward pre-hook on this module sees queries and keys exactly
-                as they are routed.
-            eps (`float`, *optional*): added to the normaliser of the read; by default the mixture's own.
-            sequence_ids (`torch.Tensor`, *optional*), backend (`str`, *optional*): as in [`gaussian_mixture_attention`].
-            kept ([`KeptValues`], *optional*): keeps what a decoding step needs of the parameters.
+            query, key, value (`torch.Tensor`): see [`gaussian_mixture_attention`]. A forward pre-hook on this module sees
+            queries and keys exactly as they are routed.
+            eps (`float`, *optional*): constant added to the normaliser of the read; by default `eps` of the mixture.
+            sequence_ids (`torch.Tensor`, *optional*): see [`gaussian_mixture_attention`].
+            backend (`str`, *optional*, defaults to `"auto"`): see [`gaussian_mixture_attention`].
+            kept ([`KeptValues`], *optional*): keeps the values of parameters that a decoding step needs.
             writes_all (`bool`, *optional*, defaults to `False`): whether no write weight is zero.
-            kwargs: further arguments of [`gaussian_mixture_attention`].
+            kwargs (`Any`, *optional*): further arguments of [`gaussian_mixture_attention`].
 
         Returns:
-            As [`gaussian_mixture_attention`].
+            `torch.Tensor` or `tuple`: see [`gaussian_mixture_attention`].
         """
         call = AttentionCall(
             query,
@@ -148,7 +148,7 @@ class GMAMixture(nn.Module):
     def write(
         self, key: torch.Tensor, value: torch.Tensor, write_weight: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """S and z that tokens write into an empty memory which forgets nothing."""
+        """The S and z that tokens write into an empty memory without forgetting."""
         no_query = key.new_zeros(key.shape[0], self.means.shape[0], 1, key.shape[3])
         call = AttentionCall(
             no_query,
@@ -167,7 +167,10 @@ class GMAMixture(nn.Module):
         return attend(call)[1]
 
     def affinity(self, query: torch.Tensor, key: torch.Tensor, **kwargs) -> torch.Tensor:
-        """The matrix that the attention implies, `(batch, heads, query_length, key_length)`: quadratic, to look at."""
+        """
+        The matrix `(batch, heads, query_length, key_length)` that the attention implies, for analysis: its cost is
+        quadratic.
+        """
         return gaussian_mixture_affinity(
             query,
             key,
@@ -181,7 +184,7 @@ class GMAMixture(nn.Module):
         )
 
     def responsibilities(self, states: torch.Tensor) -> torch.Tensor:
-        """Posterior of the components, `(batch, heads, length, num_components)`, of queries or keys."""
+        """The responsibilities `(batch, heads, length, num_components)` of queries or keys."""
         return gaussian_mixture_responsibilities(
             states, self.means, self.raw_variances, self.prior_logits, variance_floor=self.variance_floor
         )
@@ -195,21 +198,21 @@ class GMAWindow(nn.Module):
     """
     Softmax over the nearest tokens, merged with the memory of a [`GMAMixture`].
 
-    Name the attribute that holds it `window_norm`, for the reason that [`GMAMixture`] gives: no weight decay.
+    Name the attribute that holds this module `window_norm`: then its parameters get no weight decay, see [`GMAMixture`].
 
     Args:
         num_heads (`int`): number of query heads.
         head_dim (`int`): dimension of queries and keys.
-        window_size (`int`): W, how many tokens a query sees exactly: itself and the W - 1 before it. Bidirectional, W to
-            each side.
-        num_sink_tokens (`int`): s, how many of the first tokens of a sequence every later query sees exactly too, instead
-            of through the memory; causal calls only.
+        window_size (`int`): W, the number of tokens that a query sees exactly: itself and the W - 1 tokens before it.
+            Bidirectional, W tokens to each side.
+        num_sink_tokens (`int`, *optional*, defaults to `0`): s, the number of first tokens of a sequence that every later
+            query sees exactly, and not through the memory; causal calls only.
 
     Attributes:
         memory_bias (`torch.Tensor` of shape `(num_heads,)`): a.
         memory_query (`torch.Tensor` of shape `(num_heads, head_dim)`): u.
-        memory_dilution (`torch.Tensor` of shape `(num_heads,)`): b; 0 for a sum over the tokens of the memory, however many
-            they are, 1 for one that becomes a mean. Bidirectional, these are all of the sequence.
+        memory_dilution (`torch.Tensor` of shape `(num_heads,)`): b. 0: the memory is a sum over its tokens. 1: it becomes a
+            mean.
 
     Raises:
         ValueError: for a window without tokens, or a negative number of sink tokens.
@@ -231,7 +234,7 @@ class GMAWindow(nn.Module):
         self.memory_dilution = nn.Parameter(torch.zeros(num_heads))
 
     def reset_parameters(self):
-        """The memory weighs as much as tokens whose logits are zero."""
+        """Give the memory the weight of tokens whose logits are zero."""
         init.zeros_(self.memory_bias)
         init.zeros_(self.memory_query)
         init.zeros_(self.memory_dilution)
@@ -259,19 +262,20 @@ class GMAWindow(nn.Module):
         softcap: float | None = None,
     ) -> Tensor:
         """
-        Merge what a memory has read with the tokens of the window.
+        Merge the read of a memory with the tokens of the window. See [`window_softmax`] for arguments that are not listed
+        here.
 
         Args:
             growth (`torch.Tensor` of shape `(batch or 1, 1, asked or 1)`, *optional*): log(1 + n / W) of the n tokens in the
-                memory. If it is not given, the one query sees all keys, and `log_weight` is D itself.
-            count (`torch.Tensor` of shape `(batch,)` or `int`, *optional*): n, then.
-            kept ([`KeptValues`], *optional*): what depends on parameters alone.
+                memory. Without `growth`, the one query sees all keys, and `log_weight` is D itself.
+            count (`torch.Tensor` of shape `(batch,)` or `int`, *optional*): n, if there is no `growth`.
+            kept ([`KeptValues`], *optional*): values that depend on parameters alone.
             sink_tokens (`tuple`, *optional*): the fields of `SinkTokens`.
-            num_leading (`int`): how many of the first keys are sink tokens, instead.
-            For the others see [`window_softmax`].
+            num_leading (`int`, *optional*, defaults to `0`): how many of the first keys are sink tokens, instead of
+                `sink_tokens`.
 
         Returns:
-            `torch.Tensor` of shape `(batch, num_heads, length, value_dim)` in the dtype of `value`.
+            `torch.Tensor` of shape `(batch, num_heads, length, value_dim)`: the output, in the dtype of `value`.
         """
         if growth is None:
             return self._step(
@@ -302,7 +306,7 @@ class GMAWindow(nn.Module):
     def _step(
         self, query, key, value, valid, read, normalizer, count, weighing_query, sinks, scaling, softcap, kept
     ) -> Tensor:
-        """The same for one query, with as few operations as possible."""
+        """The forward pass for one query, with as few operations as possible."""
         parameters = (self.memory_bias, self.memory_query, self.memory_dilution)
         bias, slope, dilution = widened(*parameters) if kept is None else kept.get("window", parameters, widened)
         # Of an empty memory log 0 = -inf, whatever is added
@@ -318,6 +322,8 @@ class GMAWindow(nn.Module):
 
     def check(self, query: Tensor, history: Any) -> None:
         """
+        Check that queries and a history belong to this window.
+
         Raises:
             ValueError: for queries or a history of another window.
         """
@@ -347,7 +353,7 @@ class GMAWindow(nn.Module):
 
 
 def widened(memory_bias: Tensor, memory_query: Tensor, memory_dilution: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """a `(heads, 1)`, u `(heads, 1, head_dim)` and b `(heads, 1)`, in float32 at least."""
+    """a `(heads, 1)`, u `(heads, 1, head_dim)` and b `(heads, 1)`, at least in float32."""
     dtype = torch.promote_types(memory_bias.dtype, torch.float32)
     bias, slope, dilution = (x.to(dtype) for x in (memory_bias, memory_query, memory_dilution))
     return bias[:, None], slope[:, None], dilution[:, None]

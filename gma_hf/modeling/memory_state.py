@@ -1,7 +1,7 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
 """
-What a layer keeps between calls: of the tokens, a [`MemoryState`]; of its parameters, [`KeptValues`]. And how tokens come into a
-window and its memory, and out of it: joined with what was remembered, shifted by a step, kept.
+What a layer keeps between calls: a [`MemoryState`] of the tokens, and [`KeptValues`] of the parameters. The functions below
+move tokens into a window and its memory: they join tokens with a history, shift a window by a step, and choose what to keep.
 """
 
 from collections.abc import Callable
@@ -19,10 +19,10 @@ from .layout import Layout
 
 class MemoryState(NamedTuple):
     """
-    What a layer remembers between calls. Its size does not depend on how many tokens were seen.
+    The state of a layer between calls. Its size does not depend on the number of seen tokens.
 
-    With a window, its last W tokens are not in S and z yet, and the first s, the sink tokens, never will be: they have a place of
-    their own when they have left the window. Rows with fewer tokens are filled from the left with invalid ones.
+    With a window, S and z do not contain the last W tokens yet, and never contain the first s tokens (sink tokens), which
+    have their own place after they have left the window. Rows with fewer tokens have invalid tokens on the left.
     """
 
     state: Tensor  # S [batch, heads, components, value_dim], in float32
@@ -44,21 +44,23 @@ class MemoryState(NamedTuple):
     convolution: Tensor | None = None  # [batch, kernel_size - 1, channels], the last inputs of the short convolution
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "MemoryState":
-        """The same with `function` of every tensor."""
+        """The state with `function` applied to every tensor."""
         return MemoryState(*(function(x) if isinstance(x, Tensor) else x for x in self))
 
 
 class KeptValues:
     """
-    What depends on parameters alone, computed once and kept as long as they do not change: beside the state of a layer in a
-    cache, so that nothing outlives a text, and no two threads share it.
+    Values that depend on parameters alone, computed once and kept while the parameters do not change. They belong to the
+    state of a layer in a cache, so they do not outlive a text, and threads do not share them.
     """
 
     def __init__(self):
         self._values = {}
 
     def get(self, name: Any, parameters: tuple[nn.Parameter, ...], compute: Callable[..., tuple[Tensor, ...]]):
-        """`compute(*parameters)`, or what it was last time. Under autograd, and in compiled graphs, it is always computed."""
+        """
+        `compute(*parameters)`, or the value of the last time. Under autograd and in compiled graphs, it is always computed.
+        """
         if torch.is_grad_enabled() or is_tracing():
             return compute(*parameters)
         stamp = []
@@ -74,7 +76,7 @@ class KeptValues:
 
     @property
     def names(self) -> list:
-        """What is kept."""
+        """The names of the kept values."""
         return list(self._values)
 
     def __deepcopy__(self, copied: dict) -> "KeptValues":
@@ -85,7 +87,7 @@ class KeptValues:
 
 
 class Tokens(NamedTuple):
-    """Tokens side by side, as a window and its memory see them."""
+    """Tokens as a window and its memory see them."""
 
     keys: Tensor
     values: Tensor
@@ -94,12 +96,12 @@ class Tokens(NamedTuple):
     log_decay: Tensor | None
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "Tokens":
-        """The same with `function` of every tensor."""
+        """The tokens with `function` applied to every tensor."""
         return Tokens(*(None if x is None else function(x) for x in self))
 
 
 def is_step(tokens: Tokens, layout: Layout, history: MemoryState | None) -> bool:
-    """Whether a call is a step: one real token, behind a history that keeps of its tokens what this one has, too."""
+    """Whether a call is a decoding step: one real token after a history that keeps the same tensors as this token has."""
     length = tokens.keys.shape[2]
     if history is None or not isinstance(length, int) or length != 1 or not layout.is_plain:
         return False
@@ -109,7 +111,7 @@ def is_step(tokens: Tokens, layout: Layout, history: MemoryState | None) -> bool
 
 
 def shifted(window: Tensor, new: Tensor, in_front: Tensor | None = None) -> Tensor:
-    """A window without its first token and with a new one behind its last, optionally with others in front of it."""
+    """A window without its first token and with a new last token, optionally with other tokens before it."""
     dim = token_dim(window)
     kept = last_tokens(window, window.shape[dim] - 1)
     parts = [kept, new] if in_front is None else [in_front, kept, new]
@@ -120,8 +122,8 @@ def shifted(window: Tensor, new: Tensor, in_front: Tensor | None = None) -> Tens
 
 def leave_window(history: MemoryState) -> tuple[Tensor | None, tuple[Tensor | None, ...]]:
     """
-    Whether the oldest token is to be written, [B, 1], or `None` if it is in every row, and keys, values and validity of the
-    sinks after it has left.
+    What happens when the oldest token leaves the window: whether it is written, [B, 1] (`None` if it is written in every
+    row), and keys, values and validity of the sink tokens afterwards.
     """
     if history.valid is None:
         return None, (history.sink_keys, history.sink_values, None)
@@ -143,14 +145,14 @@ def leave_window(history: MemoryState) -> tuple[Tensor | None, tuple[Tensor | No
 
 
 def take_queries(x: Tensor, order: Tensor) -> Tensor:
-    """Queries, the last ones of all tokens, in an order of all tokens. What reads for the history is dropped later."""
+    """Queries (the last of all tokens) in an order of all tokens. Reads for the history are dropped later."""
     length = x.shape[2]
     past = order.shape[1] - length
     return take_tokens(x, (order[:, past:] - past).clamp(min=0))
 
 
 def sink_tokens_of(tokens: Tokens, plan: WindowPlan) -> tuple[Tensor | None, ...]:
-    """Keys, values, visibility and, packed, places of the sink tokens."""
+    """Keys, values, visibility and, for packed sequences, places of the sink tokens."""
     if plan.sink_places.ndim == 3:
         return tokens.keys, tokens.values, plan.sink_visible, plan.sink_places
     return *(take_tokens(x, plan.sink_places) for x in tokens[:2]), plan.sink_visible, None
@@ -159,7 +161,10 @@ def sink_tokens_of(tokens: Tokens, plan: WindowPlan) -> tuple[Tensor | None, ...
 def join_history(
     tokens: Tokens, layout: Layout, history: MemoryState | None, size: int
 ) -> tuple[Tokens, Tensor, Tensor | None]:
-    """The tokens behind those of the history, its sinks first, or behind `size` invalid ones; which exist; and their runs."""
+    """
+    The tokens after the tokens of the history (its sink tokens first), or after `size` invalid tokens; which tokens exist;
+    and their runs.
+    """
     valid, runs = layout.padding_mask, layout.sequence_ids
     batch_size, length = tokens.keys.shape[0], tokens.keys.shape[2]
     if valid is None:
@@ -192,7 +197,10 @@ def join_history(
 
 
 def with_sinks_in_front(history: MemoryState) -> MemoryState:
-    """The window of a history behind its sink slots. What only the memory asks for is zero there: they do not get into it."""
+    """
+    The window of a history after its sink slots. The fields for the memory are zero in the slots, because sink tokens do not
+    enter the memory.
+    """
     if history.sink_keys is None:
         return history
     num_sinks = history.sink_keys.shape[2]
@@ -220,7 +228,7 @@ def new_history(
     state: tuple[Tensor, Tensor],
     count: Tensor | int,
 ) -> MemoryState:
-    """What is to be remembered of tokens, with the memory's state after them."""
+    """The new state after tokens, with the state of the memory after them."""
     batch_size, num_tokens = tokens.keys.shape[0], tokens.keys.shape[2]
     sinks = ()
     if num_sinks > 0:
@@ -240,5 +248,5 @@ def new_history(
 
 
 def rows(x: Tensor, batch_size: int) -> Tensor:
-    """`x` for every row, where there is one for all."""
+    """`x` for every row, if there is one row for all."""
     return x if x.shape[0] == batch_size else x.expand(batch_size, *x.shape[1:])

@@ -1,7 +1,7 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
 """
-The module of the short convolution in front of the mixture. It has the weights, and sees to it that the convolution takes in the
-real tokens of a sequence alone: padding, wherever it stands, and other packed sequences do not take part.
+The module of the short convolution in front of the mixture. It holds the weights, and makes sure that the convolution reads
+the real tokens of one sequence only, and no padding or other packed sequences.
 """
 
 from functools import partial
@@ -41,15 +41,16 @@ class GMAShortConvolution(nn.Conv1d):
 
         Args:
             hidden_states (`torch.Tensor` of shape `(batch, length, channels)`): one row per token.
-            causal (`bool`): look back only, or to both sides.
+            causal (`bool`, *optional*, defaults to `True`): whether an output sees the tokens before it only.
             layout ([`Layout`], *optional*): padding and packed sequences.
-            history (`torch.Tensor` of shape `(batch, kernel_size - 1, channels)`, *optional*): the last real inputs
-                before these, as returned by an earlier call; causal only. They belong to the first sequence of the row.
-            output_history (`bool`): also return the new history.
-            kept ([`KeptValues`], *optional*): what depends on parameters alone.
+            history (`torch.Tensor` of shape `(batch, kernel_size - 1, channels)`, *optional*): the last real inputs before
+                these, as an earlier call returned them; causal only. They belong to the first sequence of the row.
+            output_history (`bool`, *optional*, defaults to `True`): whether to return the new history.
+            kept ([`KeptValues`], *optional*): values that depend on parameters alone.
 
         Returns:
-            `tuple(torch.Tensor)`: the outputs `(batch, length, channels)`, zero at padding, and the new history or `None`.
+            `tuple[torch.Tensor, torch.Tensor or None]`: the outputs `(batch, length, channels)`, zero at padding, and the
+            new history.
         """
         batch_size, _, num_channels = hidden_states.shape
         width = self.kernel_size[0]
