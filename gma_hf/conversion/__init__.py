@@ -1,5 +1,5 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
-"""Attention replacement: a model of Transformers becomes a GMA model, and keeps its habits."""
+"""Attention replacement: a model of Transformers becomes a GMA model, and keeps its API."""
 
 import importlib
 

@@ -1,5 +1,5 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
-"""Where folders saved by gma_hf 0.1 import their classes from: their remote code names this module."""
+"""Folders that gma_hf 0.1 saved import their classes from this module: their remote code names it."""
 
 from .checkpoints import classes
 

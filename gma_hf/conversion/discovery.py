@@ -1,7 +1,7 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
 """
-Finding the attention of a model by watching it: one forward pass over a few dummy tokens, with an attention implementation
-that writes down who called it with what, and returns zeros.
+Find the attention of a model: one forward pass over a few made-up tokens, with an attention implementation that records its
+callers and their arguments, and returns zeros.
 """
 
 import inspect
@@ -35,19 +35,19 @@ ENCODER_LENGTH, DECODER_LENGTH = 7, 5
 @dataclass
 class AttentionLayer:
     """
-    An attention module of a model, as the probe saw it.
+    An attention module of a model, as the forward pass showed it.
 
-    Attributes:
+    Args:
         name (`str`): name relative to the base model.
         full_name (`str`): name in the model.
         module (`nn.Module`): the module.
         num_heads, num_key_value_heads, routing_dim, value_dim (`int`): shapes of queries, keys and values.
-        is_causal (`bool`): whether its tokens look back only.
-        is_self_attention (`bool`): whether it attends to the tokens that it comes from.
-        rotary_dim (`int`): how many of the first dimensions it rotates in a way that can be undone, see [`find_rotary_dim`].
-        rotation (`tuple[torch.Tensor, torch.Tensor]` or `None`): the cosines and sines by which it did.
-        undone_columns (`list[tuple[int, int]]`): the ranges of their columns that are to be undone.
-        obstacles (`list[str]`): why it cannot be converted; empty if it can.
+        is_causal (`bool`): whether a token sees the tokens before it only.
+        is_self_attention (`bool`): whether queries and keys come from the same tokens.
+        rotary_dim (`int`): how many of the first dimensions have a rotation that can be undone, see [`find_rotary_dim`].
+        rotation (`tuple[torch.Tensor, torch.Tensor]` or `None`): the cosines and sines of the rotation.
+        undone_columns (`list[tuple[int, int]]`): the ranges of their columns that will be undone.
+        obstacles (`list[str]`): why the module cannot be converted; empty if it can.
     """
 
     name: str
@@ -71,7 +71,7 @@ class AttentionLayer:
         return {name: getattr(self, name) for name in names}
 
     def choose_rotations(self, wavelength: float) -> None:
-        """Undo only the rotations that take more than so many tokens for a turn; none if there are none such."""
+        """Undo the rotations that need more than this number of tokens for a full turn; if there are none, undo nothing."""
         if self.rotary_dim > 0:
             self.undone_columns = slow_columns(*self.rotation, wavelength)
             self.rotary_dim = self.rotary_dim if self.undone_columns else 0
@@ -81,15 +81,15 @@ def find_attention_layers(
     model: PreTrainedModel, example_inputs: dict[str, Any] | None = None
 ) -> list[AttentionLayer]:
     """
-    The modules of a model that compute attention through Transformers' attention interface.
+    The modules of a model that compute attention through the attention interface of Transformers.
 
     Args:
-        model (`PreTrainedModel`): the model; left as it was.
-        example_inputs (`dict`, *optional*): arguments of the base model's forward pass, if it needs other ones than tokens,
-            pixels or audio features.
+        model (`PreTrainedModel`): the model. It does not change.
+        example_inputs (`dict`, *optional*): arguments for the forward pass of the base model, if made-up tokens, pixels or
+            audio features do not work.
 
     Returns:
-        `list[AttentionLayer]`: in the order of the model.
+        `list[AttentionLayer]`: the modules, in the order of the model.
 
     Raises:
         ValueError: if the forward pass fails.
@@ -137,17 +137,17 @@ def find_rotary_dim(
     module: nn.Module, args: tuple, kwargs: dict, states: tuple[Tensor, Tensor], watched: dict[nn.Module, tuple]
 ) -> int:
     """
-    How many of the first dimensions of its queries and keys an attention module rotates such that [`Rotation.undo`] turns them
-    back. The module is called once more, with the rotation by nothing: that is what has to come out.
+    How many of the first dimensions of queries and keys have a rotation that [`Rotation.undo`] undoes. The module is called
+    once more without a rotation: undoing has to give the result of this call.
 
     Args:
         module (`nn.Module`): the attention module.
-        args (`tuple`), kwargs (`dict`): what it was called with.
-        states (`tuple[Tensor, Tensor]`): the query and key that its attention function got then.
-        watched (`dict`): from a module to the query and key of its latest call, filled in while it runs.
+        args (`tuple`), kwargs (`dict`): the arguments of its call.
+        states (`tuple[Tensor, Tensor]`): the query and key that its attention function got in this call.
+        watched (`dict`): from a module to the query and key of its latest call, filled during the calls.
 
     Returns:
-        `int`: 0 if it rotates nothing, or in another way.
+        `int`: the number of dimensions; 0 if the module rotates nothing, or in another way.
     """
     embeddings, rotate = find_position_embeddings(args, kwargs), rotary_function(module)
     if embeddings is None or rotate is None:
@@ -184,7 +184,7 @@ def describe(
     mask: Any,
     kwargs: dict[str, Any],
 ) -> AttentionLayer:
-    """What one call of the attention function tells about its module."""
+    """What one call of the attention function shows about its module."""
     is_self_attention = query.shape[0] == key.shape[0] and query.shape[2] == key.shape[2]
     is_causal = kwargs.get("is_causal")
     if is_causal is None:
@@ -218,7 +218,7 @@ def describe(
 
 
 def cache_obstacles(model: PreTrainedModel, layer: AttentionLayer, num_calls: int) -> list[str]:
-    """Why the state of GMA cannot take the place of what a causal layer keeps in a cache."""
+    """Why the state of GMA cannot replace the cache of a causal layer."""
     if not layer.is_causal or not layer.is_self_attention:
         return []
     index = getattr(layer.module, "layer_idx", None)
@@ -236,12 +236,12 @@ def cache_obstacles(model: PreTrainedModel, layer: AttentionLayer, num_calls: in
 
 
 def watched_attention(*args, **kwargs) -> tuple[Tensor, None]:
-    """The attention function of the probe: what watches the forward pass of this thread."""
+    """The attention function for discovery: the watcher of the forward pass of this thread."""
     return _watcher.get()(*args, **kwargs)
 
 
 def full_mask(*args, allow_is_causal_skip=True, allow_is_bidirectional_skip=False, **kwargs) -> Tensor:
-    """A mask of all pairs, also where softmax would need none."""
+    """A mask of all pairs, even if softmax would need none."""
     return sdpa_mask(*args, allow_is_causal_skip=False, allow_is_bidirectional_skip=False, **kwargs)
 
 
@@ -254,8 +254,8 @@ AttentionMaskInterface.register(PROBE, full_mask)
 @contextmanager
 def probing(model: PreTrainedModel, watch: Callable[..., tuple[Tensor, None]]) -> Iterator[None]:
     """
-    Evaluation mode, no gradients, and in the whole model an attention implementation that is watched. The model works on
-    copies of its configurations meanwhile: models in other threads may share the configurations.
+    Within this context: evaluation mode, no gradients, and a watched attention implementation in the whole model. The model
+    works on copies of its configurations, because models in other threads may share the configurations.
     """
     originals = [(module, name, value) for module in model.modules() for name, value in held_configs(module)]
     training = {module: module.training for module in model.modules()}
@@ -278,7 +278,7 @@ def probing(model: PreTrainedModel, watch: Callable[..., tuple[Tensor, None]]) -
 
 @contextmanager
 def recorded_arguments(model: nn.Module) -> Iterator[dict[nn.Module, tuple[tuple, dict]]]:
-    """What each module was last called with, filled in as they are called."""
+    """The arguments of the last call of each module, filled during the calls."""
     arguments: dict[nn.Module, tuple[tuple, dict]] = {}
 
     def record(module: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -302,8 +302,8 @@ def input_names(model: PreTrainedModel) -> set[str]:
 
 def run_with_dummies(model: PreTrainedModel) -> None:
     """
-    A forward pass over made-up inputs. Models of images and text want them to fit each other; of those, each part is run
-    alone. A part that cannot be run that way is not seen, and stays as it is.
+    A forward pass over made-up inputs. Models of images and text need inputs that fit each other, so each part of such a
+    model runs alone. A part that cannot run alone is not seen, and stays as it is.
     """
     inputs = dummy_inputs(model)
     try:
@@ -320,7 +320,7 @@ def run_with_dummies(model: PreTrainedModel) -> None:
 
 
 def dummy_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
-    """Tokens, pixels and audio features for a model, as its forward pass names them."""
+    """Tokens, pixels and audio features for a model, under the names of its forward pass."""
     config, names = model.config, input_names(model)
     device, dtype = execution_device(model), model.dtype
     inputs = {}

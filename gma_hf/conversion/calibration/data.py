@@ -1,5 +1,5 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
-"""What calibration reads, in batches, and what it keeps of it: a sample of bounded size."""
+"""The batches that calibration reads, and a sample of bounded size that it keeps."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -14,8 +14,8 @@ from ...compat import execution_device
 
 class Reservoir:
     """
-    A uniform sample of the tokens of one layer that fits into bounded memory: of all tokens seen, those with the largest of
-    independent uniform numbers.
+    A uniform sample of the tokens of one layer, in bounded memory: the tokens with the largest of independent random
+    numbers.
     """
 
     def __init__(self, size: int, generator: torch.Generator):
@@ -26,7 +26,10 @@ class Reservoir:
         self.query = self.key = None  # [heads, tokens, dim]
 
     def add(self, query: Tensor, key: Tensor, real: Tensor | None) -> None:
-        """Queries and keys `(batch, heads, length, dim)` of the same tokens; `real` `(batch, length)` leaves padding out."""
+        """
+        Add queries and keys `(batch, heads, length, dim)` of the same tokens. `real` `(batch, length)` is `False` at
+        padding.
+        """
         rows = torch.arange(query.shape[0] * query.shape[2])
         if real is not None:
             rows = rows[real.flatten().cpu()]
@@ -48,7 +51,7 @@ class Reservoir:
         return torch.cat([held[:, old.to(held.device)], added], dim=1)
 
     def samples(self, num_heads: int) -> Tensor:
-        """As many queries as keys, `(num_heads, samples, dim)`: each head's queries and the keys of its group."""
+        """As many queries as keys, `(num_heads, samples, dim)`: the queries of each head, and the keys of its group."""
         return torch.cat([self.query, self.key.repeat_interleave(num_heads // self.key.shape[0], dim=0)], dim=1)
 
 
@@ -104,8 +107,10 @@ def padded(model: PreTrainedModel, examples: list[Mapping]) -> dict[str, Tensor]
 
 def check_tokens(model: PreTrainedModel, tokens: Tensor) -> None:
     """
+    Check that the model has all token ids.
+
     Raises:
-        ValueError: for token ids that the model does not have.
+        ValueError: if it has not.
     """
     embeddings = model.get_input_embeddings() if model.main_input_name == "input_ids" else None
     size = getattr(embeddings, "num_embeddings", None)
@@ -117,7 +122,7 @@ def check_tokens(model: PreTrainedModel, tokens: Tensor) -> None:
 
 
 def join_batches(batches: list[dict[str, Any]], fraction: float) -> dict[str, Any]:
-    """One batch of about that fraction of the rows: of the longest batch and of those of its shape."""
+    """One batch with about this fraction of the rows: the longest batch, and the batches of the same shape."""
 
     def shapes(batch: dict[str, Any]) -> dict[str, torch.Size]:
         return {name: value.shape[1:] for name, value in batch.items() if isinstance(value, Tensor)}
@@ -134,7 +139,7 @@ def join_batches(batches: list[dict[str, Any]], fraction: float) -> dict[str, An
 
 
 def no_cache(model: PreTrainedModel, batch: dict[str, Any]) -> dict[str, Any]:
-    """The batch for a pass that keeps nothing, and computes no loss unless labels are what the decoder reads."""
+    """The arguments for a forward pass without a cache, and without labels unless the decoder reads them."""
     labels_are_read = model.config.is_encoder_decoder and "decoder_input_ids" not in batch
     inputs = {name: value for name, value in batch.items() if name != "labels" or labels_are_read}
     return {**inputs, "use_cache": False} if hasattr(model.config, "use_cache") else inputs
@@ -142,7 +147,7 @@ def no_cache(model: PreTrainedModel, batch: dict[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def as_it_is(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode; afterwards every module is in the mode that it had."""
+    """Evaluation mode within this context. Afterwards every module is in its old mode."""
     training = {module: module.training for module in model.modules()}
     model.eval()
     try:

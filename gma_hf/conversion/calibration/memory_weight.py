@@ -1,16 +1,17 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
 """
-How much the memory behind a window weighs at first: as much as softmax pays to what the memory stands for, on average and, in
-causal layers, in how that grows with the n tokens that have left the window.
+The first weight of the memory behind a window. The memory gets the share of attention that softmax pays to the tokens in the
+memory: on average and, in causal layers, also in its growth with the n tokens that have left the window.
 
-    l_i = log-odds of the memory's share of query i, with a = b = 0; t_i = softmax's share of what lies in the memory
+    l_i = log-odds of the share of the memory for query i, with a = b = 0; t_i = share of softmax for the tokens in the memory
     x_i = log(1 + n_i / W)
     p_i = sigmoid(l_i + a - b x_i)
 
     sum_i (p_i - t_i) = 0        gives a, the bias
     sum_i (p_i - t_i) x_i = 0    gives b, the dilution, between 0 (the memory is a sum over tokens) and 1 (it becomes a mean)
 
-the maximum of the likelihood of a logistic regression, which is concave. Each is found by bisection, a for every b.
+This is the maximum of the likelihood of a logistic regression, which is concave. Bisection finds b, and for every b it finds
+a.
 """
 
 import torch
@@ -26,8 +27,8 @@ FEWEST_WINDOWS = 2  # in a memory, for its growth to be measured; fewer tell too
 
 def balance_memory(call: SoftmaxCall, real: Tensor | None, far: Tensor) -> None:
     """
-    Set the bias and, causal, the dilution of each head such that the memory's share of the attention has the mean of `far`
-    `(batch, num_heads, length)` and grows like it.
+    Set the bias and, in causal layers, the dilution of each head, so that the share of the memory has the mean of `far`
+    `(batch, num_heads, length)` and grows like `far`.
     """
     window = call.layer.window_norm
     window.memory_bias.zero_()
@@ -53,7 +54,7 @@ def balance_memory(call: SoftmaxCall, real: Tensor | None, far: Tensor) -> None:
 
 
 def offset(log_odds: Tensor, target: Tensor, counted: Tensor) -> Tensor:
-    """What each head adds to its log-odds for shares of the mean of `target`, `(num_heads,)`."""
+    """The number `(num_heads,)` that each head adds to its log-odds, so that its shares have the mean of `target`."""
     aim = (target * counted).sum(dim=(0, 2))
     low, high = torch.full_like(aim, -LARGEST_SHIFT), torch.full_like(aim, LARGEST_SHIFT)
     for _ in range(30):
@@ -64,7 +65,9 @@ def offset(log_odds: Tensor, target: Tensor, counted: Tensor) -> Tensor:
 
 
 def trend(log_odds: Tensor, target: Tensor, x: Tensor, counted: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """By how much of `x` each head lowers its log-odds for shares that grow with it like `target`, `(num_heads,)`."""
+    """
+    The factor `(num_heads,)` of `x` by which each head lowers its log-odds, so that its shares grow with `x` like `target`.
+    """
     for _ in range(10):
         middle = (low + high) / 2
         lowered = log_odds - middle[:, None] * x
@@ -75,7 +78,7 @@ def trend(log_odds: Tensor, target: Tensor, x: Tensor, counted: Tensor, low: Ten
 
 
 def tokens_in_memory(call: SoftmaxCall, real: Tensor | None) -> Tensor:
-    """n of every query, `(batch or 1, 1, length)`."""
+    """The number n of tokens in the memory of every query, `(batch or 1, 1, length)`."""
     window, length = call.layer.window_norm, call.query.shape[2]
     if real is None:
         real = torch.ones(1, length, dtype=torch.bool, device=call.query.device)
@@ -85,7 +88,10 @@ def tokens_in_memory(call: SoftmaxCall, real: Tensor | None) -> Tensor:
 
 
 def memory_share(call: SoftmaxCall) -> Tensor:
-    """The share of the attention that goes to the memory `(batch, num_heads, length)`: values are 1 there, 0 in the window."""
+    """
+    The share of the attention that goes to the memory, `(batch, num_heads, length)`: the values are 1 in the memory and 0 in
+    the window.
+    """
 
     def mark(mixture: nn.Module, arguments: tuple) -> tuple:
         query, key, value = arguments
@@ -100,8 +106,8 @@ def memory_share(call: SoftmaxCall) -> Tensor:
 
 def far_mass(call: SoftmaxCall, real: Tensor | None) -> Tensor:
     """
-    The share of softmax's attention to what lies outside of the window and is no sink token either, `(batch, num_heads,
-    length)`; zero at padding.
+    The share of the attention of softmax that goes to tokens outside of the window, sink tokens excepted, `(batch,
+    num_heads, length)`; zero at padding.
     """
     layer = call.layer
     size, length = layer.window_norm.window_size, call.query.shape[2]

@@ -1,2 +1,2 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
-"""Classes of converted models: made, registered, installed, reverted."""
+"""The classes of converted models: create, register, install, revert."""

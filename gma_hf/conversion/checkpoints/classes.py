@@ -1,15 +1,15 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
 """
-The classes of converted models, and how the Auto classes come to know them. `LlamaForCausalLM` becomes `GMALlamaForCausalLM`,
-with a `GMALlamaConfig` whose model type is "gma_llama": a program that knows nothing of GMA says so, instead of loading the
-checkpoint as a Llama without mixtures.
+The classes of converted models, and their registration with the Auto classes. `LlamaForCausalLM` becomes
+`GMALlamaForCausalLM`, with a `GMALlamaConfig` whose model type is "gma_llama". So a program without gma_hf refuses the
+checkpoint, instead of loading it as a Llama without mixtures.
 
-The classes are made when they are needed, and every one of them can be imported from here by its name:
+The classes are created when they are needed. Every class can be imported from this module by its name:
 
     from gma_hf.conversion.checkpoints.classes import GMALlamaForCausalLM
 
-`import gma_hf` registers a placeholder for every model type of Transformers, so that `gma_llama` is known without an import of
-any model. The real classes are made, and registered, when one is asked for.
+`import gma_hf` registers a placeholder for every model type of Transformers, so that `gma_llama` is known without importing
+any model. The real classes are created and registered when a program needs one.
 """
 
 import functools
@@ -63,11 +63,10 @@ ATTENTION_NAMES = ("attn", "attention")
 
 class ConvertedConfigMixin:
     """
-    What the configuration of a converted model adds to that of the original.
+    The part of the configuration of a converted model that the original does not have.
 
     Attributes:
-        gma (`dict`): `layers`, from the names of the converted modules, relative to the base model, to their shapes;
-            `softmax_layers`, the names of the attention modules that were kept; and the options of `convert_to_gma`.
+        gma (`dict`): the fields of [`GMAConversionConfig`].
     """
 
     def __post_init__(self, **kwargs):
@@ -78,7 +77,7 @@ class ConvertedConfigMixin:
 
     @classmethod
     def register_for_auto_class(cls, auto_class="AutoConfig"):
-        """Nothing to do: every folder that `save_pretrained` writes already loads with `trust_remote_code=True`."""
+        """Do nothing: every folder that `save_pretrained` writes already loads with `trust_remote_code=True`."""
 
     # GMA gives its implied affinity, for which no other attention implementation has to be chosen
     @property
@@ -93,22 +92,22 @@ class ConvertedConfigMixin:
             PreTrainedConfig.output_attentions.fset(self, value)
 
     def to_dict(self) -> dict[str, Any]:
-        """The configuration as a dictionary, by which PEFT looks up the modules to adapt."""
+        """The configuration as a dictionary. PEFT reads from it which modules to adapt."""
         share_adapter_defaults()
         return super().to_dict()
 
     def validate_output_attentions(self):
-        """Part of the `@strict` validation."""
+        """Check `output_attentions`, as part of the `@strict` validation."""
         if attention_implementation(self) != IMPLEMENTATION:
             super().validate_output_attentions()
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs):
         """
-        Save the configuration, and beside it the few lines that let programs which never import gma_hf load the folder
-        with `trust_remote_code=True`. See [`PreTrainedConfig.save_pretrained`] for the arguments.
+        Save the configuration, and a small file with which programs that do not import gma_hf load the folder by
+        `trust_remote_code=True`. See [`PreTrainedConfig.save_pretrained`] for the arguments.
 
         Raises:
-            ValueError: if the folder holds a checkpoint of the original model, which would be overwritten.
+            ValueError: if the folder has a checkpoint of the original model, which would be overwritten.
         """
         self.expect_no_original(save_directory)
         add_remote_code(self, save_directory, "gma_hf.conversion.checkpoints.classes", auto_class_names(type(self)))
@@ -127,14 +126,14 @@ class ConvertedConfigMixin:
 
 
 class ConvertedModelMixin(PartOfRow):
-    """What the class of a converted model adds to that of the original."""
+    """The part of the class of a converted model that the original does not have."""
 
     # PyTorch's context parallelism, which Transformers asks for, hands no memory on; `gma_hf.context_parallel` does
     _supports_context_parallel = False
 
     @classmethod
     def register_for_auto_class(cls, auto_class="AutoModel"):
-        """Nothing to do: every folder that `save_pretrained` writes already loads with `trust_remote_code=True`."""
+        """Do nothing: every folder that `save_pretrained` writes already loads with `trust_remote_code=True`."""
 
     @property
     def loss_type(self) -> str | None:
@@ -175,7 +174,7 @@ class ConvertedModelMixin(PartOfRow):
         return super()._check_and_adjust_attn_implementation(attn_implementation, *args, **kwargs)
 
     def set_attn_implementation(self, attn_implementation: str | dict, *args, **kwargs):
-        """Choose the attention implementation of the softmax layers that are left; converted layers stay GMA."""
+        """Choose the attention implementation of the remaining softmax layers. Converted layers stay GMA."""
         restore_softmax_implementations(self)
         try:
             super().set_attn_implementation(attn_implementation, *args, **kwargs)
@@ -184,7 +183,7 @@ class ConvertedModelMixin(PartOfRow):
 
 
 def initialize_layers(layers: Iterable[GMAConversion]) -> None:
-    """Initialise what converted modules gain, unless it was loaded or initialised before."""
+    """Initialise the new parameters of converted modules, unless they were loaded or initialised before."""
     for layer in layers:
         if not is_initialized(layer):
             layer.reset_parameters()
@@ -210,7 +209,7 @@ def made_once(function: Callable) -> Callable:
 
 @made_once
 def converted_config_class(config_class: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
-    """`LlamaConfig` to `GMALlamaConfig`."""
+    """From `LlamaConfig` to `GMALlamaConfig`."""
     members = {
         "__module__": __name__,
         "__doc__": f"[`{config_class.__name__}`] of a model that was converted to Gaussian Mixture Attention.",
@@ -227,7 +226,7 @@ def converted_config_class(config_class: type[PreTrainedConfig]) -> type[PreTrai
 def converted_model_class(
     model_class: type[PreTrainedModel], config_class: type[PreTrainedConfig]
 ) -> type[PreTrainedModel]:
-    """`LlamaForCausalLM`, with the `LlamaConfig` of its instances, to `GMALlamaForCausalLM`."""
+    """From `LlamaForCausalLM`, with the `LlamaConfig` of its instances, to `GMALlamaForCausalLM`."""
     members = {
         "__module__": __name__,
         "__doc__": f"[`{model_class.__name__}`] that was converted to Gaussian Mixture Attention.",
@@ -282,7 +281,7 @@ def softmax_auto_classes(config_class: type[PreTrainedConfig]) -> dict[str, type
 
 
 class ConvertedConfigPlaceholder:
-    """Stands for the configuration class of a converted model type until it is needed."""
+    """Replaces the configuration class of a converted model type until the class is needed."""
 
     model_type: str
 
@@ -303,7 +302,7 @@ class ConvertedConfigPlaceholder:
 
 
 def register_placeholders() -> None:
-    """Make the model types of converted models known; calling it again changes nothing."""
+    """Register the model types of converted models. A second call changes nothing."""
     for model_type in transformers_model_types():
         name = TYPE_PREFIX + model_type
         if not is_known_model_type(name):

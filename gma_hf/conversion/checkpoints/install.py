@@ -78,7 +78,7 @@ def build_layers(model: PreTrainedModel, conversion: GMAConversionConfig) -> dic
 
 
 def attach_layers(model: PreTrainedModel, layers: dict[nn.Module, GMAConversion]) -> None:
-    """Have attention modules of a model compute with their mixtures, see [`build_layers`]."""
+    """Let attention modules of a model compute with their mixtures, see [`build_layers`]."""
     views = {}
     for module, layer in layers.items():
         module.gma = layer
@@ -124,7 +124,7 @@ def remove_layers(model: nn.Module) -> None:
 
 
 def placement(module: nn.Module, model: PreTrainedModel) -> tuple[torch.device, torch.dtype]:
-    """Where a module computes, and in which numbers: quantized weights are stored in others."""
+    """The device and the dtype of the computation of a module. Quantized weights are stored in other dtypes."""
     parameters = list(module.parameters())
     device = execution_device(module if parameters else model)
     dtypes = (p.dtype for p in parameters if p.is_floating_point() and p.dtype.itemsize > 1)
@@ -132,7 +132,7 @@ def placement(module: nn.Module, model: PreTrainedModel) -> tuple[torch.device, 
 
 
 def find_module(model: PreTrainedModel, name: str) -> nn.Module | None:
-    """The module of that name, relative to the base model."""
+    """The module with this name, relative to the base model."""
     try:
         return model.base_model.get_submodule(name)
     except AttributeError:
@@ -148,8 +148,8 @@ def converted_view(config: PreTrainedConfig) -> PreTrainedConfig:
 
 def use_linear_masks(model: PreTrainedModel) -> None:
     """
-    Have masks made by [`gaussian_mixture_mask`] wherever no softmax layer would use them. What the softmax layers would
-    have used is kept in `model._softmax_implementations`, for the case that they come back.
+    Use masks of [`gaussian_mixture_mask`] wherever no softmax layer needs masks. `model._softmax_implementations` keeps the
+    implementations of the softmax layers, in case they are restored.
     """
     softmax_modules = (find_module(model, name) for name in model.config.gma["softmax_layers"])
     needed = {id(module.config) for module in softmax_modules if module is not None}
@@ -172,8 +172,8 @@ def restore_softmax_implementations(model: PreTrainedModel) -> None:
 @contextmanager
 def unchanged_on_error(model: PreTrainedModel) -> Iterator[None]:
     """
-    Within the context, any error, an interrupt by the keyboard included, puts back the class, the modules, the hooks, the
-    attributes and the configuration of the model. The values of parameters are not kept, see [`values_kept_on_error`].
+    Within this context, any error (also an interrupt by the keyboard) restores the class, the modules, the hooks, the
+    attributes and the configuration of the model. The values of parameters are not restored, see [`values_kept_on_error`].
     """
     owners = [*model.modules(), *{id(config): config for config in model_configs(model)}.values()]
     saved = [(owner, type(owner), dict(vars(owner)), dictionaries(owner)) for owner in owners]
@@ -193,7 +193,7 @@ def unchanged_on_error(model: PreTrainedModel) -> Iterator[None]:
 
 @contextmanager
 def values_kept_on_error(parameters: Iterable[Tensor]) -> Iterator[None]:
-    """Within the context, any error, an interrupt by the keyboard included, puts back the values of the parameters."""
+    """Within this context, any error (also an interrupt by the keyboard) restores the values of the parameters."""
     parameters = list(parameters)
     values = [parameter.detach().clone() for parameter in parameters]
     try:
@@ -220,20 +220,20 @@ def held_configs(module: nn.Module) -> Iterator[tuple[str, PreTrainedConfig]]:
 def copied_configs(
     held: Iterable[tuple[nn.Module, str, PreTrainedConfig]],
 ) -> list[tuple[nn.Module, str, PreTrainedConfig]]:
-    """The same with copies of the configurations. What was one object, alone or inside of another, is one copy."""
+    """The same attributes with copies of the configurations. One object, alone or inside of another, gets one copy."""
     copies: dict[int, Any] = {}
     return [(module, name, copy.deepcopy(config, copies)) for module, name, config in held]
 
 
 def model_configs(model: nn.Module) -> Iterator[PreTrainedConfig]:
-    """Every configuration that some module of the model holds, those inside of others included; some more than once."""
+    """Every configuration that a module of the model holds, with the configurations inside of them; some more than once."""
     for module in model.modules():
         for _, config in held_configs(module):
             yield from nested_configs(config)
 
 
 def nested_configs(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
-    """A configuration and those inside it."""
+    """A configuration and the configurations inside of it."""
     yield config
     for name in config.sub_configs:
         if isinstance(sub_config := getattr(config, name, None), PreTrainedConfig):

@@ -1,2 +1,2 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
-"""A converted model learns from its original."""
+"""Distillation: a converted model learns from its original."""

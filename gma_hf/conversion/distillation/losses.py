@@ -1,5 +1,5 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
-"""How far a student is from its teacher: in the outputs of its attention, in its logits, in its hidden states."""
+"""The distance of a student from its teacher: in the outputs of its attention, in its logits, in its hidden states."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,12 +17,12 @@ LARGEST_CHUNK = 2**26  # logits that exist in float32 at the same time, beside t
 
 def attention_distance(call: SoftmaxCall) -> Tensor:
     """
-    Relative squared error of the attention's output, averaged over the heads:
+    Relative squared error of the output of the attention, averaged over the heads:
 
         sum_t ||o_t - o*_t||^2 / sum_t ||o*_t||^2
 
-    over the real tokens t, with o of GMA and o* of softmax, in front of the output projection. There every head has an error
-    of its own, which only its own parameters can lower.
+    t runs over the real tokens; o is of GMA and o* of softmax, before the output projection. There every head has its own
+    error, and only the parameters of the head can lower it.
     """
     output, target = call.student().float(), call.output.float()
     error, norm = (output - target).square().sum(dim=-1), target.square().sum(dim=-1)
@@ -34,7 +34,7 @@ def attention_distance(call: SoftmaxCall) -> Tensor:
 
 
 class ReadyGradient(torch.autograd.Function):
-    """A number whose gradient with respect to some parameters is known already, so that nothing else is kept for it."""
+    """A number with known gradients for some parameters, so that autograd keeps nothing else."""
 
     @staticmethod
     def forward(ctx, value: Tensor, gradients: Sequence[Tensor], *parameters: Tensor) -> Tensor:
@@ -48,7 +48,7 @@ class ReadyGradient(torch.autograd.Function):
 
 
 def with_ready_gradient(loss: Tensor, parameters: Sequence[Tensor]) -> Tensor:
-    """The same number; what autograd kept to differentiate it is freed, for its gradients are computed now."""
+    """The same number. Its gradients are computed now, which frees the memory that autograd kept for them."""
     gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
     gradients = [
         torch.zeros_like(parameter) if gradient is None else gradient
@@ -59,8 +59,8 @@ def with_ready_gradient(loss: Tensor, parameters: Sequence[Tensor]) -> Tensor:
 
 class KLDivergence(torch.autograd.Function):
     """
-    sum_i w_i T^2 KL(softmax(t_i / T) || softmax(s_i / T)) of rows of logits, chunk by chunk. Its gradient, T (softmax(s / T) -
-    softmax(t / T)) w, takes the place of the student's logits in memory.
+    sum_i w_i T^2 KL(softmax(t_i / T) || softmax(s_i / T)) of rows of logits, chunk by chunk. The gradient T (softmax(s / T)
+    - softmax(t / T)) w overwrites the logits of the student.
     """
 
     @staticmethod
@@ -91,15 +91,15 @@ class KLDivergence(torch.autograd.Function):
 
 def kl_divergence(student: Tensor, teacher: Tensor, weights: Tensor, temperature: float = 1.0) -> Tensor:
     """
-    KL divergence of the student's distributions from the teacher's, in nats, summed with weights.
+    KL divergence of the distributions of the student from the distributions of the teacher, in nats, summed with weights.
 
     Args:
-        student (`torch.Tensor` of shape `(..., vocabulary)`): logits. If they require gradients they are overwritten: use them
-            for nothing else.
+        student (`torch.Tensor` of shape `(..., vocabulary)`): logits. Logits that require gradients are overwritten: do not
+            use them afterwards.
         teacher (`torch.Tensor` of the same shape): logits, of any floating dtype.
         weights (`torch.Tensor` of shape `(...)`): weight of each distribution.
-        temperature (`float`): T, by which logits are divided; the result is multiplied by T^2, so that the size of its
-            gradient does not depend on T (Hinton et al., arXiv:1503.02531).
+        temperature (`float`, *optional*, defaults to `1.0`): T, which divides the logits. The result is multiplied by T^2,
+            so the size of its gradient does not depend on T (Hinton et al., arXiv:1503.02531).
 
     Returns:
         `torch.Tensor`: a float32 scalar.
@@ -112,13 +112,17 @@ def kl_divergence(student: Tensor, teacher: Tensor, weights: Tensor, temperature
 
 def hidden_distance(student: Sequence[Tensor], teacher: Sequence[Tensor], weights: Tensor, kind: str) -> Tensor:
     """
-    Distance of hidden states, summed over tokens with weights and averaged over the layers.
+    Distance of hidden states, summed over tokens with weights, and averaged over the layers.
 
     Args:
-        student, teacher (`Sequence[torch.Tensor]` of shape `(batch, length, hidden_size)`): of some layers.
+        student, teacher (`Sequence[torch.Tensor]` of shape `(batch, length, hidden_size)`): hidden states of the same
+        layers.
         weights (`torch.Tensor` of shape `(batch, length)`): weight of each token.
-        kind (`str`): "mse", ||s - t||^2 / ||t||^2 token by token, so that the few tokens with huge hidden states do not decide
-            alone; or "cosine", 1 - cos(s, t).
+        kind (`str`): "mse": ||s - t||^2 / ||t||^2 per token, so that the few tokens with very large hidden states do not
+            decide alone. "cosine": 1 - cos(s, t).
+
+    Returns:
+        `torch.Tensor`: a scalar.
     """
     distances = []
     for s, t in zip(student, teacher, strict=True):
@@ -140,7 +144,10 @@ def pooled(hidden: Tensor, real: Tensor, pooling: str) -> Tensor:
 
 
 def negative_log_likelihood(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Sums over the tokens of each row that the logits of the token before predict, and their number: `(batch,)` each."""
+    """
+    For each row, the sum of the negative log-likelihoods of its tokens given the tokens before, and the number of these
+    tokens: `(batch,)` each.
+    """
     labels = labels[:, 1:]
     counted = labels != -100
     losses = []
@@ -151,8 +158,8 @@ def negative_log_likelihood(logits: Tensor, labels: Tensor) -> tuple[Tensor, Ten
 
 def real_tokens(inputs: Mapping[str, Any], shape: tuple[int, ...]) -> Tensor:
     """
-    Which outputs of a model belong to real tokens: `True` or `False`, of the shape `(batch, length)` of the outputs, or `True`
-    for each row `(batch,)` where a model has one output for each.
+    Which outputs of a model belong to real tokens, in the shape `(batch, length)` of the outputs. If a model has one output
+    per row, `True` for each row `(batch,)`.
     """
     candidates = (inputs.get(name) for name in ("decoder_attention_mask", "labels", "attention_mask"))
     is_decoder = "decoder_input_ids" in inputs or "decoder_attention_mask" in inputs

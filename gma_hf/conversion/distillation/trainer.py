@@ -1,17 +1,18 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
 """
-A `Trainer` that brings a converted model back to what it was, in stages, each of them optional.
+A `Trainer` that restores the quality of a converted model, in optional stages.
 
-Attention transfer: per converted layer, on the queries, keys and values of the teacher's own hidden states,
+Attention transfer: for each converted layer, on the queries, keys and values of the hidden states of the teacher,
 
     L = 1/H sum_h sum_t ||o_ht - o*_ht||^2 / sum_t ||o*_ht||^2        o of GMA, o* of softmax
 
-One forward pass of the teacher, which is the model itself with its softmax, gives every layer its inputs and targets. The
-layers do not depend on each other: a layer's gradients are computed as soon as its loss is, and its memory is freed before the
-next layer runs. Layer-wise transfer to linear attention is known from LoLCATs (Zhang et al., arXiv:2410.10254).
+The teacher is the model itself with its softmax. One forward pass of the teacher gives every layer its inputs and targets.
+The layers do not depend on each other, so the gradients of a layer are computed directly after its loss, and its memory is
+freed before the next layer runs. Layer-wise transfer to linear attention is known from LoLCATs (Zhang et al.,
+arXiv:2410.10254).
 
-Distillation: KL divergence to the teacher's logits (Hinton et al., arXiv:1503.02531), distances of hidden states and of
-embeddings, weighted; per real token of all batches that make one step.
+Distillation: KL divergence to the logits of the teacher (Hinton et al., arXiv:1503.02531), and weighted distances of hidden
+states and of embeddings, per real token of all batches of a step.
 """
 
 import inspect
@@ -169,7 +170,7 @@ class GMADistillationTrainer(GMATrainer):
         return loss, statistics, statistics.new_zeros(statistics.shape[0])
 
     def _transfer_attention(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Any]:
-        """Mean of the layers' errors, whose gradients are computed on the way, and the teacher's outputs."""
+        """The mean error of the layers, and the outputs of the teacher. The gradients are computed on the way."""
         losses = []
 
         def learn(call: SoftmaxCall) -> None:
@@ -186,7 +187,9 @@ class GMADistillationTrainer(GMATrainer):
         return torch.stack(losses).mean(), outputs
 
     def _distil(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Any]:
-        """The weighted distances of the student's outputs to the teacher's, per real token, and the student's outputs."""
+        """
+        The weighted distances between the outputs of student and teacher, per real token, and the outputs of the student.
+        """
         args = self.args
         wanted = {"output_hidden_states": True} if args.hidden_weight or args.embedding_weight else {}
         target = self._teach(inputs, wanted)
@@ -207,7 +210,7 @@ class GMADistillationTrainer(GMATrainer):
         return loss, outputs
 
     def _teach(self, inputs: dict[str, Any], wanted: dict[str, Any]) -> Any:
-        """The teacher's outputs."""
+        """The outputs of the teacher."""
         with torch.no_grad(), self.accelerator.autocast():
             if self.teacher is not None:
                 return self.teacher(**no_cache(self.teacher, inputs), **wanted)
@@ -249,14 +252,14 @@ class GMADistillationTrainer(GMATrainer):
         return loss.float(), torch.stack([sums[name].float() for name in COLUMNS], dim=1)
 
     def _embedding_cosine(self, inputs: dict[str, Any], outputs: Any, target: Any) -> Tensor:
-        """Cosine of the student's and the teacher's embedding of each text, `(batch,)`."""
+        """Cosine between the embeddings of each text by student and teacher, `(batch,)`."""
         last, target_last = (hidden_states(x, "last")[0] for x in (outputs, target))
         real = real_tokens(inputs, last.shape[:-1])
         pooling = self.args.embedding_pooling
         return F.cosine_similarity(pooled(last, real, pooling), pooled(target_last, real, pooling), dim=-1)
 
     def _next_tokens(self, inputs: dict[str, Any], logits: Tensor) -> Tensor | None:
-        """The tokens that a causal language model predicts, `(batch, length)`, -100 where there is none to predict."""
+        """The tokens `(batch, length)` that a causal language model predicts; -100 at positions without a prediction."""
         tokens = inputs.get("input_ids")
         is_causal = any(layer.is_causal for layer in expect_gma_layers(self.model).values())
         if not is_causal or tokens is None or logits.shape[:-1] != tokens.shape:
@@ -265,7 +268,7 @@ class GMADistillationTrainer(GMATrainer):
         return labels if labels is not None else tokens.masked_fill(~real_tokens(inputs, tokens.shape), -100)
 
     def _num_tokens(self, inputs: dict[str, Any]) -> Tensor:
-        """How many real tokens a batch has: of the decoder, if there is one."""
+        """The number of real tokens of a batch; of its decoder, if there is one."""
         names = ("decoder_input_ids", "labels") if self.model.config.is_encoder_decoder else ()
         names = (*names, self.model.main_input_name, *inputs)
         tokens = next(inputs[name] for name in names if isinstance(inputs.get(name), Tensor))
@@ -293,8 +296,10 @@ def hidden_states(outputs: Any, layers: str) -> list[Tensor]:
 
 def expect_logits(model: nn.Module, outputs: Any) -> Tensor:
     """
+    The logits of a model.
+
     Raises:
-        ValueError: if a model has no logits.
+        ValueError: if the model has none.
     """
     if outputs.get("logits") is None:
         raise ValueError(
@@ -311,8 +316,10 @@ def check_teacher(
     teacher_tokenizer: PreTrainedTokenizerBase | None,
 ) -> None:
     """
+    Check that teacher and student have the same tokens.
+
     Raises:
-        ValueError: if teacher and student do not speak of the same tokens.
+        ValueError: if they have not.
     """
     sizes = [getattr(model.config.get_text_config(), "vocab_size", None) for model in (student, teacher)]
     if sizes[0] != sizes[1]:

@@ -2,9 +2,9 @@
 """
 GMA as an attention implementation of Transformers.
 
-A converted attention module has its own copy of the configuration, whose attention implementation is `"gma"`; so its own
-code calls [`gma_attention_forward`] with the queries, keys and values that softmax would have got. The modules beside it
-keep the configuration of the model, and their softmax implementation with it.
+A converted attention module has its own copy of the configuration, with the attention implementation `"gma"`. So its own
+code calls [`gma_attention_forward`] with the queries, keys and values for softmax. The other modules keep the configuration
+of the model, and with it their softmax implementation.
 """
 
 from typing import Any
@@ -39,23 +39,24 @@ def gma_attention_forward(
     **kwargs,
 ) -> tuple[Tensor, Tensor | None]:
     """
-    Attention of a converted module, with the signature of Transformers' attention functions.
+    The attention of a converted module, with the signature of the attention functions of Transformers.
 
     Args:
-        module (`nn.Module`): the attention module; its child `gma` holds the mixtures.
-        query, key, value (`torch.Tensor` of shape `(batch, heads, length, dim)`): of the current tokens.
-        attention_mask: any mask of Transformers, see [`read_mask`].
-        scaling (`float`, *optional*): factor of the window's logits.
-        dropout (`float`): not used: there are no attention weights to drop.
-        is_causal (`bool`, *optional*): overrides the module's own.
-        rotation ([`Rotation`], *optional*): of the current tokens, instead of that of `gma_call`.
-        gma_call (`AttentionCall`, *optional*): what the module was told, from its hook.
-        gma_layout (`CallLayout`, *optional*): what the model was told of the tokens, from its hook.
-        kwargs: `softcap` and `s_aux` (attention sinks) serve the window; `position_ids`, `seq_idx` and `cu_seq_lens_q`
-            tell packed sequences apart.
+        module (`nn.Module`): the attention module. Its child `gma` holds the mixtures.
+        query, key, value (`torch.Tensor` of shape `(batch, heads, length, dim)`): states of the current tokens.
+        attention_mask (`Any`): any mask of Transformers, see [`read_mask`].
+        scaling (`float`, *optional*): factor of the logits of the window.
+        dropout (`float`, *optional*, defaults to `0.0`): not used, because there are no attention weights to drop.
+        is_causal (`bool`, *optional*): overrides `is_causal` of the module.
+        rotation ([`Rotation`], *optional*): rotation of the current tokens; by default the rotation in `gma_call`.
+        gma_call (`AttentionCall`, *optional*): what the hook of the module recorded.
+        gma_layout (`CallLayout`, *optional*): what the hook of the model recorded.
+        kwargs (`Any`, *optional*): `softcap` and `s_aux` (attention sinks) for the window; `position_ids`, `seq_idx` and
+            `cu_seq_lens_q` for packed sequences.
 
     Returns:
-        The output `(batch, length, heads, value_dim)`, and the implied affinity if `output_attentions` was asked for.
+        `tuple[torch.Tensor, torch.Tensor or None]`: the output `(batch, length, heads, value_dim)`, and the implied affinity
+        if `output_attentions` was requested.
 
     Raises:
         ValueError: if the module was not converted.
@@ -97,7 +98,7 @@ def gma_attention_forward(
 def layout_of(
     module: nn.Module, query: Tensor, attention_mask: Any, cache_layer: Any, is_causal: bool, told: dict[str, Any]
 ) -> Layout:
-    """The layout of a call of an attention module alone, from what its attention function is told."""
+    """The layout of a call of an attention module alone, from the arguments of its attention function."""
     batch_size, _, length, _ = query.shape
     padding_mask, sequence_ids = read_mask(attention_mask, query, cache_layer, is_causal)
     if sequence_ids is None:
@@ -113,7 +114,7 @@ def layout_of(
 
 
 def register_attention() -> None:
-    """Make `"gma"` known to Transformers; calling it again changes nothing."""
+    """Register `"gma"` with Transformers. A second call changes nothing."""
     AttentionInterface.register(IMPLEMENTATION, gma_attention_forward)
     AttentionMaskInterface.register(IMPLEMENTATION, gaussian_mixture_mask)
     register_softmax_attention()

@@ -1,20 +1,20 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
 """
-What the layers of a converted model know of a call. Nothing of it is kept on a module, so that threads may share a model:
+What the layers of a converted model know of a call. Nothing is kept on modules, so threads may share a model:
 
-- Before a model runs, its hook works out the [`Layout`] of the tokens, and hands it to all layers as the keyword argument
+- Before a model runs, its hook computes the [`Layout`] of the tokens, and passes it to all layers as the keyword argument
   `gma_layout`, which the models of Transformers pass on.
-- Before an attention module runs, its hook hands its attention function, as `gma_call`, what that is not told: the layer's part
-  of the cache, the rotation of its queries and keys, whether the attentions are asked for.
+- Before an attention module runs, its hook passes `gma_call` to the attention function, with values that the function does
+  not get otherwise: the cache of the layer, the rotation of queries and keys, and whether attentions are requested.
 
-The states of converted layers live inside the caches of Transformers. The model's own code still calls
-`cache.update(keys, values, layer_idx)` before its attention. A converted layer hands the new keys and values back unchanged, and
-its state advances when the attention function has computed it.
+The states of converted layers are in the caches of Transformers. The code of the model still calls `cache.update(keys,
+values, layer_idx)` before its attention. A converted layer returns the new keys and values unchanged. Its state advances
+after the attention function has computed it.
 
-Positions: softmax over rotated queries and keys sees only how far apart two tokens are, so models with RoPE count padding and
-other sequences like tokens, and it makes no difference. A mixture that routes rotated vectors does not turn with them: it has to
-be told how many real tokens of its sequence precede a token, as `generate` tells it. So where a call gives a padding mask, or says
-what is packed, and no positions, they are counted.
+Positions: softmax over rotated queries and keys depends only on the distance of two tokens. So models with RoPE may count
+padding and other sequences like tokens. A mixture that routes rotated vectors depends on the position: it needs the number
+of real tokens of its sequence before a token, as `generate` gives it. So when a call gives a padding mask or packed
+sequences, but no positions, the hook counts the positions.
 """
 
 import inspect
@@ -46,7 +46,7 @@ from .parts import layout_of_part
 
 
 class AttentionCall(NamedTuple):
-    """What an attention module is told and its attention function is not."""
+    """What an attention module knows and its attention function does not."""
 
     cache_layer: GMACacheLayer | None = None  # the layer's part of the cache
     output_attentions: bool = False
@@ -58,8 +58,8 @@ class CallLayout:
     The layout of one call of a model, for all of its layers.
 
     Args:
-        layout ([`Layout`], *optional*): what the arguments of the model say of the tokens; `None` where they hold a mask of pairs
-            of tokens, from which the layers read it.
+        layout ([`Layout`], *optional*): the layout that the arguments of the model give; `None` if they have a mask of pairs
+            of tokens. The layers then read the layout from this mask.
     """
 
     def __init__(self, layout: Layout | None):
@@ -68,7 +68,7 @@ class CallLayout:
 
     def of(self, mask: Any, query: Tensor, cache_layer: GMACacheLayer | None, is_causal: bool) -> Layout:
         """
-        The layout of a layer that was handed a mask. Each mask of pairs is read, and checked, once a call.
+        The layout of a layer that got a mask. Each mask of pairs is read and checked once per call.
 
         Raises:
             ValueError: for a mask that a mixture cannot follow.
@@ -99,7 +99,7 @@ def arguments(model: PreTrainedModel) -> list[str]:
 
 
 def models_around(model: PreTrainedModel, converted: list[nn.Module]) -> dict[PreTrainedModel, list[nn.Module]]:
-    """The innermost models around converted modules, with these, where they take tokens and an attention mask."""
+    """The innermost models that contain converted modules and take tokens and an attention mask, with these modules."""
     submodels = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
     # From the outside in, so that the last to claim a module is the innermost around it
     innermost = {module: submodel for submodel in submodels for module in submodel.modules()}
@@ -136,7 +136,7 @@ def begin_call(
     args: tuple,
     kwargs: dict,
 ) -> tuple[tuple, dict]:
-    """The forward pre-hook of a model, after what [`watch_model`] knows of the model."""
+    """The forward pre-hook of a model, with the values that [`watch_model`] looked up."""
     given = {**dict(zip(names, args, strict=False)), **kwargs}
     keep_one_name(given)
     others = {name: value for name, value in given.items() if not takes_as_cache(names, name)}
@@ -153,7 +153,10 @@ def begin_call(
 
 
 def takes_as_cache(names: list[str], name: str) -> bool:
-    """Whether a model whose `forward` has the arguments `names` reads an argument, under this name or under the new one."""
+    """
+    Whether a model whose `forward` has the arguments `names` reads an argument as its cache, under this name or the new
+    name.
+    """
     return name in names or (name == OLD_CACHE_NAME and CACHE_NAME in names)
 
 
@@ -171,7 +174,9 @@ def begin_model(
     is_causal: bool,
     windows: tuple[tuple[int, int], ...],
 ) -> dict[str, Any]:
-    """The arguments of a model with the layout of its tokens, and with positions and masks that keep its sequences apart."""
+    """
+    The arguments of a model, with the layout of its tokens, and with positions and masks that keep packed sequences apart.
+    """
     tokens = given.get("input_ids") if given.get("inputs_embeds") is None else given["inputs_embeds"]
     mask, position_ids = given.get("attention_mask"), given.get("position_ids")
     if tokens is None or tokens.ndim < 2 or not (mask is None or (isinstance(mask, Tensor) and mask.ndim == 2)):
@@ -235,11 +240,11 @@ def softmax_masks(
     is_causal: bool,
 ) -> Any:
     """
-    Masks by which the softmax layers beside converted ones keep packed sequences apart: Transformers makes such masks only for
-    calls without a cache and without a mask.
+    Masks that keep packed sequences apart in the remaining softmax layers. Transformers makes such masks only for calls
+    without a cache and without a mask.
 
     Raises:
-        ValueError: where they cannot.
+        ValueError: if such masks are not possible.
     """
     if "flash" in (attention_implementation(model.config) or ""):
         if padding_mask is not None:
@@ -271,7 +276,9 @@ def softmax_masks(
 
 
 def begin_attention(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    """Forward pre-hook of a converted attention module: tells its attention function what it is not told."""
+    """
+    Forward pre-hook of a converted attention module: gives its attention function the values that it does not get otherwise.
+    """
     cache = next((argument for argument in (*args, *kwargs.values()) if isinstance(argument, Cache)), None)
     cache_layer = None if cache is None else converted_cache_layer(cache, module.layer_idx)
     # Some models pass the wish on to their attention, the others leave it to what collects the outputs
@@ -285,14 +292,14 @@ def begin_attention(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple
 
 def converted_cache_layer(cache: Cache, layer_idx: int) -> GMACacheLayer:
     """
-    The state of layer `layer_idx`, put into the cache if it is not there yet.
+    The state of layer `layer_idx`. If the cache has no such state yet, it is added.
 
     Args:
-        cache (`Cache`): the cache that the model was given or made.
-        layer_idx (`int`): the layer's index in it.
+        cache (`Cache`): the cache of the call.
+        layer_idx (`int`): index of the layer in the cache.
 
     Raises:
-        ValueError: if the layer holds keys and values already.
+        ValueError: if the layer of the cache already has keys and values.
     """
     if isinstance(cache, EncoderDecoderCache):
         cache = cache.self_attention_cache
@@ -314,7 +321,7 @@ def converted_cache_layer(cache: Cache, layer_idx: int) -> GMACacheLayer:
 
 
 def rotary_function(module: nn.Module) -> Callable[..., tuple[Tensor, Tensor]] | None:
-    """`apply_rotary_pos_emb` of a module's modeling file; `None` if there is none."""
+    """The `apply_rotary_pos_emb` of the modeling file of a module; `None` if there is none."""
     return function_of_modeling_file(module, "apply_rotary_pos_emb")
 
 

@@ -1,11 +1,11 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
 """
-Masks: from what Transformers says about pairs of tokens to what GMA needs to know about tokens.
+Masks: from the masks of Transformers, over pairs of tokens, to the layout of tokens that GMA needs.
 
-Where every layer is converted, masks are made by [`gaussian_mixture_mask`] and stay linear in the length. Where softmax
-layers are left, masks are made for those, in the form of their implementation, and a converted layer reads from them what
-concerns it: which tokens are padding, and where a packed sequence begins. Both are found by looking at single pairs: a real
-token sees itself, and it sees the real token before it, unless a sequence begins with it.
+If every layer is converted, [`gaussian_mixture_mask`] makes the masks, and they stay linear in the length. If softmax layers
+are left, masks are made for these layers, in the form of their implementation. Converted layers read two things from them:
+which tokens are padding, and where a packed sequence begins. Single pairs show both: a real token sees itself, and it sees
+the real token before it, unless a sequence begins with it.
 """
 
 from collections.abc import Callable
@@ -41,7 +41,7 @@ def gaussian_mixture_mask(
     **kwargs,
 ) -> Tensor | None:
     """
-    The mask of a model without softmax layers, in the form of Transformers' `AttentionMaskInterface`.
+    The mask of a model without softmax layers, in the form of `AttentionMaskInterface` of Transformers.
 
     Args:
         batch_size (`int`), q_length (`int`), kv_length (`int`): number of rows, queries and keys.
@@ -49,14 +49,14 @@ def gaussian_mixture_mask(
         mask_function (`Callable`): whether a query sees a key.
         attention_mask (`torch.BoolTensor` of shape `(batch, length)`, *optional*): `True` at real tokens.
         use_vmap (`bool`): whether `mask_function` takes one pair at a time.
-        device (`torch.device` or `str`): where the mask is wanted.
+        device (`torch.device` or `str`): device of the mask.
 
     Returns:
-        `torch.LongTensor` of shape `(batch, kv_length)`: 0 at padding, s >= 1 at a token of the s-th packed sequence;
-        `torch.BoolTensor` if each row is one sequence; `None` if none has padding either.
+        `torch.LongTensor` of shape `(batch, kv_length)`: 0 at padding, s >= 1 at a token of the s-th packed sequence. A
+        `torch.BoolTensor` if each row is one sequence; `None` if there is no padding either.
 
     Raises:
-        ValueError: if tokens see each other in another pattern than backwards, or both ways, within a sequence.
+        ValueError: if the mask is neither causal nor bidirectional within each sequence.
     """
     padding_mask = prepare_padding_mask(attention_mask, kv_length, kv_offset)
     if padding_mask is not None:
@@ -84,21 +84,22 @@ def read_mask(
     attention_mask: Any, query: Tensor, cache_layer: Any = None, is_causal: bool | None = None
 ) -> tuple[Tensor | None, Tensor | None]:
     """
-    What a mask says about the current tokens.
+    Read the padding and the packed sequences of the current tokens from a mask.
 
     Args:
-        attention_mask: `None`; a 2D mask, nonzero at real tokens, if it has numbers with others at other packed sequences;
-            a 4D mask, boolean or additive; or a `BlockMask` of flex attention.
-        query (`torch.Tensor` of shape `(batch, heads, length, dim)`): the current tokens.
-        cache_layer (*optional*): the layer's state; one of a static cache knows where in the mask the tokens stand.
-        is_causal (`bool`, *optional*): how the layer attends; by default as the mask does.
+        attention_mask (`Any`): `None`; a 2D mask, nonzero at real tokens, with other numbers at other packed sequences; a 4D
+            mask, boolean or additive; or a `BlockMask` of flex attention.
+        query (`torch.Tensor` of shape `(batch, heads, length, dim)`): queries of the current tokens.
+        cache_layer (`GMACacheLayer`, *optional*): the state of the layer. A static cache knows the place of the tokens in
+            the mask.
+        is_causal (`bool`, *optional*): whether the layer is causal; by default the mask decides.
 
     Returns:
-        The padding mask `(batch, length)`, `True` at real tokens, and the numbers of the packed sequences `(batch, length)`;
-        each `None` where there is nothing to tell.
+        `tuple`: the padding mask `(batch, length)`, `True` at real tokens, and the numbers of the packed sequences `(batch,
+        length)`. Each is `None` if there is no padding, or no packing.
 
     Raises:
-        ValueError: for a mask of pairs that says more than padding, causality, packed sequences and a sliding window.
+        ValueError: for a mask of pairs with more than padding, causality, packed sequences and a sliding window.
     """
     if attention_mask is None:
         return None, None
@@ -137,7 +138,7 @@ def read_mask(
 
 
 def first_column(mask: Any, length: int, seen_tokens: Any) -> int | Tensor:
-    """Where in a mask the first of the current tokens stands."""
+    """The column of the first current token in a mask."""
     columns = mask.shape[-1] - length
     if columns < 0:
         raise ValueError(
@@ -160,7 +161,7 @@ def _find_sequences(
     is_allowed: Callable[[Tensor, Tensor], Tensor], real: Tensor, check_direction: bool = False
 ) -> Tensor | None:
     """
-    Number the packed sequences, from 0, of tokens `(batch, length)` whose pairs are allowed or not; `None` if each row is
+    Number the packed sequences from 0, for tokens `(batch, length)` whose pairs are allowed or not; `None` if each row is
     one sequence.
     """
     batch_size, length = real.shape
@@ -198,7 +199,7 @@ def _boolean(mask: Tensor) -> Tensor:
 
 
 def _unless_trivial(tensor: Tensor, trivial: bool | int) -> Tensor | None:
-    """`None` where every entry is the trivial one. The check reads values, so it is left out of compiled graphs."""
+    """`None` if every entry is trivial. This check reads values, so compiled graphs leave it out."""
     if is_tracing(tensor):
         return tensor
     is_trivial = tensor if trivial is True else tensor == trivial
@@ -209,15 +210,18 @@ def _expect_padding_and_packing(
     mask: Tensor, allowed: Tensor, real: Tensor, sequence_ids: Tensor | None, columns: int, is_causal: bool | None
 ) -> None:
     """
+    Check that a mask consists of padding, causality, packed sequences and a window only.
+
     Args:
-        mask (`torch.Tensor` of shape `(batch, 1, length, keys)`), allowed (`torch.BoolTensor` of shape `(batch, length, keys)`):
-            the mask, and which pairs it allows.
-        real (`torch.BoolTensor` of shape `(batch, length)`), sequence_ids (`torch.LongTensor`, *optional*): of the tokens.
-        columns (`int`): how many keys stand before that of the first query.
-        is_causal (`bool`, *optional*): how the layer attends.
+        mask (`torch.Tensor` of shape `(batch, 1, length, keys)`): the mask.
+        allowed (`torch.BoolTensor` of shape `(batch, length, keys)`): the pairs that the mask allows.
+        real (`torch.BoolTensor` of shape `(batch, length)`): real tokens.
+        sequence_ids (`torch.LongTensor`, *optional*): packed sequences.
+        columns (`int`): number of keys before the key of the first query.
+        is_causal (`bool`, *optional*): whether the layer is causal.
 
     Raises:
-        ValueError: unless the mask is made of padding, causality, packed sequences and a window, and nothing else.
+        ValueError: if the mask has anything else.
     """
     length, num_keys = allowed.shape[1:]
     device = allowed.device
