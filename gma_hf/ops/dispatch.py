@@ -1,10 +1,11 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
 """
-Which way runs a call, and why another cannot: one dispatcher for all operators (attention, window, convolution, rotation).
+The dispatcher of all operators (attention, window, convolution, rotation): which way runs a call, and why another way
+cannot.
 
-An operator has a table of ways in order of preference, each with a function that says why it cannot run a call. The first way
-that suits a call and can run it is taken. All ways of an operator give the same numbers. What every call of an operator must
-satisfy stands here, too: its tensors are on one device.
+An operator has a table of ways in order of preference. Each way has a function that says why it cannot run a call. The first
+way that suits a call and can run it is taken. All ways of an operator give the same numbers. This file also has the check
+that every operator needs: the tensors of a call are on one device.
 """
 
 import logging
@@ -36,17 +37,17 @@ class Way(NamedTuple):
 
 
 def not_in_forward_mode(*call: Any) -> str | None:
-    """Why a way whose gradient is written by hand cannot run a call, or `None`."""
+    """Why a way with a hand-written gradient cannot run a call, or `None`."""
     return "it has no forward-mode derivative." if is_forward_mode() else None
 
 
 class Ways:
     """
-    The ways of one operator. A way joins when its file is imported, and the room of the operator imports the files of all: so the
-    file of the public function knows the table alone, and none of the ways.
+    The ways of one operator. A way joins the table when its file is imported, and the folder of the operator imports all
+    files. So the file of the public function needs the table only, and no way.
 
     Args:
-        what (`str`): what is computed, for messages.
+        what (`str`): what the operator computes, for messages.
         order (`tuple[str, ...]`): the names of the ways by preference. The last way can run every call.
     """
 
@@ -56,7 +57,7 @@ class Ways:
         self.ways: tuple[Way, ...] = ()
 
     def register(self, way: Way) -> None:
-        """Add a way, in the place of one of the same name if there is such."""
+        """Add a way. It replaces a way of the same name."""
         others = [other for other in self.ways if other.name != way.name]
         self.ways = tuple(sorted([*others, way], key=lambda one: self.order.index(one.name)))
 
@@ -70,15 +71,15 @@ class Ways:
         The way that runs a call.
 
         Args:
-            call: what the functions of the ways are given.
+            call (`Any`): the argument of the functions of the ways.
             backend (`str`, *optional*, defaults to `"auto"`): `"auto"` or the name of a way. The environment variable
-                GMA_HF_BACKEND takes its place, if it is set. An operator that lacks the way it names runs without kernels.
+                GMA_HF_BACKEND overrides this argument. An operator without a way of this name then runs without kernels.
 
         Returns:
-            `Way`: the way that was named; with `"auto"` the first that suits the call and can run it.
+            `Way`: the named way; with `"auto"` the first way that suits the call and can run it.
 
         Raises:
-            ValueError: if there is no way of that name, or if it cannot run the call.
+            ValueError: if there is no way of this name, or if it cannot run the call.
         """
         forced = os.environ.get(ENVIRONMENT_VARIABLE)
         name = forced or backend
@@ -100,7 +101,7 @@ class Ways:
         raise ValueError(f"Unknown backend {name!r}{source}; expected 'auto' or one of {list(known)}.")
 
     def _first_that_can(self, ways: Sequence[Way], call: tuple) -> Way:
-        """The first way that suits a call and can run it; why others were passed over is logged once."""
+        """The first way that suits a call and can run it. The reasons why other ways were skipped are logged once."""
         for way in ways[:-1]:
             if way.suits(*call):
                 reason = way.cannot_run(*call)
@@ -111,7 +112,7 @@ class Ways:
 
 
 def explain(message: str) -> None:
-    """Log a message once; not while a program is compiled."""
+    """Log a message once, but not during compilation."""
     if not torch.compiler.is_compiling() and message not in _EXPLAINED:
         _EXPLAINED.add(message)
         logger.info(message)
@@ -119,13 +120,13 @@ def explain(message: str) -> None:
 
 def expect_one_device(named: Iterable[tuple[str, Any]]) -> None:
     """
-    All tensors are on one device; none is on "meta" beside tensors that have values.
+    Check that all tensors are on one device, and that none is on "meta" beside tensors with values.
 
     Args:
-        named (`Iterable[tuple[str, Any]]`): names with tensors, lists of tensors, or anything else, which is passed over.
+        named (`Iterable[tuple[str, Any]]`): names with tensors or lists of tensors; other values are skipped.
 
     Raises:
-        ValueError: with the first name whose device is another than that of the first tensor.
+        ValueError: if a tensor is on another device than the first tensor. The message has its name.
     """
     first_name = device = None
     for name, x in named:

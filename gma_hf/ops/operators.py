@@ -1,5 +1,8 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
-"""What every registered operator of the package (`torch.ops.gma_hf`) shares: tensors of one device, and a rule for `torch.vmap`."""
+"""
+What every registered operator of the package (`torch.ops.gma_hf`) shares: a check for one device, and a rule for
+`torch.vmap`.
+"""
 
 import functools
 import inspect
@@ -14,8 +17,8 @@ from .dispatch import expect_one_device
 
 def on_one_device(function: Callable) -> Callable:
     """
-    Check the tensors of an operator's implementation, real or fake, before it runs. PyTorch calls the fake one, which returns
-    memory that nobody has written, whenever one tensor is on "meta".
+    Check the tensors of an operator before its implementation runs, real or fake. If one tensor is on "meta", PyTorch calls
+    the fake implementation, whose result has no values.
     """
     parameters = inspect.signature(function).parameters
     names = tuple(parameters)
@@ -33,10 +36,10 @@ def on_one_device(function: Callable) -> Callable:
 
 def vmapped_by_loops(name: str) -> None:
     """
-    Give an operator a rule for `torch.vmap`: it is called once for every index of the mapped dimension.
+    Give an operator a rule for `torch.vmap`: one call for every index of the mapped dimension.
 
     Args:
-        name (`str`): of the operator in `torch.ops.gma_hf`.
+        name (`str`): name of the operator in `torch.ops.gma_hf`.
     """
     operator = getattr(torch.ops.gma_hf, name)
 
@@ -62,7 +65,9 @@ def part_of(argument: Any, dim: Any, index: int) -> Any:
 
 
 class DifferentiatedOnce(torch.autograd.Function):
-    """The first derivative of an operator. It has none itself, and says so, also inside of `torch.func`."""
+    """
+    The first derivative of an operator. It has no derivative itself, and its error says so, also inside of `torch.func`.
+    """
 
     generate_vmap_rule = True
 
@@ -89,10 +94,10 @@ def differentiate_once(function: Callable[..., Iterable[Tensor]], *arguments: An
 
     Args:
         function (`Callable`): returns the gradients.
-        arguments: what `function` is called with; tensors stand alone, not in lists.
+        arguments (`Any`): arguments of `function`; tensors must not be inside of lists.
 
     Returns:
-        `tuple[torch.Tensor]`: what `function` returns; differentiating it is an error.
+        `tuple[torch.Tensor]`: the result of `function`. Differentiating it is an error.
     """
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return tuple(function(*arguments))

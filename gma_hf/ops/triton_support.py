@@ -1,5 +1,5 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
-"""What the Triton kernels of all operators have in common: where they run, and what they take."""
+"""What the Triton kernels of all operators share: the devices that they run on, and the dtypes that they take."""
 
 import importlib.util
 import os
@@ -16,7 +16,7 @@ INSTALLED = importlib.util.find_spec("triton") is not None
 
 @torch.compiler.assume_constant_result
 def missing(device_type: str, device_index: int | None) -> str | None:
-    """What the machine lacks to run kernels on a device, or `None`."""
+    """What the machine lacks for kernels on a device, or `None`."""
     if is_exporting_to_onnx():
         return "ONNX has standard operators alone."
     if not INSTALLED:
@@ -33,5 +33,5 @@ def missing(device_type: str, device_index: int | None) -> str | None:
 
 
 def is_on_gpu(x: torch.Tensor, *others: torch.Tensor) -> bool:
-    """Whether a call is on a GPU, by its first tensor: on a CPU "auto" never takes Triton's interpreter."""
+    """Whether the first tensor of a call is on a GPU. On a CPU, "auto" never takes the interpreter of Triton."""
     return x.is_cuda

@@ -1,8 +1,8 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
 """
-Calls of converted models under context parallelism. Converted layers find the whole rows in their layout. The softmax layers
-that were kept belong to Transformers: their attention implementation [`IMPLEMENTATION`] gathers keys and values there, and is
-"sdpa" everywhere else.
+Calls of converted models under context parallelism. Converted layers find the whole rows in their layout. The remaining
+softmax layers belong to Transformers: within context parallelism, their attention implementation [`IMPLEMENTATION`] gathers
+keys and values; elsewhere it is "sdpa".
 """
 
 from typing import Any
@@ -34,10 +34,10 @@ def layout_of_part(
     has_softmax: bool,
 ) -> Layout:
     """
-    The layout of a part, and in `given` the positions of its tokens in whole rows.
+    The layout of a part. `given` also gets the positions of its tokens in whole rows.
 
     Raises:
-        ValueError: for what a converted model cannot compute of a part.
+        ValueError: for calls that a converted model cannot compute on a part.
     """
     name = type(model).__name__
     if has_softmax and attention_implementation(model.config) != IMPLEMENTATION:
@@ -75,7 +75,7 @@ def softmax_attention_forward(
     gma_layout: Any = None,
     **kwargs,
 ) -> tuple[Tensor, None]:
-    """Softmax attention over the keys of all processes, with the signature of Transformers' attention functions."""
+    """Softmax attention over the keys of all processes, with the signature of the attention functions of Transformers."""
     row = None if gma_layout is None or gma_layout.layout is None else gma_layout.layout.row
     if row is None:
         if current_context() is not None:
@@ -99,11 +99,13 @@ def softmax_attention_forward(
 
 
 def softmax_mask(*args: Any, **kwargs: Any) -> Tensor | None:
-    """No mask under context parallelism, where the layout tells which tokens see each other; else that of "sdpa"."""
+    """
+    No mask under context parallelism, because the layout says which tokens see each other; otherwise the mask of "sdpa".
+    """
     return None if current_context() is not None else sdpa_mask(*args, **kwargs)
 
 
 def register_softmax_attention() -> None:
-    """Make the implementation known to Transformers; calling it again changes nothing."""
+    """Register the implementation with Transformers. A second call changes nothing."""
     AttentionInterface.register(IMPLEMENTATION, softmax_attention_forward)
     AttentionMaskInterface.register(IMPLEMENTATION, softmax_mask)

@@ -1,10 +1,12 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
-"""Linear time in fused GPU kernels, which share what they compute about a chunk on the chip.
+"""
+Linear time in fused GPU kernels, which keep the intermediate results of a chunk on the chip.
 
     causal:         o_i = (sum_{j in chunk, j <= i} P_ij v_j + e_i gamma^Q_i S_n) / (the same with v_j = 1, z_n; + eps)
     bidirectional:  o_i = gamma^Q_i S / (gamma^Q_i z + eps)
 
-the equations of `chunked`, by the kernels of `fused`. This file decides when they can run and imports them when they do.
+These are the equations of `chunked`, computed by the kernels in `triton`. This file decides when the kernels can run, and
+imports them when they run.
 
 query [B, Hq, Nq, d], key [B, Hk, N, d], value [B, Hk, N, dv], mixtures M -> output [B, Hq, Nq, dv],
 S [B, M, C, dv], z [B, M, C], denominators [B, Hq, Nq].
@@ -31,7 +33,7 @@ def needs_gradients(call: AttentionCall) -> bool:
 
 
 def is_step(call: AttentionCall) -> bool:
-    """Whether the call is decoding: a few tokens, without gradients."""
+    """Whether the call is a decoding step: a few tokens, without gradients."""
     # A length that is still open (torch.export) is no int, and must not be decided on
     length = call.key.shape[2]
     is_short = isinstance(length, int) and length <= SHORT
@@ -39,7 +41,7 @@ def is_step(call: AttentionCall) -> bool:
 
 
 def fused_attention(call: AttentionCall) -> AttentionResult:
-    """Evaluate the call with the fused kernels."""
+    """Compute the call with the fused kernels."""
     from .triton import decoding, operators  # noqa: F401 (decoding defines an operator)
 
     S, z = (None, None) if call.initial_state is None else call.initial_state
@@ -79,7 +81,7 @@ def cannot_run(call: AttentionCall) -> str | None:
 
 
 def suits(call: AttentionCall) -> bool:
-    """On a GPU. A few tokens with gradients are better off with the recurrence than with chunks."""
+    """Whether "auto" takes the kernels: on a GPU. For a few tokens with gradients, the recurrence is faster than chunks."""
     length = call.key.shape[2]
     is_short = isinstance(length, int) and length <= SHORT and call.causal and not call.strict
     return call.query.is_cuda and (not is_short or is_step(call))

@@ -1,11 +1,11 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
 """
-The chunked causal pass in four steps, to be read: what `chunked/causal.py` and the kernels do faster. No gradient by hand, no
-blocks, no care for digits.
+The chunked causal pass in four readable steps. `chunked/causal.py` and the kernels compute the same faster. This file has no
+hand-written gradient, no blocks, and no protection against rounding.
 
-    S_t = a_t S_{t-1} + w_t gamma(k_t) v_t^T        what the components hold        [C, dv]
-    z_t = a_t z_{t-1} + w_t gamma(k_t)              how much they were written      [C]
-    o_t = gamma(q_t) S_t / (gamma(q_t) z_t + eps)   what the token reads            [dv]
+    S_t = a_t S_{t-1} + w_t gamma(k_t) v_t^T        the values in the components     [C, dv]
+    z_t = a_t z_{t-1} + w_t gamma(k_t)              the weights in the components    [C]
+    o_t = gamma(q_t) S_t / (gamma(q_t) z_t + eps)   the read of the token            [dv]
 
 B sequences of N = n T tokens, in n chunks of T tokens; H heads, each with a mixture of C components.
 """
@@ -25,15 +25,20 @@ def minimal_attention(
     query, key, value, means, variances, log_priors, write_weight, log_decay, eps=1e-6, chunk=64
 ) -> Tensor:  # fmt: skip
     """
+    Compute causal Gaussian mixture attention chunk by chunk.
+
     Args:
-        query, key (`torch.Tensor` of shape `(B, H, N, d)`), value (`torch.Tensor` of shape `(B, H, N, dv)`).
-        means, variances (`torch.Tensor` of shape `(H, C, d)`), log_priors (`torch.Tensor` of shape `(H, C)`): the mixtures.
+        query, key (`torch.Tensor` of shape `(B, H, N, d)`): queries and keys.
+        value (`torch.Tensor` of shape `(B, H, N, dv)`): values.
+        means, variances (`torch.Tensor` of shape `(H, C, d)`): means and variances of the mixtures.
+        log_priors (`torch.Tensor` of shape `(H, C)`): logarithms of the priors.
         write_weight (`torch.Tensor` of shape `(B, H, N)`): w >= 0; 0 at padding.
         log_decay (`torch.Tensor` of shape `(B, H, N)`): log a, finite and <= 0.
-        eps (`float`, *optional*, defaults to 1e-06), chunk (`int`, *optional*, defaults to 64): T, which divides N.
+        eps (`float`, *optional*, defaults to `1e-6`): constant added to the normaliser.
+        chunk (`int`, *optional*, defaults to `64`): T, which divides N.
 
     Returns:
-        `torch.Tensor` of shape `(B, H, N, dv)`.
+        `torch.Tensor` of shape `(B, H, N, dv)`: the output.
     """
     # 1. Route. Every token gets its responsibilities; a column of ones beside the values accumulates z beside S.
     read = posterior(query, means, variances, log_priors).unflatten(2, (-1, chunk))  # [B, H, n, T, C]

@@ -1,22 +1,23 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
-"""The mixture: how likely is it that component c produced token x?
+"""
+The mixture: how likely is it that component c produced token x?
 
     gamma_c(x) = softmax_c( log pi_c - 1/2 sum_m [ log sigma^2_cm + (x_m - mu_cm)^2 / sigma^2_cm ] )
 
-with pi = softmax(prior_logits) and sigma^2 = softplus(raw_variances) + variance_floor. Expanding the square gives two
-matrix products and a bias, so that no [length, components, routing_dim] tensor is ever formed:
+with pi = softmax(prior_logits) and sigma^2 = softplus(raw_variances) + variance_floor. Expanding the square gives two matrix
+products and a bias, so no tensor [length, components, routing_dim] is ever formed:
 
     logits = x @ (mu / sigma^2)^T + (x * x) @ (-1/2 / sigma^2)^T + bias
     bias_c = log pi_c - 1/2 sum_m [ log sigma^2_cm + mu_cm^2 / sigma^2_cm ]
 
-Softmax does not see what all components share. Two such terms are removed, because they are large and would cost the
-small differences between components their digits:
+Softmax does not depend on terms that all components share. Two such terms are removed, because they are large and would cost
+the small differences between components their digits:
 
-- x and mu are centred on the components' average mean, so that a common offset is never squared;
-- the components' average precision is subtracted in the quadratic product, so that x * x is only multiplied by what
-  tells components apart (nothing at all when their variances are equal).
+- x and mu are centred on the average mean of the components, so that a common offset is never squared;
+- the average precision of the components is subtracted in the quadratic product, so that x * x is multiplied by the
+  differences between components only (by zero if their variances are equal).
 
-Equations of Y. Huang and H. Raza, "Gaussian Mixture Attention", arXiv:2606.18283; the centring is ours.
+Equations of Y. Huang and H. Raza, "Gaussian Mixture Attention", arXiv:2606.18283. The centring is ours.
 """
 
 import math
@@ -36,7 +37,7 @@ CORRELATION_EPS = 1e-8
 
 
 class MixtureCoefficients(NamedTuple):
-    """One mixture per head as the map that gives the logits of the components."""
+    """One mixture per head, as the map from a token to the logits of the components."""
 
     centre: Tensor  # [heads, 1, routing_dim]
     linear: Tensor  # [heads, components, routing_dim], mu / sigma^2
@@ -68,8 +69,8 @@ def centred(x: Tensor, centre: Tensor) -> Tensor:
 
 def smallest_share(dtype: torch.dtype) -> float:
     """
-    The smallest responsibility beside the largest: 1e-19 in float32, far below rounding, yet the product of two is still a
-    normal number. Arithmetic on denormal numbers is a hundred times slower on many CPUs.
+    The smallest responsibility relative to the largest: 1e-19 in float32. It is far below rounding, but the product of two
+    such numbers is still a normal number. Many CPUs are a hundred times slower on denormal numbers.
     """
     return math.sqrt(torch.finfo(dtype).tiny)
 
@@ -84,7 +85,7 @@ def component_logits(x: Tensor, coefficients: MixtureCoefficients) -> Tensor:
 
 
 class Route(NamedTuple):
-    """How tokens are routed: what they write to and read from the components with, and the posterior behind it."""
+    """The route of tokens: the weights with which they write to the components and read from them, and the posterior."""
 
     weights: Tensor  # gamma, or rho
     gamma: Tensor
@@ -92,11 +93,11 @@ class Route(NamedTuple):
 
 def correlated(gamma: Tensor) -> Tensor:
     """
-    The route relative to the average component and of unit length: the product of two is the correlation of two routes.
+    The route relative to the average component, with unit length. The product of two such routes is their correlation.
 
         delta = gamma - 1/C         rho = sqrt(C) delta / sqrt(C |delta|^2 + CORRELATION_EPS)
 
-    Above 0 is what a token prefers more than the average component. A token that prefers none is 0 everywhere.
+    A component above 0 is preferred to the average component. A token without a preference is 0 everywhere.
     """
     delta = gamma - 1.0 / gamma.shape[-1]
     return delta * inverse_length(delta)
@@ -108,7 +109,7 @@ def inverse_length(delta: Tensor) -> Tensor:
 
 
 def route(x: Tensor, coefficients: MixtureCoefficients, correlate: bool) -> Route:
-    """The route of centred tokens, in the logits' memory and without autograd: shapes of `component_logits`."""
+    """The route of centred tokens, in the memory of the logits and without autograd. Shapes as in `component_logits`."""
     gamma = component_logits(x, coefficients).exp_()
     gamma.div_(gamma.sum(dim=-1, keepdim=True))
     return Route(correlated(gamma) if correlate else gamma, gamma)
@@ -117,11 +118,12 @@ def route(x: Tensor, coefficients: MixtureCoefficients, correlate: bool) -> Rout
 def route_backward(
     grad: Tensor, routed: Route, x: Tensor, coefficients: MixtureCoefficients
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of `route` with respect to x, linear, quadratic and bias. Overwrites `grad` (of the weights) and `x`.
+    """
+    Gradients of `route` with respect to x, linear, quadratic and bias. Overwrites `grad` (of the weights) and `x`.
 
-    d logit_c = gamma_c (d gamma_c - sum_j gamma_j d gamma_j), and the logits are linear in x, in x * x and in the
-    coefficients. Together this is the paper's responsibility-modulated gradient. With correlation,
-    d gamma = (d rho - rho (rho . d rho)) sqrt(C) / sqrt(C |delta|^2 + CORRELATION_EPS).
+    d logit_c = gamma_c (d gamma_c - sum_j gamma_j d gamma_j). The logits are linear in x, in x * x and in the coefficients.
+    Together this is the responsibility-modulated gradient of the paper. With correlation, d gamma = (d rho - rho (rho . d
+    rho)) sqrt(C) / sqrt(C |delta|^2 + CORRELATION_EPS).
     """
     weights, gamma = routed
     if weights is not gamma:
@@ -139,9 +141,10 @@ def route_backward(
 
 
 def responsibilities(x: Tensor, coefficients: MixtureCoefficients, correlate: bool = False) -> Tensor:
-    """Posterior over the components: [batch, heads, length, routing_dim] -> [batch, heads, length, components].
+    """
+    Posterior of the components: [batch, heads, length, routing_dim] -> [batch, heads, length, components].
 
-    With a multiple of the mixtures' heads, neighbouring heads share a mixture. `correlate` gives rho instead.
+    If there are more heads than mixtures, neighbouring heads share a mixture. `correlate` returns rho instead.
     """
     heads, mixtures = x.shape[1], coefficients.centre.shape[0]
     x = x.unflatten(1, (mixtures, heads // mixtures)).transpose(0, 1)
@@ -152,8 +155,8 @@ def responsibilities(x: Tensor, coefficients: MixtureCoefficients, correlate: bo
 
 def unwritten_as_zero(x: Tensor, write_weight: Tensor | None) -> Tensor:
     """
-    Keys or values [..., length, dim], with 0 for NaN and infinity where the write weight [..., length] is 0: padding writes
-    nothing, whatever it holds. What is finite stays, for the gradient of a weight of 0 needs it.
+    Keys or values [..., length, dim], with 0 for NaN and infinity where the write weight [..., length] is 0, because padding
+    writes nothing. Finite numbers stay, because the gradient of a weight of 0 needs them.
     """
     if write_weight is None:
         return x

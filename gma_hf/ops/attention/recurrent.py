@@ -1,12 +1,13 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
-"""The recurrence, one token at a time from a state: the form for decoding.
+"""
+The recurrence, one token at a time from a state, for decoding.
 
     S_t = a_t S_{t-1} + w_t gamma^K_t v_t^T
     z_t = a_t z_{t-1} + w_t gamma^K_t
-    o_t = gamma^Q_t S_t / D_t, D_t = gamma^Q_t z_t + eps          or gamma^Q_t S_t when the read is not normalised
+    o_t = gamma^Q_t S_t / D_t, D_t = gamma^Q_t z_t + eps          or gamma^Q_t S_t if the read is not normalised
 
 query [B, Hq, N, d], key [B, Hk, N, d], value [B, Hk, N, dv], mixtures M -> output [B, Hq, N, dv],
-S [B, M, C, dv], z [B, M, C], D [B, Hq, N]. With correlation, rho stands for gamma, and the read is not normalised.
+S [B, M, C, dv], z [B, M, C], D [B, Hq, N]. With correlation, rho replaces gamma, and the read is not normalised.
 """
 
 from typing import NamedTuple
@@ -32,7 +33,10 @@ SHORT = 8  # tokens: up to here stepping beats the set-up of chunks
 
 
 class StepCoefficients(NamedTuple):
-    """The mixture as one affine map of [x, x * x]: what `step` needs of the parameters, to be kept while they do not change."""
+    """
+    The mixture as one affine map of [x, x * x]: the values of the parameters that `step` needs, to be kept while they do not
+    change.
+    """
 
     centre: Tensor  # [M, 1, d]
     joined: Tensor  # [M, 2 d, C], mu / sigma^2 above -1/2 / sigma^2
@@ -40,7 +44,7 @@ class StepCoefficients(NamedTuple):
 
 
 def step_coefficients(coefficients: MixtureCoefficients) -> StepCoefficients:
-    """The coefficients of a mixture in the form that `step` takes."""
+    """The coefficients of a mixture for `step`."""
     joined = torch.cat([coefficients.linear, coefficients.quadratic], dim=-1).transpose(1, 2).contiguous()
     return StepCoefficients(coefficients.centre, joined, coefficients.bias)
 
@@ -61,27 +65,27 @@ def step(
     writes_all: bool = False,
 ) -> AttentionResult:
     """
-    One token of the recurrence, without gradients: every line is a call into PyTorch, and their number is what a decoding
-    step costs on a CPU. Nothing is validated, nothing that is passed is modified.
+    One token of the recurrence, without gradients. On a CPU, the number of calls into PyTorch is the cost of a decoding
+    step, so nothing is validated. The arguments do not change.
 
     Args:
-        query (`torch.Tensor` of shape `(batch, query_heads, 1, routing_dim)`): the token's queries.
-        key (`torch.Tensor` of shape `(batch, key_value_heads, 1, routing_dim)`): its keys.
-        value (`torch.Tensor` of shape `(batch, key_value_heads, 1, value_dim)`): its values.
+        query (`torch.Tensor` of shape `(batch, query_heads, 1, routing_dim)`): queries of the token.
+        key (`torch.Tensor` of shape `(batch, key_value_heads, 1, routing_dim)`): keys of the token.
+        value (`torch.Tensor` of shape `(batch, key_value_heads, 1, value_dim)`): values of the token.
         coefficients (`StepCoefficients`): the mixtures, in the precision of the state.
-        write_weight (`torch.Tensor` of shape `(batch, 1 or mixtures, 1)`, *optional*): 1 if not given.
-        log_decay (`torch.Tensor` of shape `(batch, 1 or mixtures, 1)`, *optional*): 0 if not given.
-        state (`tuple(torch.Tensor, torch.Tensor)`, *optional*): S and z before the token; nothing is remembered if not given.
+        write_weight (`torch.Tensor` of shape `(batch, 1 or mixtures, 1)`, *optional*): by default 1.
+        log_decay (`torch.Tensor` of shape `(batch, 1 or mixtures, 1)`, *optional*): by default 0.
+        state (`tuple[torch.Tensor, torch.Tensor]`, *optional*): S and z before the token; by default an empty memory.
         normalize (`bool`, *optional*, defaults to `True`): whether the read is divided by the accumulated weight.
-        eps (`float`, *optional*, defaults to 1e-06): added to the accumulated weight.
+        eps (`float`, *optional*, defaults to `1e-6`): constant added to the accumulated weight.
         output_normalizer (`bool`, *optional*, defaults to `False`): whether D is returned; only with `normalize`.
         correlate (`bool`, *optional*, defaults to `False`): whether tokens write and read by the correlation of routes; only
-            without `normalize`. z stays as it is.
-        writes_all (`bool`, *optional*, defaults to `False`): whether no write weight is zero. Where one may be, key and value may
-            be anything, and are not looked at.
+            without `normalize`. z does not change.
+        writes_all (`bool`, *optional*, defaults to `False`): whether no write weight is zero. A token with the weight zero
+            may hold anything, so its key and value are not read.
 
     Returns:
-        `AttentionResult`: the output in the values' dtype, the state after the token, and D.
+        `AttentionResult`: the output in the dtype of the values, the state after the token, and D.
     """
     (mixtures, _, components), dtype = coefficients.joined.shape, coefficients.joined.dtype
     batch, query_heads, _, routing_dim = query.shape
@@ -136,7 +140,7 @@ def step(
 
 
 def kept_coefficients(call: AttentionCall) -> StepCoefficients:
-    """The coefficients of a call's mixture, from what the caller keeps if it does."""
+    """The coefficients of the mixture of a call, from the kept values of the caller if there are any."""
     dtype, floor, parameters = call.state_dtype, call.variance_floor, call[3:6]
 
     def compute(*parameters: Tensor) -> StepCoefficients:
@@ -153,7 +157,7 @@ def is_single_step(call: AttentionCall) -> bool:
 
 
 def recurrent_attention(call: AttentionCall) -> AttentionResult:
-    """Evaluate a causal call token by token."""
+    """Compute a causal call token by token."""
     dtype, mixtures = call.state_dtype, call.means.shape[0]
     if is_single_step(call):
         return step(
@@ -218,7 +222,7 @@ def cannot_run(call: AttentionCall) -> str | None:
 
 
 def suits(call: AttentionCall) -> bool:
-    """A few tokens of a causal call."""
+    """Whether "auto" takes the recurrence: for a few tokens of a causal call."""
     # A length that is still open (torch.export) is no int, and must not be decided on
     length = call.key.shape[2]
     return isinstance(length, int) and length <= SHORT and call.causal and not call.strict

@@ -1,5 +1,6 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
-"""The definition, evaluated as matrices. Quadratic in the length: for tests and for short sequences.
+"""
+The definition, computed as matrices. The cost is quadratic in the length: for tests and short sequences.
 
     P_ij = gamma^Q_i . gamma^K_j  w_j  exp(sum_{j < l <= i} log a_l)        j <= i if causal
     D_i  = sum_j P_ij + d_i gamma^Q_i z_0 + eps
@@ -7,10 +8,10 @@
     S_N  = sum_j exp(sum_{j < l <= N} log a_l) w_j gamma^K_j v_j^T + d_N S_0,     z_N likewise with v_j = 1
     d_i  = exp(sum_{l <= i} log a_l)
 
-With correlation, rho stands for gamma, and the read is not normalised.
+With correlation, rho replaces gamma, and the read is not normalised.
 
-For ONNX, which has the standard operators of PyTorch alone, `standard_attention` is the same in linear time where it is
-bidirectional: S = S_0 + sum_j w_j gamma^K_j v_j^T, z likewise with v_j = 1, o_i = gamma^Q_i S / (gamma^Q_i z + eps).
+ONNX has the standard operators of PyTorch only. For ONNX, `standard_attention` computes the same; bidirectional calls take
+linear time: S = S_0 + sum_j w_j gamma^K_j v_j^T, z likewise with v_j = 1, o_i = gamma^Q_i S / (gamma^Q_i z + eps).
 
 query [B, Hq, Nq, d], key [B, Hk, N, d], value [B, Hk, N, dv], mixtures M -> output [B, Hq, Nq, dv],
 S [B, M, C, dv], z [B, M, C], D [B, Hq, Nq].
@@ -25,10 +26,11 @@ from .mixture import repeat_heads, responsibilities, unwritten_as_zero
 
 
 def segment_sums(x: Tensor) -> Tensor:
-    """Sums over segments, [..., length] -> [..., length, length]: entry (i, j) = x_{j+1} + ... + x_i for j <= i.
+    """
+    Sums over segments, [..., length] -> [..., length, length]: entry (i, j) = x_{j+1} + ... + x_i for j <= i.
 
-    Entries above the diagonal are 0. Each column is a cumulative sum that starts behind j, rather than a difference of
-    two cumulative sums: exact for x = -inf, and short segments keep their digits behind large ones.
+    Entries above the diagonal are 0. Each column is a cumulative sum that starts after j, and not a difference of two
+    cumulative sums. So the sums are exact for x = -inf, and short segments keep their digits after large ones.
     """
     length = x.shape[-1]
     below = torch.ones(length, length, dtype=torch.bool, device=x.device).tril(-1)
@@ -41,7 +43,7 @@ def decay_matrix(log_decay: Tensor, strict: bool = False) -> Tensor:
 
 
 def pair_weights(call: AttentionCall) -> Tensor:
-    """P of this file's opening: [batch, query_heads, query_length, key_length], before normalisation."""
+    """P of the equations at the top: [batch, query_heads, query_length, key_length], before normalisation."""
     coefficients = call.coefficients()
     query_heads = call.query.shape[1]
     mixtures = call.means.shape[0]
@@ -58,14 +60,14 @@ def pair_weights(call: AttentionCall) -> Tensor:
 
 
 def log_decay_or_zero(call: AttentionCall) -> Tensor:
-    """log a [batch, 1 or mixtures, length] in the state's precision; no forgetting when none was given."""
+    """log a [batch, 1 or mixtures, length] in the precision of the state; 0 without forgetting."""
     if call.log_decay is None:
         return call.key.new_zeros(call.key.shape[0], 1, call.key.shape[2], dtype=call.state_dtype)
     return call.log_decay.to(call.state_dtype)
 
 
 def reference_attention(call: AttentionCall) -> AttentionResult:
-    """Evaluate the call with the matrices of this file's opening."""
+    """Compute the call with the matrices of the equations at the top."""
     dtype, mixtures = call.state_dtype, call.means.shape[0]
     key, value = (
         unwritten_as_zero(repeat_heads(x, mixtures), call.write_weight) for x in (call.key, call.value.to(dtype))
@@ -105,7 +107,7 @@ def reference_attention(call: AttentionCall) -> AttentionResult:
 
 
 def standard_attention(call: AttentionCall) -> AttentionResult:
-    """Evaluate the call with standard operators: no operator of our own, nothing written in place."""
+    """Compute the call with standard operators: no custom operator, and no write in place."""
     if call.causal:
         return reference_attention(call)
     dtype, mixtures, coefficients = call.state_dtype, call.means.shape[0], call.coefficients()

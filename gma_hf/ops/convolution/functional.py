@@ -1,6 +1,6 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
 """
-The depthwise short convolution over the tokens of a row, b of its K taps looking back: the public function.
+The public function of the depthwise short convolution. b of its K taps look back:
 
     y_p = SiLU(sum_j weight_j x_{p+j-b})        over the taps j whose token p + j - b is of the same sequence
 """
@@ -26,22 +26,23 @@ def short_convolution(
     taps: Callable[[], Tensor] | None = None,
 ) -> Tensor:
     """
-    The convolution at the positions from `first` on. Nothing stands before the first token of a row, and nothing behind the last.
+    The convolution at the positions from `first` on. Outside of the row there are no tokens.
 
     Args:
         inputs (`torch.Tensor` of shape `(batch, length, channels)`): one row per token.
         weight (`torch.Tensor` of shape `(channels, 1, kernel_size)`): one weight per channel and tap.
-        sequence_ids (`torch.LongTensor` of shape `(batch, length)`, *optional*): packed sequences, which are apart.
-        before (`int`): b, how many of the taps look back.
+        sequence_ids (`torch.LongTensor` of shape `(batch, length)`, *optional*): packed sequences, which do not see each
+            other.
+        before (`int`): b, the number of taps that look back.
         first (`int`): position of the first output.
-        taps (`Callable`, *optional*): gives what [`rows_of`] makes of the weight, for callers that keep it.
+        taps (`Callable`, *optional*): returns the result of [`rows_of`] for the weight, for callers that keep it.
 
     Returns:
-        `torch.Tensor` of shape `(batch, length - first, channels)` in the dtype of `inputs`, or that of autocast.
+        `torch.Tensor` of shape `(batch, length - first, channels)`: the outputs, in the dtype of `inputs` or of autocast.
     """
     return WAYS.choose(inputs, weight).run(inputs, weight, sequence_ids, before, first, taps)
 
 
 def rows_of(weight: Tensor) -> Tensor:
-    """The weights tap by tap, `(kernel_size, channels)`, in float32 or, if the weights have it, float64."""
+    """The weights tap by tap, `(kernel_size, channels)`, in float32, or in float64 for float64 weights."""
     return weight[:, 0].t().to(torch.promote_types(weight.dtype, torch.float32))

@@ -1,5 +1,5 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
-"""When the kernels of `triton` can run a short convolution. They are imported when they do."""
+"""When the kernels of `triton` can run a short convolution. This file imports them when they run."""
 
 from torch import Tensor
 
@@ -21,7 +21,7 @@ def cannot_run(inputs: Tensor, weight: Tensor) -> str | None:
 
 
 def fused_convolution(inputs, weight, sequence_ids, before, first, taps=None) -> Tensor:
-    """For arguments see `short_convolution`."""
+    """The convolution by the kernels. See `short_convolution` for the arguments."""
     from .triton import fused
 
     return fused.short_convolution(inputs, weight, sequence_ids, before, first)

@@ -13,7 +13,7 @@ from .reference import taps_of_sequences
 
 
 def plain_convolution(inputs, weight, sequence_ids, before, first, taps=None) -> Tensor:
-    """For arguments see `short_convolution`."""
+    """The convolution in PyTorch. See `short_convolution` for the arguments."""
     channels, _, width = weight.shape
     # A bidirectional convolution is asked first: its length may still be open (torch.export)
     if sequence_ids is None and first == width - 1 and inputs.shape[1] == width:

@@ -1,5 +1,6 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
-"""The definition, tap by tap, to be read: what `plain` and the kernels do faster.
+"""
+The definition, tap by tap, for readers. `plain` and the kernels compute the same faster.
 
     y_p = SiLU(sum_j weight_j x_{p+j-b})        over the taps j whose token p + j - b is of the same sequence
 
@@ -12,14 +13,14 @@ from torch.nn import functional as F
 
 
 def reference_convolution(inputs, weight, sequence_ids, before, first) -> Tensor:
-    """For arguments see `short_convolution`."""
+    """The convolution by its definition. See `short_convolution` for the arguments."""
     if sequence_ids is None:
         sequence_ids = torch.zeros(inputs.shape[:2], dtype=torch.long, device=inputs.device)
     return F.silu(taps_of_sequences(inputs, weight, sequence_ids, before)[:, first:])
 
 
 def taps_of_sequences(inputs: Tensor, weight: Tensor, sequence_ids: Tensor, before: int) -> Tensor:
-    """The sum over the taps, [B, N, C]. A tap is closed where it would reach into another sequence."""
+    """The sum over the taps, [B, N, C]. Taps that would reach into another sequence do not count."""
     width, length = weight.shape[2], inputs.shape[1]
     padded_inputs = F.pad(inputs, (0, 0, before, width - 1 - before))
     # -1 is the number of no sequence

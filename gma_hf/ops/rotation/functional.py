@@ -1,15 +1,15 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
 """
-Queries and keys as they were before rotary positions (Su et al., arXiv:2104.09864): the public piece is [`Rotation`].
+Queries and keys before rotary positions (Su et al., arXiv:2104.09864). The public class is [`Rotation`].
 
     [[c, -s], [s, c]]^-1 = [[c, s], [-s, c]] / (c^2 + s^2)
 
-Softmax over rotated queries and keys sees only how far apart two tokens are. A mixture routes each vector by itself, and to it
-a key at an angle that it was not fitted to is a point that it does not know. Fast rotations come to every angle within a few
-tokens, and tell which tokens are near; slow ones come to new angles as long as the text goes on. So a converted layer undoes
-the slow rotations of what it routes. No convention of rotating is known here: the model's own `apply_rotary_pos_emb`, given
-the inverse of the rotation that the attention module was called with, turns back whatever it has turned; and that it does is
-tried on the model. A rotation is a column of the cosines and sines that the module is given.
+Softmax over rotated queries and keys depends only on the distance of two tokens. A mixture routes each vector alone, so a
+key at an angle that the mixture was not fitted to is an unknown point. Fast rotations reach every angle within a few tokens,
+and tell which tokens are near. Slow rotations reach new angles as long as the text continues. So a converted layer undoes
+the slow rotations of the vectors that it routes. This file needs no convention of rotating: the `apply_rotary_pos_emb` of
+the model gets the inverse of the rotation, and so undoes its own work. A trial on the model checks that it does. A rotation
+is a column of the cosines and sines that the module gets.
 """
 
 import math
@@ -53,19 +53,20 @@ class Rotation(NamedTuple):
         once: Callable[[Any, Callable[[], Any]], Any] = each_time,
     ) -> tuple[Tensor, Tensor]:
         """
-        Queries and keys before their rotation: also where scaled frequencies (YaRN) come with a factor, and where cosines and
-        sines were rounded.
+        Queries and keys before their rotation. This also works if scaled frequencies (YaRN) have a factor, and if cosines
+        and sines were rounded.
 
         Args:
-            query, key (`torch.Tensor` of shape `(batch, heads, length, dim)`): rotated in their first `rotary_dim` dimensions.
-            rotary_dim (`int`): how many dimensions are turned back.
-            columns (`Sequence[tuple[int, int]]`, *optional*): which rotations are undone, ranges of the columns of the cosines,
-                first and last + 1. By default all.
-            once (`Callable`, *optional*): computes what has a name the first time only: the inverse is the same for all layers
-                of a call, see `Layout.once`.
+            query, key (`torch.Tensor` of shape `(batch, heads, length, dim)`): rotated in their first `rotary_dim`
+            dimensions.
+            rotary_dim (`int`): the number of rotated dimensions.
+            columns (`Sequence[tuple[int, int]]`, *optional*): the rotations to undo, as ranges of the columns of the
+                cosines, first and last + 1; by default all.
+            once (`Callable`, *optional*): computes the value of a name the first time only, because the inverse is the same
+                for all layers of a call, see `Layout.once`.
 
         Returns:
-            `tuple[torch.Tensor, torch.Tensor]`: both, in the same shapes and dtypes.
+            `tuple[torch.Tensor, torch.Tensor]`: queries and keys, in their shapes and dtypes.
         """
         width = self.cos.shape[-1]
         columns = ((0, width),) if columns is None else tuple(map(tuple, columns))
@@ -92,7 +93,7 @@ class Rotation(NamedTuple):
 def inverse(
     cos: Tensor, sin: Tensor, columns: Columns, dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of the inverse in some columns, of no rotation in the others."""
+    """Cosines and sines of the inverse in some columns, and of no rotation in the other columns."""
     cos, sin = (x.to(device, dtype) for x in (cos, sin))
     norm = cos.square() + sin.square()
     is_undone = torch.zeros(cos.shape[-1], dtype=torch.bool, device=cos.device)
@@ -104,8 +105,9 @@ def inverse(
 @torch.compiler.assume_constant_result
 def turns_halves(rotate: Callable[..., tuple[Tensor, Tensor]], width: int, rotary_dim: int) -> bool:
     """
-    Whether a function turns the first half of the dimensions against the second, by angles of which `width` are given per
-    token and the first half count: tried on a few numbers, once. A compiler takes the answer and does not look inside.
+    Whether a function rotates the first half of the dimensions with the second half, by angles of which `width` are given
+    per token and the first half count. A trial on a few numbers gives the answer, once. A compiler takes the answer and does
+    not look inside.
     """
     return try_to_turn_halves(rotate, width, rotary_dim)
 
@@ -128,14 +130,15 @@ def try_to_turn_halves(rotate: Callable[..., tuple[Tensor, Tensor]], width: int,
 
 def slow_columns(cos: Tensor, sin: Tensor, wavelength: float) -> list[tuple[int, int]]:
     """
-    Which rotations take more than so many tokens for a turn.
+    The rotations that need more than `wavelength` tokens for a full turn.
 
     Args:
-        cos, sin (`torch.Tensor` of shape `(..., length, columns)`): of successive tokens, the first of a sequence first.
-        wavelength (`float`): in tokens.
+        cos, sin (`torch.Tensor` of shape `(..., length, columns)`): cosines and sines of successive tokens, from the first
+        token of a sequence on.
+        wavelength (`float`): a number of tokens.
 
     Returns:
-        `list[tuple[int, int]]`: ranges of columns, first and last + 1. All of them if there are no two tokens to compare.
+        `list[tuple[int, int]]`: ranges of columns, first and last + 1. All columns if there are no two tokens to compare.
     """
     if cos.shape[-2] < 2:
         return [(0, cos.shape[-1])]

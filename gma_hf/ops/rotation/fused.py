@@ -1,5 +1,5 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
-"""When the kernel of `triton` can undo rotations of halves. It is imported when it does."""
+"""When the kernel of `triton` can undo rotations of halves. This file imports the kernel when it runs."""
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ def cannot_run(query: Tensor, *others: Tensor) -> str | None:
 
 
 def fused_undo(query, key, cos, sin, rotary_dim, columns, once) -> tuple[Tensor, Tensor]:
-    """For arguments see `Rotation.undo`."""
+    """Undo the rotation by the kernel. See `Rotation.undo` for the arguments."""
     from .triton.kernels import turn_back
 
     cos, sin = (x.to(query.device) for x in (cos, sin))

@@ -14,7 +14,7 @@ from .functional import WAYS, inverse
 
 
 def undo_halves(query, key, cos, sin, rotary_dim, columns, once) -> tuple[Tensor, Tensor]:
-    """For arguments see `Rotation.undo`."""
+    """Undo the rotation in PyTorch. See `Rotation.undo` for the arguments."""
     dtype, half = torch.promote_types(query.dtype, torch.float32), rotary_dim // 2
 
     def invert() -> tuple[Tensor, Tensor, Tensor]:

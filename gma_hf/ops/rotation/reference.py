@@ -1,5 +1,6 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
-"""The definition for rotations of halves, to be read: dimension i was turned with dimension i + D / 2, by c_i and s_i.
+"""
+The definition for rotations of halves, for readers: dimension i was rotated with dimension i + D / 2, by c_i and s_i.
 
     y_i = (c_i x_i + s_i x_{i+D/2}) / (c_i^2 + s_i^2)        y_{i+D/2} = (c_i x_{i+D/2} - s_i x_i) / (c_i^2 + s_i^2)
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 
 def reference_undo(x: Tensor, cos: Tensor, sin: Tensor, rotary_dim: int, columns) -> Tensor:
-    """For arguments see `Rotation.undo`."""
+    """Undo the rotation by its definition. See `Rotation.undo` for the arguments."""
     half = rotary_dim // 2
     c, s = cos[:, None, :, :half], sin[:, None, :, :half]
     first, second, rest = x.split((half, half, x.shape[-1] - rotary_dim), dim=-1)

@@ -1,5 +1,5 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
-"""The chunked way in plain PyTorch: `attention` opens with its equations."""
+"""The chunked backend in plain PyTorch. The equations are in `attention`."""
 
 from . import attention
 

@@ -1,11 +1,12 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
-"""Linear time for any length: pair weights inside chunks of tokens, states between the chunks.
+"""
+Linear time for any length: pair weights inside chunks of tokens, states between the chunks.
 
     causal:         o_i = (sum_{j in chunk, j <= i} P_ij v_j + e_i gamma^Q_i S_n) / (the same with v_j = 1, z_n; + eps)
     bidirectional:  o_i = gamma^Q_i S / (gamma^Q_i z + eps)
 
-with S_n, z_n the state before the chunk (`causal`) and S, z what all keys wrote (`bidirectional`). With correlation, rho
-stands for gamma.
+S_n, z_n is the state before the chunk (`causal`). S, z is the state after all keys (`bidirectional`). With correlation, rho
+replaces gamma.
 
 query [B, Hq, Nq, d], key [B, Hk, N, d], value [B, Hk, N, dv], mixtures M -> output [B, Hq, Nq, dv],
 S [B, M, C, dv], z [B, M, C], denominators [B, Hq, Nq].
@@ -20,7 +21,7 @@ from .causal_operators import CausalChunks
 
 
 def chunked_attention(call: AttentionCall) -> AttentionResult:
-    """Evaluate the call chunk by chunk; in a program for ONNX, which has no chunks, by standard operators."""
+    """Compute the call chunk by chunk. A program for ONNX has no chunks, and uses standard operators."""
     if is_exporting_to_onnx():
         return standard_attention(call)
     dtype, mixtures = call.state_dtype, call.means.shape[0]

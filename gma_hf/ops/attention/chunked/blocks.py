@@ -19,7 +19,7 @@ BLOCK = 512  # tokens: enough to fill the matrix products, few enough for a CPU'
 
 
 class Block(NamedTuple):
-    """Tokens start to stop, in chunks of `chunk` tokens."""
+    """The tokens from `start` to `stop`, in chunks of `chunk` tokens."""
 
     start: int
     stop: int
@@ -36,20 +36,20 @@ class Block(NamedTuple):
 
     def of_keys(self, x: Tensor, mixtures: int, write_weight: Tensor | None) -> Tensor:
         """
-        The block's part of [batch, key_value_heads, length, dim] as [mixtures, batch, n, T, dim]; what the block's write weight
-        [1 or mixtures, batch, n, T] says is padding holds no NaN.
+        The part of the block in [batch, key_value_heads, length, dim], as [mixtures, batch, n, T, dim]. Keys with the write
+        weight 0 ([1 or mixtures, batch, n, T]) are padding, and hold no NaN afterwards.
         """
         x = self.of(x)
         x = x if x.shape[0] == mixtures else x.repeat_interleave(mixtures // x.shape[0], dim=0)
         return unwritten_as_zero(x, write_weight)
 
     def centred_queries(self, x: Tensor, centre: Tensor) -> Tensor:
-        """Queries on the mixtures' centres [mixtures, 1, routing_dim]: [mixtures, batch, n, R * T, routing_dim]."""
+        """Queries minus the centres of the mixtures [mixtures, 1, routing_dim]: [mixtures, batch, n, R * T, routing_dim]."""
         x = centred(self.of_queries(x, centre.shape[0]), centre[:, None, None, None])
         return x.flatten(3, 4).contiguous()
 
     def centred_keys(self, x: Tensor, centre: Tensor, write_weight: Tensor | None) -> Tensor:
-        """Keys on the mixtures' centres [mixtures, 1, routing_dim]: [mixtures, batch, n, T, routing_dim]."""
+        """Keys minus the centres of the mixtures [mixtures, 1, routing_dim]: [mixtures, batch, n, T, routing_dim]."""
         return centred(self.of_keys(x, centre.shape[0], write_weight), centre[:, None, None]).contiguous()
 
     def put_queries(self, into: Tensor, x: Tensor) -> None:
@@ -66,20 +66,22 @@ class Block(NamedTuple):
 
 
 def causal_blocks(length: int) -> list[Block]:
-    """Blocks of whole chunks; what is left over at the end is a block of one shorter chunk."""
+    """Blocks of whole chunks. The remaining tokens form a block of one shorter chunk."""
     whole = length - length % CHUNK
     cover = [Block(start, min(start + BLOCK, whole), CHUNK) for start in range(0, whole, BLOCK)]
     return cover if whole == length else [*cover, Block(whole, length, length - whole)]
 
 
 def state_slots(length: int) -> int:
-    """Room for the states before every block of `causal_blocks` and after the last: one too many for some lengths, but
-    in arithmetic whose range a compiler can tell for a symbolic length."""
+    """
+    The number of states before every block of `causal_blocks` and after the last block. For some lengths it is one too many,
+    because a compiler must be able to bound it for a symbolic length.
+    """
     return -(-length // BLOCK) + 2
 
 
 def single_chunk_blocks(length: int) -> list[Block]:
-    """Blocks of one chunk each, for what has no order."""
+    """Blocks of one chunk each, for bidirectional calls, which have no order."""
     return [Block(start, min(start + BLOCK, length), min(BLOCK, length - start)) for start in range(0, length, BLOCK)]
 
 
@@ -90,11 +92,11 @@ def add_product_(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
 
 
 def contiguous_clone(x: Tensor) -> Tensor:
-    """A contiguous copy, also of what is contiguous already: outputs must not share memory with inputs."""
+    """A contiguous copy, even of a contiguous tensor, because outputs must not share memory with inputs."""
     return x.clone(memory_format=torch.contiguous_format)
 
 
 def empty_reads(query: Tensor, S: Tensor, dtype: torch.dtype, output_normalizer: bool) -> tuple[Tensor, Tensor]:
-    """Output [B, Hq, N, dv] and, of size 0 unless asked for, D [B, Hq, N], not filled yet."""
+    """Memory for the output [B, Hq, N, dv] and for D [B, Hq, N], which has size 0 unless it is requested."""
     shape = query.shape[:3]
     return query.new_empty(*shape, S.shape[-1], dtype=dtype), S.new_empty(shape if output_normalizer else 0)

@@ -30,7 +30,7 @@ from .decay import Decays, block_decays, forget, log_decay_gradient
 
 
 class BlockTerms(NamedTuple):
-    """What the forward and the backward pass of a block share."""
+    """The values that the forward and the backward pass of a block share."""
 
     coefficients: MixtureCoefficients
     query: Tensor  # [M, B, n, R * T, d], centred
@@ -141,7 +141,7 @@ def denominator(terms: BlockTerms, eps: float) -> Tensor:
 
 
 class BlockGradient(NamedTuple):
-    """Gradients of what goes into a block, in the block's layout."""
+    """Gradients of the inputs of a block, in the layout of the block."""
 
     query: Tensor
     key: Tensor
@@ -161,7 +161,9 @@ def block_backward(
     grad_z: Tensor,
     eps: float | None,
 ) -> BlockGradient:
-    """Gradients of a block from those of its output [M, B, n, R * T, dv], of D as an output and of the state after it."""
+    """
+    Gradients of a block from the gradients of its output [M, B, n, R * T, dv], of D as an output, and of the state after it.
+    """
     decays, gamma_query = terms.decays, terms.read.weights
     normalize = eps is not None
     if normalize:
@@ -235,7 +237,7 @@ class StateGradients(NamedTuple):
 
 
 def state_gradients(terms, faded_query, grad_read, grad_total, grad_S, grad_z) -> StateGradients:
-    """From right to left: the transpose of the chunks' decay matrix, on what the queries of every chunk read."""
+    """From right to left: the transposed decay matrix of the chunks, applied to the reads of every chunk."""
     reads, weights = (faded_query.transpose(-1, -2) @ grad_read).flatten(3), torch.zeros_like(terms.z)
     if grad_total is not None:
         weights = (faded_query.transpose(-1, -2) @ grad_total).squeeze(-1)

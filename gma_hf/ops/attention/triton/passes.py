@@ -1,7 +1,7 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
-"""The passes of a call, each one launch of a kernel or a few: coefficients, responsibilities, states of chunks, and what is read.
-
-Shapes as in `operators`, which puts the passes together.
+"""
+The passes of a call, each with one or a few launches of kernels: coefficients, responsibilities, states of chunks, and
+reads. Shapes as in `operators`, which combines the passes.
 """
 
 from typing import NamedTuple
@@ -69,7 +69,7 @@ def scan(states: Tensor, decays: Tensor, first: Tensor | None, last: Tensor, has
 
 
 class States(NamedTuple):
-    """What `states` leaves."""
+    """The result of `states`."""
 
     chunks: Tensor | None  # of a causal call, [B * M, chunks, CP, DVP], and their norms and scales
     norms: Tensor | None
@@ -83,7 +83,7 @@ def compute_states(
     plan: Plan, gamma, y, output, rd, grad_normalizer, write_weight, log_decay, mixtures, repeats, first,
     reverse: bool, causal: bool, has_z: bool, need_last: bool,
 ) -> States:  # fmt: skip
-    """Run `states_kernel`, in one pass or, where sequences and heads are few, in two with `scan_kernel` between them."""
+    """Run `states_kernel` in one pass, or, if sequences and heads are few, in two passes with `scan_kernel` between them."""
     batch, heads, length, _ = gamma.shape
     value_dim = y.shape[-1]
     slabs, chunks = batch * mixtures, cdiv(length, plan.T)
@@ -135,7 +135,7 @@ def to_slabs(plan: Plan, S: Tensor, z: Tensor) -> Tensor:
 
 
 def from_slabs(plan: Plan, slabs: Tensor, batch: int, components: int, dim: int) -> tuple[Tensor, Tensor]:
-    """The inverse of `to_slabs`: always a copy, so that nobody holds on to the padding."""
+    """The inverse of `to_slabs`: always a copy, so that nothing keeps the padding in memory."""
     slabs, norms = slabs.unflatten(0, (batch, -1)), plan.CP * plan.DVP
     S = slabs[..., :norms].unflatten(-1, (plan.CP, plan.DVP))[..., :components, :dim]
     return tuple(x.clone(memory_format=torch.contiguous_format) for x in (S, slabs[..., norms:][..., :components]))
@@ -145,7 +145,7 @@ def read_from_memory(
     plan, query, key, value, weights, bias, write_weight, log_decay, components, first, output, normalizer, rd,
     causal, strict, eps, save, final_state, correlate,
 ) -> States:  # fmt: skip
-    """Fill output, normalizer and rd, with the responsibilities in memory."""
+    """Fill output, normalizer and rd, with responsibilities in memory."""
     batch, query_heads, length, _ = query.shape
     mixtures, normalize = weights.shape[0], eps is not None
     gamma_query = query.new_empty(batch, query_heads, length, plan.CP, dtype=plan.gamma_dtype)

@@ -1,5 +1,5 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
-"""Which block sizes and launch options the kernels run with: a table by component count and dimension, never by length."""
+"""The block sizes and launch options of the kernels: a table by component count and dimension, never by length."""
 
 import functools
 import os
@@ -13,7 +13,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 class Plan(NamedTuple):
-    """Sizes of the blocks that a kernel works on, and its launch options."""
+    """Block sizes of the kernels, and their launch options."""
 
     exact: bool  # float32 operands instead of 16-bit ones
     T: int  # tokens of a chunk
@@ -45,7 +45,7 @@ class Plan(NamedTuple):
 
     @property
     def gamma_dtype(self) -> torch.dtype:
-        """In which responsibilities and chunks' states lie in memory."""
+        """The dtype of responsibilities and states of chunks in memory."""
         return torch.float32 if self.exact else torch.float16
 
 
@@ -64,7 +64,7 @@ PRECISION = "ieee" if INTERPRETED else "tf32x3"  # of products of float32 operan
 
 @functools.cache
 def make_plan(dtype: torch.dtype, components: int, dim: int, value_dim: int, repeats: int) -> Plan:
-    """The plan of a call with so many query heads a mixture (`repeats`)."""
+    """The plan of a call with `repeats` query heads per mixture."""
     exact = dtype != torch.bfloat16
     CP, DP, DVP = padded(components), padded(dim), padded(value_dim)
     # Fewer than 64 rows keep the large matrix instructions away; float32 operands leave no room for more
@@ -90,12 +90,12 @@ def make_plan(dtype: torch.dtype, components: int, dim: int, value_dim: int, rep
 
 @functools.cache
 def multiprocessors(device_index: int | None) -> int:
-    """Streaming multiprocessors of the GPU; 4 in Triton's interpreter, so that small problems take either way."""
+    """Streaming multiprocessors of the GPU; 4 in the interpreter of Triton, so that small problems take both ways."""
     return 4 if INTERPRETED else torch.cuda.get_device_properties(device_index).multi_processor_count
 
 
 def segment_length(plan: Plan, sequences: int, chunks: int, device: torch.device) -> int:
-    """Chunks of a segment: all of them where sequences and heads fill the chip, as one pass is enough then."""
+    """Chunks per segment: all chunks if sequences and heads fill the chip, because one pass is then enough."""
     programs = sequences * plan.NV * cdiv(plan.CP, plan.BC)
     if 2 * programs >= 3 * multiprocessors(device.index):
         return chunks
@@ -105,7 +105,10 @@ def segment_length(plan: Plan, sequences: int, chunks: int, device: torch.device
 
 
 def workers_per_mixture(plan: Plan, mixtures: int, tiles: int, device: torch.device) -> int:
-    """Programs that share the tiles of a mixture's queries or keys: as many as run at once, so that few partial sums remain."""
+    """
+    Programs that share the tiles of the queries or keys of a mixture: as many as run at once, so that there are few partial
+    sums.
+    """
     slots = multiprocessors(device.index)  # of 2, for either side
     workers = max(1, min(tiles, slots // (mixtures * (plan.DP // plan.BD))))
     return cdiv(tiles, cdiv(tiles, workers))

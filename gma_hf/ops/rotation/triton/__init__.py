@@ -1,2 +1,2 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
-"""The same in a Triton kernel."""
+"""Rotations undone in a Triton kernel."""
