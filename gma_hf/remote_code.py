@@ -73,11 +73,32 @@ def write_remote_code(save_directory: str | os.PathLike, module: str, auto_class
     Returns:
         `dict[str, str]`: the `auto_map` for the config.json of the checkpoint.
     """
-    folder = Path(save_directory)
-    if folder.is_file():
-        raise ValueError(f"{folder} is a file. Give a folder to save the checkpoint to.")
+    folder = expect_no_file(save_directory)
     folder.mkdir(parents=True, exist_ok=True)
     class_names = ",\n        ".join(sorted(set(auto_classes.values())))
     source = REMOTE_CODE.format(module=module, class_names=class_names, how_to_install=HOW_TO_INSTALL)
-    (folder / f"{REMOTE_CODE_MODULE}.py").write_text(source, encoding="utf-8")
+    write_whole(folder / f"{REMOTE_CODE_MODULE}.py", source)
     return {auto_class: f"{REMOTE_CODE_MODULE}.{name}" for auto_class, name in auto_classes.items()}
+
+
+def expect_no_file(save_directory: str | os.PathLike) -> Path:
+    """
+    The folder that a checkpoint is to be saved to. Transformers only logs that it is a file, and saves nothing.
+
+    Raises:
+        ValueError: if it is a file.
+    """
+    folder = Path(save_directory)
+    if folder.is_file():
+        raise ValueError(f"{folder} is a file. Give a folder to save the checkpoint to.")
+    return folder
+
+
+def write_whole(path: str | os.PathLike, text: str) -> None:
+    """Write a file in one step: after an error, such as a full disk, the older file is still there, whole."""
+    temporary = f"{os.fspath(path)}.unfinished"
+    try:
+        Path(temporary).write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        Path(temporary).unlink(missing_ok=True)

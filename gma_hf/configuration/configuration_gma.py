@@ -10,7 +10,7 @@ from transformers import PreTrainedConfig
 
 from ..cache_argument import CACHE_NAME
 from ..compat import share_adapter_defaults
-from ..remote_code import add_remote_code
+from ..remote_code import add_remote_code, write_whole
 from .validation import expect_positive, expect_possible, raises_value_errors, refuse_misspelt
 
 
@@ -335,6 +335,10 @@ class GMAConfig(PreTrainedConfig):
         """The configuration as a dictionary. PEFT reads from it which modules to adapt."""
         share_adapter_defaults()
         return super().to_dict()
+
+    def to_json_file(self, json_file_path: str | os.PathLike, use_diff: bool = True):
+        """Write the configuration in one step. See [`PreTrainedConfig.to_json_file`] for the arguments."""
+        write_whole(json_file_path, self.to_json_string(use_diff=use_diff))
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs):
         """

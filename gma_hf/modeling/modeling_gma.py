@@ -3,6 +3,8 @@
 The GMA model: a pre-norm transformer whose attention is Gaussian Mixture Attention (Huang and Raza, arXiv:2606.18283).
 """
 
+import os
+
 import torch
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
@@ -22,6 +24,7 @@ from ..compat import attention_implementation
 from ..configuration import GMAConfig
 from ..parallel.context import current_context
 from ..parallel.heads import PartOfRow
+from ..remote_code import expect_no_file
 from .attention_gma import ATTENTION_CLASSES, GMAAttention, GMARMSNorm, GMARotaryEmbedding, GMASoftmaxAttention
 from .cache_gma import GMACacheLayer, Owner, adopt_cache, expect_continuation
 from .layout import (
@@ -109,6 +112,16 @@ class GMAPreTrainedModel(PartOfRow, PreTrainedModel):
     @classmethod
     def register_for_auto_class(cls, auto_class="AutoModel"):
         """Do nothing: every folder that `save_pretrained` writes already loads with `trust_remote_code=True`."""
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs):
+        """
+        See [`PreTrainedModel.save_pretrained`].
+
+        Raises:
+            ValueError: if the folder is a file.
+        """
+        expect_no_file(save_directory)
+        super().save_pretrained(save_directory, *args, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):

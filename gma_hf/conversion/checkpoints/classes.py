@@ -45,7 +45,7 @@ from ...modeling.heads_common import (
 )
 from ...modeling.memory_parts import LACKING_BEFORE
 from ...parallel.heads import PartOfRow
-from ...remote_code import add_remote_code
+from ...remote_code import add_remote_code, expect_no_file, write_whole
 from ..config import GMAConversionConfig
 from ..runtime.attention import IMPLEMENTATION
 from ..runtime.layer import GMAConversion
@@ -101,6 +101,10 @@ class ConvertedConfigMixin:
         if attention_implementation(self) != IMPLEMENTATION:
             super().validate_output_attentions()
 
+    def to_json_file(self, json_file_path: str | os.PathLike, use_diff: bool = True):
+        """Write the configuration in one step. See [`PreTrainedConfig.to_json_file`] for the arguments."""
+        write_whole(json_file_path, self.to_json_string(use_diff=use_diff))
+
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs):
         """
         Save the configuration, and a small file with which programs that do not import gma_hf load the folder by
@@ -117,7 +121,13 @@ class ConvertedConfigMixin:
         config_file = Path(save_directory) / "config.json"
         if not config_file.is_file():
             return
-        saved_type = json.loads(config_file.read_text(encoding="utf-8")).get("model_type")
+        try:
+            saved_type = json.loads(config_file.read_text(encoding="utf-8")).get("model_type")
+        except (ValueError, AttributeError) as error:
+            raise ValueError(
+                f"{config_file} is damaged, so it does not tell which checkpoint the folder holds. Save to another folder, or "
+                "delete the file if the checkpoint may be overwritten."
+            ) from error
         if saved_type == self.softmax_class.model_type:
             raise ValueError(
                 f"{save_directory} holds a {saved_type} checkpoint, which the converted model would overwrite. Save to "
@@ -155,6 +165,16 @@ class ConvertedModelMixin(PartOfRow):
     def _is_stateful(self) -> bool:
         # A running sum cannot be rolled back, as assisted decoding would need
         return any(layer["is_causal"] for layer in self.config.gma["layers"].values())
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs):
+        """
+        See [`PreTrainedModel.save_pretrained`].
+
+        Raises:
+            ValueError: if the folder is a file.
+        """
+        expect_no_file(save_directory)
+        super().save_pretrained(save_directory, *args, **kwargs)
 
     def post_init(self):
         install_layers(self)
