@@ -56,6 +56,10 @@ SINGLE_CASES = {
     },
     "packed bidirectional": {"length": 40, "causal": False, "packed": True, "weights": True, "normalizer": True},
     "packed bidirectional, unnormalised": {"length": 33, "causal": False, "packed": True, "normalize": False},
+    "few components, wide values": {"length": 40, "batch": 1, "components": 8, "value_dim": 70, **EVERYTHING},
+    "few components, wide values, bidirectional": {
+        "length": 33, "batch": 1, "components": 8, "value_dim": 128, "causal": False,
+    },
     "one token": {"length": 1, **EVERYTHING},
     "one token, bidirectional": {"length": 1, "causal": False, "weights": True},
     "one component": {"length": 40, "components": 1, **EVERYTHING},

@@ -76,9 +76,11 @@ def make_plan(dtype: torch.dtype, components: int, dim: int, value_dim: int, rep
     # Query heads that share keys share a block of all value dimensions
     BV = DVP if repeats > 1 else min(DVP, 64)
     small = not exact and CP * max(DP, DVP) <= 4096
+    # One program of the fused kernels has all value dimensions: several blocks of them would leave all but the first unwritten
+    fused = CP * max(DP, DVP) <= 4096 and BV == DVP
     many = 8 if CP * max(BD, BV) > 4096 else 4
     return Plan(
-        exact, T, CP, DP, BD, rows, BR, BC, BV, cdiv(DVP, BV), CP * max(DP, DVP) <= 4096,
+        exact, T, CP, DP, BD, rows, BR, BC, BV, cdiv(DVP, BV), fused,
         responsibilities={"num_warps": 8 if CP > 64 and not exact else 4, "num_stages": 3 if small else 2},
         fused_launch={"num_warps": 4, "num_stages": 2},
         states={"num_warps": 8 if BC * BV > 8192 else 4, "num_stages": 2 if exact else 3},
