@@ -8,6 +8,7 @@ from .attention import (
     available_backends,
     gaussian_mixture_affinity,
     gaussian_mixture_attention,
+    gaussian_mixture_attention_in_slots,
     gaussian_mixture_responsibilities,
 )
 
@@ -16,5 +17,6 @@ __all__ = [
     "available_backends",
     "gaussian_mixture_affinity",
     "gaussian_mixture_attention",
+    "gaussian_mixture_attention_in_slots",
     "gaussian_mixture_responsibilities",
 ]

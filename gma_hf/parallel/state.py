@@ -18,7 +18,7 @@ costs besides the message. The message has B H (C dv + C + 1) numbers for B rows
 import torch
 from torch import Tensor
 
-from ..ops.attention.functional import run_starts
+from ..ops.attention.call import run_starts
 from ..ops.attention.mixture import repeat_heads
 from .collectives import gather
 

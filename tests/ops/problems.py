@@ -39,6 +39,7 @@ class Problem:
     decay: bool = False
     state: bool = False
     packed: bool = False
+    states: bool = False  # of every packed sequence, and a spare one a row; with `state` and `packed`
     query_length: int | None = None
     seed: int = 0
 
@@ -73,9 +74,15 @@ class Problem:
             log_decay[..., 9::23] = -1e4
             tensors["log_decay"] = log_decay
         if self.state:
-            tensors["S"] = normal(batch, mixtures, self.components, self.value_dim)
-            tensors["z"] = normal(batch, mixtures, self.components).abs()
+            rows = (batch, self.num_sequences() + 1) if self.states else (batch,)
+            tensors["S"] = normal(*rows, mixtures, self.components, self.value_dim)
+            tensors["z"] = normal(*rows, mixtures, self.components).abs()
         return tensors
+
+    def num_sequences(self) -> int:
+        """The most that a row has."""
+        ids = Problem.sequence_ids(self)
+        return 1 + int((ids[:, 1:] != ids[:, :-1]).sum(dim=1).max())
 
     def sequence_ids(self) -> Tensor | None:
         """Runs of random lengths; an id may come back later, which is another sequence."""
@@ -89,7 +96,7 @@ class Problem:
         """Output and, where there are, normaliser and final state."""
         tensors = dict(tensors)
         state = (tensors.pop("S"), tensors.pop("z")) if self.state else None
-        with_state = self.causal or not self.packed
+        with_state = self.causal or self.states or not self.packed
         with_normalizer = self.normalize and self.normalizer
         result = gaussian_mixture_attention(
             **tensors,

@@ -8,16 +8,18 @@ Gaussian mixture attention. Tokens write values to the components of a mixture, 
 
 `functional` is the public door, `call` what passes it, its checks and the table of the ways, `mixture` gamma. The ways register
 themselves in the table when they are imported, here: `fused` (the kernels in `triton`), `recurrent` (token by token, and one
-decoding step), `chunked` (linear time, with gradients), `reference` (the definition). `minimal` is the chunked pass, to be read.
+decoding step), `chunked` (linear time, with gradients), `reference` (the definition). `packed` makes rows of packed sequences that have a
+state each, for any of these ways, and `slots` advances states where they lie. `minimal` is the chunked pass, to be read.
 """
 
-from . import chunked, fused, recurrent, reference
+from . import chunked, fused, packed, recurrent, reference
 from .functional import (
     available_backends,
     gaussian_mixture_affinity,
     gaussian_mixture_attention,
     gaussian_mixture_responsibilities,
 )
+from .slots import gaussian_mixture_attention_in_slots
 
 
 __all__ = [
@@ -26,7 +28,9 @@ __all__ = [
     "fused",
     "gaussian_mixture_affinity",
     "gaussian_mixture_attention",
+    "gaussian_mixture_attention_in_slots",
     "gaussian_mixture_responsibilities",
+    "packed",
     "recurrent",
     "reference",
 ]

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ...compat import is_transformed
 from ..dispatch import BACKENDS, Ways, expect_one_device
@@ -19,6 +20,8 @@ from .mixture import MixtureCoefficients, mixture_coefficients
 WAYS = Ways("call", BACKENDS)
 # The matrix that attention implies, of a call without values: by its definition alone
 AFFINITY = Ways("affinity", ("reference",))
+# Packed sequences that have a state each: batches of sequences, each batch by one of the ways above
+PACKED = Ways("packed call", ("rows",))
 TENSORS = ("query", "key", "value", "means", "raw_variances", "prior_logits", "write_weight", "log_decay")
 OPTIONAL = ("write_weight", "log_decay", "sequence_ids")
 State = tuple[Tensor, Tensor]  # S [batch, mixtures, components, value_dim], z [batch, mixtures, components]
@@ -27,8 +30,8 @@ State = tuple[Tensor, Tensor]  # S [batch, mixtures, components, value_dim], z [
 class AttentionCall(NamedTuple):
     """One validated call of the operator, as every way to compute it receives it.
 
-    Packed sequences have become resets in `log_decay` already, so that a way knows the write weight and the decay
-    of the general recurrence only.
+    Packed sequences have become resets in `log_decay` already, or rows if they have a state each, so that a way knows the write
+    weight and the decay of the general recurrence only.
     """
 
     query: Tensor  # [batch, query_heads, query_length, routing_dim]
@@ -87,6 +90,17 @@ class AttentionResult(NamedTuple):
     normalizer: Tensor | None = (
         None  # D = gamma^Q z + eps [batch, query_heads, query_length], in the state's precision
     )
+
+
+def has_states_per_sequence(call: AttentionCall) -> bool:
+    """Whether every packed sequence starts from a state of its own."""
+    return call.initial_state is not None and call.initial_state[0].ndim == 5
+
+
+def run_starts(sequence_ids: Tensor) -> Tensor:
+    """True where a new run of equal ids begins, [batch, length]; False at position 0, which continues a state."""
+    changes = sequence_ids[:, 1:] != sequence_ids[:, :-1]
+    return F.pad(changes, (min(1, sequence_ids.shape[1]), 0))
 
 
 # Messages are formatted only when they are raised: formatting a size would fix it to a constant in a compiled graph.
@@ -179,13 +193,15 @@ def validate_call(call: AttentionCall, sequence_ids: Tensor | None) -> None:
         if len(call.initial_state) != 2:
             raise ValueError(f"initial_state has {len(call.initial_state)} parts, expected the pair (S, z).")
         S, z = call.initial_state
-        layout = "[batch, mixtures, components"
         tensors |= {"initial_state S": S, "initial_state z": z}
-        another = "Was it written by another model?"
-        expect_shape(
-            "initial_state S", S, f"{layout}, value_dim]", batch, mixtures, components, value.shape[3], advice=another
-        )
-        expect_shape("initial_state z", z, f"{layout}]", batch, mixtures, components, advice=another)
+        layout, sizes, advice = "[batch, mixtures, components", (batch, mixtures), "Was it written by another model?"
+        if has_states_per_sequence(call):
+            layout, sizes = "[batch, sequences, mixtures, components", (batch, S.shape[1], mixtures)
+            if sequence_ids is None:
+                advice = "Only packed sequences have a state each: pass sequence_ids, too."
+                layout, sizes = "[batch, mixtures, components", (batch, mixtures)
+        expect_shape("initial_state S", S, f"{layout}, value_dim]", *sizes, components, value.shape[3], advice=advice)
+        expect_shape("initial_state z", z, f"{layout}]", *sizes, components, advice=advice)
     expect_one_device(tensors.items())
     validate_mode(call, sequence_ids)
 
@@ -212,8 +228,9 @@ def validate_mode(call: AttentionCall, sequence_ids: Tensor | None) -> None:
     if not call.causal:
         if call.log_decay is not None:
             raise ValueError("log_decay is given with causal=False, but forgetting has a direction; use causal=True.")
-        if sequence_ids is not None and (call.initial_state is not None or call.output_final_state):
+        has_state = call.initial_state is not None or call.output_final_state
+        if sequence_ids is not None and has_state and not has_states_per_sequence(call):
             raise ValueError(
                 "initial_state or output_final_state is given with sequence_ids and causal=False, where each packed "
-                "sequence has a state of its own; drop it, or run the sequences one by one."
+                "sequence has a state of its own; drop it, or give an initial_state [batch, sequences, ...] (zeros will do)."
             )

@@ -10,11 +10,14 @@ from torch.nn import functional as F
 from ..dispatch import expect_one_device
 from .call import (
     AFFINITY,
+    PACKED,
     WAYS,
     AttentionCall,
     AttentionResult,
     State,
     expect_floating,
+    has_states_per_sequence,
+    run_starts,
     validate_call,
     validate_mixture,
 )
@@ -76,13 +79,17 @@ def gaussian_mixture_attention(
         log_decay: `[batch, h, length]` with h dividing `mixtures`, <= 0, causal only. `-inf` forgets everything
             before the token; None means 0, no forgetting.
         sequence_ids: `[batch, length]` integers. A maximal run of equal ids is one sequence; tokens of different
-            sequences never see each other. An `initial_state` belongs to the first sequence of its row.
+            sequences never see each other. An `initial_state` of `[batch, ...]` belongs to the first sequence of its row.
         normalize: divide by the accumulated weight (the paper), or return the plain sum.
         eps: added to the accumulated weight before the division.
         variance_floor: smallest variance, in squared units of `query` and `key`.
         initial_state: `(S, z)`, `[batch, mixtures, components, value_dim]` and `[batch, mixtures, components]`, as
-            returned by an earlier call. Never modified.
-        output_final_state: also return `(S, z)` after the last token.
+            returned by an earlier call. Never modified. With `sequence_ids` it may also be `[batch, sequences, mixtures,
+            components, value_dim]` and `[batch, sequences, mixtures, components]`: sequence s of a row then starts from state
+            s, and the final states have the same shape. States without a sequence stay what they are. The lengths of the
+            sequences are read on the host.
+        output_final_state: also return `(S, z)` after the last token; of every sequence if every sequence has an initial
+            state (zeros will do).
         output_normalizer: also return what the read is divided by, `D = gamma(q_t) z_t + eps`; only with `normalize`.
         correlate: write and read by the correlation of routes; only with normalize=False and two
             components or more. z is not needed, and stays 0.
@@ -137,7 +144,9 @@ def attend(
     validate_call(call, sequence_ids)
     call = with_mixture_heads(call)
     with without_autocast(call.query.device.type):
-        if sequence_ids is not None and not call.causal:
+        if has_states_per_sequence(call):
+            result = PACKED.choose(call, sequence_ids, backend).run(call, sequence_ids, backend)
+        elif sequence_ids is not None and not call.causal:
             result = packed_bidirectional(call, sequence_ids, backend)
         else:
             call = with_resets(call, sequence_ids)
@@ -258,12 +267,6 @@ def without_autocast(device_type: str) -> AbstractContextManager:
     if torch.compiler.is_compiling() or torch.is_autocast_enabled(device_type):
         return torch.autocast(device_type=device_type, enabled=False)
     return nullcontext()
-
-
-def run_starts(sequence_ids: Tensor) -> Tensor:
-    """True where a new run of equal ids begins, [batch, length]; False at position 0, which continues a state."""
-    changes = sequence_ids[:, 1:] != sequence_ids[:, :-1]
-    return F.pad(changes, (min(1, sequence_ids.shape[1]), 0))
 
 
 def with_mixture_heads(call: AttentionCall) -> AttentionCall:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..attention.functional import run_starts
+from ..attention.call import run_starts
 
 
 class WindowPlan(NamedTuple):

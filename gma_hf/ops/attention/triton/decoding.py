@@ -8,7 +8,8 @@ A program has one mixture and a block of the value dimensions; the mixture's coe
 registers. All of it in float32: there is nothing for matrix units here.
 
 query [B, HQ, N, D], key [B, HK, N, D], value [B, HK, N, DV], mixtures M -> output [B, HQ, N, DV], if asked for the
-denominators D [B, HQ, N] in float32, S [B, M, C, DV] and z [B, M, C] float32.
+denominators D [B, HQ, N] in float32, S [B, M, C, DV] and z [B, M, C] float32. In slots: row b goes on from S[slots[b]] and
+z[slots[b]] of S [slots, M, C, DV], z [slots, M, C], and writes them back there.
 """
 
 import functools
@@ -45,13 +46,13 @@ def route_of(X, columns, C, D, linear, quadratic, bias, CP: tl.constexpr, CORREL
 
 @triton.jit(do_not_specialize=["N", "M", "kv_groups"])
 def decode_kernel(
-    Q, K, V, Means, RawVariances, Priors, W, LA, S, Z, Output, Normalizer, NewS, NewZ,
+    Q, K, V, Means, RawVariances, Priors, W, LA, S, Z, Slots, Output, Normalizer, NewS, NewZ,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     stride_wb, stride_wh, stride_wn, stride_ab, stride_ah, stride_an, stride_ob, stride_oh, stride_on,
-    N, M, C, D, DV, kv_groups, eps, variance_floor,
+    stride_ss, stride_zs, N, M, C, D, DV, kv_groups, eps, variance_floor,
     R: tl.constexpr, CP: tl.constexpr, DP: tl.constexpr, BV: tl.constexpr, NV: tl.constexpr,
     HAS_WEIGHT: tl.constexpr, HAS_DECAY: tl.constexpr, CORRELATE: tl.constexpr, HAS_STATE: tl.constexpr,
-    NORMALIZE: tl.constexpr, OUTPUT_NORMALIZER: tl.constexpr,
+    HAS_SLOTS: tl.constexpr, NORMALIZE: tl.constexpr, OUTPUT_NORMALIZER: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     v, mixture = program % NV, (program // NV) % M
@@ -71,9 +72,13 @@ def decode_kernel(
     slab = batch * M + mixture
     of_state = components[:, None] * DV + value_columns[None, :]
     in_state = exists[:, None] & has_value[None, :]
+    of_S, of_z = slab * C * DV, slab * C
+    if HAS_SLOTS:
+        slot = tl.load(Slots + batch).to(tl.int64)
+        of_S, of_z = slot * stride_ss + mixture * C * DV, slot * stride_zs + mixture * C
     if HAS_STATE:
-        state = tl.load(S + slab * C * DV + of_state, mask=in_state, other=0.0).to(tl.float32)
-        norm = tl.load(Z + slab * C + components, mask=exists, other=0.0).to(tl.float32)
+        state = tl.load(S + of_S + of_state, mask=in_state, other=0.0).to(tl.float32)
+        norm = tl.load(Z + of_z + components, mask=exists, other=0.0).to(tl.float32)
     else:
         state = tl.zeros([CP, BV], tl.float32)
         norm = tl.zeros([CP], tl.float32)
@@ -109,8 +114,8 @@ def decode_kernel(
             to = Output + batch * stride_ob + head * stride_oh + token * stride_on + value_columns
             tl.store(to, rounded(read, Output.dtype.element_ty), mask=has_value)
 
-    tl.store(NewS + slab * C * DV + of_state, state, mask=in_state)
-    if v == 0:
+    tl.store(NewS + of_S + of_state, state, mask=in_state)
+    if v == 0:  # in slots, too, not where it was read: the programs of the other values may read it later
         tl.store(NewZ + slab * C + components, norm, mask=exists)
 
 
@@ -131,24 +136,35 @@ def fused_decoding(
     output_normalizer, correlate,
 ):  # fmt: skip
     """Output, D (of size 0 unless output_normalizer), S, z."""
+    output, (new_S, new_z) = empty_output(query, value), empty_state(query, means, value)
+    normalizer = empty_normalizer(query, output_normalizer)
+    state = (None, None) if S is None else (S.contiguous(), z.contiguous())
+    launch(
+        query, key, value, means, raw_variances, prior_logits, write_weight, log_decay, *state, None, output,
+        normalizer if output_normalizer else None, new_S, new_z, eps, variance_floor, correlate,
+    )  # fmt: skip
+    return output, normalizer, new_S, new_z
+
+
+def launch(
+    query, key, value, means, raw_variances, prior_logits, write_weight, log_decay, S, z, slots, output, normalizer,
+    new_S, new_z, eps, variance_floor, correlate,
+) -> None:  # fmt: skip
+    """One launch of the kernel; what it writes exists already."""
     batch, query_heads, length, dim = query.shape
     (mixtures, components, _), value_dim = means.shape, value.shape[-1]
     query, key, value = row_contiguous(query), row_contiguous(key), row_contiguous(value)
     CP, DP, block, blocks = sizes(components, dim, value_dim)
-    output, (new_S, new_z) = empty_output(query, value), empty_state(query, means, value)
-    normalizer = empty_normalizer(query, output_normalizer)
-    state = (None, None) if S is None else (S.contiguous(), z.contiguous())
     decode_kernel[(batch * mixtures * blocks,)](
         query, key, value, means.contiguous(), raw_variances.contiguous(), prior_logits.contiguous(), write_weight,
-        log_decay, *state, output, normalizer if output_normalizer else None, new_S, new_z,
+        log_decay, S, z, slots, output, normalizer, new_S, new_z,
         *strides(query), *strides(key), *strides(value), *strides(write_weight), *strides(log_decay),
-        *output.stride()[:3], length, mixtures, components, dim, value_dim, mixtures // key.shape[1],
-        0.0 if eps is None else eps, variance_floor,
+        *output.stride()[:3], *((0, 0) if slots is None else (S.stride(0), z.stride(0))), length, mixtures, components,
+        dim, value_dim, mixtures // key.shape[1], 0.0 if eps is None else eps, variance_floor,
         R=query_heads // mixtures, CP=CP, DP=DP, BV=block, NV=blocks, HAS_WEIGHT=write_weight is not None,
-        HAS_DECAY=log_decay is not None, CORRELATE=correlate, HAS_STATE=S is not None, NORMALIZE=eps is not None,
-        OUTPUT_NORMALIZER=output_normalizer, num_warps=8 if CP * DP > 4096 else 4,
+        HAS_DECAY=log_decay is not None, CORRELATE=correlate, HAS_STATE=S is not None, HAS_SLOTS=slots is not None,
+        NORMALIZE=eps is not None, OUTPUT_NORMALIZER=normalizer is not None, num_warps=8 if CP * DP > 4096 else 4,
     )  # fmt: skip
-    return output, normalizer, new_S, new_z
 
 
 @functools.cache
@@ -177,3 +193,38 @@ def _(
 
 
 vmapped_by_loops("fused_decoding")
+
+
+torch.library.define(
+    "gma_hf::fused_decoding_in_slots",
+    f"({INPUTS}, Tensor(a!) S, Tensor(b!) z, Tensor slots, float? eps, float variance_floor, bool correlate) -> Tensor",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+
+
+@torch.library.impl("gma_hf::fused_decoding_in_slots", ("cpu", "cuda"))
+@on_one_device
+@on_its_device
+def fused_decoding_in_slots(
+    query, key, value, means, raw_variances, prior_logits, write_weight, log_decay, S, z, slots, eps, variance_floor,
+    correlate,
+):  # fmt: skip
+    """The output; S and z of the slots are written in place. What is in one slot lies together."""
+    output, slots = empty_output(query, value), slots.contiguous()
+    new_z = z.new_empty(len(slots), *z.shape[1:])
+    launch(
+        query, key, value, means, raw_variances, prior_logits, write_weight, log_decay, S, z, slots, output, None, S,
+        new_z, eps, variance_floor, correlate,
+    )  # fmt: skip
+    if not correlate:  # correlated routes have no z
+        z.index_copy_(0, slots.long(), new_z)
+    return output
+
+
+@torch.library.register_fake("gma_hf::fused_decoding_in_slots")
+@on_one_device
+def _(
+    query, key, value, means, raw_variances, prior_logits, write_weight, log_decay, S, z, slots, eps, variance_floor,
+    correlate,
+):  # fmt: skip
+    return empty_output(query, value)
