@@ -10,7 +10,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import gma_hf.ops
 from gma_hf import GMAForCausalLM, GMAForMaskedLM
-from gma_hf.ops import gaussian_mixture_affinity, gaussian_mixture_attention, gaussian_mixture_responsibilities
+from gma_hf.ops import (
+    gaussian_mixture_affinity,
+    gaussian_mixture_attention,
+    gaussian_mixture_attention_in_slots,
+    gaussian_mixture_responsibilities,
+)
 from gma_hf.ops.triton_support import INSTALLED
 from tests.conftest import make_model, tiny_config
 
@@ -95,6 +100,9 @@ def recorded_calls(monkeypatch) -> dict:
             model(tokens, labels=tokens).loss.backward()
             model.generate(tokens, max_new_tokens=2)
             turn_back(torch.ones(1, 2, 3, 4), torch.ones(1, 3, 2), torch.zeros(1, 3, 2), 4)
+            step = {name: x.float() for name, x in Problem(length=1).tensors().items()}
+            states = torch.zeros(4, 1, 5, 3), torch.zeros(4, 1, 5)
+            gaussian_mixture_attention_in_slots(**step, states=states, slots=torch.tensor([2, 0]))
         monkeypatch.delenv("GMA_HF_BACKEND")
         return recorder.calls | with_kernels.calls
     return recorder.calls
