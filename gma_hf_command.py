@@ -1,8 +1,8 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
 """
-The command `gma-hf`: finds the verb, and lets `gma_hf.commands` do the work.
+The command `gma-hf`: find the verb, and call its function in `gma_hf.commands`.
 
-This file lies beside the package, so that `gma-hf --help` answers at once: whatever lies in the package loads PyTorch first.
+This file is outside of the package, so that `gma-hf --help` answers at once: files of the package load PyTorch first.
 """
 
 import difflib
@@ -15,11 +15,11 @@ VERBS = {
     "train-mlm": ("train_mlm", "train a masked language model"),
     "train-classification": ("train_classification", "train or fine-tune a text classifier"),
     "convert": ("convert", "replace the softmax of a pretrained model by Gaussian mixtures"),
-    "distill": ("distill", "convert a pretrained model and distil it until it is as good as before"),
-    "analyze": ("analyze", "show what the mixtures of a model route where, as a page"),
+    "distill": ("distill", "convert a pretrained model and distil it to recover its quality"),
+    "analyze": ("analyze", "show where the mixtures of a model route tokens, as a page"),
     "card": ("card", "measure a language model with confidence intervals, and write its model card"),
     "publish": ("publish", "check a trained model and upload it to the Hub"),
-    "demo": ("demo", "train a small model in minutes, let it write, and look at its mixtures"),
+    "demo": ("demo", "train a small model in minutes, generate text, and analyse its mixtures"),
 }
 
 
@@ -58,7 +58,7 @@ def run_verb(verb: str, argv: list[str]) -> None:
 
 
 def overview() -> str:
-    """The verbs, one a line."""
+    """The verbs, one per line."""
     lines = ["usage: gma-hf VERB [arguments]", "", "Gaussian Mixture Attention for Hugging Face Transformers.", ""]
     lines += [f"  {verb:<22}{summary}" for verb, (_, summary) in VERBS.items()]
     return "\n".join([*lines, "", "gma-hf VERB --help explains a verb; --version prints the version."])

@@ -1,6 +1,6 @@
 #!/usr/bin/env python
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
-"""The command `gma-hf analyze`: show what the mixtures of a model route where, as a page. See `gma_hf/commands/analyze.py`."""
+"""The command `gma-hf analyze`: show where the mixtures of a model route tokens, as a page. See `gma_hf/commands/analyze.py`."""
 
 import sys
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env python
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
-"""The command `gma-hf distill`: convert a pretrained model and distil it until it is as good as before. See `gma_hf/commands/distill.py`."""
+"""The command `gma-hf distill`: convert a pretrained model and distil it to recover its quality. See `gma_hf/commands/distill.py`."""
 
 import sys
 

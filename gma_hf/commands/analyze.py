@@ -1,9 +1,9 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
-"""Analyse how the Gaussian mixtures of a model route the tokens of a text: report.html to read, report.json to compute.
+"""Analyse how the Gaussian mixtures of a model route the tokens of a text, and write report.html and report.json.
 
     gma-hf analyze outputs/demo --text book.txt --output analysis
 
-MODEL is a folder or hub name of a GMA model or of a model that was converted to GMA; `--help` lists the options.
+MODEL is a folder or Hub name of a GMA model or of a converted model. `--help` lists the options.
 """
 
 import logging
@@ -23,7 +23,7 @@ from .running import expect_one_process
 
 @dataclass
 class AnalysisArguments:
-    """What is read, and how closely."""
+    """The text to read, and the detail of the analysis."""
 
     text: list[str] = field(
         metadata={"help": "UTF-8 text files, plain or with .gz or .xz, read one after the other.", "required": True}

@@ -7,9 +7,9 @@
     gma-hf card model_cards/gma-gated-wikipedia-36m --model outputs/gma_gated-1024-64-0 \
         --benchmark benchmarks/results/language_modeling.json --row gma_gated:1024:64:0
 
-CARD is a folder with `card.yaml` (what the model is for, its data, its limits) and `recipe.yaml` (arguments of the
-training script). With --model, `results.json` becomes that of the model's folder (or what a benchmark says that trained the
-model) with the measurements added, and config.json is copied; `README.md` is always written anew. `--help` lists the options.
+CARD is a folder with `card.yaml` (what the model is for, its data, its limits) and `recipe.yaml` (arguments of the training
+command). With --model, the command copies `config.json` and `results.json` from the folder of the model (or takes the results of
+the benchmark that trained the model), and adds the measurements. It always writes `README.md` anew. `--help` lists the options.
 """
 
 import json
@@ -34,7 +34,7 @@ from .shared.training import set_up_logging
 
 @dataclass
 class CardArguments:
-    """What is measured."""
+    """The model, and the texts to measure it on."""
 
     model: str | None = field(
         default=None, metadata={"help": "Folder of the model. Default: measure nothing, write the card anew."}
@@ -60,7 +60,7 @@ class CardArguments:
 
 
 def measure(card: Path, args: CardArguments) -> None:
-    """Write `results.json` and `config.json` into the card's folder."""
+    """Write `results.json` and `config.json` into the folder of the card."""
     texts = {}
     for word in args.evaluate:
         name, equals, pattern = word.partition("=")
@@ -89,10 +89,11 @@ def measure(card: Path, args: CardArguments) -> None:
 
 
 def keep_evaluations(path: Path, results: dict[str, Any]) -> None:
-    """Add to new results what an earlier call measured of the same model.
+    """
+    Add the measurements of an earlier call on the same model to new results.
 
     Raises:
-        TrainingInputError: if the file holds results of another model, which would be lost.
+        TrainingInputError: if the file has results of another model, which would be lost.
     """
     if not path.is_file():
         return

@@ -5,8 +5,8 @@
     gma-hf convert scripts/configs/convert_attention.yaml MODEL --train_file corpus.txt \
         --output_dir converted
 
-Arguments come from the command line, or from a JSON or YAML file that stands first; `--help` and `--help-all` list them. The folder gets
-the model, its tokenizer, `results.json` and a model card. `gma-hf distill` recovers what the conversion costs.
+Pass arguments on the command line, or in a JSON or YAML file before them. `--help` and `--help-all` list the arguments. The
+output folder gets the model, its tokenizer, `results.json` and a model card. `gma-hf distill` recovers the quality.
 """
 
 import logging
@@ -40,7 +40,7 @@ from .shared.training import check_length, set_up_logging
 
 @dataclass
 class OutputArguments:
-    """Where the result goes."""
+    """The output folder."""
 
     output_dir: str = field(metadata={"help": "Folder of the converted model."})
     seed: int = field(default=0, metadata={"help": "Seed of the data's order, the samples and the mixtures."})

@@ -1,7 +1,7 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
 """
-The first minutes: train a small gated GMA language model on the source code of Python's standard library, which every
-machine has, evaluate it, let it write, reload it in a fresh process, and look at what its components specialised on.
+Train a small gated GMA language model on the source code of Python's standard library, which every machine has. Then evaluate
+it, generate text, reload the model in a fresh process, and plot what its components specialised on.
 
     gma-hf demo            # some minutes on two cores; `make demo` stops after 60 steps
 """
@@ -51,7 +51,7 @@ def say(text: str):
 
 
 def standard_library() -> tuple[Dataset, Dataset]:
-    """Source files of the standard library as documents, and some of them held out."""
+    """Source files of the standard library as documents, with some files held out."""
     root = Path(sysconfig.get_paths()["stdlib"])
     left_out = {"test", "tests", "idlelib", "lib2to3", "site-packages", "__pycache__", "pydoc_data", "encodings"}
     files = sorted(path for path in root.rglob("*.py") if not left_out & set(path.relative_to(root).parts))
@@ -63,7 +63,7 @@ def standard_library() -> tuple[Dataset, Dataset]:
 
 
 def category(token: str) -> str:
-    """What a token is on its surface."""
+    """The surface category of a token."""
     word = token.strip(" ")
     if not token.strip():
         return "line break" if "\n" in token else "indentation"
@@ -81,7 +81,7 @@ def category(token: str) -> str:
 
 
 def visible(token: str) -> str:
-    """A token as the plot writes it, its white space made visible."""
+    """A token as the plot writes it, with visible white space."""
     for white_space, mark in ((" " * 4, "→"), (" ", "·"), ("\n", "↵"), ("\t", "→"), ("$", r"\$")):
         token = token.replace(white_space, mark)
     return token
@@ -89,7 +89,7 @@ def visible(token: str) -> str:
 
 @torch.no_grad()
 def plot_specialisation(model, tokenizer, blocks: Dataset, path: Path):
-    """A heat map of the head whose components tell the categories of tokens apart best."""
+    """A heat map of the head whose components separate the categories of tokens best."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,12 +1,12 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
-"""Convert a pretrained model to Gaussian Mixture Attention and distil it until it is what it was.
+"""Convert a pretrained model to Gaussian Mixture Attention and distil it to recover its quality.
 
     gma-hf distill scripts/configs/distill.yaml MODEL --train_file corpus.txt --output_dir distilled
     accelerate launch scripts/distill.py scripts/configs/distill.yaml MODEL --train_file corpus.txt --output_dir distilled
 
-Conversion, calibration, attention transfer, distillation, and fine-tuning if wanted; an evaluation after each of them, and
-texts generated before and after. The same command goes on where an earlier run was interrupted. Arguments come from the
-command line, or from a JSON or YAML file that stands first; `--help` lists them.
+The steps are conversion, calibration, attention transfer, distillation, and optional fine-tuning. Each step ends with an
+evaluation, and the command generates texts before and after. To continue an interrupted run, give the same command. Pass
+arguments on the command line, or in a JSON or YAML file before them. `--help` lists the arguments.
 """
 
 import json
@@ -65,7 +65,9 @@ STATES = {
 
 @dataclass
 class RecipeArguments:
-    """How long and how fast each stage learns; 0 steps leave a stage out. `--learning_rate` is that of distillation."""
+    """
+    Steps and learning rates of each stage. 0 steps skip a stage. `--learning_rate` is the learning rate of the distillation.
+    """
 
     transfer_steps: int = field(default=500, metadata={"help": "Steps of attention transfer."})
     transfer_learning_rate: float = field(default=5e-3, metadata={"help": "Its learning rate."})
@@ -160,7 +162,7 @@ def convert_and_distil(
     stages: list[GMADistillationArguments],
     run: RunFolder,
 ) -> None:
-    """Convert the model or load what an earlier start converted, train every stage, evaluate, and report."""
+    """Convert the model, or load the converted model of an earlier start; train every stage, evaluate, and report."""
     folder = Path(args.output_dir)
     initial = folder / "0-initialised"
     teacher, tokenizer = load_source(source)

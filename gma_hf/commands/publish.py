@@ -4,8 +4,8 @@
     gma-hf publish outputs/wikipedia --repo_id user/gma-wikipedia --card model_cards/gma-gated-wikipedia-36m
     gma-hf publish outputs/wikipedia --repo_id user/gma-wikipedia --upload
 
-MODEL is a folder that a training script or save_pretrained wrote; it is only read. Without --upload nothing leaves this
-machine: the folder is assembled and checked, and the script says what would happen. `--help` lists the options.
+MODEL is a folder that a training command or save_pretrained wrote. The command only reads it. Without --upload, nothing leaves this
+machine: the command assembles and checks the folder, and says what it would upload. `--help` lists the options.
 """
 
 import tempfile
@@ -23,7 +23,7 @@ from .running import expect_one_process
 
 @dataclass
 class PublishingArguments:
-    """What is published, and where."""
+    """What to publish, and where."""
 
     repo_id: str = field(metadata={"help": "Name on the hub, user/name.", "required": True})
     card: str | None = field(
@@ -47,7 +47,7 @@ class PublishingArguments:
 
 
 def describe(assembly: Assembly) -> str:
-    """The files with their sizes, and what stays behind."""
+    """The files with their sizes, and the files that are not published."""
     width = max(map(len, assembly.files))
     lines = [f"  {name:<{width}}  {size:>15,} bytes" for name, size in assembly.files.items()]
     lines.append(f"{len(assembly.files)} files, {assembly.num_bytes / 1e6:,.1f} MB")
@@ -86,7 +86,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def beside(output: str | None) -> Path | None:
-    """The folder that temporary files go to: the one that the output lies in, so that large files need not be copied."""
+    """The folder for temporary files: the parent of the output folder, so that large files need not be copied."""
     if output is None:
         return None
     parent = Path(output).expanduser().resolve().parent

@@ -1,5 +1,7 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
-"""How every command ends: what a user can change is one line and no traceback, and Ctrl-C says where to go on."""
+"""
+The end of every command: an error that the user can fix is one line without a traceback, and Ctrl-C says how to continue.
+"""
 
 import errno
 import os
@@ -20,10 +22,11 @@ REFUSALS = {
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a command. Input errors, NaNs and a full disk end it with one message and exit code 1, Ctrl-C with 130.
+    """
+    Run a command. Input errors, NaNs and a full disk end it with one message and exit code 1, Ctrl-C with exit code 130.
 
     Args:
-        main: the command.
+        main (`Callable`): the command.
     """
     try:
         main()
@@ -40,7 +43,7 @@ def run(main: Callable[[], None]) -> None:
 
 
 def refused_by_file_system(error: BaseException | None) -> str | None:
-    """Say what the file system refused, also where a library wraps its answer in an error of its own; None for others."""
+    """The message for an error of the file system, also if a library wraps it in another error; `None` for other errors."""
     while error is not None:
         if isinstance(error, OSError) and error.errno in REFUSALS:
             where = f" {error.filename}" if error.filename else ""
@@ -57,8 +60,10 @@ def refused_by_file_system(error: BaseException | None) -> str | None:
 
 def expect_one_process() -> None:
     """
+    Refuse several processes, which would all write the same folder.
+
     Raises:
-        TrainingInputError: if several processes were started, which would all write the same folder.
+        TrainingInputError: if several processes were started.
     """
     num_processes = int(os.environ.get("WORLD_SIZE", "1"))
     if num_processes > 1:

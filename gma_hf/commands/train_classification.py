@@ -4,7 +4,7 @@
     gma-hf train-classification scripts/configs/train_classification.yaml \
         --train_file train.jsonl --validation_file valid.jsonl --output_dir runs/classifier
 
-Arguments come from the command line, or from a JSON or YAML file that stands first; `--help` and `--help-all` list them.
+Pass arguments on the command line, or in a JSON or YAML file before them. `--help` and `--help-all` list the arguments.
 """
 
 from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding

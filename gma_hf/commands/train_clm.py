@@ -4,7 +4,7 @@
     gma-hf train-clm scripts/configs/train_clm.yaml --train_file corpus.txt --output_dir runs/clm
     accelerate launch scripts/train_clm.py scripts/configs/train_clm.yaml --train_file corpus.txt --output_dir runs/clm
 
-Arguments come from the command line, or from a JSON or YAML file that stands first; `--help` and `--help-all` list them.
+Pass arguments on the command line, or in a JSON or YAML file before them. `--help` and `--help-all` list the arguments.
 """
 
 from transformers import AutoModelForCausalLM

@@ -3,7 +3,7 @@
 
     gma-hf train-mlm scripts/configs/train_mlm.yaml --train_file corpus.txt --output_dir runs/mlm
 
-Arguments come from the command line, or from a JSON or YAML file that stands first; `--help` and `--help-all` list them.
+Pass arguments on the command line, or in a JSON or YAML file before them. `--help` and `--help-all` list the arguments.
 """
 
 from transformers import AutoModelForMaskedLM

@@ -1,5 +1,5 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
-"""What is wrong with a configuration, and that it is a `ValueError`, whichever library finds it. A misspelt field is wrong, too."""
+"""Checks of a configuration. Every error is a `ValueError`, whichever library finds it, also for misspelt fields."""
 
 import difflib
 import functools
@@ -33,7 +33,7 @@ class ConfigurationValueError(StrictDataclassClassValidationError, ValueError):
 
 
 def translated(method: Callable) -> Callable:
-    """A method whose validation errors are `ValueError`s as well."""
+    """A method whose validation errors are also `ValueError`s."""
 
     @functools.wraps(method)
     def call(*args, **kwargs):
@@ -50,7 +50,7 @@ def translated(method: Callable) -> Callable:
 
 
 def raises_value_errors(cls: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
-    """Decorator of a class that `@strict` validates: its errors are `ValueError`s, and what `@strict` raises, too."""
+    """Decorator for a class that `@strict` validates: its errors are `ValueError`s, and the errors of `@strict`, too."""
     for name in ("__init__", "__setattr__", "validate"):
         setattr(cls, name, translated(getattr(cls, name)))
     return cls
@@ -58,8 +58,8 @@ def raises_value_errors(cls: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
 
 def refuse_misspelt(cls: type[PreTrainedConfig], names: Iterable[str]) -> None:
     """
-    Refuse names that are nearly those of fields: a configuration would keep them, and no model would read them. Names that
-    resemble no field are left to Transformers, which keeps them as attributes.
+    Refuse names that are very similar to names of fields: a configuration would keep them, and no model would read them.
+    Names that resemble no field are left to Transformers, which keeps them as attributes.
 
     Raises:
         ValueError: with the field that was probably meant.
@@ -76,8 +76,10 @@ def refuse_misspelt(cls: type[PreTrainedConfig], names: Iterable[str]) -> None:
 
 def expect_possible(config: PreTrainedConfig) -> None:
     """
+    Check the values and combinations of a `GMAConfig`.
+
     Raises:
-        ValueError: for impossible values and combinations of a `GMAConfig`, with the valid choice.
+        ValueError: for impossible values and combinations, with the valid choice.
     """
     for name in (
         "vocab_size",

@@ -1,13 +1,13 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
 """
-Splitting a batch. Every process has the whole batch, and takes its columns of whatever has one column a token.
+Split a batch. Every process has the whole batch, and takes its columns of all tensors with one column per token.
 
-A causal model predicts token t + 1 at token t, so the label of a part's last token stands in the next part: labels are shifted
-before they are cut. The loss of a batch with N labels is the mean over all of them; each process computes
+A causal model predicts token t + 1 at token t, so the label of the last token of a part is in the next part. So labels are
+shifted before they are cut. The loss of a batch with N labels is the mean over all labels. Each process computes
 
     loss_r = (sum over the labels of its part) / N
 
-so that the losses of the processes, and their gradients, add up to those of one process.
+so the losses of the processes, and their gradients, add up to the loss and the gradients of one process.
 """
 
 from typing import Any
@@ -35,13 +35,13 @@ def split_batch(context: ContextParallel, batch: dict[str, Any], shift_labels: b
 
     Args:
         context ([`ContextParallel`]): the processes.
-        batch (`dict`): the arguments of a model; the same on every process. Tensors of shape `(batch, length, ...)` are cut,
+        batch (`dict`): the arguments of a model, the same on every process. Tensors of shape `(batch, length, ...)` are cut,
             other values stay.
-        shift_labels (`bool`, *optional*, defaults to `True`): whether `labels` are those of a causal language model, which
-            the model would shift by one token. `False` for masked language models and token classifiers.
+        shift_labels (`bool`, *optional*, defaults to `True`): whether `labels` are the labels of a causal language model,
+            which the model would shift by one token. `False` for masked language models and token classifiers.
 
     Returns:
-        `dict`: the part, for `model(**part)`. Beside `labels` there are `shift_labels`, if they are shifted, and
+        `dict`: the part, for `model(**part)`. With `labels` there are also `shift_labels`, if they are shifted, and
         `num_items_in_batch`, the number of labels of the whole batch.
 
     Raises:
@@ -96,7 +96,7 @@ def split_batch(context: ContextParallel, batch: dict[str, Any], shift_labels: b
 
 def part_of(length: int, rank: int, size: int) -> tuple[int, int]:
     """
-    The first place of a part and the place behind its last one. Parts differ by one token at most.
+    The first place of a part and the place after its last place. The lengths of parts differ by one token at most.
 
     Raises:
         ValueError: if there are fewer tokens than processes.
@@ -130,7 +130,7 @@ def expect_same(context: ContextParallel, batch: dict[str, Any], device: torch.d
 
 
 def fingerprint(batch: dict[str, Any]) -> list[int]:
-    """Two numbers that depend on names, shapes and values of a batch's tensors."""
+    """Two numbers that depend on the names, shapes and values of the tensors of a batch."""
     names, values = 0, 0
     for name, x in sorted(batch.items()):
         if not isinstance(x, Tensor):

@@ -1,9 +1,9 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
 """
-Looking to both sides: a part needs what stands before it and what stands behind it. What stands behind is what stands before in
-the mirrored row.
+Bidirectional calls: a part needs the tokens before it and the tokens after it. The tokens after it are the tokens before it
+in the mirrored row.
 
-    memory         one sequence a row: S and z of all other parts, added up
+    memory         one sequence per row: S and z of all other parts, added up
                    packed: what j <= i wrote, forwards, plus what j > i wrote, backwards; each with the state of the parts there
     window         W real tokens from each side
     convolution    half of its width from each side
@@ -28,15 +28,15 @@ if TYPE_CHECKING:
 
 def around(row: "Row", tensors: list[Tensor], dims: list[int], before: int, after: int) -> tuple[list[Tensor], Layout]:
     """
-    Tensors with the nearest real tokens of other parts around their own.
+    Tensors with the nearest real tokens of other parts before and after their own tokens.
 
     Args:
         row ([`Row`]): the layout of the whole rows.
-        tensors (`list[torch.Tensor]`): tokens along `dims`.
-        before, after (`int`): how many tokens are wanted on each side.
+        tensors (`list[torch.Tensor]`): tensors with tokens along `dims`.
+        before, after (`int`): number of tokens on each side.
 
     Returns:
-        They, `before + length + after` tokens long, and the layout of these tokens.
+        `tuple`: the tensors with `before + length + after` tokens, and the layout of these tokens.
     """
     sides, masks, ids, link = [], [], [], None
     for side, number in ((row, before), (row.mirrored, after)):
@@ -84,7 +84,9 @@ def read_both_sides(
     eps: float | None = None,
     output_normalizer: bool = False,
 ) -> Any:
-    """What a mixture reads of whole rows for the queries of this part; with `output_normalizer` also by what it is divided."""
+    """
+    The reads of a mixture over whole rows for the queries of this part; with `output_normalizer` also their normalisers.
+    """
     ids = row.part(row.sequence_ids)
     arguments = {"normalize": normalize, "eps": eps}
     if ids is None:
@@ -143,7 +145,7 @@ def read_around_window(
     weigh_by_routing: bool,
     **arguments: Any,
 ) -> Tensor:
-    """The output of a window to both sides and the memory around it, for the queries of this part."""
+    """The output of a bidirectional window and its memory, for the queries of this part."""
     size, (batch_size, _, length, _) = window.window_size, query.shape
     dtype = accumulation_dtype(query, tokens.values)
     mask = row.part(row.padding_mask)
@@ -166,7 +168,7 @@ def read_around_window(
         growth = (row.counts(query.device).to(dtype) / size).log1p()[:, None]
 
         def widen(x: Tensor, dim: int = 2) -> Tensor:
-            """Places for the tokens around, whose outputs are dropped."""
+            """Add places for the tokens around the part. Their outputs are dropped."""
             x = F.pad(x, (*[0, 0] * (x.ndim - 1 - dim), size, size))
             return layout.sort(x.expand(batch_size, *x.shape[1:]), dim)
 

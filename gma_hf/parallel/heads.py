@@ -1,5 +1,5 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
-"""What heads can compute of a part: a number for every token, and its share of the loss of all tokens."""
+"""Which heads work on a part: heads with an output for every token, whose loss is a share of the loss of all tokens."""
 
 import inspect
 from typing import Any
@@ -14,7 +14,9 @@ LOSSES_BY_TOKEN = ("ForCausalLM", "ForMaskedLM", "ForTokenClassification", None)
 
 
 class PartOfRow:
-    """Refuses, under context parallelism, what a part of a sequence does not tell. It stands before the model among the bases."""
+    """
+    Refuses, under context parallelism, everything that needs whole sequences. It stands before the model among the bases.
+    """
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if current_context() is not None:
@@ -24,6 +26,8 @@ class PartOfRow:
 
 def expect_part(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
     """
+    Refuse heads and labels that do not work on a part.
+
     Raises:
         ValueError: for a head that needs all tokens in one process, and for labels that were not cut with the batch.
     """

@@ -1,14 +1,14 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
 """
-What a layer remembers of the parts before its own. A layer that goes on from a [`MemoryState`] computes what it would have
-computed of all tokens at once, so that a part needs nothing but the state before it:
+The state before a part. A layer that continues from a [`MemoryState`] computes the same as over all tokens at once, so a
+part needs only the state before it:
 
     S, z                the states of the parts, added up (`state.py`)
-    window              the last W real tokens before the part, from the process before it, or from several where parts are short
-    sink tokens         the first s tokens of the sequence, from where they are
+    window              the last W real tokens before the part, from the previous process, or from several if parts are short
+    sink tokens         the first s tokens of the sequence, from the process that has them
     convolution         the last kernel_size - 1 inputs before the part
 
-Tokens of another sequence than the first one of the part do not count.
+Only tokens of the first sequence of the part count.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -37,18 +37,18 @@ def last_before(
     same_sequence: bool = True,
 ) -> tuple[list[Tensor], Tensor | None, Tensor]:
     """
-    The last real tokens from before the part.
+    The last real tokens before the part.
 
     Args:
         row ([`Row`]): the layout of the whole rows.
-        tensors (`list[torch.Tensor]`): what is sent, the tokens of this part along `dims`.
-        number (`int`): how many tokens are wanted.
-        link (`torch.Tensor`, *optional*): of the messages before this one.
-        same_sequence (`bool`): whether tokens of other sequences than the one that goes on do not count.
+        tensors (`list[torch.Tensor]`): the tensors of this part, with tokens along `dims`.
+        number (`int`): number of tokens.
+        link (`torch.Tensor`, *optional*): the link of the messages before this one.
+        same_sequence (`bool`): whether only tokens of the sequence that continues count.
 
     Returns:
-        They, with `number` tokens each, right-aligned; which of them exist, `(batch, number)` or `None` if all do; and the link
-        of the message.
+        `tuple`: the tensors with `number` tokens each, right-aligned; which tokens exist, `(batch, number)` or `None` if all
+        do; and the link of the message.
     """
     halo = row.halo(number, same_sequence)
     own = [row.take_last(x, dim, number) for x, dim in zip(tensors, dims, strict=True)]
@@ -66,22 +66,22 @@ def last_before(
 
 
 def convolution_before(row: "Row", inputs: Tensor, number: int) -> Tensor:
-    """The last inputs `(batch, number, channels)` of the short convolution, zeros where the sequence has fewer."""
+    """The last inputs `(batch, number, channels)` of the short convolution; zeros if the sequence has fewer."""
     (past,), valid, _ = last_before(row, [inputs], [1], number)
     return past if valid is None else past.masked_fill(~valid[..., None], 0)
 
 
 def window_before(row: "Row", tokens: Tokens, size: int, num_sinks: int) -> tuple[MemoryState | None, Tensor]:
     """
-    What a window and its memory remember of the parts before, all but S and z; nothing on the first process.
+    The state of a window and its memory before the part, without S and z; empty on the first process.
 
     Args:
         row ([`Row`]): the layout of the whole rows.
-        tokens ([`Tokens`]): of this part.
+        tokens ([`Tokens`]): the tokens of this part.
         size (`int`), num_sinks (`int`): W and s.
 
     Returns:
-        The history, whose S and z are `None`, and the link of the messages.
+        `tuple`: the history, with `None` for S and z, and the link of the messages.
     """
     given = [x for x in tokens if x is not None]
     (*kept,), valid, link = last_before(row, given, [token_dim(x) for x in given], size)
@@ -110,7 +110,9 @@ def window_before(row: "Row", tokens: Tokens, size: int, num_sinks: int) -> tupl
 def sinks_before(
     row: "Row", tokens: Tokens, size: int, num_sinks: int, link: Tensor
 ) -> tuple[tuple[Tensor | None, ...], Tensor]:
-    """Keys, values and existence of the sink tokens that have left the window before the part, right-aligned; and the link."""
+    """
+    Keys, values and existence of the sink tokens that have left the window before the part, right-aligned; and the link.
+    """
     if num_sinks == 0:
         return (None, None, None), link
     places, exists = row.sink_places(row.rank, num_sinks)
@@ -154,20 +156,21 @@ def state_before(
     output_link: bool = False,
 ) -> Any:
     """
-    The memory before this part or, to both sides, what the other parts write.
+    The memory before this part; for bidirectional calls, the writes of all other parts.
 
     Args:
         row ([`Row`]): the layout of the whole rows.
-        mixture (`GMAMixture`): routes.
-        keys, values, write_weight, log_decay: what this part writes, as the mixture takes it.
+        mixture (`GMAMixture`): the mixture of the layer.
+        keys, values, write_weight, log_decay (`torch.Tensor`): the writes of this part, as arguments of the mixture.
         runs (`torch.LongTensor` of shape `(batch, length)`, *optional*): packed sequences of these tokens.
-        causal (`bool`): look back only.
-        is_last (`torch.BoolTensor` of shape `(batch,)`, *optional*): whether the last of these tokens is of the last sequence.
-        link (`torch.Tensor`, *optional*): of the messages before this one.
+        causal (`bool`): whether a token sees the tokens before it only.
+        is_last (`torch.BoolTensor` of shape `(batch,)`, *optional*): whether the last of these tokens belongs to the last
+            sequence.
+        link (`torch.Tensor`, *optional*): the link of the messages before this one.
 
     Returns:
-        S `(batch, mixtures, components, value_dim)` and z `(batch, mixtures, components)`; with `output_link` the pair of them
-        and the link of the message.
+        `tuple`: S `(batch, mixtures, components, value_dim)` and z `(batch, mixtures, components)`; with `output_link` the
+        pair of them and the link of the message.
     """
     mixtures = mixture.means.shape[0]
     total = None
@@ -196,7 +199,7 @@ def state_before(
 
 
 def last_history(row: "Row", history: MemoryState) -> MemoryState:
-    """What the last process remembers after its part, on every process. Gradients do not flow through it."""
+    """The state of the last process after its part, on every process. Gradients do not flow through it."""
     device = history.state.device
     last = row.context.size - 1
     box = [history.map(lambda x: x.detach().cpu()) if row.rank == last else None]

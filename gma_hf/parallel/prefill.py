@@ -1,5 +1,5 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
-"""A long prompt that all processes of a group read together, before each of them, or one, generates."""
+"""Read a long prompt with all processes of a group together, before each process, or one process, generates."""
 
 from typing import Any
 
@@ -16,16 +16,16 @@ from .context import ContextParallel, context_parallel
 @torch.no_grad()
 def prefill(context: ContextParallel, model: nn.Module, **inputs: Any) -> Any:
     """
-    Read all tokens of a prompt but the last one, each process its part.
+    Read all tokens of a prompt but the last one. Each process reads its part.
 
     Args:
         context ([`ContextParallel`]): the processes.
         model (`PreTrainedModel`): a causal GMA language model, native or converted.
-        inputs: `input_ids` and `attention_mask` of the whole prompt, the same on every process.
+        inputs (`torch.Tensor`): `input_ids` and `attention_mask` of the whole prompt, the same on every process.
 
     Returns:
-        `Cache`: the same on every process, for `model.generate(**inputs, past_key_values=cache)` outside of the context (`cache=cache`
-        since Transformers 5.24).
+        `Cache`: the same on every process, for `model.generate(**inputs, cache=cache)` outside of the context
+        (`past_key_values=cache` before Transformers 5.24).
 
     Raises:
         ValueError: if the prompt cannot be cut.

@@ -1,8 +1,8 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
 """
-The layout of whole rows, of which every process has a part. Padding and packed sequences are a few bytes a token, so that all
-processes gather them once a call; then each knows, without a further message, which sequence is alive at a border, how many of
-its tokens stand before the border, and which tokens of other processes a window still sees.
+The layout of whole rows, of which every process has a part. Padding and packed sequences need a few bytes per token, so all
+processes gather them once per call. Then each process knows, without a further message, which sequence crosses a border, how
+many of its tokens are before the border, and which tokens of other processes a window still sees.
 """
 
 from collections.abc import Callable
@@ -26,7 +26,7 @@ POSITIONS, NUMBERS = 1, 2  # what announces packed sequences: `position_ids` or 
 
 
 class Halo(NamedTuple):
-    """Which tokens of the processes before this one are the last ones of the sequence that goes on in this part."""
+    """Which tokens of the processes before this one are the last tokens of the sequence that continues in this part."""
 
     hops: int  # from how many processes they may come
     order: Tensor | None  # [B, hops * number], by which those that count stand to the right; None if they do
@@ -36,15 +36,16 @@ class Halo(NamedTuple):
 
 class Row:
     """
-    What a process knows of whole rows.
+    The layout of whole rows on one process.
 
     Args:
         context ([`ContextParallel`]): the processes.
         batch_size (`int`): number of rows.
-        lengths (`list[int]`): how many tokens of every row each process has.
-        padding_mask (`torch.BoolTensor` of shape `(batch, total)`, *optional*): `True` at real tokens; `None` if all are.
+        lengths (`list[int]`): number of tokens per row of each process.
+        padding_mask (`torch.BoolTensor` of shape `(batch, total)`, *optional*): `True` at real tokens; `None` if all are
+            real.
         sequence_ids (`torch.LongTensor` of shape `(batch, total)`, *optional*): packed sequences, as in [`Layout`].
-        direction (`int`, *optional*, defaults to 1): -1 in mirrored rows, where the last process is the first.
+        direction (`int`, *optional*, defaults to `1`): -1 in mirrored rows, where the last process is the first.
 
     Attributes:
         start, end (`int`): the part of this process is `[start, end)`.
@@ -76,14 +77,14 @@ class Row:
         return self.padding_mask is None and self.sequence_ids is None
 
     def once(self, name: Any, compute: Callable[[], Any]) -> Any:
-        """`compute()`, called for a name the first time only."""
+        """The result of `compute()` under a name. It is computed the first time only."""
         if name not in self._known:
             self._known[name] = compute()
         return self._known[name]
 
     @property
     def mirrored(self) -> "Row":
-        """The rows from behind: what stands before a part in them stands behind the part."""
+        """The rows in reverse order: tokens after a part are tokens before the part in them."""
 
         def compute() -> Row:
             mask, ids = (None if x is None else x.flip(1) for x in (self.padding_mask, self.sequence_ids))
@@ -92,7 +93,7 @@ class Row:
         return self.once("mirrored", compute)
 
     def counts(self, device: torch.device) -> Tensor:
-        """How many real tokens the sequence of each token of the part has, `(batch or 1, length)`."""
+        """The number of real tokens in the sequence of each token of the part, `(batch or 1, length)`."""
         if self.is_plain:
             return torch.full((1, self.end - self.start), self.total, device=device)
 
@@ -103,7 +104,7 @@ class Row:
         return self.once("counts", compute)
 
     def part(self, x: Tensor | None, rank: int | None = None) -> Tensor | None:
-        """The columns of a process, by default of this one."""
+        """The columns of a process; by default of this process."""
         rank = self.rank if rank is None else rank
         return None if x is None else x[:, self.bounds[rank] : self.bounds[rank + 1]]
 
@@ -115,7 +116,7 @@ class Row:
         return Layout(self.batch_size, self.end - self.start, padding_mask, self.part(self.sequence_ids), row=self)
 
     def positions(self, device: torch.device) -> Tensor:
-        """Positions of the tokens of this part in their sequences, padding not counted."""
+        """Positions of the tokens of this part in their sequences. Padding does not count."""
         mask, ids = self.padding_mask, self.sequence_ids
         return self.part(count_positions(self.batch_size, self.total, device, mask, ids))
 
@@ -142,7 +143,9 @@ class Row:
         return read_around_window(self, *args, **kwargs)
 
     def last_history(self, history: Any) -> tuple[Any, int, bool]:
-        """What the last process remembers, on every process; how many tokens the rows have; and whether they are plain."""
+        """
+        The state of the last process, on every process; the number of tokens of the rows; and whether the rows are plain.
+        """
         return last_history(self, history), self.total, self.is_plain
 
     def gather_keys(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -160,7 +163,10 @@ class Row:
     # What stands before a border
 
     def first_id(self, rank: int) -> Tensor:
-        """The sequence of the first real token of a part, `(batch, 1)`; without one, the sequence that is alive before it."""
+        """
+        The sequence of the first real token of a part, `(batch, 1)`. Without a real token, the sequence that continues from
+        the part before.
+        """
         ids = self.part(self.sequence_ids, rank)
         if self.padding_mask is None:
             return ids[:, :1]
@@ -168,14 +174,16 @@ class Row:
 
     @property
     def continues(self) -> Tensor | None:
-        """Whether the sequence before the part goes on in it, `(batch,)`; `None` if it does in every row."""
+        """Whether the sequence before the part continues in it, `(batch,)`; `None` if it does in every row."""
         if self.sequence_ids is None or self.rank == 0:
             return None
         before = self.sequence_ids[:, self.start - 1]
         return self.once("continues", lambda: before == self.first_id(self.rank)[:, 0])
 
     def count_before(self) -> Tensor | int:
-        """How many real tokens of the sequence that goes on stand before the part, `(batch,)`, or one number for all rows."""
+        """
+        How many real tokens of the sequence that continues are before the part, `(batch,)`, or one number for all rows.
+        """
         if self.is_plain:
             return self.start
 
@@ -194,7 +202,7 @@ class Row:
         return (self.padding_mask if self.sequence_ids is None else self.sequence_ids).device
 
     def last_places(self, rank: int, number: int) -> tuple[Tensor, Tensor]:
-        """Where in whole rows the last real tokens of a part stand, `(batch or 1, number)`, and which of them exist."""
+        """The places in whole rows of the last real tokens of a part, `(batch or 1, number)`, and which of them exist."""
         start, end = self.bounds[rank], self.bounds[rank + 1]
         if self.padding_mask is None:
             device = None if self.sequence_ids is None else self._device
@@ -203,7 +211,7 @@ class Row:
         return self.once(("last", rank, number), lambda: last_real(self.part(self.padding_mask, rank), number, start))
 
     def take_last(self, x: Tensor, dim: int, number: int) -> Tensor:
-        """The last real tokens of this part, zeros where a row has fewer."""
+        """The last real tokens of this part; zeros if a row has fewer."""
         length = x.shape[dim]
         if self.padding_mask is not None:
             places, exists = self.last_places(self.rank, number)
@@ -214,7 +222,10 @@ class Row:
         return torch.cat([x.new_zeros(shape), x], dim=dim)
 
     def hops(self, number: int) -> int:
-        """From how many processes the last real tokens before a part may come: the same number on every process."""
+        """
+        The largest number of processes that the last real tokens before a part may come from. It is the same on every
+        process.
+        """
 
         def compute() -> int:
             counts = [self.lengths]
@@ -233,7 +244,7 @@ class Row:
         return self.once(("hops", number), compute)
 
     def halo(self, number: int, same_sequence: bool = True) -> Halo:
-        """Which of the last tokens that arrive from the processes before this one count: those of the sequence that goes on."""
+        """Which of the last tokens from the processes before this one count: the tokens of the sequence that continues."""
 
         def compute() -> Halo:
             hops = self.hops(number)
@@ -264,7 +275,7 @@ class Row:
         return self.once(("halo", number, same_sequence), compute)
 
     def sink_places(self, rank: int, number: int) -> tuple[Tensor, Tensor]:
-        """Where the first real tokens of a part's last sequence stand, `(batch, number)`, and which of them exist."""
+        """The places of the first real tokens of the last sequence of a part, `(batch, number)`, and which of them exist."""
         part = self.lengths[rank]
 
         def compute() -> tuple[Tensor, Tensor]:
@@ -299,14 +310,14 @@ def gather_row(
     Args:
         context ([`ContextParallel`]): the processes.
         batch_size (`int`), length (`int`): shape of the part.
-        device (`torch.device`): where the tokens are.
+        device (`torch.device`): device of the tokens.
         padding_mask (`torch.BoolTensor` of shape `(batch, length)`, *optional*): `True` at real tokens of the part.
-        position_ids, seq_idx (`torch.Tensor` of shape `(batch or 1, length)`, *optional*): of the part, see
-            [`find_sequence_ids`].
-        anchor (`torch.Tensor`): any tensor of the call, to know whether it is traced.
+        position_ids, seq_idx (`torch.Tensor` of shape `(batch or 1, length)`, *optional*): values of the part, see
+        [`find_sequence_ids`].
+        anchor (`torch.Tensor`): any tensor of the call, which tells whether the call is traced.
 
     Raises:
-        ValueError: if the processes were given parts that do not belong together.
+        ValueError: if the parts of the processes do not belong together.
     """
     if is_tracing(anchor):
         raise ValueError(NO_COMPILER)

@@ -1,7 +1,8 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
 """
-The softmax layers of hybrids: every process gathers the keys and values of all, and asks with its own queries. The gradients of
-keys and values go back to where they came from. The message grows with the length of the sequence, unlike that of a memory.
+The softmax layers of hybrids: every process gathers the keys and values of all processes for its own queries. The gradients
+of keys and values return to their processes. This message grows with the length of the sequence; the message of a memory
+does not.
 """
 
 from typing import TYPE_CHECKING
@@ -26,7 +27,10 @@ def gather_keys(row: "Row", keys: Tensor, values: Tensor) -> tuple[Tensor, Tenso
 
 
 def visible_pairs(row: "Row", causal: bool, device: torch.device, sliding_window: int | None = None) -> Tensor:
-    """Which of all tokens a query of this part sees, `(batch or 1, 1, length, total)`. PyTorch returns 0 to a query that sees none."""
+    """
+    Which of all tokens a query of this part sees, `(batch or 1, 1, length, total)`. PyTorch returns 0 for a query that sees
+    none.
+    """
     asking = torch.arange(row.start, row.end, device=device)[:, None]
     places = torch.arange(row.total, device=device)
     visible = (places <= asking if causal else torch.ones_like(places <= asking))[None]
@@ -51,17 +55,19 @@ def softmax_attention(
     sliding_window: int | None = None,
 ) -> Tensor:
     """
+    Softmax attention of the queries of this part over the keys of whole rows.
+
     Args:
         row ([`Row`]): the layout of the whole rows.
-        query (`torch.Tensor` of shape `(batch, num_heads, length, head_dim)`): of this part.
-        keys, values (`torch.Tensor` of shape `(batch, key_value_heads, total, dim)`): of the whole rows.
-        causal (`bool`): look back only.
+        query (`torch.Tensor` of shape `(batch, num_heads, length, head_dim)`): queries of this part.
+        keys, values (`torch.Tensor` of shape `(batch, key_value_heads, total, dim)`): keys and values of the whole rows.
+        causal (`bool`): whether a token sees the tokens before it only.
         scaling (`float`, *optional*): factor of the logits, by default `head_dim ** -0.5`.
-        dropout (`float`): share of the weights that are dropped.
-        sliding_window (`int`, *optional*): how many tokens a query sees, itself included.
+        dropout (`float`): share of the weights to drop.
+        sliding_window (`int`, *optional*): number of tokens that a query sees, itself included.
 
     Returns:
-        `torch.Tensor` of shape `(batch, num_heads, length, value_dim)`.
+        `torch.Tensor` of shape `(batch, num_heads, length, value_dim)`: the output.
     """
     keys, values = (repeat_heads(x, query.shape[1]) for x in (keys, values))
     mask = None

@@ -1,18 +1,19 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
 """
-The memory across the border of two processes. The state after a part of a sequence is affine in the state before it:
+The memory across the border of two processes. The state after a part of a sequence is an affine function of the state before
+it:
 
-    S_out = e^A S_in + S_local        A = sum of the part's log decays, per head
-    z_out = e^A z_in + z_local        S_local, z_local: what the part writes into an empty memory
+    S_out = e^A S_in + S_local        A = sum of the log decays of the part, per head
+    z_out = e^A z_in + z_local        S_local, z_local: the writes of the part into an empty memory
 
-So every process computes (S_local, z_local, A) of its own part, all processes gather them, once a layer and in float32, and each
-adds up what stands before it:
+So every process computes (S_local, z_local, A) of its own part. All processes gather these numbers, once per layer and in
+float32, and each process adds up the parts before its own part:
 
     S_in(r) = sum_{j < r} e^{A_{j+1} + ... + A_{r-1}} S_local(j)
 
-To both sides there is no decay, and a process adds up all others. S_local is what a bidirectional read of the part accumulates,
-with the write weights w_t e^{sum of the log decays behind t}: half of the operator's work, which is what context parallelism
-costs besides the message. The message has B H (C dv + C + 1) numbers for B rows and H mixtures.
+Bidirectional calls have no decay, and a process adds up all other parts. S_local is the sum of a bidirectional read of the
+part, with the write weights w_t e^{sum of the log decays after t}. It takes half of the work of the operator; this is the
+cost of context parallelism besides the message. The message has B H (C dv + C + 1) numbers for B rows and H mixtures.
 """
 
 import torch
@@ -30,8 +31,8 @@ def decayed_weights(
     write_weight: Tensor | None, log_decay: Tensor | None, runs: Tensor | None, mixtures: int
 ) -> tuple[Tensor | None, Tensor | None]:
     """
-    What the end of a part has left of the tokens' weights, `(batch, h, length)`, and A, `(batch, h)`, -inf if a new sequence
-    starts in the part.
+    The weights of the tokens that are left at the end of the part, `(batch, h, length)`, and A, `(batch, h)`, which is -inf
+    if a new sequence starts in the part.
     """
     if runs is not None:
         starts = run_starts(runs)[:, None]
@@ -52,7 +53,7 @@ def decayed_weights(
 
 
 def exchange_states(group, S: Tensor, z: Tensor, total: Tensor | None, link: Tensor | None) -> tuple[Tensor, ...]:
-    """`(R, batch, mixtures, ...)` of S, z and A (`None` where nothing is forgotten), in one message; and the new link."""
+    """`(R, batch, mixtures, ...)` of S, z and A (`None` without forgetting), in one message; and the new link."""
     batch, mixtures, components, value_dim = S.shape
     parts = [S.flatten(2), z] if total is None else [S.flatten(2), z, total.expand(batch, mixtures)[..., None]]
     gathered, link = gather(group, torch.cat([x.to(S.dtype) for x in parts], dim=2), link)
@@ -75,5 +76,5 @@ def add_before(S: Tensor, z: Tensor, total: Tensor | None, rank: int) -> State:
 
 
 def add_others(S: Tensor, z: Tensor, rank: int) -> State:
-    """What all other processes have written."""
+    """The writes of all other processes."""
     return tuple(torch.cat([x[:rank], x[rank + 1 :]]).sum(0) for x in (S, z))

@@ -1,5 +1,5 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
-"""Training: data, tokenizers, the trainer and its reports. The scripts in `scripts/` only put these together."""
+"""Training: data, tokenizers, the trainer and its reports. The commands combine these parts."""
 
 from .callbacks import MixtureHealth, MixtureHealthCallback, measure_mixture_health
 from .checkpoints import find_last_checkpoint

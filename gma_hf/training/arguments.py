@@ -1,8 +1,9 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
-"""Arguments of the training scripts, from the command line, a JSON file or a YAML file.
+"""
+The arguments of the training commands, from the command line, a JSON file or a YAML file.
 
-A file is turned into the command line it stands for, so all three go through the same parser, and arguments behind
-the file override it: `train_clm.py config.yaml --learning_rate 1e-3`.
+A file is translated into a command line, so all three use the same parser. Arguments after the file override the file:
+`train_clm.py config.yaml --learning_rate 1e-3`.
 """
 
 import argparse
@@ -24,7 +25,7 @@ from .options import check_options
 
 @dataclass
 class ModelArguments:
-    """Which model: a checkpoint to continue, or a configuration to start from scratch."""
+    """The model: a checkpoint to continue, or a configuration to start from scratch."""
 
     model_name_or_path: str | None = field(
         default=None, metadata={"help": "Checkpoint (folder or hub name) to continue from. Leave out to start fresh."}
@@ -70,7 +71,7 @@ class ModelArguments:
 
 @dataclass
 class DataArguments:
-    """Which data: a data set of the hub, or local files."""
+    """The data: a data set of the Hub, or local files."""
 
     smallest = {}  # values of numbers that a subclass adds
 
@@ -162,7 +163,7 @@ class MaskedLanguageModelingArguments(LanguageModelingArguments):
 
 @dataclass
 class ClassificationArguments(DataArguments):
-    """Data of text classification: one text and one label a row."""
+    """Data of text classification: one text and one label per row."""
 
     smallest = {"max_length": 1}
 
@@ -174,21 +175,22 @@ class ClassificationArguments(DataArguments):
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Defaults in the help, and room for an option and its explanation in one line."""
+    """Help with defaults, and with enough width for an option and its explanation in one line."""
 
     def __init__(self, prog: str):
         super().__init__(prog, max_help_position=36, width=110)
 
 
 class CommandParser(HfArgumentParser):
-    """`HfArgumentParser` with a help of one screen, and errors that are one line.
+    """
+    `HfArgumentParser` with a help of one screen, and with errors of one line.
 
     Args:
-        dataclass_types: the dataclasses to fill.
-        command: what the user typed, such as `gma-hf train-clm`.
-        description: what the command does, in a sentence.
-        common: names of the options that `--help` shows; `--help-all` shows all.
-        positional: a name and its explanation, for an argument without an option.
+        dataclass_types (`Sequence[type]`): the dataclasses to fill.
+        command (`str`): what the user typed, such as `gma-hf train-clm`.
+        description (`str`): one sentence about the command.
+        common (`Sequence[str]`): names of the options that `--help` shows. `--help-all` shows all options.
+        positional (`tuple[str, str]`, *optional*): a name and its explanation, for an argument without an option.
     """
 
     def __init__(
@@ -222,7 +224,7 @@ class CommandParser(HfArgumentParser):
         raise TrainingInputError(f"{message}. --help explains the options.")
 
     def expect_known(self, argv: list[str]) -> None:
-        """Check the names of all options first, so that a misspelt one is not hidden by what it should have given."""
+        """Check the names of all options first. Otherwise a missing value would hide a misspelt option."""
         known = {name for action in self.actions for name in action.option_strings}
         for word in argv:
             name = word.split("=")[0]
@@ -257,16 +259,17 @@ def parse_arguments(
     common: Sequence[str] = (),
     positional: tuple[str, str] | None = None,
 ) -> tuple:
-    """Parse a command line, or a JSON/YAML file followed by overrides, into dataclasses.
+    """
+    Parse a command line, or a JSON or YAML file with overrides after it, into dataclasses.
 
     Args:
-        dataclass_types: the dataclasses to fill.
-        argv: the arguments, default `sys.argv[1:]`. If the first one is a .json, .yaml or .yml file, its keys are
-            arguments; a list means several values, `null` means the default.
+        dataclass_types (`list[type]`): the dataclasses to fill.
+        argv (`list[str]`, *optional*): the arguments, by default `sys.argv[1:]`. If the first is a .json, .yaml or .yml
+            file, its keys are arguments; a list means several values, and `null` means the default.
         command, description, common, positional: see `CommandParser`.
 
     Returns:
-        One instance per dataclass, in their order; with `positional` also a namespace that holds its value.
+        `tuple`: one instance per dataclass, in order; with `positional` also a namespace with its value.
 
     Raises:
         TrainingInputError: for an unreadable file, an unknown argument, or values that a dataclass refuses.
@@ -295,9 +298,10 @@ def parse_arguments(
 
 
 def parse_config_overrides(overrides: str | None) -> dict[str, Any]:
-    """Parse `"hidden_size=256,tie_word_embeddings=false"` or a JSON object into a dictionary.
+    """
+    Parse `"hidden_size=256,tie_word_embeddings=false"` or a JSON object into a dictionary.
 
-    Values are read as JSON where possible (numbers, true, false, null) and as strings elsewhere.
+    Values are read as JSON if possible (numbers, true, false, null), and otherwise as strings.
     """
     if not overrides:
         return {}

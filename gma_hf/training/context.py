@@ -2,9 +2,9 @@
 """
 Context parallelism inside of a `Trainer`: the processes form a mesh of data x context.
 
-Every process gets batches of its own from its data loader, as in data parallelism. The c processes of a group then compute the c
-batches one after the other, each its part of every sequence. So a step has the rows, the loss and the gradients of data
-parallelism with the same arguments, and a process holds 1/c of the tokens of one batch at a time.
+Every process gets its own batches from its data loader, as in data parallelism. The c processes of a group compute the c
+batches one after the other. Each process computes its part of every sequence. So a step has the rows, the loss and the
+gradients of data parallelism with the same arguments, and a process holds 1/c of the tokens of one batch at a time.
 """
 
 from collections.abc import Iterator
@@ -31,11 +31,15 @@ def context_of(world_size: int, size: int, device_type: str) -> ContextParallel:
 
     Args:
         world_size (`int`): number of all processes.
-        size (`int`): how many processes share a sequence; neighbours, for these have the fastest connection.
-        device_type (`str`): of the devices.
+        size (`int`): number of processes that share a sequence. They are neighbours, because neighbours have the fastest
+            connection.
+        device_type (`str`): type of the devices.
+
+    Returns:
+        [`ContextParallel`]: the group.
 
     Raises:
-        ValueError: if the processes cannot be grouped so.
+        ValueError: if the processes cannot be grouped in this way.
     """
     if world_size % size != 0:
         raise ValueError(
@@ -48,8 +52,10 @@ def context_of(world_size: int, size: int, device_type: str) -> ContextParallel:
 
 def expect_supported(trainer: "GMATrainer") -> None:
     """
+    Check that all arguments work with context parallelism.
+
     Raises:
-        ValueError: for arguments that do not go together with context parallelism.
+        ValueError: if one does not.
     """
     args = trainer.args
     parallelism = getattr(args, "parallelism_config", None)
@@ -71,12 +77,12 @@ def expect_supported(trainer: "GMATrainer") -> None:
 
 
 def shifts_labels(model: nn.Module) -> bool:
-    """Whether a model predicts the next token, so that its labels are shifted."""
+    """Whether a model predicts the next token, and so shifts its labels."""
     return getattr(model, "loss_type", None) == "ForCausalLM"
 
 
 def share_batches(context: ContextParallel, batch: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """The batches of all processes of a group, one after the other, on each of them."""
+    """The batches of all processes of a group, one after the other, on each process."""
     for rank in range(context.size):
         box = (
             [{name: x.cpu() if isinstance(x, Tensor) else x for name, x in batch.items()}]
@@ -96,15 +102,15 @@ def training_step(
     trainer: "GMATrainer", step: Any, model: nn.Module, inputs: dict[str, Any], *args, **kwargs
 ) -> Tensor:
     """
-    One step of each batch of a group, with the gradients exchanged once.
+    One step over each batch of a group. The gradients are exchanged once.
 
     Args:
-        trainer ([`GMATrainer`]): whose `context` it is.
+        trainer ([`GMATrainer`]): the trainer.
         step (`Callable`): `Trainer.training_step`.
         model, inputs, args, kwargs: its arguments.
 
     Returns:
-        `torch.Tensor`: this process's share of the loss.
+        `torch.Tensor`: the share of the loss of this process.
     """
     context, total = trainer.context, None
     shifts = shifts_labels(trainer.accelerator.unwrap_model(model))
@@ -123,7 +129,7 @@ def training_step(
 def prediction_step(
     trainer: "GMATrainer", model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """The loss of this process's batch, its logits and labels, as `Trainer.prediction_step` returns them."""
+    """The loss of the batch of this process, its logits and labels, as `Trainer.prediction_step` returns them."""
     context, kept = trainer.context, None
     shifts = shifts_labels(trainer.accelerator.unwrap_model(model))
     model.eval()

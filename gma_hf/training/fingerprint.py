@@ -1,5 +1,5 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
-"""What makes a run the run that it is: its command, its options, and the content of the files that it reads."""
+"""The identity of a run: its command, its options, and the content of the files that it reads."""
 
 import dataclasses
 import hashlib
@@ -57,16 +57,17 @@ WITHOUT_EFFECT = {
 
 
 def fingerprint(command: str, arguments: Iterable[Any], paths: dict[str, Any], **further: Any) -> dict[str, Any]:
-    """Describe a run so that another one can be compared with it.
+    """
+    Describe a run, for a comparison with another run.
 
     Args:
-        command: name of the command.
-        arguments: dataclasses with options.
-        paths: by the names of options, the file, folder, list of files or hub name that the option stands for.
-        further: other facts that decide what the run makes.
+        command (`str`): name of the command.
+        arguments (`Iterable`): dataclasses with options.
+        paths (`dict`): from the names of options to their file, folder, list of files or Hub name.
+        further (`dict`, *optional*): other facts that change the result of the run.
 
     Returns:
-        `command`, `options` and `data`, ready for JSON.
+        `dict`: `command`, `options` and `data`, ready for JSON.
     """
     options: dict[str, Any] = dict(further)
     for group in arguments:
@@ -77,7 +78,7 @@ def fingerprint(command: str, arguments: Iterable[Any], paths: dict[str, Any], *
 
 
 def content_of(path: Any) -> Any:
-    """Describe what lies under a path by its content: names without folders, sizes and hashes. A hub name stays as it is."""
+    """Describe a path by its content: names without folders, sizes and hashes. A Hub name stays."""
     if isinstance(path, (list, tuple)):
         return [content_of(entry) for entry in path]
     place = Path(path).expanduser()
@@ -89,7 +90,7 @@ def content_of(path: Any) -> Any:
 
 
 def file_hash(path: Path) -> str:
-    """Hash a file; of a file above 1 GiB 64 evenly spread parts of 1 MiB."""
+    """Hash a file. Of a file above 1 GiB, hash 64 evenly spread parts of 1 MiB."""
     digest, size = hashlib.blake2b(digest_size=16), path.stat().st_size
     with path.open("rb") as file:
         if size <= WHOLE_FILE_BYTES:
@@ -103,7 +104,7 @@ def file_hash(path: Path) -> str:
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Say in what two runs differ. Options that only one of them knows, as after an update, are left out."""
+    """The differences between two runs. Options that only one of them has, for example after an update, are left out."""
     if before.get("command") != now["command"]:
         return [f"the command was {before.get('command')}, and is {now['command']}"]
     found = []

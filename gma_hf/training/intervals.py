@@ -1,5 +1,5 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
-"""Perplexity of a text with a confidence interval: how far another text of the same kind might move it."""
+"""Perplexity of a text with a confidence interval: how much another text of the same kind might change it."""
 
 import math
 from typing import Any
@@ -27,23 +27,24 @@ def bootstrap_perplexity(
     confidence: float = CONFIDENCE,
     seed: int = 0,
 ) -> tuple[float, float]:
-    """Confidence interval of a perplexity by the moving-block bootstrap (Künsch, 1989), circular.
+    """
+    Confidence interval of a perplexity by the circular moving-block bootstrap (Künsch, 1989).
 
-    Runs of neighbouring windows are drawn with replacement until there are as many windows as in the text.
+    Runs of neighbouring windows are drawn with replacement, until there are as many windows as in the text.
 
     Args:
-        nll: `[windows]`, sum of negative log-likelihoods of each window, in nats.
-        counts: `[windows]`, predicted tokens of each.
-        run_length: windows per run; at most a tenth of them, so that there is something to draw from.
-        num_samples: of the bootstrap.
-        confidence: of the interval.
-        seed: of the draws.
+        nll (`np.ndarray` of shape `(windows,)`): sum of negative log-likelihoods of each window, in nats.
+        counts (`np.ndarray` of shape `(windows,)`): number of predicted tokens of each window.
+        run_length (`int`): windows per run; at most a tenth of all windows, so that there are runs to draw from.
+        num_samples (`int`): number of bootstrap samples.
+        confidence (`float`): confidence of the interval.
+        seed (`int`): seed of the draws.
 
     Returns:
-        Lower and upper bound of the perplexity per token.
+        `tuple[float, float]`: lower and upper bound of the perplexity per token.
 
     Raises:
-        ValueError: with fewer than two windows, from which no spread can be told.
+        ValueError: with fewer than two windows, because one window has no spread.
     """
     nll, counts = np.asarray(nll, np.float64), np.asarray(counts, np.float64)
     num_windows = len(nll)
@@ -70,18 +71,19 @@ def evaluate_text(
     batch_size: int = 8,
     text_documents: str = "file",
 ) -> dict[str, Any]:
-    """Perplexity of a causal model on text files, in windows as the training scripts evaluate: every token once.
+    """
+    Perplexity of a causal model on text files, in windows as in the training commands: every token counts once.
 
     Args:
-        model: on its device; put into evaluation mode.
-        tokenizer: of the model.
-        patterns: files, glob patterns or folders, see `resolve_files`.
-        block_size: tokens per window; a window sees nothing of the one before it but its last token.
-        batch_size: windows per forward pass.
-        text_documents: what a document is in plain text, see `load_files`.
+        model (`PreTrainedModel`): the model, on its device. It is put into evaluation mode.
+        tokenizer (`PreTrainedTokenizerBase`): the tokenizer of the model.
+        patterns (`list[str]`): files, glob patterns or folders, see `resolve_files`.
+        block_size (`int`): tokens per window. A window sees only the last token of the window before it.
+        batch_size (`int`): windows per forward pass.
+        text_documents (`str`): what a document is in plain text, see `load_files`.
 
     Returns:
-        `perplexity` and `word_perplexity` (per piece between white space), each with its `..._interval`;
+        `dict`: `perplexity` and `word_perplexity` (per piece between white space), each with its `..._interval`;
         `num_tokens`, `num_words`, `num_windows`, `block_size`.
     """
     text = pack_documents(

@@ -15,7 +15,7 @@ from .text.packing import IGNORE_INDEX, PackedText
 
 
 def perplexity(nll: float) -> float:
-    """exp of a negative log-likelihood per token in nats; infinity where that overflows."""
+    """exp of a negative log-likelihood per token in nats; infinity if it overflows."""
     try:
         return math.exp(nll)
     except OverflowError:
@@ -23,14 +23,15 @@ def perplexity(nll: float) -> float:
 
 
 def token_statistics(shift_labels: bool) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-    """Return a `preprocess_logits_for_metrics` that reduces logits to three numbers a row, so memory stays small.
+    """
+    A `preprocess_logits_for_metrics` that reduces logits to three numbers per row, so that evaluation needs little memory.
 
     Args:
-        shift_labels: True for causal models (position i predicts label i + 1), False for masked ones.
+        shift_labels (`bool`): `True` for causal models (position i predicts label i + 1), `False` for masked models.
 
     Returns:
-        A function of logits `[batch, length, vocabulary]` and labels `[batch, length]` that returns
-        `[batch, 3]`: sum of negative log-likelihoods (nats), correct predictions, predicted tokens.
+        `Callable`: from logits `[batch, length, vocabulary]` and labels `[batch, length]` to `[batch, 3]`: sum of negative
+        log-likelihoods (nats), correct predictions, predicted tokens.
     """
 
     def reduce(logits: torch.Tensor | tuple, labels: torch.Tensor) -> torch.Tensor:
@@ -51,7 +52,7 @@ def token_statistics(shift_labels: bool) -> Callable[[torch.Tensor, torch.Tensor
 
 
 def language_model_metrics(prediction: EvalPrediction) -> dict[str, float]:
-    """Sum what `token_statistics` left: loss per token, perplexity, accuracy and number of predicted tokens."""
+    """Sum the results of `token_statistics`: loss per token, perplexity, accuracy and number of predicted tokens."""
     nll, correct, count = np.asarray(prediction.predictions, dtype=np.float64).sum(axis=0)
     loss = nll / max(count, 1.0)
     return {
@@ -63,15 +64,17 @@ def language_model_metrics(prediction: EvalPrediction) -> dict[str, float]:
 
 
 def text_metrics(loss: float, num_tokens: int, text: PackedText) -> dict[str, float]:
-    """Scores that do not depend on the tokenizer, from the loss over every token of a text.
+    """
+    Scores that do not depend on the tokenizer, from the loss over every token of a text.
 
     Args:
-        loss: negative log-likelihood per token, in nats.
-        num_tokens: tokens it is the mean of.
-        text: the text, for its size.
+        loss (`float`): negative log-likelihood per token, in nats.
+        num_tokens (`int`): number of tokens of this mean.
+        text (`PackedText`): the text, for its size.
 
     Returns:
-        `bits_per_byte`, and `word_perplexity` per piece between white space (as in lm-evaluation-harness).
+        `dict[str, float]`: `bits_per_byte`, and `word_perplexity` per piece between white space (as in
+        lm-evaluation-harness).
     """
     nll = loss * num_tokens
     return {
@@ -91,13 +94,17 @@ def classification_metrics(prediction: EvalPrediction) -> dict[str, float]:
 
 
 def accuracy_and_f1(predicted: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """Accuracy, macro F1, and with classes 0 and 1 alone also the F1 of class 1, as scikit-learn defines them.
+    """
+    Accuracy, macro F1, and, if the classes are 0 and 1, also the F1 of class 1, as scikit-learn defines them.
 
-    The macro mean runs over the classes that occur among labels or predictions. F1 is 0 where it is 0 / 0.
+    The macro mean runs over the classes that occur among labels or predictions. 0 / 0 gives an F1 of 0.
 
     Args:
-        predicted: `[n]` class indices.
-        labels: `[n]` class indices.
+        predicted (`np.ndarray` of shape `(n,)`): class indices.
+        labels (`np.ndarray` of shape `(n,)`): class indices.
+
+    Returns:
+        `dict[str, float]`: the scores by name.
     """
     from sklearn.metrics import accuracy_score, f1_score
 
@@ -112,8 +119,10 @@ def accuracy_and_f1(predicted: np.ndarray, labels: np.ndarray) -> dict[str, floa
 
 def expect_scikit_learn() -> None:
     """
+    Check that scikit-learn, which computes accuracy and F1, is installed.
+
     Raises:
-        TrainingInputError: if scikit-learn, which computes accuracy and F1, is not installed.
+        TrainingInputError: if it is not.
     """
     if importlib.util.find_spec("sklearn") is None:
         raise TrainingInputError(

@@ -1,5 +1,5 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
-"""Nonsense in a dataclass of options is refused where the options are made, from Python and from a command line alike."""
+"""Checks of options when they are created, from Python and from a command line."""
 
 import dataclasses
 import math
@@ -39,10 +39,10 @@ TRAINING_NUMBERS = {
 
 def check_training_numbers(options: TrainingArguments) -> None:
     """
-    The numbers of `TrainingArguments` make sense.
+    Check the numbers of `TrainingArguments`.
 
     Raises:
-        ValueError: with the first one that does not, its value, and what was expected.
+        ValueError: with the first wrong number, its value, and the expected values.
     """
     for name, (kind, smallest) in TRAINING_NUMBERS.items():
         value = getattr(options, name, None)
@@ -53,16 +53,16 @@ def check_training_numbers(options: TrainingArguments) -> None:
 
 def check_options(options: Any, names: Iterable[str] | None = None, **smallest: float) -> None:
     """
-    Every option is of the kind that its annotation says: a whole number is no `True` and no 2.5, a number is finite, and neither
-    is below its smallest value.
+    Check that every option has the type of its annotation: a whole number is not `True` and not 2.5, a number is finite, and
+    neither is below its smallest value.
 
     Args:
         options (`Any`): an instance of a dataclass.
         names (`Iterable[str]`, *optional*): the options to check; by default all.
-        smallest: the smallest value of an option, by its name; 0 for numbers that are not named here.
+        smallest (`float`, *optional*): the smallest values of options, by name; 0 for other numbers.
 
     Raises:
-        TrainingInputError: with the first option that is wrong, its value, and what was expected.
+        TrainingInputError: with the first wrong option, its value, and the expected values.
     """
     hints = typing.get_type_hints(type(options))
     for name in [field.name for field in dataclasses.fields(options)] if names is None else names:
@@ -75,7 +75,7 @@ def check_options(options: Any, names: Iterable[str] | None = None, **smallest: 
 
 
 def why_not(value: Any, hint: Any, smallest: float) -> str | None:
-    """What a value must be, or `None` if it is that."""
+    """What a value must be, or `None` if it is correct."""
     kinds = typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
     if value is None and types.NoneType in kinds:
         return None
@@ -94,7 +94,7 @@ def why_not(value: Any, hint: Any, smallest: float) -> str | None:
 
 
 def why_no_number(value: Any, kind: type, smallest: float) -> str | None:
-    """What a number must be, or `None` if the value is that."""
+    """What a number must be, or `None` if the value is correct."""
     allowed = (int,) if kind is int else (int, float)
     if isinstance(value, bool) or not isinstance(value, allowed) or not math.isfinite(value):
         return "be a whole number" if kind is int else "be a finite number"

@@ -1,5 +1,5 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
-"""What a command prints while it trains: the step, the time that is left, and what was measured, as numbers."""
+"""The output of a command during a training: the step, the remaining time, and the measurements, as numbers."""
 
 import time
 from typing import Any
@@ -8,7 +8,8 @@ from transformers import PrinterCallback, ProgressCallback, Trainer
 
 
 class ProgressLines(ProgressCallback):
-    """The bar of Transformers, and one readable line for each report of the trainer; without a bar, the lines alone.
+    """
+    The bar of Transformers, and one readable line for each report of the trainer; without a bar, only the lines.
 
     Args:
         with_bar (`bool`): whether to draw the bar.

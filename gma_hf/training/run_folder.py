@@ -1,12 +1,12 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
 """
-One rule for every command that writes a folder.
+The rule for every command that writes a folder:
 
-- A folder that holds something is refused, unless it holds this very run: `run.json`, which is written when the work begins,
-  says of which command, options and data the run is.
-- A finished run says so and does nothing.
-- A step that fails leaves everything as it was: what takes one step is written under a temporary name beside the folder, and
-  gets its final name when it is whole.
+- A folder with content is refused, unless it belongs to the same run. `run.json`, which is written when the work begins,
+  records the command, the options and the data of the run.
+- A finished run says that it is finished, and does nothing.
+- A step that fails leaves everything as it was: its results are written under a temporary name beside the folder, and get
+  their final name when they are complete.
 """
 
 import json
@@ -27,16 +27,17 @@ MAX_DIFFERENCES = 5
 
 
 class RunFolder:
-    """The folder of one run. Used as a context manager, so that temporary folders go when the run ends.
+    """
+    The folder of one run, as a context manager that removes temporary folders when the run ends.
 
     Args:
-        folder: where the run writes.
-        run: what `fingerprint` returns.
-        overwrite: take a folder that holds something else; its files stay until `begin`.
-        is_main: whether this process writes; the others only look.
+        folder (`str` or `Path`): the folder of the run.
+        run (`dict`): the result of `fingerprint`.
+        overwrite (`bool`): whether to take a folder with other content; its files stay until `begin`.
+        is_main (`bool`): whether this process writes. Other processes only check.
 
     Raises:
-        TrainingInputError: if the folder is a file, or holds something other than this run.
+        TrainingInputError: if the folder is a file, or has something else than this run.
     """
 
     def __init__(self, folder: str | Path, run: dict[str, Any], overwrite: bool = False, is_main: bool = True):
@@ -64,7 +65,7 @@ class RunFolder:
             shutil.rmtree(path, ignore_errors=True)
 
     def beside(self, purpose: str) -> Path:
-        """Return a temporary folder beside the run's folder, which goes when the run ends. The caller makes the folder."""
+        """A temporary folder beside the folder of the run, removed when the run ends. The caller creates it."""
         place = self.folder.resolve()
         path = place.with_name(f".{place.name}.{purpose}")
         if path not in self.temporary:
@@ -74,18 +75,18 @@ class RunFolder:
         return path
 
     def begin(self) -> None:
-        """Note in the folder that this run works there."""
+        """Record in the folder that this run works there."""
         if self.is_main and not self.is_continued:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_json(self.folder / RUN_FILE, {**self.run, "finished": False})
 
     def finish(self) -> None:
-        """Note in the folder that this run is finished."""
+        """Record in the folder that this run is finished."""
         if self.is_main:
             write_json(self.folder / RUN_FILE, {**self.run, "finished": True})
 
     def put_in_place(self, written: Path) -> None:
-        """Give a whole, finished folder from `beside` the run's own name."""
+        """Give a complete folder from `beside` the name of the run."""
         if not self.is_main:
             return
         write_json(written / RUN_FILE, {**self.run, "finished": True})
@@ -96,7 +97,7 @@ class RunFolder:
         written.rename(self.folder)
 
     def _expect_this_run(self) -> dict[str, Any] | None:
-        """Return what the folder says of this run; None for a folder that is missing or empty."""
+        """The record of this run in the folder; `None` for a missing or empty folder."""
         if not self.folder.is_dir() or not any(self.folder.iterdir()):
             return None
         before = read_run(self.folder)
@@ -120,7 +121,7 @@ class RunFolder:
 
 
 def read_run(folder: str | Path) -> dict[str, Any] | None:
-    """Return what `run.json` of a folder says, or None where there is none that can be read."""
+    """The content of `run.json` in a folder; `None` if there is none that can be read."""
     try:
         return json.loads((Path(folder) / RUN_FILE).read_text("utf-8"))
     except (OSError, ValueError):

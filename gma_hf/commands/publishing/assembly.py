@@ -1,8 +1,9 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
-"""From a trained model's folder to one that can be published: what belongs there is copied, and everything is checked.
+"""
+From the folder of a trained model to a folder for publication: copy the files that belong to it, and check everything.
 
-The folder that a model was trained in is only read. Code of the folder is never run and never passed on: the remote-code
-file is written anew.
+The folder of the training is only read. Code in this folder is never run and never copied: the remote-code file is written
+anew.
 """
 
 import filecmp
@@ -24,12 +25,13 @@ from .hub import read_card
 
 @dataclass
 class Assembly:
-    """A folder that is ready to be published.
+    """
+    A folder that is ready for publication.
 
-    Attributes:
-        folder: where it lies.
-        files: names and sizes in bytes.
-        left_behind: what of the source does not go along, and why.
+    Args:
+        folder (`Path`): the folder.
+        files (`dict[str, int]`): names and sizes in bytes.
+        left_behind (`dict[str, str]`): files of the source that are not published, and why.
     """
 
     folder: Path
@@ -48,21 +50,23 @@ def assemble(
     max_total_gb: float = 100.0,
     metadata: dict[str, str] | None = None,
 ) -> Assembly:
-    """Copy what belongs to a published model into an empty folder and check it.
+    """
+    Copy the files of a published model into an empty folder, and check them.
 
     Args:
-        source: folder of the trained model; only read.
-        target: folder to fill; must be empty or missing, and not inside of `source`.
-        card: folder with the model card, the recipe and the results; they replace those of `source`.
-        max_total_gb: gigabytes that the folder may have at most.
-        metadata: fields of the copied card's metadata to set, such as `license`; the source's card stays as it is.
+        source (`str` or `Path`): folder of the trained model; only read.
+        target (`str` or `Path`): folder to fill. It must be empty or missing, and not inside of `source`.
+        card (`str` or `Path`, *optional*): folder with the model card, the recipe and the results, which replace those of `source`.
+        max_total_gb (`float`): largest size of the folder in gigabytes.
+        metadata (`dict[str, str]`, *optional*): fields for the metadata of the copied card, such as `license`. The card of the source does not
+            change.
 
     Returns:
-        The folder with what is in it.
+        [`Assembly`]: the folder with its files.
 
     Raises:
         TrainingInputError: if the source is no finished model in safetensors, a file is too large, there is no valid model
-            card, or a text names a folder of this machine.
+            card, or a text names a local folder.
     """
     source, target = Path(source).resolve(), Path(target).resolve()
     check_source(source)
@@ -107,14 +111,15 @@ def assemble(
 
 
 def keep(assembly: Assembly, folder: str | Path) -> Assembly:
-    """Move an assembled folder to its final place. One that is there already and is the same to the bit is taken as it is.
+    """
+    Move an assembled folder to its final place. A folder that is already there and has the same bits is kept.
 
     Args:
-        assembly: the folder.
-        folder: where it shall lie.
+        assembly ([`Assembly`]): the folder.
+        folder (`str` or `Path`): its final place.
 
     Raises:
-        TrainingInputError: if the place holds something else.
+        TrainingInputError: if there is something else at this place.
     """
     folder = Path(folder).expanduser().resolve()
     if folder.is_dir() and any(folder.iterdir()):
@@ -136,7 +141,7 @@ def keep(assembly: Assembly, folder: str | Path) -> Assembly:
 
 
 def _write_remote_code(source: Path, target: Path, left_behind: dict[str, str]) -> None:
-    """Write the remote-code file of a GMA model, and point its configuration to nothing else."""
+    """Write the remote-code file of a GMA model, and let its configuration name no other code."""
     config = AutoConfig.from_pretrained(target, trust_remote_code=False)
     name = f"{REMOTE_CODE_MODULE}.py"
     values = json.loads((target / "config.json").read_text(encoding="utf-8"))

@@ -1,8 +1,9 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
-"""Which files of a folder belong to a published model, and what is checked of them.
+"""
+Which files of a folder belong to a published model, and their checks.
 
-Nothing is published that this module does not know by name: optimizer states, checkpoints, logs and files of other programs
-stay behind, and the user is told.
+Only files that this module knows by name are published. Optimizer states, checkpoints, logs and files of other programs are
+not published, and the command lists them.
 """
 
 import json
@@ -89,7 +90,7 @@ def _check_shards(source: Path) -> None:
 
 
 def choose(folder: Path, patterns: tuple[str, ...]) -> tuple[dict[str, Path], dict[str, str]]:
-    """Files of a folder that match, and what else is there with the reason why it stays."""
+    """The files of a folder that match, and the other files with the reason why they are not published."""
     chosen, left_behind = {}, {}
     for path in sorted(folder.iterdir()):
         if path.is_file() and any(fnmatch(path.name, pattern) for pattern in patterns):
@@ -121,7 +122,7 @@ def check_sizes(files: dict[str, Path], max_total_gb: float) -> None:
 
 
 def check_names_no_code(chosen: dict[str, Path]) -> None:
-    """Refuse configurations that make others run code which is not published, that of another repository above all."""
+    """Refuse configurations that make others run code that is not published, above all code of another repository."""
     for name, path in chosen.items():
         if not fnmatch(name, "*config.json"):
             continue
@@ -141,7 +142,7 @@ def check_names_no_code(chosen: dict[str, Path]) -> None:
 
 
 def _named_code(values: Any) -> str | None:
-    """The first entry of a configuration, however deep, by which Transformers would run code from a repository."""
+    """The first entry of a configuration, at any depth, that lets Transformers run code from a repository."""
     if isinstance(values, list):
         return next((code for code in map(_named_code, values) if code is not None), None)
     if not isinstance(values, dict):

@@ -1,5 +1,5 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
-"""The hub: names of repositories, model cards as the hub reads them, and the upload."""
+"""The Hub: names of repositories, model cards as the Hub reads them, and the upload."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
 
 def read_card(path: Path) -> ModelCard:
-    """Read a model card as the hub does.
+    """
+    Read a model card as the Hub does.
 
     Raises:
         TrainingInputError: if its metadata cannot be read.
@@ -29,20 +30,21 @@ def read_card(path: Path) -> ModelCard:
 def publish(
     assembly: "Assembly", repo_id: str, private: bool = False, revision: str | None = None, api: HfApi | None = None
 ) -> str:
-    """Let the hub validate the card, create the repository if it is missing, and upload the folder.
+    """
+    Let the Hub validate the card, create the repository if it does not exist, and upload the folder.
 
     Args:
-        assembly: the folder.
-        repo_id: `user/name`.
-        private: whether a new repository is private.
-        revision: branch to upload to, created if missing; by default the main one.
-        api: the hub; by default with the token of `hf auth login`.
+        assembly ([`Assembly`]): the folder.
+        repo_id (`str`): `user/name`.
+        private (`bool`): whether a new repository is private.
+        revision (`str`, *optional*): branch for the upload, created if it does not exist; by default the main branch.
+        api (`HfApi`, *optional*): the Hub; by default with the token of `hf auth login`.
 
     Returns:
-        Address of the repository.
+        `str`: address of the repository.
 
     Raises:
-        TrainingInputError: if the hub refuses the card, or the upload breaks off.
+        TrainingInputError: if the Hub refuses the card, or the upload fails.
     """
     check_repo_id(repo_id)
     api = api or HfApi()
@@ -70,7 +72,8 @@ def publish(
 
 
 def check_repo_id(repo_id: str) -> None:
-    """Check that a name is one of the hub, with its user or organisation in front.
+    """
+    Check that a name is a name of the Hub, with its user or organisation.
 
     Raises:
         TrainingInputError: if it is not.

@@ -1,5 +1,5 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
-"""Whether an assembled folder computes what the trained model computes: both are loaded in fresh processes."""
+"""Check that an assembled folder computes the same as the trained model: both are loaded in fresh processes."""
 
 import os
 import subprocess
@@ -42,17 +42,18 @@ torch.save([observe(folder) for folder in {folders}], {output!r})
 
 
 def check_loading(source: str | Path, folder: str | Path) -> str:
-    """Load source and assembled folder, each in a fresh process and the second also without gma_hf imported.
+    """
+    Load the source and the assembled folder, each in a fresh process. The folder is also loaded without importing gma_hf.
 
     Args:
-        source: folder of the trained model.
-        folder: the assembled folder.
+        source (`str` or `Path`): folder of the trained model.
+        folder (`str` or `Path`): the assembled folder.
 
     Returns:
-        What was compared, as a sentence.
+        `str`: one sentence about the comparison.
 
     Raises:
-        TrainingInputError: if a folder does not load, or does not compute the same to the last bit.
+        TrainingInputError: if a folder does not load, or does not compute the same bits.
     """
     source, folder = Path(source).resolve(), Path(folder).resolve()
     with tempfile.TemporaryDirectory() as work:
@@ -73,7 +74,7 @@ def _expect_equal(expected: dict[str, torch.Tensor], actual: dict[str, torch.Ten
 
 
 def _observe(folders: list[Path], imports_gma_hf: bool, work: str) -> list[dict[str, torch.Tensor]]:
-    """What a fresh process sees of models: outputs for fixed tokens, or the weights of those that read no tokens."""
+    """The results of a fresh process for models: outputs for fixed tokens, or the weights of models that read no tokens."""
     output = Path(work) / "observed.pt"
     source = LOADING_PROGRAM.format(
         imports_gma_hf=imports_gma_hf, folders=[str(folder) for folder in folders], output=str(output)

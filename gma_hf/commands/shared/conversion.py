@@ -1,5 +1,5 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
-"""What the commands `convert` and `distill` share: arguments, models, data, and the initial conversion."""
+"""What the commands `convert` and `distill` share: arguments, models, data, and the first conversion."""
 
 import copy
 import logging
@@ -84,7 +84,7 @@ class SourceArguments:
 
 @dataclass
 class ConversionArguments:
-    """What is converted, into what, and how it is initialised."""
+    """The options of the conversion, and its calibration."""
 
     layers: list[str] | None = field(
         default=None,
@@ -140,7 +140,7 @@ class ConversionArguments:
             raise TrainingInputError("--layers auto and --keep (how many layers stay softmax) go together.")
 
     def options(self) -> dict[str, Any]:
-        """Arguments of `convert_to_gma` that do not choose layers."""
+        """The arguments of `convert_to_gma`, except `layers`."""
         names = ("num_components", "window_size", "num_sink_tokens", "use_routing_projections", "use_forgetting")
         names = (*names, "undo_rotation", "undo_rotation_beyond", *(("recipe",) if self.recipe else ()))
         options = {name: getattr(self, name) for name in names}
@@ -148,7 +148,7 @@ class ConversionArguments:
         return {name: None if value is False and name.startswith("use_") else value for name, value in options.items()}
 
     def chosen_layers(self) -> Any:
-        """`layers` as `convert_to_gma` takes it."""
+        """`layers` in the form of `convert_to_gma`."""
         if self.layers is None or self.layers == ["auto"]:
             return None
         if len(self.layers) == 1 and "." in self.layers[0] and self.layers[0].replace(".", "").isdigit():
@@ -157,7 +157,7 @@ class ConversionArguments:
 
 
 class PreparedData(NamedTuple):
-    """Tokenized data, and what makes batches of them."""
+    """Tokenized data, and the collator for its batches."""
 
     train: Dataset
     validation: Dataset
@@ -168,14 +168,15 @@ class PreparedData(NamedTuple):
 def parse_model_arguments(
     command: str, dataclass_types: Sequence[type], argv: list[str] | None, description: str, common: Sequence[str]
 ) -> tuple[Any, ...]:
-    """Read the arguments of a command; a model's name may stand first, or behind the arguments file.
+    """
+    Read the arguments of a command. The name of a model may be the first argument, or follow the arguments file.
 
     Args:
-        command: name of the verb.
-        dataclass_types: of the arguments.
-        argv: the command line, default `sys.argv[1:]`.
-        description: the docstring of the command, whose first line `--help` shows.
-        common: the options that `--help` shows beside `COMMON`.
+        command (`str`): name of the verb.
+        dataclass_types (`Sequence[type]`): the dataclasses of the arguments.
+        argv (`list[str]`, *optional*): the command line; by default `sys.argv[1:]`.
+        description (`str`): the docstring of the command. `--help` shows its first line.
+        common (`Sequence[str]`): options that `--help` shows in addition to `COMMON`.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     is_file = bool(argv) and Path(argv[0]).suffix.lower() in (".json", ".yaml", ".yml")
@@ -194,7 +195,7 @@ def parse_model_arguments(
 def results_of(
     source: SourceArguments, data: LanguageModelingArguments, report: dict[str, Any], args: TrainingArguments
 ) -> dict[str, Any]:
-    """What `results.json` and the card tell of every conversion."""
+    """The facts about a conversion for `results.json` and for the card."""
     return {
         "base_model": without_folder(source.model_name_or_path),
         "task": source.task,
@@ -234,8 +235,10 @@ def load_source(source: SourceArguments) -> tuple[PreTrainedModel, PreTrainedTok
 
 def check_tokenizer(source: SourceArguments, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """
+    Check that the tokenizer belongs to the model. Otherwise the same number would mean another token.
+
     Raises:
-        TrainingInputError: if the tokenizer is not that of the model: the same number would mean another token.
+        TrainingInputError: if it does not.
     """
     num_tokens = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > num_tokens:
@@ -258,8 +261,10 @@ def check_tokenizer(source: SourceArguments, model: PreTrainedModel, tokenizer: 
 
 def check_output(source: SourceArguments, output_dir: str) -> None:
     """
+    Check that the output folder is not the folder of the model to convert.
+
     Raises:
-        TrainingInputError: if the output folder is that of the model to convert.
+        TrainingInputError: if it is.
     """
     if Path(source.model_name_or_path).resolve() == Path(output_dir).resolve():
         raise TrainingInputError(
@@ -270,7 +275,7 @@ def check_output(source: SourceArguments, output_dir: str) -> None:
 def run_of(
     command: str, arguments: Sequence[Any], source: SourceArguments, data: LanguageModelingArguments
 ) -> dict[str, Any]:
-    """What makes a run of a command the run that it is, see [`fingerprint`]."""
+    """The fingerprint of a run of a command, see [`fingerprint`]."""
     return fingerprint(command, arguments, {**files_of(data), "model_name_or_path": source.model_name_or_path})
 
 
@@ -280,7 +285,7 @@ def prepare_data(
     tokenizer: PreTrainedTokenizerBase,
     seed: int,
 ) -> PreparedData:
-    """Text as a model of its task reads it: packed blocks for a language model, single texts for an encoder."""
+    """The text in the form of the task of the model: packed blocks for a language model, single texts for an encoder."""
     splits = load_text_splits(arguments, seed, source.trust_remote_code)
     if source.task == "text-generation":
         packed = pack_splits(splits, tokenizer, arguments)
@@ -310,7 +315,7 @@ def convert_and_calibrate(
     Convert a model in place as the arguments say, and fit its mixtures.
 
     Returns:
-        `dict`: the converted layers, the ranking if there was one, and the calibration's report; for JSON.
+        `dict`: the converted layers, the ranking if there is one, and the report of the calibration; for JSON.
     """
     batch_size = arguments.calibration_batch_size
     loader = DataLoader(data.train.shuffle(seed=seed), batch_size=batch_size, collate_fn=data.collator)
@@ -348,7 +353,7 @@ def convert_and_calibrate(
 def sample_texts(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[str], max_new_tokens: int
 ) -> list[str]:
-    """Greedy continuations, the prompts included."""
+    """Greedy continuations of prompts, including the prompts."""
     was_training = model.training
     model.eval()
     texts = []
@@ -361,7 +366,7 @@ def sample_texts(
 
 
 def stage_arguments(args: Any, stage: str, max_steps: int, learning_rate: float, **changes: Any) -> Any:
-    """The arguments of one stage, from those that all stages share."""
+    """The arguments of one stage, from the arguments that all stages share."""
     stage_args = copy.copy(args)
     for name, value in {"stage": stage, "max_steps": max_steps, "learning_rate": learning_rate, **changes}.items():
         setattr(stage_args, name, value)

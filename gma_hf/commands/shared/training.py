@@ -1,5 +1,5 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
-"""What the training commands have in common: arguments, start, model, and the run from training to the model card."""
+"""What the training commands share: arguments, start, model, and the steps from training to model card."""
 
 import logging
 import re
@@ -58,7 +58,7 @@ COMMON = (
 
 @dataclass
 class Job:
-    """One training that was started: its arguments, its folder, and the checkpoint to resume from, if there is one."""
+    """A started training: its arguments, its folder, and the checkpoint to resume from, if there is one."""
 
     model_args: ModelArguments
     data_args: DataArguments
@@ -69,7 +69,7 @@ class Job:
     def record(
         self, trainer: GMATrainer, details: dict[str, Any], data: dict[str, Any], **values: Any
     ) -> TrainingRecord:
-        """What the card tells: `details` and `data` of the task beside what every training has; `values` are further fields."""
+        """The record for the card. `details` and `data` belong to the task; `values` are further fields."""
         source = self.model_args.model_name_or_path
         preset = None if source or self.model_args.config_name else self.model_args.preset
         return TrainingRecord(
@@ -88,15 +88,16 @@ def run_training(
     common: tuple[str, ...],
     train: Callable[[Job], None],
 ) -> None:
-    """Read the arguments of a training command, and train unless the output folder holds the finished run.
+    """
+    Read the arguments of a training command, and train unless the output folder has the finished run.
 
     Args:
-        command: name of the verb.
-        data_arguments: the dataclass of the data.
-        argv: the command line, default `sys.argv[1:]`.
-        description: the docstring of the command, whose first line `--help` shows.
-        common: the options that `--help` shows beside `COMMON`.
-        train: loads the data, makes tokenizer and model, trains, and reports.
+        command (`str`): name of the verb.
+        data_arguments (`type`): the dataclass of the data.
+        argv (`list[str]`, *optional*): the command line; by default `sys.argv[1:]`.
+        description (`str`): the docstring of the command. `--help` shows its first line.
+        common (`tuple[str, ...]`): options that `--help` shows in addition to `COMMON`.
+        train (`Callable`): loads the data, makes tokenizer and model, trains, and reports.
     """
     model_args, data_args, args = parse_arguments(
         [ModelArguments, data_arguments, GMATrainingArguments],
@@ -112,13 +113,13 @@ def run_training(
 
 
 def set_up_logging(is_main: bool = True) -> None:
-    """Log with time and origin: what this package says, of processes beside the main one only errors."""
+    """Log with time and origin. This package logs at INFO on the main process, and errors only on other processes."""
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S")
     logging.getLogger("gma_hf").setLevel(logging.INFO if is_main else logging.ERROR)
 
 
 def files_of(data: DataArguments) -> dict[str, list[str] | None]:
-    """The files of each split, for the fingerprint of a run; `None` where none are given."""
+    """The files of each split, for the fingerprint of a run; `None` for splits without files."""
     names = [f"{split}_file" for split in ("train", "validation", "test")]
     return {name: (patterns := getattr(data, name)) and resolve_files(patterns) for name in names}
 
@@ -126,20 +127,21 @@ def files_of(data: DataArguments) -> dict[str, list[str] | None]:
 def start(
     command: str, model_args: ModelArguments, data_args: DataArguments, args: GMATrainingArguments
 ) -> tuple[RunFolder, str | None]:
-    """Set up logging and seeds, look at the output folder, and find out where to resume.
+    """
+    Set up logging and seeds, check the output folder, and find the checkpoint to resume from.
 
     Args:
-        command: name of the command.
-        model_args: see `ModelArguments`.
-        data_args: see `DataArguments`.
-        args: the training arguments.
+        command (`str`): name of the command.
+        model_args (`ModelArguments`): the arguments of the model.
+        data_args (`DataArguments`): the arguments of the data.
+        args (`GMATrainingArguments`): the training arguments.
 
     Returns:
-        The folder of the run, and the checkpoint to resume from, or None to start anew: the one asked for, otherwise the
-        last one in `output_dir` that is whole, unless `overwrite_output_dir`.
+        `tuple`: the folder of the run, and the checkpoint to resume from, or `None` to start anew. The checkpoint is the one
+        that the user named, otherwise the last complete checkpoint in `output_dir`, unless `overwrite_output_dir` is set.
 
     Raises:
-        TrainingInputError: if there is no such checkpoint, or the folder holds something other than this run.
+        TrainingInputError: if there is no such checkpoint, or the folder has something else than this run.
     """
     is_main = args.process_index == 0
     set_up_logging(is_main)
@@ -172,7 +174,7 @@ def start(
 
 
 def _resume_from(checkpoint: Path, run: dict[str, Any], args: GMATrainingArguments) -> tuple[RunFolder, str]:
-    """The folder of a run that goes on from the checkpoint that the user named."""
+    """The folder of a run that continues from the checkpoint that the user named."""
     try:
         expect_resumable(checkpoint)
     except TrainingInputError as error:
@@ -194,7 +196,7 @@ def _resume_from(checkpoint: Path, run: dict[str, Any], args: GMATrainingArgumen
 
 
 def prepare_tokenizer(job: Job, dataset: Dataset, with_mask: bool = False) -> PreTrainedTokenizerBase:
-    """Load the tokenizer asked for, or that of the checkpoint, or train one."""
+    """Load the requested tokenizer or the tokenizer of the checkpoint, or train a tokenizer."""
     model_args, args = job.model_args, job.args
     name = model_args.tokenizer_name or job.checkpoint or model_args.model_name_or_path
     options = {"trust_remote_code": model_args.trust_remote_code}
@@ -217,17 +219,19 @@ def build_model(
     is_causal: bool | None = None,
     **config_values: Any,
 ) -> PreTrainedModel:
-    """Create a model from scratch, or load the checkpoint to continue from.
+    """
+    Create a model from scratch, or load the checkpoint to continue from.
 
     Args:
-        auto_class: the Auto class of the task.
-        model_args: see `ModelArguments`.
-        tokenizer: its size and special tokens go into a new configuration; embeddings grow to its size if needed.
-        is_causal: direction of a new GMA model; None leaves it to the preset and the overrides.
-        config_values: further fields of the configuration, such as the names of the classes.
+        auto_class (`type`): the Auto class of the task.
+        model_args (`ModelArguments`): the arguments of the model.
+        tokenizer (`PreTrainedTokenizerBase`): its size and special tokens go into a new configuration. Embeddings grow to
+            its size if needed.
+        is_causal (`bool`, *optional*): direction of a new GMA model; by default the preset and the overrides decide.
+        config_values (`Any`): further fields of the configuration, such as the names of the classes.
 
     Raises:
-        TrainingInputError: if the checkpoint or configuration cannot be loaded, or has impossible values.
+        TrainingInputError: if the checkpoint or the configuration cannot be loaded, or has impossible values.
     """
     overrides = parse_config_overrides(model_args.config_overrides)
     source = model_args.model_name_or_path
@@ -265,10 +269,11 @@ def build_model(
 
 
 def check_length(model: PreTrainedModel, length: int, option: str) -> None:
-    """Check that a model with a table of learned positions can take sequences of a length.
+    """
+    Check that a model with learned positions can take sequences of this length.
 
     Raises:
-        TrainingInputError: if the table is shorter.
+        TrainingInputError: if it has too few positions.
     """
     for name, module in model.named_modules():
         leaf = name.rsplit(".", 1)[-1]
@@ -281,7 +286,7 @@ def check_length(model: PreTrainedModel, length: int, option: str) -> None:
 
 
 def limit(dataset: Dataset, num_samples: int | None, shuffle_seed: int | None = None) -> Dataset:
-    """Return the first samples of a data set, or random ones with a seed; None means all, in their order."""
+    """The first samples of a data set, or random samples with a seed; `None` means all samples in their order."""
     if num_samples is None or num_samples >= len(dataset):
         return dataset
     if shuffle_seed is not None:
@@ -296,17 +301,18 @@ def train_and_report(
     finish_metrics: Callable[[dict[str, float], str], dict[str, float]],
     record: Callable[[dict[str, float]], TrainingRecord],
 ) -> dict[str, float]:
-    """Train, save the model, evaluate it on validation and test data, and write the model card and `results.json`.
+    """
+    Train, save the model, evaluate it on validation and test data, and write the model card and `results.json`.
 
     Args:
-        trainer: with everything set up.
-        job: the training.
-        test_dataset: evaluated at the end, if there is one.
-        finish_metrics: adds to the metrics of a split (`eval` or `test`) what the trainer cannot know.
-        record: makes the record of the run from all metrics.
+        trainer (`GMATrainer`): the trainer, ready to start.
+        job (`Job`): the training.
+        test_dataset (`Dataset`, *optional*): evaluated at the end.
+        finish_metrics (`Callable`): adds metrics that the trainer cannot know, for a split (`eval` or `test`).
+        record (`Callable`): makes the record of the run from all metrics.
 
     Returns:
-        All metrics.
+        `dict[str, float]`: all metrics.
     """
     args, run, checkpoint = trainer.args, job.run, job.checkpoint
     if args.overwrite_output_dir and run.is_main and checkpoint is None:

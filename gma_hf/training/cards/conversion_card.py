@@ -1,5 +1,5 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
-"""The model card of a converted model: what it was, what became of it, and how it was brought back."""
+"""The model card of a converted model: its original, its conversion, and its results."""
 
 from pathlib import Path
 from typing import Any
@@ -29,17 +29,17 @@ def write_conversion_card(
     name: str | None = None,
 ) -> None:
     """
-    Write `README.md`.
+    Write `README.md`, the card of a converted model.
 
     Args:
         output_dir (`str` or `Path`): the folder of the model.
         model (`PreTrainedModel`): the converted model.
-        task (`str`): the hub's pipeline tag.
+        task (`str`): the pipeline tag of the Hub.
         auto_class (`str`): the Auto class that loads the model.
-        results (`dict`): `base_model`, `data`, `date`, `command`, `device`, `versions`; `conversion`, as
-            [`convert_and_calibrate`] returns it; and, where they were measured, `evaluations`, from the name of a state to its
-            scores, and `samples`, likewise to generated texts.
-        name (`str`, *optional*): the model's name; by default that of the folder.
+        results (`dict`): `base_model`, `data`, `date`, `command`, `device`, `versions`; `conversion`, the result of
+            [`convert_and_calibrate`]; and, if they were measured, `evaluations`, from the name of a state to its scores, and
+            `samples`, from the name of a state to generated texts.
+        name (`str`, *optional*): name of the model; by default the name of the folder.
     """
     name = name or Path(output_dir).resolve().name
     evaluations = results.get("evaluations", {})
@@ -107,7 +107,7 @@ def _samples(samples: dict[str, list[str]]) -> list[str]:
 
 
 def evaluation_table(evaluations: dict[str, dict[str, float]]) -> str:
-    """A line per state of the model, a column per score that was measured."""
+    """A table with a row per state of the model, and a column per measured score."""
     shown = [key for key in SCORES if any(key in scores for scores in evaluations.values())]
     rows = [
         [state, *(SCORES[key][1].format(scores[key]) if key in scores else "" for key in shown)]

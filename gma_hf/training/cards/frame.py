@@ -1,7 +1,8 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
-"""The frame of every model card, and what each card says of its circumstances: command, data, device, versions.
+"""
+The frame of every model card, and the facts that every card gives: command, data, device, versions.
 
-`model_card` fills the frame after a training, `conversion_card` after a conversion, `published_card` for the hub.
+`model_card` fills the frame after a training, `conversion_card` after a conversion, `published_card` for the Hub.
 """
 
 import os
@@ -24,13 +25,17 @@ TAGS = ["gma", "gaussian-mixture-attention"]
 
 
 def make_card(title: str, sections: Iterable[tuple[str | None, ...]], **metadata: Any) -> ModelCard:
-    """Put a card together.
+    """
+    Build a card from its sections.
 
     Args:
-        title: headline of the card.
-        sections: a heading (`None` for none) and its paragraphs each; empty paragraphs are left out, and a heading without
-            paragraphs, too.
-        metadata: fields of `ModelCardData` for the hub.
+        title (`str`): headline of the card.
+        sections (`Iterable[tuple]`): each section has a heading (or `None`) and paragraphs. Empty paragraphs are left out,
+            and a heading without paragraphs, too.
+        metadata (`Any`): fields of `ModelCardData` for the Hub.
+
+    Returns:
+        `ModelCard`: the card.
     """
     fields = ModelCardData(library_name="transformers", **metadata)
     parts = [f"---\n{fields.to_yaml()}\n---", f"# {title}"]
@@ -55,7 +60,7 @@ def loading_example(name: str, auto_class: str, with_gma: bool = True) -> str:
 
 
 def bullets(values: dict[str, Any]) -> str:
-    """A list of names and values without the folders of this machine; values that are `None` are left out."""
+    """A list of names and values. Local folders and values that are `None` are left out."""
     lines = []
     for name, value in values.items():
         if value is None:
@@ -70,18 +75,18 @@ def bullets(values: dict[str, Any]) -> str:
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]], left: int) -> str:
-    """A table in Markdown: the first `left` columns to the left, the others to the right."""
+    """A table in Markdown. The first `left` columns are left-aligned, the others right-aligned."""
     rule = "|" + "---|" * left + "---:|" * (len(columns) - left)
     return "\n".join(["| " + " | ".join(columns) + " |", rule, *("| " + " | ".join(row) + " |" for row in rows)])
 
 
 def is_gma(config: PreTrainedConfig) -> bool:
-    """Whether a configuration is that of a GMA model, native or converted."""
+    """Whether a configuration belongs to a GMA model, native or converted."""
     return config.model_type == "gma" or config.model_type.startswith("gma_")
 
 
 def describe_data(arguments: DataArguments) -> dict[str, Any]:
-    """Name the data: a data set of the hub, or files without their folders."""
+    """The name of the data: a data set of the Hub, or files without their folders."""
     if arguments.dataset_name is not None:
         return {"dataset": without_folder(arguments.dataset_name), "config": arguments.dataset_config_name}
     return {
@@ -92,12 +97,12 @@ def describe_data(arguments: DataArguments) -> dict[str, Any]:
 
 
 def name_of_data(data: dict[str, Any]) -> str:
-    """One name for what `describe_data` returned."""
+    """One name for the result of `describe_data`."""
     return str(data.get("dataset") or ", ".join(data.get("train_files", ["local files"])))
 
 
 def describe_command(argv: list[str]) -> str:
-    """Write the command as it was given, but for the folders of this machine."""
+    """The command as it was typed, without local folders."""
     program = Path(argv[0]).name
     is_script = program.endswith(".py") and program != "__main__.py"
     words = ["python", f"scripts/{program}"] if is_script else ["gma-hf"]
@@ -108,21 +113,21 @@ def describe_command(argv: list[str]) -> str:
 
 
 def without_folder(name: str) -> str:
-    """Drop the folders of a local path; hub names and other words stay as they are."""
+    """A local path without its folders. Hub names and other words stay."""
     path = Path(name).expanduser()
     is_local = path.is_absolute() or name.startswith(("./", "../", "~")) or (os.sep in name and path.exists())
     return path.name if is_local else name
 
 
 def device_name(args: TrainingArguments) -> str:
-    """Return the accelerator's name, or `CPU`."""
+    """The name of the accelerator, or `CPU`."""
     if args.device.type == "cuda":
         return torch.cuda.get_device_name(args.device)
     return args.device.type.upper()
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of Python and of the packages that shape the result."""
+    """The versions of Python and of the packages that affect the result."""
     packages = ("torch", "transformers", "accelerate", "datasets", "tokenizers")
     return {
         "gma_hf": __version__,

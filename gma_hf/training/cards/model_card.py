@@ -1,5 +1,7 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
-"""What was trained, on what, how, and what it scored: a model card for people and `results.json` for programs."""
+"""
+The result of a training (model, data, training, scores) as a model card for people, and as `results.json` for programs.
+"""
 
 import math
 import sys
@@ -63,15 +65,18 @@ SPLITS = {"eval": "validation", "test": "test"}
 
 @dataclass
 class TrainingRecord:
-    """One training run, as the card and `results.json` tell it.
+    """
+    One training run, for the card and for `results.json`.
 
-    Attributes:
-        task: `text-generation`, `fill-mask` or `text-classification` (the hub's pipeline tags).
-        auto_class: Auto class that loads the model.
-        data: what `describe_data` returns, and counts that are worth telling.
-        details: further facts about the training (block length, ...).
-        metrics: scores with their split in front: `eval_perplexity`, `test_accuracy`, ...
-        base_model: checkpoint that was continued, if any.
+    Args:
+        task (`str`): `text-generation`, `fill-mask` or `text-classification` (the pipeline tags of the Hub).
+        auto_class (`str`): Auto class that loads the model.
+        data (`dict`): the result of `describe_data`, and counts.
+        details (`dict`): further facts about the training (block length, ...).
+        metrics (`dict[str, float]`): scores with the name of their split: `eval_perplexity`, `test_accuracy`, ...
+        base_model (`str`, *optional*): the checkpoint that was continued.
+        command (`str`, *optional*): by default the command line of this process.
+        date (`str`, *optional*): by default the current time.
     """
 
     task: str
@@ -85,7 +90,7 @@ class TrainingRecord:
 
 
 def write_results(output_dir: str, args: TrainingArguments, model: PreTrainedModel, record: TrainingRecord) -> None:
-    """Write `results.json`: every metric, and what is needed to get them again."""
+    """Write `results.json`: every metric, and everything that is needed to measure it again."""
     results = {
         "task": record.task,
         "date": record.date,
@@ -158,7 +163,7 @@ def write_model_card(output_dir: str, args: TrainingArguments, model: PreTrained
 
 
 def hyperparameters(args: TrainingArguments) -> dict[str, Any]:
-    """Return what the model card tells about the optimization; arguments that are unset are left out."""
+    """The facts about the optimization for the model card. Arguments that are not set are left out."""
     values = {name: getattr(args, name, None) for name in HYPERPARAMETERS}
     if values["max_steps"] is not None and values["max_steps"] > 0:
         values.pop("num_train_epochs")

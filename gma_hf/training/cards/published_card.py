@@ -1,8 +1,10 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
-"""The card of a model that is published: prose that a person wrote, numbers that were measured, each from its own file.
+"""
+The card of a published model, from prose that a person wrote and from measured numbers, each in its own file.
 
-A card's folder holds `card.yaml` (what the model is for, what it learnt from, what it cannot do), `recipe.yaml` (the
-arguments of the training script) and `results.json` (what the training script and `gma-hf card` measured). `README.md` is made from them and never edited.
+The folder of a card has `card.yaml` (what the model is for, its training data, its limits), `recipe.yaml` (the arguments of
+the training command) and `results.json` (the measurements of the training command and of `gma-hf card`). `README.md` is made
+from these files. Do not edit it.
 """
 
 import dataclasses
@@ -37,12 +39,13 @@ SCORES = (("perplexity", "perplexity", "perplexity"), ("word_perplexity", "perpl
 
 @dataclass
 class Energy:
-    """What the estimate of energy and carbon assumes.
+    """
+    The assumptions of the estimate of energy and carbon.
 
-    Attributes:
-        power_watts: of one device, while it trains.
-        grams_co2_per_kwh: of the electricity.
-        source: where the two numbers come from.
+    Args:
+        power_watts (`float`): power of one device during the training.
+        grams_co2_per_kwh (`float`): grams of CO2 equivalent per kWh of electricity.
+        source (`str`): the source of the two numbers.
     """
 
     power_watts: float
@@ -52,24 +55,25 @@ class Energy:
 
 @dataclass
 class CardDescription:
-    """What a person writes about a model: the fields of `card.yaml`. Texts are Markdown.
+    """
+    The prose about a model: the fields of `card.yaml`. Texts are Markdown.
 
-    Attributes:
-        title: of the card.
-        summary: the model in two sentences.
-        intended_use: what it is for, and what it is not for.
-        training_data: the text it learnt from, with its licence.
-        limits: what it does not do well, and what differs from the usual setting.
-        license: identifier of the hub of the weights' licence.
-        auto_class: the Auto class that loads it.
-        pipeline_tag: the hub's name of its task.
-        language: ISO 639 codes.
-        datasets: names on the hub of what it was trained on.
-        tags: further tags.
-        base_model: checkpoint it was made from.
-        evaluation_data: for every evaluation of `results.json`, `type` (name on the hub), `name`, and perhaps `config`,
-            `split` and the `label` it has in the card.
-        energy: assumptions of the estimate; without them there is none.
+    Args:
+        title (`str`): title of the card.
+        summary (`str`): the model in two sentences.
+        intended_use (`str`): what the model is for, and what it is not for.
+        training_data (`str`): the training text, with its licence.
+        limits (`str`): what the model does not do well, and what differs from the usual setting.
+        license (`str`): identifier of the licence of the weights on the Hub.
+        auto_class (`str`): the Auto class that loads the model.
+        pipeline_tag (`str`): name of the task on the Hub.
+        language (`list[str]`): ISO 639 codes.
+        datasets (`list[str]`): names of the training data on the Hub.
+        tags (`list[str]`): further tags.
+        base_model (`str`, *optional*): the checkpoint from which the model was made.
+        evaluation_data (`dict`): for every evaluation of `results.json`: `type` (name on the Hub), `name`, and perhaps
+            `config`, `split` and the `label` for the card.
+        energy ([`Energy`], *optional*): assumptions of the estimate. Without them there is no estimate.
     """
 
     title: str
@@ -89,10 +93,11 @@ class CardDescription:
 
     @classmethod
     def from_yaml(cls, path: Path) -> "CardDescription":
-        """Read `card.yaml`.
+        """
+        Read `card.yaml`.
 
         Raises:
-            TrainingInputError: if it is missing, is no mapping, lacks a field or has an unknown one.
+            TrainingInputError: if it is missing, is no mapping, lacks a field or has an unknown field.
         """
         if not path.is_file():
             raise TrainingInputError(
@@ -110,17 +115,18 @@ class CardDescription:
 
 
 def write_published_card(folder: str | Path, repo_id: str | None = None) -> Path:
-    """Write `README.md` from `card.yaml`, `recipe.yaml` and `results.json` of a card's folder.
+    """
+    Write `README.md` from `card.yaml`, `recipe.yaml` and `results.json` of the folder of a card.
 
     Args:
-        folder: of the card.
-        repo_id: name on the hub that the example loads; by default the name of the folder.
+        folder (`str` or `Path`): the folder of the card.
+        repo_id (`str`, *optional*): name on the Hub for the example; by default the name of the folder.
 
     Returns:
-        The file.
+        `Path`: the file.
 
     Raises:
-        TrainingInputError: if a file is missing or wrong, or the metadata would not be accepted.
+        TrainingInputError: if a file is missing or wrong, or the Hub would refuse the metadata.
     """
     folder = Path(folder)
     description = CardDescription.from_yaml(folder / "card.yaml")
@@ -147,8 +153,10 @@ def write_published_card(folder: str | Path, repo_id: str | None = None) -> Path
 
 def expect_made_here(readme: Path) -> None:
     """
+    Check that this command made a README, so that no text of a person is lost.
+
     Raises:
-        TrainingInputError: if a person wrote the file, which would be lost.
+        TrainingInputError: if a person wrote the file.
     """
     if readme.is_file() and MADE_HERE not in readme.read_text(encoding="utf-8"):
         raise TrainingInputError(
@@ -158,13 +166,17 @@ def expect_made_here(readme: Path) -> None:
 
 
 def published_card(description: CardDescription, results: dict[str, Any], recipe: str | None, name: str) -> ModelCard:
-    """Put the card together.
+    """
+    Build the card.
 
     Args:
-        description: what a person wrote.
-        results: `results.json` of a training script; `evaluations` maps a name to what `evaluate_text` returns.
-        recipe: text of the recipe.
-        name: that the example loads.
+        description (`CardDescription`): the prose.
+        results (`dict`): `results.json` of a training command. `evaluations` maps a name to the result of `evaluate_text`.
+        recipe (`str`, *optional*): text of the recipe.
+        name (`str`): name for the example.
+
+    Returns:
+        `ModelCard`: the card.
     """
     evaluations = results.get("evaluations", {})
     facts = {"parameters": results.get("num_parameters"), "processes": results.get("num_processes")}
@@ -206,7 +218,7 @@ def published_card(description: CardDescription, results: dict[str, Any], recipe
 
 
 def results_table(evaluations: dict[str, dict[str, Any]], labels: dict[str, str]) -> str:
-    """A line per text and score, with the confidence interval; `labels` are names that read better than their own."""
+    """A row per text and score, with the confidence interval. `labels` are readable names of the texts."""
     rows = []
     for name, scores in evaluations.items():
         for key, label, _ in SCORES:
@@ -217,12 +229,18 @@ def results_table(evaluations: dict[str, dict[str, Any]], labels: dict[str, str]
 
 
 def results_of_row(report: dict[str, Any], name: str) -> dict[str, Any]:
-    """What a card needs, from a row of a benchmark that trained the model, such as `benchmarks/quality/language_modeling.py`.
+    """
+    The results for a card from a row of a benchmark that trained the model, such as
+    `benchmarks/quality/language_modeling.py`.
 
     Args:
-        report: content of the benchmark's JSON file: `setting`, and `rows` with `command`, `date`, `device`, `versions`,
-            `parameters`, `train_seconds`, and `<text>_perplexity` and `<text>_word_perplexity`, each with its `..._interval`.
-        name: of the row.
+        report (`dict`): content of the JSON file of the benchmark: `setting`, and `rows` with `command`, `date`, `device`,
+            `versions`, `parameters`, `train_seconds`, and `<text>_perplexity` and `<text>_word_perplexity`, each with its
+            `..._interval`.
+        name (`str`): name of the row.
+
+    Returns:
+        `dict`: the results.
 
     Raises:
         TrainingInputError: if there is no such row.
@@ -254,7 +272,7 @@ def results_of_row(report: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def energy_estimate(energy: Energy | None, results: dict[str, Any]) -> str | None:
-    """Time from the measurement, energy and carbon from assumptions, said to be such; None without a measured time."""
+    """The measured time, and energy and carbon from assumptions; `None` without a measured time."""
     seconds = results.get("metrics", {}).get("train_runtime")
     if seconds is None:
         return None
@@ -271,10 +289,11 @@ def energy_estimate(energy: Energy | None, results: dict[str, Any]) -> str | Non
 
 
 def check_metadata(card: ModelCard) -> None:
-    """Check what can be checked of a card's metadata without the hub.
+    """
+    Check the metadata of a card as far as this is possible without the Hub.
 
     Raises:
-        TrainingInputError: says which field is missing or wrong, and what it must look like.
+        TrainingInputError: with the missing or wrong field, and the expected values.
     """
     data = card.data
     problems = []
@@ -309,7 +328,7 @@ def check_metadata(card: ModelCard) -> None:
 
 
 def known_tasks() -> list[str]:
-    """Values of `pipeline_tag` that a Transformers model may have."""
+    """The values of `pipeline_tag` that a Transformers model may have."""
     from transformers.pipelines import PIPELINE_REGISTRY
 
     return sorted({*PIPELINE_REGISTRY.get_supported_tasks(), "sentence-similarity"})

@@ -1,5 +1,5 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
-"""Training, validation and test data: loaded, checked, and a validation set split off where there is none."""
+"""Training, validation and test data: load them, check them, and hold out a validation set if there is none."""
 
 import logging
 
@@ -20,17 +20,18 @@ MIN_DOCUMENTS_TO_DRAW_FROM = 20
 
 
 def load_splits(arguments: DataArguments, trust_remote_code: bool = False) -> dict[str, Dataset]:
-    """Load the raw splits that the arguments name.
+    """
+    Load the raw splits that the arguments name.
 
     Args:
-        arguments: names a data set of the hub, or local files.
-        trust_remote_code: passed on to `datasets.load_dataset` for the hub.
+        arguments (`DataArguments`): a data set of the Hub, or local files.
+        trust_remote_code (`bool`): argument of `datasets.load_dataset` for the Hub.
 
     Returns:
-        `{"train": ..., "validation": ..., "test": ...}`; validation and test only where they exist.
+        `dict`: `{"train": ..., "validation": ..., "test": ...}`; validation and test only if they exist.
 
     Raises:
-        TrainingInputError: when a data set, split or file is missing, empty or of an unknown kind.
+        TrainingInputError: if a data set, split or file is missing, empty or of an unknown kind.
     """
     text_documents = getattr(arguments, "text_documents", "file")
     splits = {}
@@ -59,15 +60,16 @@ def load_splits(arguments: DataArguments, trust_remote_code: bool = False) -> di
 def load_text_splits(
     arguments: LanguageModelingArguments, seed: int, trust_remote_code: bool = False
 ) -> dict[str, Dataset]:
-    """Load the text of every split for language modelling.
+    """
+    Load the text of every split for language modelling.
 
     Args:
-        arguments: see `LanguageModelingArguments`.
-        seed: of the draw of validation documents.
-        trust_remote_code: see `load_splits`.
+        arguments (`LanguageModelingArguments`): the arguments of the data.
+        seed (`int`): seed for the choice of validation documents.
+        trust_remote_code (`bool`): see `load_splits`.
 
     Returns:
-        Splits `train`, `validation` and perhaps `test`, with the columns `text` and `document_end`.
+        `dict[str, Dataset]`: splits `train`, `validation` and perhaps `test`, with the columns `text` and `document_end`.
 
     Raises:
         TrainingInputError: see `load_splits`; also for a missing text column or data without text.
@@ -89,20 +91,21 @@ def load_text_splits(
 def load_labelled_splits(
     arguments: ClassificationArguments, seed: int, trust_remote_code: bool = False
 ) -> tuple[dict[str, Dataset], list[str]]:
-    """Load texts and classes of every split for classification.
+    """
+    Load texts and classes of every split for classification.
 
     Args:
-        arguments: see `ClassificationArguments`.
-        seed: of the draw of the validation set, which keeps the proportions of the classes.
-        trust_remote_code: see `load_splits`.
+        arguments (`ClassificationArguments`): the arguments of the data.
+        seed (`int`): seed for the choice of the validation set, which keeps the proportions of the classes.
+        trust_remote_code (`bool`): see `load_splits`.
 
     Returns:
-        The splits with the columns `text` (str) and `label` (class index), and the names of the classes in the order
-        of their indices: as the data set declares them, otherwise the sorted values of the training data.
+        `tuple`: the splits with the columns `text` (str) and `label` (class index), and the names of the classes in the
+        order of their indices: as the data set declares them, otherwise the sorted values of the training data.
 
     Raises:
-        TrainingInputError: see `load_splits`; also for a missing column, missing values, fewer than two classes, or
-            classes that differ between the splits.
+        TrainingInputError: see `load_splits`; also for a missing column, missing values, fewer than two classes, or classes
+            that differ between the splits.
     """
     raw = load_splits(arguments, trust_remote_code)
     for split, dataset in raw.items():
@@ -159,17 +162,18 @@ def load_labelled_splits(
 def tokenize_texts(
     dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, split: str, num_proc: int | None = None
 ) -> Dataset:
-    """Tokenize texts to classify, cut at `max_length` tokens; how many are cut is logged.
+    """
+    Tokenize texts for classification, and cut them at `max_length` tokens. The number of cut texts is logged.
 
     Args:
-        dataset: columns `text` and `label`.
-        tokenizer: with the special tokens that it adds itself.
-        max_length: tokens that are kept of a text, its beginning.
-        split: name of the data in messages.
-        num_proc: processes that tokenize.
+        dataset (`Dataset`): columns `text` and `label`.
+        tokenizer (`PreTrainedTokenizerBase`): the tokenizer, with its special tokens.
+        max_length (`int`): largest number of tokens per text; the beginning is kept.
+        split (`str`): name of the data in messages.
+        num_proc (`int`, *optional*): number of processes that tokenize.
 
     Returns:
-        Columns `input_ids`, `attention_mask` and `labels`. An empty text becomes one padding token that counts.
+        `Dataset`: columns `input_ids`, `attention_mask` and `labels`. An empty text becomes one padding token that counts.
 
     Raises:
         TrainingInputError: if `max_length` leaves no token of the text.
@@ -239,7 +243,7 @@ def _text_rows(dataset: Dataset, split: str, column: str, rows_are_documents: bo
 
 
 def _count_texts(dataset: Dataset, column: str) -> tuple[int, bool]:
-    """How many rows have no text, and whether any row has some; read in portions, never all at once."""
+    """The number of rows without text, and whether any row has text; read in portions."""
     missing, has_text = 0, False
     for batch in dataset.select_columns([column]).iter(batch_size=1000):
         missing += sum(text is None for text in batch[column])
@@ -252,7 +256,7 @@ def _has_text(text: str | None) -> bool:
 
 
 def _split_text(dataset: Dataset, fraction: float, seed: int) -> tuple[Dataset, Dataset]:
-    """Hold out whole documents at random, or the end of the text when there are few documents."""
+    """Hold out whole documents at random, or the end of the text if there are few documents."""
     if len(dataset) < 2:
         raise TrainingInputError(
             "The training data is too small to hold out a part for validation. Give --validation_file, or more text."

@@ -1,8 +1,11 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
-"""Masking for masked language modelling, as in BERT (Devlin et al., arXiv:1810.04805, section 3.1), by Transformers' collator.
+"""
+Masking for masked language modelling, as in BERT (Devlin et al., arXiv:1810.04805, section 3.1), by the collator of
+Transformers.
 
-Of the tokens drawn for prediction 80 % become the mask token, 10 % a random token, 10 % stay. Training data is masked anew
-in every epoch. Evaluation data is masked once, from a seed of its own, so that scores of different steps can be compared.
+Of the tokens drawn for prediction, 80 % become the mask token, 10 % become a random token, and 10 % stay. Training data is
+masked anew in every epoch. Evaluation data is masked once, with its own seed, so that scores of different steps can be
+compared.
 """
 
 import torch
@@ -13,13 +16,14 @@ from .packing import PackedCollator
 
 
 class MaskingCollator(DataCollatorForLanguageModeling):
-    """Stack blocks as `PackedCollator` does, and let Transformers mask those that have no labels yet.
+    """
+    Stack blocks as `PackedCollator` does, and let Transformers mask blocks without labels.
 
-    `DataCollatorForLanguageModeling` alone knows neither packed sequences nor blocks that are masked already.
+    `DataCollatorForLanguageModeling` alone does not know packed sequences, or blocks that are masked already.
 
     Args:
-        tokenizer: has a mask token; its special tokens are never drawn.
-        probability: share of the tokens to draw.
+        tokenizer (`PreTrainedTokenizerBase`): a tokenizer with a mask token. Its special tokens are never drawn.
+        probability (`float`): share of the tokens to draw.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, probability: float = 0.15):
@@ -34,14 +38,15 @@ class MaskingCollator(DataCollatorForLanguageModeling):
         return batch
 
     def mask(self, input_ids: torch.Tensor, seed: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Draw tokens to predict and hide most of them.
+        """
+        Draw tokens to predict, and hide most of them.
 
         Args:
-            input_ids: `[batch, length]` token ids.
-            seed: of the draw; by default torch's global generator draws.
+            input_ids (`torch.Tensor` of shape `(batch, length)`): token ids.
+            seed (`int`, *optional*): seed of the draw; by default the global generator of torch draws.
 
         Returns:
-            Masked ids, and labels with -100 where nothing is predicted; both like `input_ids`.
+            `tuple[torch.Tensor, torch.Tensor]`: masked ids, and labels with -100 at tokens that are not predicted.
         """
         self.generator = None if seed is None else torch.Generator().manual_seed(seed)
         is_special = torch.isin(input_ids, self._special_ids)
@@ -49,7 +54,7 @@ class MaskingCollator(DataCollatorForLanguageModeling):
 
 
 def mask_dataset(blocks: Dataset, tokenizer: PreTrainedTokenizerBase, probability: float, seed: int) -> Dataset:
-    """Mask blocks once and for all: columns `input_ids` and `labels`, the same for the same seed."""
+    """Mask blocks once: columns `input_ids` and `labels`, the same for the same seed."""
     collator = MaskingCollator(tokenizer, probability)
 
     def mask(row: dict, index: int) -> dict:

@@ -1,9 +1,10 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
-"""Text that is read while the model trains: it is not written to a disk first, so it may be larger than the disk.
+"""
+Text that is read during the training. It is not written to a disk, so it may be larger than the disk.
 
-The functions of `packing` cut the blocks, so the blocks are those of data that is loaded, in the same order. The number of
-rows is not known before the end. Therefore the run needs a number of steps, a new tokenizer learns from the first rows, and
-the first rows are held out where there is no validation data.
+The functions of `packing` cut the blocks, so a stream has the blocks of loaded data, in the same order. The number of rows
+is not known before the end. So the run needs a number of steps, a new tokenizer learns from the first rows, and the first
+rows are held out if there is no validation data.
 """
 
 import logging
@@ -30,17 +31,19 @@ SHUFFLED_BLOCKS = 1000
 def stream_text_splits(
     arguments: CausalLanguageModelingArguments, max_steps: int
 ) -> dict[str, IterableDataset | Dataset]:
-    """Open the text of every split for language modelling, without loading it.
+    """
+    Open the text of every split for language modelling, without loading it.
 
     Args:
-        arguments: name a data set of the hub, or local files.
-        max_steps: steps of the run.
+        arguments (`CausalLanguageModelingArguments`): a data set of the Hub, or local files.
+        max_steps (`int`): number of steps of the run.
 
     Returns:
-        `train` as a stream, `validation` and perhaps `test` in memory, all with the columns `text` and `document_end`.
+        `dict`: `train` as a stream, `validation` and perhaps `test` in memory, all with the columns `text` and
+        `document_end`.
 
     Raises:
-        TrainingInputError: without a number of steps; when a data set, split or column is missing, or there is no text.
+        TrainingInputError: without a number of steps; if a data set, split or column is missing, or there is no text.
     """
     if max_steps < 1:
         raise TrainingInputError("With --streaming the length of the data is not known: give --max_steps as well.")
@@ -66,15 +69,17 @@ def stream_text_splits(
 def stream_blocks(
     rows: IterableDataset, tokenizer: PreTrainedTokenizerBase, arguments: CausalLanguageModelingArguments
 ) -> IterableDataset:
-    """Tokenize documents and pack them into blocks while they are read; see `packing`.
+    """
+    Tokenize documents, and pack them into blocks while they are read, see `packing`.
 
     Args:
-        rows: columns `text` and `document_end`; the rows of a document follow each other.
-        tokenizer: turns text into ids.
-        arguments: the size of the blocks, their largest number, and whether documents are isolated.
+        rows (`IterableDataset`): columns `text` and `document_end`. The rows of a document follow each other.
+        tokenizer (`PreTrainedTokenizerBase`): the tokenizer.
+        arguments (`CausalLanguageModelingArguments`): the size of the blocks, their largest number, and whether documents are
+            isolated.
 
     Returns:
-        A stream with the columns of the blocks. Each iteration reads the text anew.
+        `IterableDataset`: a stream with the columns of the blocks. Each iteration reads the text anew.
     """
     tokenized = rows.map(tokenize_rows, batched=True, remove_columns=["text"], fn_kwargs={"tokenizer": tokenizer})
     blocks = IterableDataset.from_generator(
