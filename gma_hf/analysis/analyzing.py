@@ -83,8 +83,8 @@ def analyze(
         raise AnalysisError(f"Out of memory: choose a smaller batch_size or block_size. {error}") from error
     except IndexError as error:
         raise AnalysisError(
-            f"The model cannot read blocks of {block_size} tokens, perhaps for want of positions: choose a smaller "
-            f"block_size. {error}"
+            f"The model cannot read blocks of {block_size} tokens, perhaps because it has fewer positions. Choose a "
+            f"smaller block_size. {error}"
         ) from error
     labels = layer_labels(list(found))
     layers = [

@@ -281,7 +281,7 @@ def _excerpt(report: RoutingReport, position: int | None) -> str:
         + _figure(
             lambda: plot_affinity(affinity, excerpt.tokens, title),
             "affinity",
-            "Who reads whom: the matrix that output_attentions=True returns, every row scaled to the sum 1.",
+            "Which token reads from which: the matrix that output_attentions=True returns, every row scaled to the sum 1.",
         )
         + f"<details><summary>Where each token writes in head {head} of every layer</summary>"
         + _table(

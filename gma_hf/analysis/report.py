@@ -129,7 +129,8 @@ class Excerpt:
             position = self.shown_position()
         if not -len(self.tokens) <= position < len(self.tokens):
             raise AnalysisError(
-                f"There is no token {position}: the excerpt has {len(self.tokens)} tokens, counted from 0."
+                f"There is no token {position}: the excerpt has {len(self.tokens)} tokens. Choose a position from 0 to "
+                f"{len(self.tokens) - 1}."
             )
         position %= len(self.tokens)
         best = {

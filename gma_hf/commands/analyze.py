@@ -29,19 +29,19 @@ class AnalysisArguments:
         metadata={"help": "UTF-8 text files, plain or with .gz or .xz, read one after the other.", "required": True}
     )
     output: str = field(default="analysis", metadata={"help": "Folder for report.html and report.json."})
-    max_tokens: int = field(default=100_000, metadata={"help": "Read no further than so many tokens; 0: everything."})
+    max_tokens: int = field(default=100_000, metadata={"help": "Largest number of tokens to read; 0: all."})
     block_size: int | None = field(
-        default=None, metadata={"help": "Tokens per forward pass. Default: 512, or what the model can take."}
+        default=None, metadata={"help": "Tokens per forward pass. Default: 512, or less if the model takes less."}
     )
     batch_size: int = field(default=8, metadata={"help": "Blocks per forward pass."})
     excerpt_length: int = field(
-        default=32, metadata={"help": "Tokens at the beginning that are looked at one by one."}
+        default=32, metadata={"help": "Tokens at the beginning of the text to analyse one by one."}
     )
     token: int | None = field(
         default=None,
         metadata={"help": "The token of the excerpt whose route is drawn, from 0. Default: the last whole word."},
     )
-    num_shuffles: int = field(default=20, metadata={"help": "Permutations of the control of the alignment."})
+    num_shuffles: int = field(default=20, metadata={"help": "Shuffles for the control of the alignment."})
     seed: int = field(default=0, metadata={"help": "Seed of the permutations."})
     tokenizer_name: str | None = field(
         default=None, metadata={"help": "Tokenizer, if it is not in the model's folder."}

@@ -82,7 +82,7 @@ class RecipeArguments:
     )
     prompts: list[str] = field(
         default_factory=lambda: ["The history of the city begins", "Scientists have discovered that"],
-        metadata={"help": "Beginnings of the texts that are generated before and after."},
+        metadata={"help": "Beginnings of the texts to generate before and after."},
     )
     sample_tokens: int = field(default=60, metadata={"help": "Tokens to generate for each; 0 for no samples."})
 

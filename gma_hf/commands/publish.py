@@ -81,7 +81,7 @@ def main(argv: list[str] | None = None) -> None:
         branch = f", branch {args.revision}" if args.revision else ""
         print(
             f"Dry run: --upload would create the {visibility} model repository {args.repo_id} if it is missing, and upload "
-            f"these {len(assembly.files)} files{branch}. The hub itself validates the card then."
+            f"these {len(assembly.files)} files{branch}. The Hub then validates the card."
         )
 
 

@@ -157,13 +157,13 @@ def expect_possible(config: PreTrainedConfig) -> None:
         raise ValueError(f"`num_sink_tokens` must be 0 (none) or at least 1, got {config.num_sink_tokens}.")
     if config.num_sink_tokens > 0 and (config.window_size == 0 or not config.is_causal):
         raise ValueError(
-            "`num_sink_tokens` keeps first tokens visible to the softmax of a window that has moved on: it needs "
-            f"`window_size` above 0 and `is_causal=True`, got {config.window_size} and {config.is_causal}. Set it to 0."
+            "`num_sink_tokens` needs `window_size` above 0 and `is_causal=True`: the softmax of a window keeps sink tokens visible. "
+            f"Got window_size={config.window_size} and is_causal={config.is_causal}. Set `num_sink_tokens` to 0."
         )
     if config.correlate and (config.normalize_read or config.num_components < 2 or config.window_size > 0):
         raise ValueError(
-            "`correlate=True` needs `normalize_read=False`, `num_components` of at least 2 and `window_size=0`: weights of "
-            "correlated routes are signed, so that nothing can be divided by their sum. Got "
+            "`correlate=True` needs `normalize_read=False`, `num_components` of at least 2 and `window_size=0`: the "
+            "weights of correlated routes have signs, so their sum cannot be a divisor. Got "
             f"normalize_read={config.normalize_read}, num_components={config.num_components}, "
             f"window_size={config.window_size}."
         )

@@ -77,8 +77,8 @@ class GMAConversionConfig:
         self.mean_init_std = number("mean_init_std", self.mean_init_std, is_positive=False)
         if self.num_sink_tokens > 0 and self.window_size == 0:
             raise ValueError(
-                "`num_sink_tokens` keeps first tokens visible to the softmax of a window that has moved on: it needs a "
-                f"`window_size`, which is 0, and is {self.num_sink_tokens}. Give a window, or leave `num_sink_tokens` out."
+                f"`num_sink_tokens` is {self.num_sink_tokens} and `window_size` is 0, but sink tokens need a window: its softmax keeps them "
+                "visible. Give a `window_size`, or leave `num_sink_tokens` out."
             )
         if not self.variance_init > self.variance_floor:
             raise ValueError(

@@ -124,8 +124,8 @@ def convert_to_gma(
     attention_layers = find_attention_layers(model, example_inputs)
     if not attention_layers:
         raise ValueError(
-            f"{type(model).__name__} does not compute its attention through Transformers' attention interface, so that it "
-            f"cannot be replaced. {supported_list()}"
+            f"{type(model).__name__} does not compute its attention through Transformers' attention interface, so its "
+            f"attention cannot be replaced. {supported_list()}"
         )
     chosen = select_layers(attention_layers, layers, keep_every)
     if not any(layer.is_causal for layer in chosen):
@@ -190,7 +190,7 @@ def why_not_reverted(model: Any) -> str:
     if inside:
         return (
             f"{name} is a wrapper around a converted {type(inside[0]).__name__}. Take the model out of it first, for example "
-            "by `merge_and_unload()` of a model with adapters, and revert that."
+            "by `merge_and_unload()` of a model with adapters, and revert this model."
         )
     if isinstance(model, nn.Module) and gma_layers(model):
         return (
@@ -270,7 +270,7 @@ def choose_rotations(
     if undo_rotation and not any(layer.rotary_dim > 0 for layer in chosen):
         raise ValueError(
             f"`undo_rotation=True`, but no rotation of the model takes more than `undo_rotation_beyond={beyond}` "
-            "tokens for a turn. Give a smaller number, or leave `undo_rotation` out."
+            "tokens for a full turn. Give a smaller number, or leave `undo_rotation` out."
         )
 
 
@@ -316,7 +316,7 @@ def select_layers(
         chosen = spread_evenly(candidates, layers)
     elif isinstance(layers, int):
         raise ValueError(
-            f"`layers={layers}` is no choice of layers. Give a list of indices, `[{layers}]`, or a fraction."
+            f"`layers={layers}` does not choose layers. Give a list of indices, `[{layers}]`, or a fraction."
         )
     else:
         entries = [layers] if isinstance(layers, str) else list(layers)
@@ -332,7 +332,8 @@ def select_layers(
     for layer in chosen:
         if layer.obstacles:
             raise ValueError(
-                f"{layer.name} ({type(layer.module).__name__}) cannot be converted: {layer.obstacles[0]}."
+                f"{layer.name} ({type(layer.module).__name__}) cannot be converted: {layer.obstacles[0]}. Choose other "
+                "layers with `layers`."
             )
     return chosen
 

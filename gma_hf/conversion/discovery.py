@@ -120,7 +120,7 @@ def find_attention_layers(
         except Exception as error:
             inputs = sorted(input_names(runner) if example_inputs is None else example_inputs)
             raise ValueError(
-                f"{type(model).__name__} could not be looked at: a forward pass over {inputs} failed with "
+                f"The attention of {type(model).__name__} could not be found: a forward pass over {inputs} failed with "
                 f"{type(error).__name__}: {error}. Give arguments that it takes as `example_inputs`, for example "
                 "`example_inputs=dict(tokenizer('A sentence.', return_tensors='pt'))`."
             ) from error

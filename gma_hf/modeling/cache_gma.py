@@ -138,7 +138,7 @@ class GMACacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
         return -1 if self.memory is None else self.memory.state.shape[0]
 
     def update_conv_state(self, *args, **kwargs):
-        raise TypeError("A GMA layer replaces its whole state at once: call `advance`.")
+        raise TypeError("A GMA layer replaces its whole state at once. Call `advance`.")
 
     update_recurrent_state = update_conv_state
 
@@ -173,12 +173,13 @@ class GMACacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
         if tokens_to_remove != 0:
             raise ValueError(
                 "A GMA layer keeps running sums and cannot remove tokens from them. Copy the cache (`copy.deepcopy`) "
-                "before the tokens that may have to be taken back."
+                "before you add tokens that you may have to remove."
             )
 
     def activate_past_recording(self):
         raise ValueError(
-            "A GMA model cannot be rolled back, so it cannot serve as the assistant of assisted decoding."
+            "A GMA model cannot be rolled back, so it cannot serve as the assistant of assisted decoding. Use an assistant with "
+            "softmax attention, or call `generate` without `assistant_model`."
         )
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
@@ -297,9 +298,9 @@ def foreign_content(layer: CacheLayerMixin, layer_idx: int) -> str:
     """The message for a cache layer with keys and values of softmax attention, which cannot serve a GMA layer."""
     return (
         f"Layer {layer_idx} of the cache already holds a {type(layer).__name__} with content, but layer {layer_idx} of the model is a "
-        "GMA layer, which goes on from a running state and not from keys and values. If prefix tuning (`PrefixTuningConfig`) put "
+        "GMA layer, which continues from a running state and not from keys and values. If prefix tuning (`PrefixTuningConfig`) put "
         "learned keys and values there: use prompt tuning (`PromptTuningConfig`) or LoRA, which work with GMA layers. If another "
-        "model filled the cache: start with a new one."
+        "model filled the cache: start with a new cache."
     )
 
 
@@ -342,7 +343,7 @@ def expect_continuation(
     if bool((starts.to(seen.device) & seen).any()):
         raise ValueError(
             f"`position_ids` start at 0, but the cache has seen {int(cache.get_seq_length())} tokens of the same rows. `generate` with "
-            "a cache takes the whole text, the tokens in the cache first and at least one new token behind them: a prompt "
-            "that is no longer than the cache starts anew. A new sequence needs a new cache; to continue "
-            "the old one without `generate`, leave `position_ids` out or let them go on."
+            "a cache takes the whole text: the tokens in the cache, and at least one new token after them. A prompt that is no "
+            "longer than the cache starts anew. A new sequence needs a new cache. To continue the old sequence without "
+            "`generate`, leave `position_ids` out, or continue them."
         )

@@ -36,7 +36,7 @@ from .memory_state import (
 
 
 NO_AFFINITY_BEHIND_CACHE = (
-    "`output_attentions=True` needs all tokens at once: a GMA state no longer knows the single tokens it was built from. Run "
+    "`output_attentions=True` needs all tokens at once: a GMA state does not know the single tokens that built it. Run "
     "without a cache (`use_cache=False`)."
 )
 
@@ -368,10 +368,12 @@ class GMAMemory(nn.Module):
     def _check(self, window: GMAWindow | None, query: Tensor, causal: bool, log_decay, history, output_history):
         if not causal and (log_decay is not None or history is not None or output_history):
             raise ValueError(
-                "log_decay, history or output_history is given with causal=False, but forgetting and going on have a "
+                "log_decay, history or output_history is given with causal=False, but forgetting and continuing have a "
                 "direction; use causal=True."
             )
         if window is not None:
             window.check(query, history)
         elif history is not None and history.keys is not None:
-            raise ValueError("The history holds a window, but the layer has none. Was it written by another model?")
+            raise ValueError(
+                "The history holds a window, but the layer has none. Was it written by another model? Pass a history of this layer."
+            )

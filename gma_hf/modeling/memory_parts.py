@@ -222,7 +222,7 @@ class GMAWindow(nn.Module):
         super().__init__()
         if window_size < 1:
             raise ValueError(
-                f"`window_size` must be at least 1, got {window_size}. Without a window use the mixture alone."
+                f"`window_size` must be at least 1, got {window_size}. Without a window, use the mixture alone."
             )
         if num_sink_tokens < 0:
             raise ValueError(f"`num_sink_tokens` must not be negative, got {num_sink_tokens}. 0 means none.")
@@ -339,12 +339,12 @@ class GMAWindow(nn.Module):
         if window != self.window_size:
             raise ValueError(
                 f"The history holds a window of {window} tokens, but `window_size` is {self.window_size}. Was it "
-                "written by another model?"
+                "written by another model? Pass a history of this layer."
             )
         if sinks != self.num_sink_tokens:
             raise ValueError(
                 f"The history has room for {sinks} sink tokens, but `num_sink_tokens` is {self.num_sink_tokens}. Was it "
-                "written by another model?"
+                "written by another model? Pass a history of this layer."
             )
 
     def extra_repr(self) -> str:

@@ -222,7 +222,7 @@ class GMAModel(GMAPreTrainedModel):
         is_causal = kwargs.pop("is_causal", self.config.is_causal)
         if not is_causal:
             if cache is not None:
-                raise ValueError("A bidirectional model has no state to go on from: do not pass a cache.")
+                raise ValueError("A bidirectional model has no state to continue from: do not pass a cache.")
             use_cache = False
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)
@@ -329,14 +329,18 @@ class GMAModel(GMAPreTrainedModel):
             if attention_mask.shape[1] < expected:
                 raise ValueError(
                     f"The attention mask covers {attention_mask.shape[1]} tokens, but softmax layers read the "
-                    f"{seen_tokens} cached tokens again: it must cover them as well, {expected} tokens in all."
+                    f"{seen_tokens} cached tokens again: it must cover them as well, {expected} tokens in all. Put the mask of the "
+                    "cached tokens in front."
                 )
         # By their places: versions of Transformers call the cache by different names
         arguments, others = (self.config, inputs_embeds, attention_mask), {}
         # Flash attention takes packed sequences from the positions or from `cu_seq_lens_q`, the others from their mask
         if sequence_ids is not None and "flash" not in attention_implementation(self.config):
             if seen_tokens > 0:
-                raise ValueError("Softmax layers cannot go on from a cache with several packed sequences per row.")
+                raise ValueError(
+                    "Softmax layers cannot go on from a cache with several packed sequences per row. Pass one sequence per row, or "
+                    "start with a new cache."
+                )
             others["and_mask_function"] = same_sequence_mask_function(sequence_ids)
         if is_causal:
             position_ids = None if others else position_ids

@@ -78,7 +78,7 @@ def save_cache(cache: DynamicCache, path: str | os.PathLike, model: nn.Module | 
         model = owners[0] if owners else None
         if model is None:
             raise ValueError(
-                "It is not known which model filled the cache: the model was deleted, or the cache was pickled, or a converted "
+                "It is unknown which model filled the cache: the model was deleted, or the cache was pickled, or a converted "
                 "model filled it, whose caches cannot be saved. Pass the native GMA model as `model=`."
             )
     base_model = base_model_of(model)
@@ -139,7 +139,10 @@ def load_cache(
         model = base_model_of(config)
         config = config.config
     if not isinstance(config, GMAConfig):
-        raise ValueError(f"`load_cache` takes a native GMA model or its `GMAConfig`, got {type(config).__name__}.")
+        raise ValueError(
+            f"`load_cache` takes a native GMA model or its `GMAConfig`, got {type(config).__name__}. Pass the model that will continue "
+            "from the cache."
+        )
     try:
         with safe_open(path, framework="pt", device=str(device)) as file:
             metadata = file.metadata() or {}
@@ -151,7 +154,8 @@ def load_cache(
     seq_length, num_layers = (number_in(metadata, name, path) for name in ("seq_length", "num_layers"))
     if num_layers != config.num_hidden_layers:
         raise ValueError(
-            f"{path} does not fit the model: the file has {num_layers} layers, the model has {config.num_hidden_layers}."
+            f"{path} does not fit the model: the file has {num_layers} layers, the model has {config.num_hidden_layers}. Load the "
+            "cache with the model that filled it, or process the prompt again."
         )
     expect_finite(tensors, str(path))
     fingerprint = metadata.get("fingerprint") or None

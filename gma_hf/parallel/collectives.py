@@ -24,8 +24,8 @@ class ProcessLostError(RuntimeError):
 
 
 LOST = (
-    "Another process has stopped or does not answer, so that this process cannot go on. Look for the first error among the outputs "
-    "of all processes. Start all processes again; a training goes on from its last checkpoint with --resume_from_checkpoint. This "
+    "Another process has stopped or does not answer, so this process cannot continue. Look for the first error among the outputs "
+    "of all processes. Start all processes again; a training continues from its last checkpoint with --resume_from_checkpoint. This "
     "process reports: "
 )
 

@@ -104,7 +104,7 @@ class ContextParallel:
         if isinstance(seen_tokens, int) and seen_tokens > 0:
             raise ValueError(
                 f"The cache holds {seen_tokens} tokens, but processes that share a sequence read it from its first token. Leave "
-                "`context_parallel` to go on from a cache: after `context.prefill` every process has the whole one."
+                "`context_parallel` to continue from a cache: after `context.prefill`, every process has the whole cache."
             )
         if given.get("output_attentions"):
             raise ValueError(

@@ -41,7 +41,7 @@ def prefill(context: ContextParallel, model: nn.Module, **inputs: Any) -> Any:
     for layer in cache.layers:
         if getattr(layer, "is_sliding", False):
             raise ValueError(
-                "The softmax layers of this model keep the keys of a window alone, which parts cannot fill. Convert these layers too, "
+                "The softmax layers of this model keep the keys of a window only, and parts cannot fill a window. Convert these layers too, "
                 "or read the prompt in one process."
             )
         if not isinstance(layer, GMACacheLayer) and layer.keys.shape[2] < total:

@@ -97,10 +97,14 @@ def expect_resumable(checkpoint: str | os.PathLike) -> None:
         TrainingInputError: if the checkpoint is incomplete or damaged, or lacks the state of the optimizer.
     """
     if not (Path(checkpoint) / STATE_FILE).is_file():
-        raise TrainingInputError(f"{str(checkpoint)!r} is not a complete checkpoint (it has no {STATE_FILE}).")
+        raise TrainingInputError(
+            f"{str(checkpoint)!r} is not a complete checkpoint (it has no {STATE_FILE}). Choose another one."
+        )
     damaged, lacking = damage_of(checkpoint), lacks_optimizer(checkpoint)
     if damaged is not None:
-        raise TrainingInputError(f"The checkpoint {str(checkpoint)!r} is damaged: {damaged} cannot be read.")
+        raise TrainingInputError(
+            f"The checkpoint {str(checkpoint)!r} is damaged: {damaged} cannot be read. Choose another one."
+        )
     if lacking is not None:
         raise TrainingInputError(_without_optimizer(checkpoint, lacking))
 
@@ -129,7 +133,7 @@ def checkpoint_to_resume(output_dir: str | os.PathLike) -> str | None:
 
 def _without_optimizer(checkpoint: str | os.PathLike, lacking: str) -> str:
     return (
-        f"{str(checkpoint)!r} has no {lacking}, so training cannot go on from it as if it had not stopped. To start with its "
+        f"{str(checkpoint)!r} has no {lacking}, so the training cannot continue from it as if it had not stopped. To start with its "
         f"weights and a new optimizer, pass --model_name_or_path {checkpoint} and another --output_dir."
     )
 

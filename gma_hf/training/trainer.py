@@ -47,7 +47,10 @@ class GMATrainingArguments(TrainingArguments):
         default=None, metadata={"help": "Learning rate of the mixtures' parameters; default: learning_rate."}
     )
     mixture_health_steps: int | None = field(
-        default=None, metadata={"help": "Report the mixtures' health every so many steps, not only at evaluations."}
+        default=None,
+        metadata={
+            "help": "Report the health of the mixtures after every such number of steps, not only at evaluations."
+        },
     )
     context_parallel_size: int = field(
         default=1,

@@ -63,7 +63,7 @@ def test_the_correlated_preset_is_the_gated_block_that_correlates():
         ({"window_size": -1}, "0 (no window) or at least 1"),
         ({"window_size": 4, "num_sink_tokens": -1}, "0 (none) or at least 1, got -1"),
         ({"num_sink_tokens": 1}, "needs `window_size` above 0"),
-        ({"window_size": 4, "num_sink_tokens": 1, "is_causal": False}, "and `is_causal=True`, got 4 and False"),
+        ({"window_size": 4, "num_sink_tokens": 1, "is_causal": False}, "is_causal=False. Set `num_sink_tokens` to 0"),
         ({"position_embedding_type": "rope", "routing_dim": 7}, "`routing_dim` must be even"),
         ({"variance_init": 1e-5}, "must exceed `variance_floor`"),
         ({"time_step_min": 0.5, "time_step_max": 0.1}, "must not be below `time_step_min`"),

@@ -71,7 +71,7 @@ def test_encoder_and_decoder_are_chosen_by_name():
         ({"num_components": 0}, "`num_components` must be positive"),
         ({"window_size": -1}, "`window_size` must not be negative"),
         ({"window_size": 4, "num_sink_tokens": -1}, "`num_sink_tokens` must not be negative"),
-        ({"num_sink_tokens": 1}, "needs a `window_size`, which is 0"),
+        ({"num_sink_tokens": 1}, "`window_size` is 0, but sink tokens need a window"),
         ({"variance_init": 1e-5}, "must exceed `variance_floor`"),
     ],
 )

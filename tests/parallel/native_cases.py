@@ -192,7 +192,7 @@ def bad_input() -> None:
     refuses("given different inputs: rows", lambda context: model(tokens[: 1 + (rank == 0)]))
     refuses("`output_attentions=True` needs all tokens", lambda context: model(tokens, output_attentions=True))
     cache = model(tokens)[CACHE_NAME]
-    refuses("Leave `context_parallel` to go on", lambda context: model(tokens, **{CACHE_NAME: cache}))
+    refuses("Leave `context_parallel` to continue", lambda context: model(tokens, **{CACHE_NAME: cache}))
     refuses("Cut them with the whole batch", lambda context: model(tokens, labels=tokens))
     refuses("Pass their number", lambda context: model(tokens, labels=tokens, shift_labels=tokens))
     classifier = make_model(gma_hf.GMAForSequenceClassification, tiny_config("gated"))

@@ -71,7 +71,9 @@ def assemble(
     source, target = Path(source).resolve(), Path(target).resolve()
     check_source(source)
     if source == target or source in target.parents:
-        raise TrainingInputError(f"{target} lies in {source}, which stays as it is. Choose another output folder.")
+        raise TrainingInputError(
+            f"{target} is inside of {source}, which must not change. Choose another output folder."
+        )
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise TrainingInputError(f"{target} is not empty. Choose another output folder, or empty it.")
     chosen, left_behind = choose(source, PUBLISHED)

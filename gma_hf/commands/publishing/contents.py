@@ -72,11 +72,11 @@ def check_source(source: Path) -> None:
     if states:
         raise TrainingInputError(
             f"{source} is a checkpoint of a training that may go on (it has {states[0]}), not a finished model. Give the "
-            "output folder of the training, or load the checkpoint and save_pretrained it elsewhere."
+            "output folder of the training, or load the checkpoint and save it elsewhere with save_pretrained."
         )
     if not any(source.glob("*.safetensors")):
         raise TrainingInputError(
-            f"{source} has no weights in safetensors. Load the model and save_pretrained it, which writes them."
+            f"{source} has no weights in safetensors. Load the model and save it with save_pretrained, which writes safetensors."
         )
     _check_shards(source)
 

@@ -66,7 +66,7 @@ def publish(
         )
     except (HfHubHTTPError, OSError) as error:
         raise TrainingInputError(
-            f"The upload to {repo_id} broke off: {error}. What is on the hub by then stays there; give the same command again."
+            f"The upload to {repo_id} broke off: {error}. Uploaded files stay on the Hub; give the same command again."
         ) from error
     return str(url)
 

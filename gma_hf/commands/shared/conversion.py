@@ -66,7 +66,8 @@ class SourceArguments:
 
     model_name_or_path: str = field(metadata={"help": "Folder or hub name of the model to convert; may stand first."})
     task: Literal["text-generation", "fill-mask", "feature-extraction"] = field(
-        default="text-generation", metadata={"help": "What the model does; feature-extraction for one without a head."}
+        default="text-generation",
+        metadata={"help": "Task of the model; feature-extraction for a model without a head."},
     )
     tokenizer_name: str | None = field(default=None, metadata={"help": "Tokenizer, if not the model's own."})
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = field(
@@ -96,16 +97,18 @@ class ConversionArguments:
     keep_every: int | None = field(default=None, metadata={"help": "Every n-th of the layers stays softmax."})
     recipe: Literal["hybrid", "window", "linear"] | None = field(
         default=None,
-        metadata={"help": "Options that belong together, see docs/conversion.md; what is given here overrides them."},
+        metadata={"help": "Options that belong together, see docs/conversion.md. Other options override them."},
     )
     num_components: int = field(default=64, metadata={"help": "Gaussian components per head."})
     window_size: int | None = field(
         default=None,
-        metadata={"help": "How many of the nearest tokens are seen exactly, by softmax; 0 for none. Default: 0."},
+        metadata={"help": "Number of nearest tokens that are seen exactly, by softmax; 0 for none. Default: 0."},
     )
     num_sink_tokens: int | None = field(
         default=None,
-        metadata={"help": "How many first tokens stay visible behind the window; causal models only. Default: 0."},
+        metadata={
+            "help": "Number of first tokens that stay visible behind the window; causal models only. Default: 0."
+        },
     )
     use_routing_projections: bool = field(
         default=False, metadata={"help": "Learned maps of queries and keys before they are routed."}
@@ -113,25 +116,21 @@ class ConversionArguments:
     use_forgetting: bool = field(default=False, metadata={"help": "A learned forgetting gate; causal models only."})
     undo_rotation: bool | None = field(
         default=None,
-        metadata={
-            "help": "Route queries and keys without slow rotary positions. Default: where the model gives the means."
-        },
+        metadata={"help": "Route queries and keys without slow rotary positions. Default: wherever possible."},
     )
     undo_rotation_beyond: float | None = field(
         default=None,
         metadata={
-            "help": "Rotations are slow that take more than so many tokens for a turn; 0 for all of them. Default: 1024 with "
+            "help": "Rotations that need more than this number of tokens for a full turn are slow; 0: all. Default: 1024 with "
             "--window_size, 0 without."
         },
     )
     calibration_tokens: int = field(
         default=200_000, metadata={"help": "Tokens that the mixtures are fitted to; 0 leaves them random."}
     )
-    calibration_samples: int = field(default=4096, metadata={"help": "How many of them are kept per layer."})
-    calibration_batch_size: int = field(default=8, metadata={"help": "Blocks per batch while they are collected."})
-    ranking_tokens: int = field(
-        default=16_384, metadata={"help": "With --layers auto: tokens the ranking is made of."}
-    )
+    calibration_samples: int = field(default=4096, metadata={"help": "How many of these tokens to keep per layer."})
+    calibration_batch_size: int = field(default=8, metadata={"help": "Blocks per batch during the collection."})
+    ranking_tokens: int = field(default=16_384, metadata={"help": "With --layers auto: tokens for the ranking."})
 
     def __post_init__(self):
         least = {"keep_every": 2, "num_components": 1, "calibration_samples": 1, "ranking_tokens": 1}

@@ -306,12 +306,12 @@ def check_data(layers: dict[str, GMAConversion], num_tokens: int, longest: dict[
     """
     if num_tokens == 0:
         raise ValueError(
-            "The calibration set is empty. Give batches, or examples with token ids; a few thousand tokens will do."
+            "The calibration set is empty. Give batches, or examples with token ids; a few thousand tokens are enough."
         )
     for name, layer in layers.items():
         num_components = layer.mixture_norm.means.shape[1]
         if longest[layer] == 0:
-            raise ValueError(f"{name} did not run on the calibration set. Give the inputs that it works on, too.")
+            raise ValueError(f"{name} did not run on the calibration set. Add inputs that it works on.")
         if 2 * num_tokens < num_components:
             raise ValueError(
                 f"The calibration set has {num_tokens} tokens, too few to fit {num_components} components per head. Give "
@@ -329,13 +329,15 @@ def check_data(layers: dict[str, GMAConversion], num_tokens: int, longest: dict[
 
 def check_in_memory(layers: dict[str, GMAConversion]) -> None:
     """
+    Check that all mixtures are in memory.
+
     Raises:
-        ValueError: for mixtures that Accelerate offloaded, or that have no values yet: nothing could be written to them.
+        ValueError: for mixtures that Accelerate offloaded, or that have no values yet, because they cannot be changed.
     """
     for name, layer in layers.items():
         if any(parameter.is_meta for parameter in layer.parameters()):
             raise ValueError(
-                f"The mixtures of {name} are not in memory (meta device), so that calibration could not change them. Calibrate "
+                f"The mixtures of {name} are not in memory (meta device), so calibration could not change them. Calibrate "
                 "the model before it is offloaded: offload the original, then convert and calibrate; or load the converted "
                 "model with a `device_map` that keeps its converted layers in memory."
             )

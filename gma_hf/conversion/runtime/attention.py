@@ -75,7 +75,7 @@ def gma_attention_forward(
     else:
         if current_context() is not None:
             raise ValueError(
-                f"{type(module).__name__} was not told of the other parts of its sequence: context parallelism needs a model that "
+                f"{type(module).__name__} does not know the other parts of its sequence: context parallelism needs a model that "
                 "takes `attention_mask` and passes further arguments on to its attention layers. Use data parallelism."
             )
         layout = layout_of(module, query, attention_mask, call.cache_layer, causal, kwargs)

@@ -242,11 +242,11 @@ class GMAConversion(nn.Module):
         causal = self.is_causal if is_causal is None else is_causal
         if key.shape[2] != length:
             raise ValueError(
-                f"A GMA layer got {length} queries and {key.shape[2]} keys; it needs as many keys as queries. Does the "
-                "call go through a cache that it was not given, or attend to other tokens than its own?"
+                f"A GMA layer got {length} queries and {key.shape[2]} keys; it needs as many keys as queries. Pass the "
+                "cache to the model, and keep attention to other tokens (cross-attention) softmax."
             )
         if cache_layer is not None and not causal:
-            raise ValueError("A bidirectional layer has no state to go on from: do not pass a cache.")
+            raise ValueError("A bidirectional layer has no state to continue from: do not pass a cache.")
         history = None if cache_layer is None else cache_layer.history
         if output_attentions and history is not None:
             raise ValueError(NO_AFFINITY_BEHIND_CACHE)

@@ -79,7 +79,10 @@ def softmax_attention_forward(
     row = None if gma_layout is None or gma_layout.layout is None else gma_layout.layout.row
     if row is None:
         if current_context() is not None:
-            raise ValueError(f"{type(module).__name__} was not told of the other parts of its sequence.")
+            raise ValueError(
+                f"{type(module).__name__} does not know the other parts of its sequence: context parallelism needs a model that passes "
+                "further arguments on to its attention layers. Use data parallelism."
+            )
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
         )

@@ -53,7 +53,9 @@ def load_splits(arguments: DataArguments, trust_remote_code: bool = False) -> di
                 splits[split] = load_files(resolve_files(patterns), arguments.data_format, text_documents)
     for split, dataset in splits.items():
         if len(dataset) == 0:
-            raise TrainingInputError(f"The {split} data is empty: it has no rows.")
+            raise TrainingInputError(
+                f"The {split} data is empty: it has no rows. Give a file or a data set with rows."
+            )
     return splits
 
 
@@ -127,7 +129,9 @@ def load_labelled_splits(
                 "an empty text."
             )
         if not has_text:
-            raise TrainingInputError(f"The {split} data has no text: every row of {arguments.text_column!r} is empty.")
+            raise TrainingInputError(
+                f"The {split} data has no text: every row of {arguments.text_column!r} is empty. Choose another column with --text_column."
+            )
         missing = sum(value is None or value == "" for value in values[split])
         if missing:
             raise TrainingInputError(
@@ -236,7 +240,9 @@ def _text_rows(dataset: Dataset, split: str, column: str, rows_are_documents: bo
             logger.warning("%d empty rows of the %s data are left out.", len(dataset) - len(with_text), split)
         dataset = with_text
     if len(dataset) == 0:
-        raise TrainingInputError(f"The {split} data has no text: every row of {column!r} is empty.")
+        raise TrainingInputError(
+            f"The {split} data has no text: every row of {column!r} is empty. Choose another column with --text_column."
+        )
     document_end = np.full(len(dataset), rows_are_documents)
     document_end[-1] = True
     return dataset.add_column("document_end", document_end.tolist())

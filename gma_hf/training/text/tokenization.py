@@ -97,4 +97,6 @@ def separator_id(tokenizer: PreTrainedTokenizerBase) -> int:
     for token_id in (tokenizer.eos_token_id, tokenizer.sep_token_id):
         if token_id is not None:
             return token_id
-    raise TrainingInputError("The tokenizer has neither an eos nor a sep token to put between documents.")
+    raise TrainingInputError(
+        "The tokenizer has neither an eos nor a sep token to put between documents. Choose another one with --tokenizer_name."
+    )
