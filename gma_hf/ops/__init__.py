@@ -1,7 +1,7 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
 """
-The operator: one public function, `gaussian_mixture_attention`, and its interchangeable backends. Each operator has a room of its
-own, with its equations on top; `dispatch` chooses among the ways of each.
+The operators. The public function is `gaussian_mixture_attention`, with interchangeable backends. Each operator has its own
+folder, with its equations at the top; `dispatch` chooses the backend of each.
 """
 
 from .attention import (

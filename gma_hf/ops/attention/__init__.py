@@ -1,15 +1,16 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
 """
-Gaussian mixture attention. Tokens write values to the components of a mixture, queries read them back:
+Gaussian mixture attention. Tokens write values to the components of a mixture, and queries read them:
 
     S_t = a_t S_{t-1} + w_t gamma(k_t) v_t^T
     z_t = a_t z_{t-1} + w_t gamma(k_t)
     o_t = gamma(q_t) S_t / (gamma(q_t) z_t + eps)        or gamma(q_t) S_t, un-normalised
 
-`functional` is the public door, `call` what passes it, its checks and the table of the ways, `mixture` gamma. The ways register
-themselves in the table when they are imported, here: `fused` (the kernels in `triton`), `recurrent` (token by token, and one
-decoding step), `chunked` (linear time, with gradients), `reference` (the definition). `packed` makes rows of packed sequences that have a
-state each, for any of these ways, and `slots` advances states where they lie. `minimal` is the chunked pass, to be read.
+`functional` has the public functions, `call` the form of a call, its checks and the table of the backends, `mixture` gamma.
+The backends register themselves in the table when they are imported, below: `fused` (the kernels in `triton`), `recurrent`
+(token by token, and one decoding step), `chunked` (linear time, with gradients), `reference` (the definition). `packed`
+turns packed sequences with their own states into rows for any of these backends. `slots` advances states in place. `minimal`
+is the chunked pass for readers.
 """
 
 from . import chunked, fused, packed, recurrent, reference

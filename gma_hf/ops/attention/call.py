@@ -1,7 +1,7 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
 """
-A call of the operator, as every way to compute it receives it, and what it returns; and the checks of what a caller passes: shapes
-and combinations only, never values, so that calls can be compiled.
+A call of the operator, as every backend receives it, its result, and the checks of its arguments. The checks read shapes and
+combinations only, never values, so calls can be compiled.
 """
 
 import math
@@ -28,10 +28,11 @@ State = tuple[Tensor, Tensor]  # S [batch, mixtures, components, value_dim], z [
 
 
 class AttentionCall(NamedTuple):
-    """One validated call of the operator, as every way to compute it receives it.
+    """
+    One checked call of the operator, as every backend receives it.
 
-    Packed sequences have become resets in `log_decay` already, or rows if they have a state each, so that a way knows the write
-    weight and the decay of the general recurrence only.
+    Packed sequences are resets in `log_decay` already, or rows if each sequence has its own state. So a backend needs only
+    the write weight and the decay of the general recurrence.
     """
 
     query: Tensor  # [batch, query_heads, query_length, routing_dim]
@@ -60,7 +61,7 @@ class AttentionCall(NamedTuple):
 
     @property
     def state_dtype(self) -> torch.dtype:
-        """Precision of logits, responsibilities and state: float32, or float64 when an input has it."""
+        """Precision of logits, responsibilities and state: float32, or float64 if an input is float64."""
         # Not by `torch.promote_types`, which is a call into PyTorch of its own
         is_double = torch.float64 in (self.query.dtype, self.key.dtype, self.value.dtype)
         return torch.float64 if is_double else torch.float32
@@ -76,14 +77,14 @@ class AttentionCall(NamedTuple):
         return any(x is not None and x.requires_grad for x in tensors)
 
     def coefficients(self) -> MixtureCoefficients:
-        """The mixture as the affine map of its logits, in the state's precision."""
+        """The mixture as the affine map to its logits, in the precision of the state."""
         return mixture_coefficients(
             self.means, self.raw_variances, self.prior_logits, self.variance_floor, self.state_dtype
         )
 
 
 class AttentionResult(NamedTuple):
-    """What a way returns; a plain pair of the first two will do where the normaliser is not asked for."""
+    """The result of a backend. A pair of the first two fields is enough if the normaliser is not requested."""
 
     output: Tensor  # [batch, query_heads, query_length, value_dim]
     state: State | None  # after the last token
@@ -93,12 +94,12 @@ class AttentionResult(NamedTuple):
 
 
 def has_states_per_sequence(call: AttentionCall) -> bool:
-    """Whether every packed sequence starts from a state of its own."""
+    """Whether every packed sequence starts from its own state."""
     return call.initial_state is not None and call.initial_state[0].ndim == 5
 
 
 def run_starts(sequence_ids: Tensor) -> Tensor:
-    """True where a new run of equal ids begins, [batch, length]; False at position 0, which continues a state."""
+    """`True` where a new run of equal ids begins, [batch, length]; `False` at position 0, which continues a state."""
     changes = sequence_ids[:, 1:] != sequence_ids[:, :-1]
     return F.pad(changes, (min(1, sequence_ids.shape[1]), 0))
 
@@ -107,19 +108,19 @@ def run_starts(sequence_ids: Tensor) -> Tensor:
 
 
 def expect_shape(name: str, x: Tensor, layout: str, *sizes: int, advice: str = "") -> None:
-    """`x` has the sizes, which `layout` names."""
+    """Check that `x` has these sizes, which `layout` names."""
     if x.shape != sizes:
         raise ValueError(f"{name} has shape {list(x.shape)}, expected {layout} = {list(sizes)}. {advice}".rstrip())
 
 
 def expect_floating(name: str, x: Tensor) -> None:
-    """`x` is a floating point tensor."""
+    """Check that `x` is a floating point tensor."""
     if not x.is_floating_point():
         raise ValueError(f"{name} has dtype {x.dtype}, expected a floating point dtype.")
 
 
 def validate_mixture(means: Tensor, raw_variances: Tensor, prior_logits: Tensor, routing_dim: int) -> None:
-    """The mixture's tensors fit each other and the tokens."""
+    """Check that the tensors of the mixture fit each other and the tokens."""
     for name, x in (("means", means), ("raw_variances", raw_variances), ("prior_logits", prior_logits)):
         expect_floating(name, x)
     if means.ndim != 3 or means.shape[-1] != routing_dim:
@@ -132,7 +133,7 @@ def validate_mixture(means: Tensor, raw_variances: Tensor, prior_logits: Tensor,
 
 
 def validate_numbers(call: AttentionCall) -> None:
-    """Constants and flags are such; their values are known before anything is computed."""
+    """Check the types of constants and flags, whose values are known before the computation."""
     for name in ("causal", "normalize", "output_final_state", "output_normalizer", "correlate"):
         if not isinstance(getattr(call, name), bool):
             raise ValueError(f"{name} is {getattr(call, name)!r}, expected True or False.")
@@ -150,7 +151,7 @@ def validate_numbers(call: AttentionCall) -> None:
 
 
 def validate_call(call: AttentionCall, sequence_ids: Tensor | None) -> None:
-    """Every argument of the operator has the shape, dtype and device that the others imply."""
+    """Check that every argument has the shape, dtype and device that the other arguments imply."""
     query, key, value = call.query, call.key, call.value
     validate_numbers(call)
     tensors = {name: getattr(call, name) for name in TENSORS} | {"sequence_ids": sequence_ids}
@@ -207,7 +208,7 @@ def validate_call(call: AttentionCall, sequence_ids: Tensor | None) -> None:
 
 
 def validate_mode(call: AttentionCall, sequence_ids: Tensor | None) -> None:
-    """Causal and bidirectional calls have the arguments that they can use."""
+    """Check that a causal or bidirectional call has only arguments that it can use."""
     batch, _, query_length, _ = call.query.shape
     key_length = call.key.shape[2]
     if call.output_normalizer and not call.normalize:

@@ -1,5 +1,5 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
-"""The public functions: validation, one canonical form of the call, dispatch to a backend."""
+"""The public functions: check a call, bring it into one form, and dispatch it to a backend."""
 
 from contextlib import AbstractContextManager, nullcontext
 
@@ -45,64 +45,71 @@ def gaussian_mixture_attention(
     correlate: bool = False,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, State] | tuple[Tensor, Tensor] | tuple[Tensor, Tensor, State]:
-    """Gaussian mixture attention: tokens write values to mixture components, queries read them back.
+    """
+    Gaussian mixture attention: tokens write values to the components of a mixture, and queries read them.
 
-    Causal, per head, with `gamma(x)` the posterior of the mixture's components given `x`:
+    Causal, per head, with `gamma(x)` the posterior of the components given `x`:
 
         S_t = a_t S_{t-1} + w_t gamma(k_t) v_t^T
         z_t = a_t z_{t-1} + w_t gamma(k_t)
         o_t = gamma(q_t) S_t / (gamma(q_t) z_t + eps)        or gamma(q_t) S_t with normalize=False
 
-    Bidirectional, every query reads the S and z that all keys wrote. With `correlate`, rho stands for gamma:
+    Bidirectional, every query reads the S and z of all keys. With `correlate`, rho replaces gamma:
 
         delta = gamma - 1/C,    rho = sqrt(C) delta / sqrt(C |delta|^2 + 1e-8)
 
-    and rho(q) . rho(k) is the correlation of two routes over the C components: a token's route is compared with the average
-    component. Two tokens that are routed alike have an affinity of +1, unrelated routes 0, opposite routes -1. So a query reads
-    what was written along its own route, and what everything else wrote cancels out instead of adding up.
+    rho(q) . rho(k) is the correlation of two routes over the C components: it compares the route of a token with the average
+    component. Two tokens with the same route have an affinity of +1, unrelated routes have 0, and opposite routes have -1.
+    So a query reads what was written along its own route, and everything else cancels out instead of adding up.
 
-    Source: Y. Huang and H. Raza, "Gaussian Mixture
-    Attention", arXiv:2606.18283; `write_weight` w, `log_decay` log a and `correlate` are this package's
-    generalisation (1, 0 and False in the paper).
+    Source: Y. Huang and H. Raza, "Gaussian Mixture Attention", arXiv:2606.18283. `write_weight` w, `log_decay` log a and
+    `correlate` are the generalisation of this package (1, 0 and `False` in the paper).
 
     Args:
-        query: `[batch, query_heads, query_length, routing_dim]`, any floating dtype, any strides.
-        key: `[batch, key_value_heads, key_length, routing_dim]`.
-        value: `[batch, key_value_heads, key_length, value_dim]`.
-        means: `[mixtures, components, routing_dim]`. `key_value_heads` divides `mixtures`, which divides
-            `query_heads`: query head i uses mixture `i // (query_heads / mixtures)`, and mixture m reads key/value
-            head `m // (mixtures / key_value_heads)`.
-        raw_variances: same shape as `means`; the variance is `softplus(raw_variances) + variance_floor`.
-        prior_logits: `[mixtures, components]`; the prior is their softmax.
-        causal: position i reads what positions j <= i wrote (equal lengths), else every query reads every key.
-        write_weight: `[batch, h, key_length]` with h dividing `mixtures`, >= 0. Zero at padding; None means 1.
-        log_decay: `[batch, h, length]` with h dividing `mixtures`, <= 0, causal only. `-inf` forgets everything
-            before the token; None means 0, no forgetting.
-        sequence_ids: `[batch, length]` integers. A maximal run of equal ids is one sequence; tokens of different
-            sequences never see each other. An `initial_state` of `[batch, ...]` belongs to the first sequence of its row.
-        normalize: divide by the accumulated weight (the paper), or return the plain sum.
-        eps: added to the accumulated weight before the division.
-        variance_floor: smallest variance, in squared units of `query` and `key`.
-        initial_state: `(S, z)`, `[batch, mixtures, components, value_dim]` and `[batch, mixtures, components]`, as
-            returned by an earlier call. Never modified. With `sequence_ids` it may also be `[batch, sequences, mixtures,
-            components, value_dim]` and `[batch, sequences, mixtures, components]`: sequence s of a row then starts from state
-            s, and the final states have the same shape. States without a sequence stay what they are. The lengths of the
-            sequences are read on the host.
-        output_final_state: also return `(S, z)` after the last token; of every sequence if every sequence has an initial
-            state (zeros will do).
-        output_normalizer: also return what the read is divided by, `D = gamma(q_t) z_t + eps`; only with `normalize`.
-        correlate: write and read by the correlation of routes; only with normalize=False and two
-            components or more. z is not needed, and stays 0.
-        backend: "auto", or a name of `available_backends()`.
+        query (`torch.Tensor` of shape `(batch, query_heads, query_length, routing_dim)`): queries, with any floating dtype
+            and any strides.
+        key (`torch.Tensor` of shape `(batch, key_value_heads, key_length, routing_dim)`): keys.
+        value (`torch.Tensor` of shape `(batch, key_value_heads, key_length, value_dim)`): values.
+        means (`torch.Tensor` of shape `(mixtures, components, routing_dim)`): means of the components. `key_value_heads`
+            divides `mixtures`, and `mixtures` divides `query_heads`: query head i uses mixture `i // (query_heads /
+            mixtures)`, and mixture m reads key/value head `m // (mixtures / key_value_heads)`.
+        raw_variances (`torch.Tensor` of shape `(mixtures, components, routing_dim)`): the variance is
+            `softplus(raw_variances) + variance_floor`.
+        prior_logits (`torch.Tensor` of shape `(mixtures, components)`): the prior is their softmax.
+        causal (`bool`, *optional*, defaults to `True`): whether position i reads the writes of positions j <= i only (equal
+            lengths). Otherwise every query reads every key.
+        write_weight (`torch.Tensor` of shape `(batch, h, key_length)`, *optional*): weights >= 0, zero at padding; h divides
+            `mixtures`. By default 1.
+        log_decay (`torch.Tensor` of shape `(batch, h, length)`, *optional*): numbers <= 0, causal only; h divides
+            `mixtures`. `-inf` forgets everything before the token. By default 0, no forgetting.
+        sequence_ids (`torch.Tensor` of shape `(batch, length)`, *optional*): integers. A maximal run of equal ids is one
+            sequence. Tokens of different sequences never see each other. An `initial_state` of shape `(batch, ...)` belongs
+            to the first sequence of its row.
+        normalize (`bool`, *optional*, defaults to `True`): whether to divide by the accumulated weight (the paper), or to
+            return the plain sum.
+        eps (`float`, *optional*, defaults to `1e-6`): constant added to the accumulated weight before the division.
+        variance_floor (`float`, *optional*, defaults to `1e-4`): smallest variance, in squared units of `query` and `key`.
+        initial_state (`tuple[torch.Tensor, torch.Tensor]`, *optional*): `(S, z)` of shapes `(batch, mixtures, components,
+            value_dim)` and `(batch, mixtures, components)`, as an earlier call returned them. They do not change. With
+            `sequence_ids`, the shapes may also be `(batch, sequences, mixtures, components, value_dim)` and `(batch,
+            sequences, mixtures, components)`: sequence s of a row then starts from state s, and the final states have the
+            same shapes. States without a sequence stay as they are. The lengths of the sequences are read on the host.
+        output_final_state (`bool`, *optional*, defaults to `False`): whether to return `(S, z)` after the last token. If
+            every sequence has an initial state (zeros are possible), the states of every sequence are returned.
+        output_normalizer (`bool`, *optional*, defaults to `False`): whether to return the divisor of the read, `D =
+            gamma(q_t) z_t + eps`; only with `normalize`.
+        correlate (`bool`, *optional*, defaults to `False`): whether tokens write and read by the correlation of routes; only
+            with `normalize=False` and at least two components. z is not needed, and stays 0.
+        backend (`str`, *optional*, defaults to `"auto"`): `"auto"`, or a name of [`available_backends`].
 
     Returns:
-        The output `[batch, query_heads, query_length, value_dim]` in `value.dtype`. What was asked for besides follows in a
-        tuple, in this order, in float32 (float64 when an input is float64): the normaliser `[batch, query_heads,
-        query_length]`, the state `(S, z)`. So that is `(output, normalizer)`, `(output, (S, z))` or `(output, normalizer,
-        (S, z))`. All of it is differentiable.
+        `torch.Tensor` of shape `(batch, query_heads, query_length, value_dim)`: the output, in `value.dtype`. If more was
+        requested, a tuple: `(output, normalizer)`, `(output, (S, z))` or `(output, normalizer, (S, z))`. The normaliser
+        `(batch, query_heads, query_length)` and the state are in float32 (float64 if an input is float64). All results are
+        differentiable.
 
     Raises:
-        ValueError: a shape or combination of arguments does not fit, or the named backend cannot run the call.
+        ValueError: if a shape or a combination of arguments does not fit, or the named backend cannot run the call.
     """
     call = AttentionCall(
         query,
@@ -129,17 +136,18 @@ def attend(
     call: AttentionCall, sequence_ids: Tensor | None = None, backend: str = "auto"
 ) -> Tensor | tuple[Tensor, State] | tuple[Tensor, Tensor] | tuple[Tensor, Tensor, State]:
     """
-    Check a call, and have it computed: [`gaussian_mixture_attention`] for callers that keep something between calls.
+    Check a call and compute it: [`gaussian_mixture_attention`] for callers that keep values between calls.
 
     Args:
         call (`AttentionCall`): the call, not checked yet.
-        sequence_ids, backend: as in [`gaussian_mixture_attention`].
+        sequence_ids (`torch.Tensor`, *optional*): see [`gaussian_mixture_attention`].
+        backend (`str`, *optional*, defaults to `"auto"`): see [`gaussian_mixture_attention`].
 
     Returns:
-        As [`gaussian_mixture_attention`].
+        `torch.Tensor` or `tuple`: see [`gaussian_mixture_attention`].
 
     Raises:
-        ValueError: a shape or combination of arguments does not fit, or the named backend cannot run the call.
+        ValueError: if a shape or a combination of arguments does not fit, or the named backend cannot run the call.
     """
     validate_call(call, sequence_ids)
     call = with_mixture_heads(call)
@@ -163,7 +171,12 @@ def attend(
 
 
 def available_backends() -> tuple[str, ...]:
-    """Names that `backend=` of [`gaussian_mixture_attention`] accepts besides "auto", by preference."""
+    """
+    The backends of [`gaussian_mixture_attention`].
+
+    Returns:
+        `tuple[str, ...]`: the names that `backend` accepts besides `"auto"`, in order of preference.
+    """
     return WAYS.order
 
 
@@ -183,22 +196,36 @@ def gaussian_mixture_affinity(
     variance_floor: float = 1e-4,
     correlate: bool = False,
 ) -> Tensor:
-    """The matrix A with A @ value = output: quadratic, for looking at what a short sequence attends to.
+    """
+    The matrix A with A @ value = output, for the analysis of short sequences: its cost is quadratic in the length.
 
-    A = diag(Gamma^Q z + eps)^-1 Gamma^Q (Gamma^K)^T, its lower triangle if causal, with write weights and decays
-    multiplied in; without the diagonal factor when not normalised. Non-negative; with `normalize` rows sum to
-    d / (d + eps), d being the accumulated weight. With `correlate`, rho stands for gamma: A is signed, and its entries lie in
+    A = diag(Gamma^Q z + eps)^-1 Gamma^Q (Gamma^K)^T. Causal calls take the lower triangle. Write weights and decays are
+    multiplied in. Without `normalize` there is no diagonal factor. A is not negative. With `normalize` its rows sum to d /
+    (d + eps), where d is the accumulated weight. With `correlate`, rho replaces gamma: A has signs, and its entries lie in
     [-w, w].
 
     Args:
-        query, key, means, raw_variances, prior_logits, causal, write_weight, log_decay, sequence_ids, normalize, eps,
-            variance_floor, correlate: as in `gaussian_mixture_attention`.
+        query (`torch.Tensor` of shape `(batch, query_heads, query_length, routing_dim)`): queries.
+        key (`torch.Tensor` of shape `(batch, key_value_heads, key_length, routing_dim)`): keys.
+        means (`torch.Tensor` of shape `(mixtures, components, routing_dim)`): means of the components.
+        raw_variances (`torch.Tensor` of shape `(mixtures, components, routing_dim)`): the variance is
+            `softplus(raw_variances) + variance_floor`.
+        prior_logits (`torch.Tensor` of shape `(mixtures, components)`): the prior is their softmax.
+        causal (`bool`, *optional*, defaults to `True`): see [`gaussian_mixture_attention`].
+        write_weight (`torch.Tensor` of shape `(batch, h, key_length)`, *optional*): see [`gaussian_mixture_attention`].
+        log_decay (`torch.Tensor` of shape `(batch, h, length)`, *optional*): see [`gaussian_mixture_attention`].
+        sequence_ids (`torch.Tensor` of shape `(batch, length)`, *optional*): see [`gaussian_mixture_attention`].
+        normalize (`bool`, *optional*, defaults to `True`): whether to divide by the accumulated weight.
+        eps (`float`, *optional*, defaults to `1e-6`): constant added to the accumulated weight before the division.
+        variance_floor (`float`, *optional*, defaults to `1e-4`): smallest variance.
+        correlate (`bool`, *optional*, defaults to `False`): see [`gaussian_mixture_attention`].
 
     Returns:
-        `[batch, query_heads, query_length, key_length]`, in float32 (float64 when an input is float64).
+        `torch.Tensor` of shape `(batch, query_heads, query_length, key_length)`: A, in float32 (float64 if an input is
+        float64).
 
     Raises:
-        ValueError: a shape or combination of arguments does not fit.
+        ValueError: if a shape or a combination of arguments does not fit.
     """
     call = AttentionCall(
         query,
@@ -228,19 +255,26 @@ def gaussian_mixture_affinity(
 def gaussian_mixture_responsibilities(
     x: Tensor, means: Tensor, raw_variances: Tensor, prior_logits: Tensor, *, variance_floor: float = 1e-4
 ) -> Tensor:
-    """Posterior probability of every component given every token.
+    """
+    The posterior probability of every component given every token.
 
         gamma_c(x) = softmax_c( log pi_c - 1/2 sum_m [ log sigma^2_cm + (x_m - mu_cm)^2 / sigma^2_cm ] )
 
     Args:
-        x: `[batch, heads, length, routing_dim]`, queries or keys; mixtures must be a multiple or a divisor of heads.
-        means, raw_variances, prior_logits, variance_floor: as in `gaussian_mixture_attention`.
+        x (`torch.Tensor` of shape `(batch, heads, length, routing_dim)`): queries or keys. The number of mixtures is a
+            multiple or a divisor of `heads`.
+        means (`torch.Tensor` of shape `(mixtures, components, routing_dim)`): means of the components.
+        raw_variances (`torch.Tensor` of shape `(mixtures, components, routing_dim)`): the variance is
+            `softplus(raw_variances) + variance_floor`.
+        prior_logits (`torch.Tensor` of shape `(mixtures, components)`): the prior is their softmax.
+        variance_floor (`float`, *optional*, defaults to `1e-4`): smallest variance.
 
     Returns:
-        `[batch, max(heads, mixtures), length, components]`, in float32 (float64 when an input is float64).
+        `torch.Tensor` of shape `(batch, max(heads, mixtures), length, components)`: gamma, in float32 (float64 if an input
+        is float64).
 
     Raises:
-        ValueError: a shape does not fit.
+        ValueError: if a shape does not fit.
     """
     if x.ndim != 4:
         raise ValueError(f"x has shape {list(x.shape)}, expected [batch, heads, length, routing_dim].")
@@ -259,8 +293,9 @@ def gaussian_mixture_responsibilities(
 
 def without_autocast(device_type: str) -> AbstractContextManager:
     """
-    Autocast would run the matrix products on half the digits; the backends choose their precision themselves. Where it is off
-    there is nothing to do; a compiled or exported program says so all the same, for it may be run with autocast.
+    Turn autocast off, because it would compute the matrix products with half of the digits. The backends choose their
+    precision themselves. If autocast is off there is nothing to do, but a compiled or exported program turns it off in any
+    case, because it may run under autocast.
     """
     if not torch.amp.is_autocast_available(device_type):  # "meta"
         return nullcontext()
@@ -270,7 +305,7 @@ def without_autocast(device_type: str) -> AbstractContextManager:
 
 
 def with_mixture_heads(call: AttentionCall) -> AttentionCall:
-    """The call with write_weight and log_decay [batch, 1 or mixtures, length]."""
+    """The call with write_weight and log_decay of shape [batch, 1 or mixtures, length]."""
     mixtures = call.means.shape[0]
     given = {"write_weight": call.write_weight, "log_decay": call.log_decay}
     narrow = {name: x for name, x in given.items() if x is not None and x.shape[1] not in (1, mixtures)}
@@ -278,7 +313,7 @@ def with_mixture_heads(call: AttentionCall) -> AttentionCall:
 
 
 def with_resets(call: AttentionCall, sequence_ids: Tensor | None) -> AttentionCall:
-    """The causal call with log a = -inf at the first token of every sequence but a row's first."""
+    """The causal call with log a = -inf at the first token of every sequence, except the first sequence of a row."""
     if sequence_ids is None:
         return call
     starts = run_starts(sequence_ids).unsqueeze(1)
@@ -287,10 +322,11 @@ def with_resets(call: AttentionCall, sequence_ids: Tensor | None) -> AttentionCa
 
 
 def packed_bidirectional(call: AttentionCall, sequence_ids: Tensor, backend: str) -> AttentionResult:
-    """Every token reads its whole sequence: what j <= i wrote, forwards, plus what j > i wrote, backwards.
+    """
+    Every token reads its whole sequence: the writes of j <= i forwards, plus the writes of j > i backwards.
 
-    Both are causal calls with resets, so packing needs nothing that causal attention does not have. A column of ones
-    beside the values accumulates the denominator.
+    Both are causal calls with resets, so packing needs only causal attention. A column of ones beside the values accumulates
+    the denominator.
     """
     value = call.value.to(call.state_dtype)
     if call.normalize:

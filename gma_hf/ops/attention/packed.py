@@ -1,13 +1,13 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
 """
-Packed sequences, each with a state of its own: sequence s of a row starts from S_0[s], z_0[s], and leaves S_s, z_s.
+Packed sequences, each with its own state: sequence s of a row starts from S_0[s], z_0[s], and ends with S_s, z_s.
 
     S_t = a_t S_{t-1} + w_t gamma(k_t) v_t^T,   z_t likewise with v_t = 1        S_{start of s - 1} = S_0[s]
 
-Sequences of similar lengths become the rows of a batch with one state a row, which every way of the operator can run. Padding
-stands behind the shorter ones: it neither writes (w = 0) nor forgets (a = 1), so that the states after the padding are those of
-the last tokens. The lengths have to be known on the host, which waits for the device once, and where `torch.compile` breaks its
-graph.
+Sequences of similar lengths become the rows of a batch with one state per row, which every backend can run. Padding stands
+after the shorter sequences. It does not write (w = 0) and does not forget (a = 1), so the states after the padding are the
+states after the last tokens. The lengths have to be known on the host, which waits for the device once. `torch.compile`
+breaks its graph there.
 
 query [B, Hq, N, d], key [B, Hk, N, d], value [B, Hk, N, dv], sequence_ids [B, N], S_0 [B, s, M, C, dv], z_0 [B, s, M, C]
 -> output [B, Hq, N, dv], S [B, s, M, C, dv], z [B, s, M, C], D [B, Hq, N].
@@ -28,14 +28,15 @@ FREE_PADDING, PADDED_SHARE = 16, 0.25
 
 def similar_lengths(lengths: Sequence[int], kind: Callable[[int], tuple] = lambda sequence: ()) -> list[list[int]]:
     """
-    Sequences that run as the rows of one batch.
+    Group sequences that run as the rows of one batch.
 
     Args:
-        lengths (`Sequence[int]`): tokens of each sequence.
-        kind (`Callable`, *optional*): of a sequence by its number; rows of a batch are of one kind.
+        lengths (`Sequence[int]`): number of tokens of each sequence.
+        kind (`Callable`, *optional*): the kind of a sequence by its number. All rows of a batch are of one kind.
 
     Returns:
-        `list[list[int]]`: numbers of sequences, a list a batch, the longest first. Those without tokens are left out.
+        `list[list[int]]`: numbers of sequences, one list per batch, the longest sequences first. Sequences without tokens
+        are left out.
     """
     order = [sequence for sequence, length in enumerate(lengths) if length > 0]
     order.sort(key=lambda sequence: (kind(sequence), -lengths[sequence]))
@@ -53,10 +54,10 @@ def similar_lengths(lengths: Sequence[int], kind: Callable[[int], tuple] = lambd
 
 def lengths_of_sequences(sequence_ids: Tensor, num_states: int) -> list[list[int]]:
     """
-    Tokens of every sequence, `num_states` numbers a row; 0 behind the last sequence of a row.
+    Number of tokens of every sequence, `num_states` numbers per row; 0 after the last sequence of a row.
 
     Raises:
-        ValueError: a row has more sequences than states.
+        ValueError: if a row has more sequences than states.
     """
     run = run_starts(sequence_ids).long().cumsum(dim=-1)
     counts = run.new_zeros(run.shape[0], num_states + 1)
@@ -72,7 +73,7 @@ def lengths_of_sequences(sequence_ids: Tensor, num_states: int) -> list[list[int
 
 
 def attend_packed(call: AttentionCall, sequence_ids: Tensor, backend: str) -> AttentionResult:
-    """Evaluate the call in batches of sequences of similar lengths, each batch by the way that suits it."""
+    """Compute the call in batches of sequences of similar lengths, each batch by the backend that suits it."""
     (batch, length), (S, z) = sequence_ids.shape, call.initial_state
     num_states = S.shape[1]
     S, z = S.flatten(0, 1), z.flatten(0, 1)
@@ -127,15 +128,16 @@ def attend_batch(
     call: AttentionCall, tokens: Tensor, is_real: Tensor | None, real: Tensor, state: tuple, backend: str
 ) -> AttentionResult:
     """
-    The sequences of one batch.
+    Compute the sequences of one batch.
 
     Args:
         call (`AttentionCall`): the call of all sequences.
-        tokens (`torch.LongTensor` of shape `(rows, longest)`): places of the tokens, among those of all rows of the call.
-        is_real (`torch.BoolTensor` of shape `(rows, longest)`, *optional*): False at padding; `None` without padding.
+        tokens (`torch.LongTensor` of shape `(rows, longest)`): places of the tokens among the tokens of all rows of the
+            call.
+        is_real (`torch.BoolTensor` of shape `(rows, longest)`, *optional*): `False` at padding; `None` without padding.
         real (`torch.LongTensor` of shape `(real tokens,)`): places of the real tokens in the batch.
-        state (`tuple(torch.Tensor, torch.Tensor)`): S and z before each sequence.
-        backend (`str`): "auto" or the name of a way.
+        state (`tuple[torch.Tensor, torch.Tensor]`): S and z before each sequence.
+        backend (`str`): `"auto"` or the name of a backend.
 
     Returns:
         `AttentionResult`: output `(real tokens, heads, value_dim)`, states of the rows, normaliser `(real tokens, heads)`.

@@ -1,11 +1,11 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
 """
-Serving: the states of many streams lie in slots, and a call advances some of them, each by a token or by many, in place.
+Serving: the states of many streams are in slots. A call advances some of these states in place, by one or by many tokens.
 
     S, z = S[slots[b]], z[slots[b]]      the recurrence over the tokens of row b      S[slots[b]], z[slots[b]] = S, z
 
-A few tokens a row on a GPU are one launch of the decoding kernel, which reads and writes the slots where they lie. Any other call
-copies the slots, goes through the public function, and writes the final states back.
+On a GPU, a few tokens per row take one launch of the decoding kernel, which reads and writes the slots directly. Any other
+call copies the slots, uses the public function, and writes the final states back.
 
 query [B, Hq, N, d], key [B, Hk, N, d], value [B, Hk, N, dv], slots [B], S [slots, M, C, dv], z [slots, M, C]
 -> output [B, Hq, N, dv].
@@ -38,23 +38,38 @@ def gaussian_mixture_attention_in_slots(
     correlate: bool = False,
     backend: str = "auto",
 ) -> Tensor:
-    """Causal attention of streams whose states lie in slots, for inference: the slots are advanced in place.
+    """
+    Causal attention of streams whose states are in slots, for inference. The call advances the slots in place.
 
     Args:
-        query, key, value, means, raw_variances, prior_logits, write_weight, log_decay, normalize, eps, variance_floor,
-            correlate, backend: as in `gaussian_mixture_attention`.
-        states: `(S, z)`, `[slots, mixtures, components, value_dim]` and `[slots, mixtures, components]`, float32 (float64 when
-            an input is float64). Modified. The slot of a new stream has to hold zeros.
-        slots: integers, all different: `[batch]`, the slot of each row; with `sequence_ids` `[sequences]`, the slot of each
-            sequence of the one row.
-        sequence_ids: `[1, length]` integers: the tokens of many streams lie in one row, one stream behind the other.
+        query (`torch.Tensor` of shape `(batch, query_heads, length, routing_dim)`): queries.
+        key (`torch.Tensor` of shape `(batch, key_value_heads, length, routing_dim)`): keys.
+        value (`torch.Tensor` of shape `(batch, key_value_heads, length, value_dim)`): values.
+        means (`torch.Tensor` of shape `(mixtures, components, routing_dim)`): means of the components.
+        raw_variances (`torch.Tensor` of shape `(mixtures, components, routing_dim)`): the variance is
+            `softplus(raw_variances) + variance_floor`.
+        prior_logits (`torch.Tensor` of shape `(mixtures, components)`): the prior is their softmax.
+        states (`tuple[torch.Tensor, torch.Tensor]`): `(S, z)` of shapes `(slots, mixtures, components, value_dim)` and
+            `(slots, mixtures, components)`, in float32 (float64 if an input is float64). The call changes them. The slot of
+            a new stream has to hold zeros.
+        slots (`torch.Tensor` of shape `(batch,)` or `(sequences,)`): different integers: the slot of each row or, with
+            `sequence_ids`, of each sequence of the one row.
+        write_weight (`torch.Tensor` of shape `(batch, h, length)`, *optional*): see [`gaussian_mixture_attention`].
+        log_decay (`torch.Tensor` of shape `(batch, h, length)`, *optional*): see [`gaussian_mixture_attention`].
+        sequence_ids (`torch.Tensor` of shape `(1, length)`, *optional*): integers: the tokens of many streams are in one
+            row, one stream after the other.
+        normalize (`bool`, *optional*, defaults to `True`): whether to divide by the accumulated weight.
+        eps (`float`, *optional*, defaults to `1e-6`): constant added to the accumulated weight before the division.
+        variance_floor (`float`, *optional*, defaults to `1e-4`): smallest variance.
+        correlate (`bool`, *optional*, defaults to `False`): see [`gaussian_mixture_attention`].
+        backend (`str`, *optional*, defaults to `"auto"`): see [`gaussian_mixture_attention`].
 
     Returns:
-        The output `[batch, query_heads, length, value_dim]` in `value.dtype`.
+        `torch.Tensor` of shape `(batch, query_heads, length, value_dim)`: the output, in `value.dtype`.
 
     Raises:
-        ValueError: a shape or combination of arguments does not fit, an input needs gradients, or the named backend cannot run
-            the call.
+        ValueError: if a shape or a combination of arguments does not fit, an input needs gradients, or the named backend
+            cannot run the call.
     """
     call = AttentionCall(
         query,
@@ -93,7 +108,7 @@ def gaussian_mixture_attention_in_slots(
 
 
 def runs_in_place(call: AttentionCall, states: State, backend: str) -> bool:
-    """Whether the decoding kernel takes the call: a few tokens where kernels run, and slots that lie together."""
+    """Whether the decoding kernel takes the call: a few tokens, a device with kernels, and contiguous slots."""
     if not is_step(call) or any(part.dtype != torch.float32 for part in states):
         return False
     lies_together = all(part[:1].is_contiguous() for part in states)
@@ -101,7 +116,7 @@ def runs_in_place(call: AttentionCall, states: State, backend: str) -> bool:
 
 
 def validate_slots(call: AttentionCall, states: State, slots: Tensor, sequence_ids: Tensor | None) -> None:
-    """States and slots fit the tokens, and nothing needs a gradient, which states that are overwritten cannot have."""
+    """Check that states and slots fit the tokens, and that nothing needs a gradient, because the states are overwritten."""
     if call.needs_gradients or (torch.is_grad_enabled() and any(part.requires_grad for part in states)):
         raise ValueError(
             "A tensor needs gradients, but the states are overwritten; use torch.no_grad(), or "
