@@ -26,16 +26,15 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer, Trainer
 
+from benchmarks.conversion.stages import convert_and_distil
 from benchmarks.lib import corpora
 from benchmarks.lib.command import command
 from benchmarks.lib.results import Results, device
 from benchmarks.lib.tables import markdown, mean_and_spread
-from benchmarks.lib.timed import train_stage
 from benchmarks.lib.training import evaluating, train
 from benchmarks.quality.classification_data import without_hints
 from benchmarks.quality.language_modeling_data import detokenize
 from gma_hf import convert_to_gma
-from gma_hf.conversion.calibration.calibrate import calibrate
 from gma_hf.conversion.distillation.losses import pooled
 
 
@@ -43,6 +42,7 @@ LENGTH = 128  # tokens of a training text
 TRAIN_TEXTS = 150_000
 EVALUATION_SENTENCES = 2000
 NEWSGROUPS_LENGTH = 256
+TEXTS = ("WikiText-103", "IMDB")  # of the sentences that are embedded
 # Options of `convert_to_gma`, and whether the mixtures are calibrated
 ROWS = {
     "all layers, GMA alone": ({}, True),
@@ -83,8 +83,8 @@ def evaluation_sentences(data: Path) -> dict[str, list[str]]:
     lines = corpora.text_of(data / "wikitext-103" / "test.txt.xz").splitlines(keepends=True)
     text = detokenize("".join(line for line in lines if not line.startswith(" =")))  # without the titles of articles
     reviews = corpora.texts_of(data / "imdb" / "test.jsonl.xz")
-    found = {"WikiText-103": sentences_of(text), "IMDB": [s for review in reviews for s in sentences_of(review)]}
-    return {name: random.Random(1).sample(sentences, EVALUATION_SENTENCES) for name, sentences in found.items()}
+    found = (sentences_of(text), [sentence for review in reviews for sentence in sentences_of(review)])
+    return {name: random.Random(1).sample(own, EVALUATION_SENTENCES) for name, own in zip(TEXTS, found, strict=True)}
 
 
 def prepare(arguments: argparse.Namespace) -> dict:
@@ -131,42 +131,38 @@ def sorted_batches(rows: list[dict], size: int):
 
 
 @torch.no_grad()
-def mean_cosine(model, teacher, rows: list[dict]) -> float:
-    model.eval()
-    total = 0.0
-    for batch in sorted_batches(rows, 128):
-        hidden = [m(**batch).last_hidden_state for m in (model, teacher)]
-        total += F.cosine_similarity(*(pooled(x, batch["attention_mask"], "mean") for x in hidden)).sum().item()
-    return total / len(rows)
-
-
 def cosines(model, teacher, prepared: dict) -> dict[str, float]:
-    return {name: round(mean_cosine(model, teacher, prepared[name]), 4) for name in ("WikiText-103", "IMDB")}
+    """The mean cosine between the embeddings of both models, of the sentences of each text."""
+    found = {}
+    for name in TEXTS:
+        total = 0.0
+        for batch in sorted_batches(prepared[name], 128):
+            hidden = [m.eval()(**batch).last_hidden_state for m in (model, teacher)]
+            total += F.cosine_similarity(*(pooled(x, batch["attention_mask"], "mean") for x in hidden)).sum().item()
+        found[name] = round(total / len(prepared[name]), 4)
+    return found
 
 
-def convert_and_distil(arguments: argparse.Namespace, prepared: dict, options: dict, is_calibrated: bool) -> tuple:
+def converted(arguments: argparse.Namespace, prepared: dict, options: dict, is_calibrated: bool) -> tuple:
+    """The distilled model, and its row."""
     torch.manual_seed(0)
     teacher = AutoModel.from_pretrained(arguments.model).to(device()).eval()
-    model = AutoModel.from_pretrained(arguments.model).to(device())
-    convert_to_gma(model, num_components=arguments.components, use_routing_projections=True, **options)
-    row = {"options": {**options, "components": arguments.components}, "cosine": {}}
-    row["cosine"]["converted, random mixtures"] = cosines(model, teacher, prepared)
-    if is_calibrated:
-        batches = (collate(prepared["train"][i : i + 32]) for i in range(0, len(prepared["train"]), 32))
-        report = calibrate(model, batches, max_tokens=100_000, progress=False)
-        row["calibration"] = report.to_dict()
-        row["cosine"]["calibrated"] = cosines(model, teacher, prepared)
-    data = {"train_dataset": prepared["train"], "data_collator": collate, "teacher": teacher}
-    minutes, size = arguments.minutes, arguments.batch_size
-    transfer = TRANSFER_SHARE * minutes
-    row["stages"] = [train_stage(model, "attention_transfer", transfer, size, 1e-2, **data)]
-    row["cosine"]["after attention transfer"] = cosines(model, teacher, prepared)
-    weights = {"logits_weight": 0.0, "hidden_weight": 1.0, "embedding_weight": 1.0, "gma_learning_rate": 2e-3}
-    row["stages"].append(train_stage(model, "distillation", minutes - transfer, size, 2e-4, arguments=weights, **data))
-    row["cosine"]["after distillation"] = cosines(model, teacher, prepared)
-    for state, scores in row["cosine"].items():
-        print(f"{state:28s} {scores}", flush=True)
-    return model, row
+    model, train_rows, cosine = AutoModel.from_pretrained(arguments.model).to(device()), prepared["train"], {}
+
+    def score(state: str) -> None:
+        cosine[state] = cosines(model, teacher, prepared)
+        print(f"{state:28s} {cosine[state]}", flush=True)
+
+    batches = (collate(train_rows[i : i + 32]) for i in range(0, len(train_rows), 32))
+    row = convert_and_distil(
+        model, {"train_dataset": train_rows, "data_collator": collate, "teacher": teacher}, score,
+        {"num_components": arguments.components, "use_routing_projections": True, **options},
+        batches=batches if is_calibrated else None, calibration={"max_tokens": 100_000}, minutes=arguments.minutes,
+        batch_size=arguments.batch_size, transfer_share=TRANSFER_SHARE, transfer_rate=1e-2, rate=2e-4,
+        arguments={"logits_weight": 0.0, "hidden_weight": 1.0, "embedding_weight": 1.0, "gma_learning_rate": 2e-3},
+    )  # fmt: skip
+    score("after distillation")
+    return model, {"options": {**options, "components": arguments.components}, "cosine": cosine, **row}
 
 
 def classify(arguments: argparse.Namespace, prepared: dict, encoder, seed: int) -> float:
@@ -203,7 +199,7 @@ def run(arguments: argparse.Namespace) -> None:
         if name == ORIGINAL:
             encoder, found = AutoModel.from_pretrained(arguments.model), {}
         else:
-            encoder, found = convert_and_distil(arguments, prepared, *ROWS[name])
+            encoder, found = converted(arguments, prepared, *ROWS[name])
         if arguments.epochs:
             found["newsgroups"] = [classify(arguments, prepared, encoder, seed) for seed in range(arguments.seeds)]
         return found
@@ -217,7 +213,7 @@ def table(content: dict) -> str:
     lines = []
     for name, row in content["rows"].items():
         cosine = list(row["cosine"].values())[-1] if "cosine" in row else {}
-        cells = [f"{cosine[text]:.4f}" if text in cosine else "" for text in ("WikiText-103", "IMDB")]
+        cells = [f"{cosine[text]:.4f}" if text in cosine else "" for text in TEXTS]
         accuracy = row.get("newsgroups", [])
         lines.append([name, *cells, mean_and_spread(accuracy) if accuracy else ""])
     columns = ["model", "cosine to the original, WikiText-103", "cosine, IMDB", "accuracy on 20 Newsgroups (%)"]
@@ -235,13 +231,8 @@ def add_options(add) -> None:
     add("--seeds", type=int, default=2, help="runs of the fine-tuning")
 
 
-def check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
-    if arguments.model is None or arguments.prepared is None:
-        parser.error("give --model, the folder of the encoder, and --prepared, the file that --prepare wrote")
-
-
 def main() -> None:
-    command(__doc__, "conversion_minilm", add_options, run, table, check=check, prepare=prepare)
+    command(__doc__, "conversion_minilm", add_options, run, table, needs=("model", "prepared"), prepare=prepare)
 
 
 if __name__ == "__main__":

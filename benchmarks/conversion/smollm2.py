@@ -14,7 +14,6 @@ file holds already are not repeated; `finetune` goes on from the model of the ro
 """
 
 import argparse
-import itertools
 import json
 import math
 import sys
@@ -27,14 +26,13 @@ import torch
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from benchmarks.conversion.stages import convert_and_distil, train_stage
 from benchmarks.lib import corpora
 from benchmarks.lib.command import command
 from benchmarks.lib.results import Results, device
 from benchmarks.lib.tables import markdown
-from benchmarks.lib.timed import train_stage
-from gma_hf import convert_to_gma, gma_layers
+from gma_hf import gma_layers
 from gma_hf.commands.shared.conversion import sample_texts
-from gma_hf.conversion.calibration.calibrate import calibrate
 from gma_hf.conversion.calibration.sensitivity import choose_layers, rank_layers
 from gma_hf.conversion.distillation.losses import kl_divergence
 from gma_hf.conversion.distillation.trainer import GMADistillationTrainer
@@ -46,6 +44,10 @@ TRAIN_LENGTH = 4096
 LONG = 8192  # of the windows of the curve of perplexity by position
 BUCKET = 1024
 TRAIN_TOKENS = 16_000_000
+EVAL_BATCH_SIZE = 16  # windows of the test
+WINDOW = 128  # tokens that are seen exactly, besides the first one
+CALIBRATION_TOKENS = 131_072
+FINETUNE_RATE = 5e-5
 PROMPTS = [
     "The history of the city begins",
     "Scientists have discovered that",
@@ -103,49 +105,44 @@ def load_original(arguments: argparse.Namespace):
     return AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32).to(device()).eval()
 
 
-def autocast():
-    return torch.autocast(device().type, torch.bfloat16, enabled=torch.cuda.is_available())
+def logits_of(model, tokens: torch.Tensor) -> torch.Tensor:
+    with torch.autocast(device().type, torch.bfloat16, enabled=torch.cuda.is_available()):
+        return model(tokens, use_cache=False).logits
 
 
 @torch.no_grad()
-def measure(model, teacher, test: torch.Tensor, arguments: argparse.Namespace) -> dict:
-    """Perplexity and KL to the original per token, over the test set in windows of 1,024."""
+def measure(model, teacher, test: torch.Tensor, count: int | None) -> dict:
+    """Perplexity and KL to the original per token, over the test set, or `count` of its windows of 1,024."""
     model.eval()
     nll = divergence = torch.zeros((), device=device())
     predicted = positions = 0
-    windows = list(test.split(LENGTH))
-    full = torch.stack([window for window in windows if len(window) == LENGTH])[: arguments.test_windows]
-    batches = list(full.split(arguments.eval_batch_size))
-    if arguments.test_windows is None and 1 < len(windows[-1]) < LENGTH:
-        batches.append(windows[-1][None])
+    *full, last = test.split(LENGTH)
+    batches = list(torch.stack(full[:count]).split(EVAL_BATCH_SIZE))
+    if count is None and len(last) > 1:
+        batches.append(last[None])
     for batch in batches:
         tokens = batch.long().to(device())
-        with autocast():
-            logits = model(tokens, use_cache=False).logits
-            target = logits if teacher is None else teacher(tokens, use_cache=False).logits
+        logits = logits_of(model, tokens)
+        target = logits if teacher is None else logits_of(teacher, tokens)
         for row, target_row, labels in zip(logits, target, tokens, strict=True):
             nll = nll + F.cross_entropy(row[:-1].float(), labels[1:], reduction="sum")
             if teacher is not None:
                 divergence = divergence + kl_divergence(row, target_row, torch.ones(len(row), device=device()))
         predicted, positions = predicted + tokens[:, 1:].numel(), positions + tokens.numel()
     scores = {"perplexity": round(math.exp(nll.item() / predicted), 3), "num_tokens": predicted}
-    if teacher is not None:
-        scores["kl"] = round(divergence.item() / positions, 4)
-    return scores
+    return scores if teacher is None else {**scores, "kl": round(divergence.item() / positions, 4)}
 
 
 @torch.no_grad()
-def perplexity_by_position(model, test: torch.Tensor, arguments: argparse.Namespace) -> dict[str, float]:
+def perplexity_by_position(model, test: torch.Tensor, count: int | None) -> dict[str, float]:
     """Perplexity over windows of 8,192 tokens, for every 1,024 positions."""
     model.eval()
     windows = test[: len(test) // LONG * LONG].view(-1, LONG)
-    windows = windows if arguments.test_windows is None else windows[: max(1, arguments.test_windows // 8)]
+    windows = windows if count is None else windows[: max(1, count * LENGTH // LONG)]
     total = torch.zeros(LONG - 1, dtype=torch.float64)
-    for batch in windows.split(max(1, arguments.eval_batch_size // 8)):
-        tokens = batch.long().to(device())
-        with autocast():
-            logits = model(tokens, use_cache=False).logits
-        for row, labels in zip(logits, tokens, strict=True):
+    for tokens in windows.split(EVAL_BATCH_SIZE * LENGTH // LONG):
+        tokens = tokens.long().to(device())
+        for row, labels in zip(logits_of(model, tokens), tokens, strict=True):
             total += F.cross_entropy(row[:-1].float(), labels[1:], reduction="none").double().cpu()
     means = (total / len(windows)).split(BUCKET)
     return {f"{BUCKET * i}-{BUCKET * (i + 1)}": round(mean.mean().exp().item(), 2) for i, mean in enumerate(means)}
@@ -153,77 +150,61 @@ def perplexity_by_position(model, test: torch.Tensor, arguments: argparse.Namesp
 
 def describe(model, teacher, prepared: dict, arguments: argparse.Namespace) -> dict:
     """Everything that is measured of a finished model."""
-    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    tokenizer, count = AutoTokenizer.from_pretrained(arguments.model), arguments.test_windows
     return {
-        **measure(model, teacher, prepared["test"], arguments),
-        "validation": measure(model, teacher, prepared["valid"], arguments),
-        "by_position": perplexity_by_position(model, prepared["test"], arguments),
+        **measure(model, teacher, prepared["test"], count),
+        "validation": measure(model, teacher, prepared["valid"], count),
+        "by_position": perplexity_by_position(model, prepared["test"], count),
         "samples": sample_texts(model, tokenizer, PROMPTS, 60),
     }
 
 
-def training_batches(prepared: dict, size: int, start: int = 0):
-    return (block.long().to(device()) for block in prepared["train"][start:].to(torch.int32).split(size))
-
-
-def blocks_of(prepared: dict, with_labels: bool = False) -> list[dict]:
-    rows = prepared["train"].to(torch.int32)
-    return [{"input_ids": row, "labels": row} if with_labels else {"input_ids": row} for row in rows]
-
-
-def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
-    return {name: torch.stack([row[name] for row in rows]).long() for name in rows[0]}
+def training_data(prepared: dict, with_labels: bool = False) -> dict:
+    """What a trainer reads: all blocks, and how they become a batch."""
+    names = ("input_ids", "labels") if with_labels else ("input_ids",)
+    return {
+        "train_dataset": [dict.fromkeys(names, row) for row in prepared["train"]],
+        "data_collator": lambda rows: {name: torch.stack([row[name] for row in rows]).long() for name in names},
+    }
 
 
 def converted(name: str, arguments: argparse.Namespace, prepared: dict) -> dict:
+    """A row: the model converted and distilled."""
     has_window, keep, is_calibrated = CONVERSIONS[name]
-    near = {"window_size": arguments.window, "num_sink_tokens": arguments.sinks}
-    options = near if has_window else {"use_forgetting": True}
-    options = {**options, "num_components": arguments.components, "use_routing_projections": True}
+    options = {"window_size": WINDOW, "num_sink_tokens": 1} if has_window else {"use_forgetting": True}
+    options |= {"num_components": 64, "use_routing_projections": True}
     options["undo_rotation_beyond"] = arguments.undo_rotation_beyond
     torch.manual_seed(0)
     reference, model = load_original(arguments), load_original(arguments)
-    row: dict = {"title": TITLES[name], "options": options, "stages": [], "scores": {}}
-    calibration = {
-        "max_tokens": arguments.calibration_tokens,
-        "evaluation_tokens": 2 * TRAIN_LENGTH,
-        "progress": False,
-    }
+    row: dict = {"title": TITLES[name], "options": options, "scores": {}}
+    calibration = {"max_tokens": CALIBRATION_TOKENS, "evaluation_tokens": 2 * TRAIN_LENGTH}
 
-    def score(state: str, scores: dict) -> None:
-        row["scores"][state] = scores
-        print(state, json.dumps(scores), flush=True)
+    def score(state: str, scores: dict | None = None) -> None:
+        row["scores"][state] = scores or measure(model, reference, prepared["test"], arguments.test_windows)
+        print(state, json.dumps(row["scores"][state]), flush=True)
+
+    def batches(count: int | None = None):
+        pairs = prepared["train"].split(2)[:count]
+        return (pair.long().to(device()) for pair in pairs)
 
     layers = None
     if keep:
-        count = max(1, arguments.calibration_tokens // TRAIN_LENGTH // 2)
-        batches = list(itertools.islice(training_batches(prepared, 2), count))
-        limits = {"max_tokens": 2 * TRAIN_LENGTH, "calibration_options": calibration, "progress": False}
-        ranking = rank_layers(model, batches, **limits, **options)
+        limits = {"max_tokens": 2 * TRAIN_LENGTH, "calibration_options": {**calibration, "progress": False}}
+        some = list(batches(CALIBRATION_TOKENS // TRAIN_LENGTH // 2))
+        ranking = rank_layers(model, some, progress=False, **limits, **options)
         layers = choose_layers(ranking, keep)
         row["ranking"] = [layer._asdict() for layer in ranking]
-    convert_to_gma(model, layers, **options)
-    row["converted_layers"] = len(gma_layers(model))
-    score("converted, random mixtures", measure(model, reference, prepared["test"], arguments))
-    if is_calibrated:
-        report = calibrate(model, training_batches(prepared, 2), **calibration)
-        row["calibration"] = report.to_dict()
-        score("calibrated", measure(model, reference, prepared["test"], arguments))
-
     # A teacher only tells; half the bytes are enough on a GPU
-    teacher = load_original(arguments)
-    if torch.cuda.is_available():
-        teacher.to(torch.bfloat16)
-    data = {"train_dataset": blocks_of(prepared), "data_collator": collate, "teacher": teacher}
-    minutes, size = arguments.minutes, arguments.batch_size
-    transfer_minutes = TRANSFER_SHARE * minutes
-    row["stages"].append(
-        train_stage(model, "attention_transfer", transfer_minutes, size, arguments.transfer_rate, **data)
-    )
-    score("after attention transfer", measure(model, reference, prepared["test"], arguments))
-    data["arguments"] = {"gma_learning_rate": arguments.gma_rate, "hidden_weight": arguments.hidden_weight}
-    row["stages"].append(train_stage(model, "distillation", minutes - transfer_minutes, size, arguments.rate, **data))
-    row["tokens"] = sum(stage["steps"] for stage in row["stages"]) * size * TRAIN_LENGTH
+    teacher = load_original(arguments).to(torch.bfloat16 if torch.cuda.is_available() else torch.float32)
+    row |= convert_and_distil(
+        model, {**training_data(prepared), "teacher": teacher}, score, options, layers,
+        batches=batches() if is_calibrated else None, calibration=calibration, minutes=arguments.minutes,
+        batch_size=arguments.batch_size, transfer_share=TRANSFER_SHARE, transfer_rate=arguments.transfer_rate,
+        rate=arguments.rate,
+        arguments={"gma_learning_rate": arguments.gma_rate, "hidden_weight": arguments.hidden_weight},
+    )  # fmt: skip
+    row["converted_layers"] = len(gma_layers(model))
+    row["tokens"] = sum(stage["steps"] for stage in row["stages"]) * arguments.batch_size * TRAIN_LENGTH
     score("after distillation", describe(model, reference, prepared, arguments))
     if name == "window" and arguments.work is not None:
         model.save_pretrained(arguments.work / "window")
@@ -236,16 +217,17 @@ def fine_tuned(name: str, arguments: argparse.Namespace, prepared: dict) -> dict
     is_converted = name == "finetune"
     folder = arguments.work / "window" if is_converted else arguments.model
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device())
-    data = {"train_dataset": blocks_of(prepared, with_labels=True), "data_collator": collate}
-    trainer_class = GMADistillationTrainer if is_converted else GMATrainer
-    minutes, size, rate = arguments.finetune_minutes, arguments.batch_size, arguments.finetune_rate
-    stage = train_stage(model, "finetune", minutes, size, rate, trainer_class=trainer_class, **data)
+    data = training_data(prepared, with_labels=True)
+    data["trainer_class"] = GMADistillationTrainer if is_converted else GMATrainer
+    stage = train_stage(model, "finetune", arguments.finetune_minutes, arguments.batch_size, FINETUNE_RATE, **data)
     scores = describe(model, load_original(arguments), prepared, arguments)
     return {"title": TITLES[name], "stages": [stage], "scores": {"after fine-tuning": scores}}
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Measure the rows that the output file does not hold yet."""
+    if "finetune" in arguments.rows and arguments.work is None:
+        sys.exit("error: the row 'finetune' needs --work, where the row 'window' keeps its model")
     prepared = {name: x.to(torch.int32) for name, x in corpora.load(arguments.prepared).items()}
     setting = {"length": LENGTH, "train_length": TRAIN_LENGTH, "test_windows": arguments.test_windows}
     results = Results(arguments.output, "conversion.smollm2", setting)
@@ -290,30 +272,17 @@ def add_options(add) -> None:
     add("--minutes", type=float, default=4.0, help="of training per conversion")
     add("--finetune_minutes", type=float, default=1.5, help="of each fine-tuning")
     add("--batch_size", type=int, default=4, help="blocks of 4,096 tokens")
-    add("--eval_batch_size", type=int, default=16)
-    add("--window", type=int, default=128, help="tokens that are seen exactly")
-    add("--sinks", type=int, default=1, help="tokens of the beginning that are seen exactly")
-    add("--components", type=int, default=64)
     add("--undo_rotation_beyond", type=float, help="as `convert_to_gma` takes it")
-    add("--calibration_tokens", type=int, default=131_072)
     add("--transfer_rate", type=float, default=5e-3, help="learning rate of attention transfer")
     add("--rate", type=float, default=2e-4, help="learning rate of the old weights in distillation")
     add("--gma_rate", type=float, default=1e-3, help="learning rate of the new weights in distillation")
     add("--hidden_weight", type=float, default=0.0, help="of the hidden states' distance, beside the KL")
-    add("--finetune_rate", type=float, default=5e-5)
     add("--test_windows", type=int, help="measure on so many windows only, to try things out")
     add("--work", type=Path, help="folder that keeps the model of the row 'window' for 'finetune'")
 
 
-def check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
-    if arguments.model is None or arguments.prepared is None:
-        parser.error("give --model, the folder of the original, and --prepared, the file that --prepare wrote")
-    if "finetune" in arguments.rows and arguments.work is None:
-        parser.error("the row 'finetune' needs --work, where the row 'window' keeps its model")
-
-
 def main() -> None:
-    command(__doc__, "conversion_smollm2", add_options, run, table, check=check, prepare=prepare)
+    command(__doc__, "conversion_smollm2", add_options, run, table, needs=("model", "prepared"), prepare=prepare)
 
 
 if __name__ == "__main__":

@@ -18,15 +18,15 @@ tokens, and with a window and one sink token.
 """
 
 import argparse
-import contextlib
+import itertools
 import sys
+from functools import partial
 from pathlib import Path
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # so that `benchmarks` can be imported
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.cache_utils import Cache
 
@@ -34,7 +34,7 @@ from benchmarks.kernels.decoding_gpu import STEPS, capture, fill_cache, set_posi
 from benchmarks.lib.command import command
 from benchmarks.lib.results import Results
 from benchmarks.lib.tables import pivot
-from benchmarks.lib.timing import first_line, free_memory, median_time, peak_bytes
+from benchmarks.lib.timing import median_time, or_refused, peak_bytes, softmax_by
 from gma_hf import convert_to_gma
 from gma_hf.cache_argument import CACHE_NAME
 from gma_hf.modeling import GMACacheLayer
@@ -52,11 +52,9 @@ SHAPES = {
     },
 }  # fmt: skip
 # Options of `convert_to_gma`; None leaves the model as it is
-ORIGINAL = "original, SDPA"
-FLASH = "original, FlashAttention-2"
 MODELS = {
-    ORIGINAL: None,
-    FLASH: None,
+    "original, SDPA": None,
+    "original, FlashAttention-2": None,
     "GMA + window 128": {"window_size": 128},
     "GMA + window 128 + sink": {"window_size": 128, "num_sink_tokens": 1},
     "GMA": {},
@@ -139,32 +137,15 @@ def measure_decode(model, mode: str, position: int, seconds: float) -> dict:
     return {"ms_per_token": time_step(run, reset, seconds), "cache_mib": size / 2**20}
 
 
+PARTS = {"prefill": measure_prefill, "decode": measure_decode}
+
+
 @torch.no_grad()
-def measure_all(results: Results, shape: str, name: str, options: argparse.Namespace, device: str = "cuda") -> None:
-    """All rows of one model; what does not fit into memory stands in them with the reason."""
-    model = make_model(shape, name, options.model, device)
-
-    def row(function, *arguments) -> dict:
-        free_memory()
-        forced = sdpa_kernel(SDPBackend.FLASH_ATTENTION) if name == FLASH else contextlib.nullcontext()
-        try:
-            with forced:
-                return function(model, *arguments, options.seconds)
-        except RuntimeError as error:  # of memory, or of a kernel that refuses
-            if name.startswith("GMA") and not isinstance(error, torch.cuda.OutOfMemoryError):
-                raise
-            return {"refused": first_line(error)}
-
-    def measure(key: dict, function, *arguments) -> None:
-        results.measure({**key, "shape": shape, "model": name}, row, function, *arguments)
-
-    for mode in options.modes:
-        for length in options.lengths:
-            for batch in sorted({1, max(1, TOKENS // length)}):
-                key = {"part": "prefill", "mode": mode, "batch": batch, "length": length}
-                measure(key, measure_prefill, mode, batch, length)
-        for position in options.positions:
-            measure({"part": "decode", "mode": mode, "position": position}, measure_decode, mode, position)
+def measure(model, name: str, part: str, seconds: float, options: dict) -> dict:
+    """A row of one model; what does not fit into memory stands in it with the reason, and so does what a rival refuses."""
+    errors = torch.cuda.OutOfMemoryError if name.startswith("GMA") else RuntimeError
+    with softmax_by(name):
+        return or_refused(partial(PARTS[part], model, seconds=seconds, **options), errors)
 
 
 def tables(content: dict) -> str:
@@ -172,37 +153,45 @@ def tables(content: dict) -> str:
     results, found = Results.of(content), []
     names = {(name, mode): f"{name}, {mode}" for name in MODELS for mode in MODES}
 
-    def table(title: str, field: str, column: str, rows: list[dict]) -> None:
-        def cell(key: tuple[str, str], value: int) -> str:
-            for row in rows:
-                if (row["model"], row["mode"], row[column]) == (*key, value):
-                    refused = "no memory" if "OutOfMemory" in row.get("refused", "") else "refused"
-                    return f"{row[field]:.4g}" if field in row else refused
-            return ""
-
-        found.extend(pivot(title, sorted({row[column] for row in rows}), names, cell))
+    def shown(row: dict, field: str) -> str:
+        if field in row:
+            return f"{row[field]:.4g}"
+        return "no memory" if "OutOfMemory" in row.get("refused", "") else "refused"
 
     for shape in dict.fromkeys(row["shape"] for row in results.find()):
-        rows = results.find(part="prefill", shape=shape)
-        one, many = "one sequence", f"{TOKENS:,} tokens"
-        chosen = {one: [row for row in rows if row["batch"] == 1]}
-        chosen[many] = [row for row in rows if row["batch"] * row["length"] == TOKENS]
-        for kind, own in chosen.items():
-            table(f"{shape}, prefill of {kind}: ms by length", "prefill_ms", "length", own)
-            table(f"{shape}, prefill of {kind}: peak memory in GiB by length", "peak_gib", "length", own)
-        rows = results.find(part="decode", shape=shape)
-        table(f"{shape}, decoding: ms per token by position", "ms_per_token", "position", rows)
-        table(f"{shape}, decoding: cache in MiB by position", "cache_mib", "position", rows)
+        prefill, decode = (results.find(part=part, shape=shape) for part in PARTS)
+        one = [row for row in prefill if row["batch"] == 1]
+        many = [row for row in prefill if row["batch"] * row["length"] == TOKENS]
+        for what, field, column, rows in (
+            ("prefill of one sequence: ms by length", "prefill_ms", "length", one),
+            ("prefill of one sequence: peak memory in GiB by length", "peak_gib", "length", one),
+            (f"prefill of {TOKENS:,} tokens: ms by length", "prefill_ms", "length", many),
+            (f"prefill of {TOKENS:,} tokens: peak memory in GiB by length", "peak_gib", "length", many),
+            ("decoding: ms per token by position", "ms_per_token", "position", decode),
+            ("decoding: cache in MiB by position", "cache_mib", "position", decode),
+        ):
+            cells = {((row["model"], row["mode"]), row[column]): shown(row, field) for row in rows}
+            found += pivot(f"{shape}, {what}", sorted({row[column] for row in rows}), names, cells)
     return "\n\n".join(found)
 
 
 def run(options: argparse.Namespace) -> None:
     """Every measurement goes to the JSON file at once."""
+    if any(position < PROMPT + STEPS for position in options.positions):
+        sys.exit(f"error: --positions must be at least {PROMPT + STEPS}, got {sorted(options.positions)}")
     setting = {"dtype": "bfloat16", "tokens": TOKENS, "steps": STEPS, "components": 64, "shapes": SHAPES}
     results = Results(options.output, "conversion.speed", setting, one_device=True)
-    for shape in options.shapes if options.model is None else [options.model]:
-        for name in options.models:
-            measure_all(results, shape, name, options)
+    for shape, name in itertools.product([options.model] if options.model else options.shapes, options.models):
+        model = make_model(shape, name, options.model, "cuda")
+        for mode in options.modes:
+            calls = [
+                ("prefill", {"mode": mode, "batch": batch, "length": length})
+                for length in options.lengths for batch in sorted({1, max(1, TOKENS // length)})
+            ]  # fmt: skip
+            calls += [("decode", {"mode": mode, "position": position}) for position in options.positions]
+            for part, call in calls:
+                key = {"part": part, **call, "shape": shape, "model": name}
+                results.measure(key, measure, model, name, part, options.seconds, call)
 
 
 def add_options(add) -> None:
@@ -215,13 +204,8 @@ def add_options(add) -> None:
     add("--seconds", type=float, default=0.3, help="per measurement, after half as long a warm-up")
 
 
-def check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
-    if any(position < PROMPT + STEPS for position in options.positions):
-        parser.error(f"positions must be at least {PROMPT + STEPS}, got {sorted(options.positions)}")
-
-
 def main() -> None:
-    command(__doc__, "conversion_speed_*", add_options, run, tables, check=check, needs_gpu=True)
+    command(__doc__, "conversion_speed_*", add_options, run, tables, needs_gpu=True)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ dtype; `fla`, the kernels of flash-linear-attention that need minutes to tune th
 import argparse
 import itertools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -58,18 +58,14 @@ def same_tokens(length: int, **sizes) -> Shape:
 
 def passes(name: str, shape: Shape) -> dict[str, Callable[[], object]]:
     """The forward pass without autograd, and forward and backward pass for the gradients of everything."""
-    rival = RIVALS[name]
-    inputs, grad = (
-        operators.make_inputs(rival.names, shape, torch.bfloat16),
-        operators.random_grad(shape, torch.bfloat16),
-    )
-    infer = torch.no_grad()(lambda: rival.function(inputs))
+    rival, grad = RIVALS[name], operators.random_grad(shape, torch.bfloat16)
+    inputs = operators.make_inputs(rival.names, shape, torch.bfloat16)
 
     def train() -> tuple:
         output = rival.function(inputs)
         return output, torch.autograd.grad(output, list(inputs.values()), grad)
 
-    return dict(zip(FIELDS, (infer, train), strict=True))
+    return {"forward_ms": torch.no_grad()(lambda: rival.function(inputs)), "forward_backward_ms": train}
 
 
 def time_of(name: str, shape: Shape, seconds: float, fields: tuple[str, ...] = tuple(FIELDS)) -> dict:
@@ -116,43 +112,39 @@ def peak_memory(name: str, shape: Shape) -> dict:
 
 def calls(part: str, seconds: float) -> Iterator[tuple[dict, Callable[[], dict]]]:
     """The rows of a part: what names a row, and what measures it."""
-
-    def timed(name: str, shape: Shape, part: str = part, measure=time_of, **options) -> tuple:
-        key = {"part": part, "rival": name, **shape._asdict()}
-        return key, partial(measure, name, shape, seconds, **options)
-
+    measure, options = time_of, {"seconds": seconds}
     if part == "speed":
         for variant, length in itertools.product(VARIANTS, CHECKED_LENGTHS):
-            check = partial(operators.relative_error, variant, Shape(1, length))
-            yield (
-                {"part": "check", "rival": f"GMA {variant}", "length": length},
-                lambda f=check: {"relative_error": f()},
-            )
-        yield from (timed(name, same_tokens(n)) for name in (*GMA, *SDPA) for n in LENGTHS)
-        yield from (timed(name, same_tokens(CHUNKED_LENGTH)) for name in CHUNKED)
-    if part in ("speed", "fla"):
-        names = FAST_FLA if part == "speed" else SLOW_FLA
-        yield from (timed(name, same_tokens(n), "speed") for name in names for n in LENGTHS)
-    if part == "dims":
-        yield from (timed(name, same_tokens(n, dim=128)) for name in (*GMA_EXTREMES, *SDPA) for n in DIM_LENGTHS)
-        shapes = [same_tokens(4096, components=n) for n in MORE_COMPONENTS]
-        yield from (timed(name, shape) for name in GMA_EXTREMES for shape in shapes)
-    if part == "length":
+            key = {"part": "check", "rival": f"GMA {variant}", "length": length}
+            yield key, partial(operators.measure_error, variant, Shape(1, length))
+        shapes = [(name, same_tokens(n)) for name in (*GMA, *SDPA) for n in LENGTHS]
+        shapes += [(name, same_tokens(CHUNKED_LENGTH)) for name in CHUNKED]
+        shapes += [(name, same_tokens(n)) for name in FAST_FLA for n in LENGTHS]
+    elif part == "fla":
+        part, shapes = "speed", [(name, same_tokens(n)) for name in SLOW_FLA for n in LENGTHS]
+    elif part == "dims":
+        shapes = [(name, same_tokens(n, dim=128)) for name in (*GMA_EXTREMES, *SDPA) for n in DIM_LENGTHS]
+        shapes += [(name, same_tokens(4096, components=n)) for name in GMA_EXTREMES for n in MORE_COMPONENTS]
+    elif part == "length":
         shapes = [(name, same_tokens(n)) for name in GMA_EXTREMES for n in FLAT_LENGTHS]
         short = [n for n in FLAT_LENGTHS if n <= SDPA_LONGEST]
         shapes += [(name, Shape(batch=1, length=n)) for name in (*GMA_EXTREMES, *SDPA) for n in short]
-        yield from (timed(*call, fields=("forward_backward_ms",)) for call in dict.fromkeys(shapes))
-    if part == "host":
-        for name, length in itertools.product((*GMA_EXTREMES, "SDPA"), HOST_LENGTHS):
-            yield timed(name, Shape(1, length, heads=8), measure=host_time)
-    if part == "memory":
-        shape = same_tokens(4096)
-        for name in (*GMA, *SDPA):
-            yield {"part": part, "rival": name, **shape._asdict()}, partial(peak_memory, name, shape)
-    if part == "accuracy":
+        options["fields"] = ("forward_backward_ms",)
+    elif part == "host":
+        measure = host_time
+        shapes = [(name, Shape(1, n, heads=8)) for name in (*GMA_EXTREMES, "SDPA") for n in HOST_LENGTHS]
+    elif part == "memory":
+        measure, options, shapes = peak_memory, {}, [(name, same_tokens(4096)) for name in (*GMA, *SDPA)]
+    else:
         for dtype, case in itertools.product(accuracy.DTYPES, accuracy.CASES):
-            key = {"part": part, "case": case, "dtype": str(dtype).removeprefix("torch.")}
-            yield key, partial(accuracy.measure_case, case, dtype)
+            yield {"part": part, "case": case, "dtype": named(dtype)}, partial(accuracy.measure_case, case, dtype)
+        return
+    for name, shape in dict.fromkeys(shapes):
+        yield {"part": part, "rival": name, **shape._asdict()}, partial(measure, name, shape, **options)
+
+
+def named(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def softmax_rival(results: Results) -> str:
@@ -173,31 +165,33 @@ def rival_note(content: dict) -> str:
 def summary(content: dict) -> str:
     """Forward and backward pass by length, as the README shows it."""
     results = Results.of(content)
-
-    def ms(name: str, length: int) -> float | None:
-        return results.get("forward_backward_ms", part="speed", rival=name, length=length)
-
+    times = {
+        (row["rival"], row["length"]): row["forward_backward_ms"]
+        for row in results.find(part="speed") if row.get("forward_backward_ms") is not None
+    }  # fmt: skip
     softmax = softmax_rival(results)
-    others = [name for name in (*SDPA, "fla chunk_linear_attn") if any(ms(name, n) for n in LENGTHS)]
-    titles = ("GMA", "GMA with forgetting", "GMA correlated")
-    own = {name: title for name, title in zip(GMA_EXTREMES, titles, strict=True) if any(ms(name, n) for n in LENGTHS)}
-    ratio = "SDPA / {}" if softmax == "SDPA" else "FlashAttention-2 / {}"
+    others = [name for name in (*SDPA, "fla chunk_linear_attn") if any((name, n) in times for n in LENGTHS)]
+    titles = zip(GMA_EXTREMES, ("GMA", "GMA with forgetting", "GMA correlated"), strict=True)
+    own = {name: title for name, title in titles if any((name, n) in times for n in LENGTHS)}
+    beside = "SDPA" if softmax == "SDPA" else "FlashAttention-2"
     columns = ["tokens of a sequence", *(TITLES.get(name, name) for name in others)]
-    columns += [column for title in own.values() for column in (title, ratio.format(title))]
-    rows = []
-    for length in LENGTHS:
-        times = {name: ms(name, length) for name in (*others, *own)}
-        row = [f"{length:,}", *("" if times[name] is None else f"{times[name]:.1f} ms" for name in others)]
-        for name in own:
-            both = times[name] is not None and times.get(softmax) is not None
-            row += ["" if times[name] is None else f"{times[name]:.1f} ms"]
-            row += [f"{times[softmax] / times[name]:.1f}x" if both else ""]
-        if any(row[1:]):
-            rows.append(row)
-    return markdown(columns, rows)
+    columns += [column for title in own.values() for column in (title, f"{beside} / {title}")]
+
+    def shown(name: str, length: int) -> str:
+        return f"{times[name, length]:.1f} ms" if (name, length) in times else ""
+
+    def ratio(name: str, length: int) -> str:
+        both = (name, length) in times and (softmax, length) in times
+        return f"{times[softmax, length] / times[name, length]:.1f}x" if both else ""
+
+    rows = [
+        [f"{n:,}", *(shown(name, n) for name in others), *(show(name, n) for name in own for show in (shown, ratio))]
+        for n in LENGTHS
+    ]
+    return markdown(columns, [row for row in rows if any(row[1:])])
 
 
-def span(values: list[float]) -> str:
+def span(values: Collection[float]) -> str:
     low, high = (f"{value:.2f}" if value < 10 else f"{value:.0f}" for value in (min(values), max(values)))
     return low if low == high else f"{low} to {high}"
 
@@ -206,23 +200,19 @@ def comparison(content: dict) -> str:
     """Two tables: where GMA takes less time than a rival, and where it takes more."""
     results = Results.of(content)
     ahead, behind = [], []
-    for own in GMA_EXTREMES:
-        for rival, (field, title), (part, dim, lengths) in itertools.product(
-            (*SDPA, *FLA), FIELDS.items(), (("speed", 64, LENGTHS), ("dims", 128, DIM_LENGTHS))
-        ):
-            what = title if dim == 64 else f"{title}, dimension 128"
-            pairs = {
-                n: [results.get(field, rival=name, length=n, part=part, dim=dim) for name in (rival, own)]
-                for n in lengths
-            }
-            ratios = {n: pair[0] / pair[1] for n, pair in pairs.items() if None not in pair}
-            for table, chosen in (
-                (ahead, {n: x for n, x in ratios.items() if x >= 1}),
-                (behind, {n: 1 / x for n, x in ratios.items() if x < 1}),
-            ):
-                if chosen:
-                    where = ", ".join(f"{n:,}" for n in chosen)
-                    table.append([own, TITLES.get(rival, rival), what, where, span(list(chosen.values()))])
+    parts = (("speed", 64, LENGTHS, ""), ("dims", 128, DIM_LENGTHS, ", dimension 128"))
+    for own, rival, (field, title), (part, dim, lengths, behind_title) in itertools.product(
+        GMA_EXTREMES, (*SDPA, *FLA), FIELDS.items(), parts
+    ):
+        key = {"field": field, "part": part, "dim": dim}
+        pairs = {n: [results.get(rival=name, length=n, **key) for name in (rival, own)] for n in lengths}
+        ratios = {n: pair[0] / pair[1] for n, pair in pairs.items() if None not in pair}
+        faster = {n: x for n, x in ratios.items() if x >= 1}
+        slower = {n: 1 / x for n, x in ratios.items() if x < 1}
+        for table, chosen in ((ahead, faster), (behind, slower)):
+            if chosen:
+                where = ", ".join(f"{n:,}" for n in chosen)
+                table.append([own, TITLES.get(rival, rival), title + behind_title, where, span(chosen.values())])
     columns = ["", "beside", "pass", "tokens of a sequence"]
     parts = []
     if ahead:
@@ -239,19 +229,16 @@ def properties(results: Results) -> str:
         rows = [results.find(part="length", rival=name, **same_tokens(n)._asdict()) for n in FLAT_LENGTHS]
         times = [per_1000_tokens(row[0]) for row in rows if row]
         if len(times) > 1:
-            lines.append(
-                [f"{name}: longest time per token in the shortest, 2k to 512k", f"{max(times) / min(times):.2f}"]
-            )
-    for name in GMA:
-        share = results.get("share", part="memory", rival=name)
-        if share is not None:
-            lines.append([f"{name}: peak memory beyond the necessary", f"{share:.0%}"])
+            ratio = max(times) / min(times)
+            lines.append([f"{name}: longest time per token in the shortest, 2k to 512k", f"{ratio:.2f}"])
+    for row in results.find(part="memory"):
+        if row["rival"] in GMA:
+            lines.append([f"{row['rival']}: peak memory beyond the necessary", f"{row['share']:.0%}"])
     worst = [(row["worst_ratio"], row["case"], row["dtype"]) for row in results.find(part="accuracy")]
-    for is_extreme in (False, True):
-        chosen = [x for x in worst if (x[1] in accuracy.BLOCKS or x[1].startswith("padding")) != is_extreme]
+    for kind in ("ordinary inputs", "extreme inputs"):
+        chosen = [x for x in worst if (x[1] in accuracy.ORDINARY) == kind.startswith("ordinary")]
         if chosen:
             value, case, dtype = max((x for x in chosen if x[0] is not None), default=chosen[0])
-            kind = "extreme inputs" if is_extreme else "ordinary inputs"
             lines.append([f"largest error in that of `chunked`, {kind} ({case}, {dtype})", f"{value:.1f}"])
     return markdown(["of GMA itself", ""], lines) if lines else ""
 
@@ -263,14 +250,7 @@ def per_1000_tokens(row: dict) -> float:
 
 def tables(content: dict) -> str:
     """The measurements, a table per part, in plain text."""
-    results, found = Results.of(content), []
-
-    def table(title: str, columns, key, names, show=None) -> None:
-        def cell(name: str, column) -> str:
-            rows = results.find(rival=name, **key(column))
-            return (show or times)(rows[0]) if rows else ""
-
-        found.extend(pivot(title, columns, {name: TITLES.get(name, name) for name in names}, cell))
+    results = Results.of(content)
 
     def times(row: dict) -> str:
         known = [f"{row[field]:.2f}" for field in FIELDS if row.get(field) is not None]
@@ -279,28 +259,34 @@ def tables(content: dict) -> str:
     def per_token(row: dict) -> str:
         return f"{per_1000_tokens(row):.2f}" if "forward_backward_ms" in row else ""
 
+    def share(row: dict) -> str:
+        return f"{row['share']:.2f}"
+
+    def ratio(row: dict) -> str:
+        return "" if row["worst_ratio"] is None else f"{row['worst_ratio']:.2f}"
+
+    def table(title: str, rows: list[dict], columns, names, column="length", show=times, line="rival") -> list[str]:
+        cells = {(row[line], row[column]): show(row) for row in rows}
+        return pivot(title, columns, {name: TITLES.get(name, name) for name in names}, cells)
+
     ours, title = [*GMA_EXTREMES, *SDPA], "forward / forward+backward in ms by"
-    every = [*GMA, *CHUNKED, *SDPA, *FLA]
-    table(f"{title} N", LENGTHS, lambda n: {"part": "speed", "length": n}, every)
-    table(f"dim 128: {title} N", DIM_LENGTHS, lambda n: {"part": "dims", "length": n, "dim": 128}, ours)
-    table(f"N = 4096: {title} components", MORE_COMPONENTS, lambda n: {"part": "dims", "components": n}, GMA_EXTREMES)
-    title = "forward+backward, microseconds per 1,000 tokens"
-    for what, shape in (("65,536 tokens or one sequence", same_tokens), ("one sequence", lambda n: Shape(1, n))):
-        lengths = {f"{n // 1024}k": shape(n)._asdict() for n in FLAT_LENGTHS}
-        key = partial(lambda name, lengths: {"part": "length", **lengths[name]}, lengths=lengths)
-        table(f"{what}: {title}", list(lengths), key, ours, per_token)
-    title = "one sequence of 8 heads: wall time of a call, forward / forward+backward in ms by N"
-    table(title, HOST_LENGTHS, lambda n: {"part": "host", "length": n}, ours)
-    title = "peak memory beyond the necessary, as a share of it"
-    table(title, [4096], lambda n: {"part": "memory"}, RIVALS, lambda row: f"{row['share']:.2f}")
-
-    def ratio(case: str, dtype: str) -> str:
-        worst = results.get("worst_ratio", part="accuracy", case=case, dtype=dtype)
-        return "" if worst is None else f"{worst:.2f}"
-
-    dtypes = [str(dtype).removeprefix("torch.") for dtype in accuracy.DTYPES]
-    title = "largest error / error of chunked in the same dtype"
-    return "\n\n".join([*found, *pivot(title, dtypes, {case: case for case in accuracy.CASES}, ratio)])
+    per_1000 = "forward+backward, microseconds per 1,000 tokens"
+    lengths = {n: f"{n // 1024}k" for n in FLAT_LENGTHS}
+    flat = [{**row, "column": lengths[row["length"]]} for row in results.find(part="length")]
+    one = [row for row in flat if row["batch"] == 1]
+    spread = [row for row in flat if row["batch"] == same_tokens(row["length"]).batch]
+    dims, host = results.find(part="dims"), results.find(part="host")
+    dtypes, cases = map(named, accuracy.DTYPES), accuracy.CASES
+    return "\n\n".join([
+        *table(f"{title} N", results.find(part="speed"), LENGTHS, [*GMA, *CHUNKED, *SDPA, *FLA]),
+        *table(f"dim 128: {title} N", results.find(part="dims", dim=128), DIM_LENGTHS, ours),
+        *table(f"N = 4096: {title} components", dims, MORE_COMPONENTS, GMA_EXTREMES, "components"),
+        *table(f"65,536 tokens or one sequence: {per_1000}", spread, lengths.values(), ours, "column", per_token),
+        *table(f"one sequence: {per_1000}", one, lengths.values(), ours, "column", per_token),
+        *table(f"one sequence of 8 heads: wall time of a call, {title} N", host, HOST_LENGTHS, ours),
+        *table("peak memory beyond the necessary, as a share of it", results.find(part="memory"), [4096], RIVALS, show=share),
+        *table("largest error / error of chunked in the same dtype", results.find(part="accuracy"), dtypes, cases, "dtype", ratio, "case"),
+    ])  # fmt: skip
 
 
 def run(options: argparse.Namespace) -> None:
@@ -321,10 +307,11 @@ def add_options(add) -> None:
     add("--seconds", type=float, default=0.15, help="per measurement, after half as long a warm-up")
 
 
-def main() -> None:
-    def report(content: dict) -> str:
-        return f"{tables(content)}\n\n{summary(content)}\n\n{comparison(content)}"
+def report(content: dict) -> str:
+    return f"{tables(content)}\n\n{summary(content)}\n\n{comparison(content)}"
 
+
+def main() -> None:
     command(__doc__, "gpu_attention_*", add_options, run, report, needs_gpu=True)
 
 

@@ -13,6 +13,7 @@ that does nothing else.
 import argparse
 import statistics
 import sys
+from functools import partial
 from pathlib import Path
 
 
@@ -54,18 +55,12 @@ class CountCalls(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def llama():
-    torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(**SIZES, num_key_value_heads=4)).eval()
-
-
 def native(preset: str, **options):
-    torch.manual_seed(0)
-    return GMAForCausalLM(GMAConfig.from_preset(preset, **SIZES, num_components=NUM_COMPONENTS, **options)).eval()
+    return GMAForCausalLM(GMAConfig.from_preset(preset, **SIZES, num_components=NUM_COMPONENTS, **options))
 
 
-def converted(**options):
-    return convert_to_gma(llama(), num_components=NUM_COMPONENTS, **options).eval()
+def llama():
+    return LlamaForCausalLM(LlamaConfig(**SIZES, num_key_value_heads=4))
 
 
 MODELS = {
@@ -73,65 +68,58 @@ MODELS = {
     "paper block": lambda: native("paper"),
     "gated block": lambda: native("gated"),
     "gated block + window": lambda: native("gated", window_size=WINDOW),
-    "converted Llama": converted,
-    "converted Llama + window": lambda: converted(window_size=WINDOW),
+    "converted Llama": lambda: convert_to_gma(llama(), num_components=NUM_COMPONENTS),
+    "converted Llama + window": lambda: convert_to_gma(llama(), num_components=NUM_COMPONENTS, window_size=WINDOW),
 }
-
-
-def prompted(model) -> DynamicCache:
-    cache = DynamicCache(config=model.config)
-    tokens = torch.arange(3, 3 + PROMPT)[None]
-    model(tokens, **{CACHE_NAME: cache})
-    return cache
 
 
 @torch.no_grad()
 def measure(turns: int) -> dict[str, dict[str, float]]:
     """The rows of all models, which take turns."""
-    models = {name: make() for name, make in MODELS.items()}
-    token, times, calls = torch.tensor([[5]]), {name: [] for name in models}, {}
-    for name, model in models.items():
-        cache = prompted(model)
-        for _ in range(2):
+    models, times, calls = {}, {name: [] for name in MODELS}, {}
+    prompt, token = torch.arange(3, 3 + PROMPT)[None], torch.tensor([[5]])
+
+    def decode(model, cache: DynamicCache, tokens: int) -> None:
+        for _ in range(tokens):
             model(token, **{CACHE_NAME: cache})
+
+    def prompted(model) -> DynamicCache:
+        cache = DynamicCache(config=model.config)
+        model(prompt, **{CACHE_NAME: cache})
+        return cache
+
+    for name, make in MODELS.items():
+        torch.manual_seed(0)
+        models[name] = model = make().eval()
+        decode(model, cache := prompted(model), 2)
         with CountCalls() as counted:
-            model(token, **{CACHE_NAME: cache})
+            decode(model, cache, 1)
         calls[name] = counted.number / SIZES["num_hidden_layers"]
     for _ in range(turns):
         for name, model in models.items():
-            cache = prompted(model)
-            seconds = wall_time(lambda m=model, c=cache: [m(token, **{CACHE_NAME: c}) for _ in range(TOKENS)])
+            seconds = wall_time(partial(decode, model, prompted(model), TOKENS))
             times[name].append(1e3 * seconds / TOKENS)
     return {
         name: {
-            "fastest_ms": round(min(times[name]), 3),
-            "median_ms": round(statistics.median(times[name]), 3),
-            "times_llama": round(min(times[name]) / min(times["Llama"]), 2),
+            "fastest_ms": round(min(own), 3),
+            "median_ms": round(statistics.median(own), 3),
+            "times_llama": round(min(own) / min(times["Llama"]), 2),
             "calls_per_layer": calls[name],
         }
-        for name in models
+        for name, own in times.items()
     }
 
 
 def table(content: dict) -> str:
     """Before and after, with Llama of the same run."""
-    columns = [
-        "model",
-        "ms a token before",
-        "of Llama's",
-        "ms a token",
-        "median turn",
-        "of Llama's",
-        "calls per layer before",
-    ]
+    columns = ["model", "ms a token before", "of Llama's", "ms a token", "median turn", "of Llama's"]
     lines = []
     for name, row in content["rows"].items():
         ms, calls = BEFORE[name]
+        before = [name, f"{ms:.1f}", f"{ms / BEFORE['Llama'][0]:.2f}"]
         after = [f"{row['fastest_ms']:.2f}", f"{row['median_ms']:.2f}", f"{row['times_llama']:.2f}"]
-        lines.append(
-            [name, f"{ms:.1f}", f"{ms / BEFORE['Llama'][0]:.2f}", *after, str(calls), f"{row['calls_per_layer']:g}"]
-        )
-    return markdown([*columns, "calls per layer"], lines)
+        lines.append([*before, *after, str(calls), f"{row['calls_per_layer']:g}"])
+    return markdown([*columns, "calls per layer before", "calls per layer"], lines)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -145,10 +133,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    def add_options(add) -> None:
-        add("--turns", type=int, default=20)
-
-    command(__doc__, "decoding_cpu", add_options, run, table)
+    command(__doc__, "decoding_cpu", lambda add: add("--turns", type=int, default=20), run, table)
 
 
 if __name__ == "__main__":

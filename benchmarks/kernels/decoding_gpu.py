@@ -17,10 +17,12 @@ longer than the sequence and masked, which rules that kernel out.
 """
 
 import argparse
+import itertools
 import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 
@@ -30,42 +32,23 @@ import torch
 from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import Cache
 
+from benchmarks.kernels.models import MODELS, NO_MASK, make_model
+from benchmarks.kernels.models import SIZES as MODEL_SIZES
 from benchmarks.lib.command import command
 from benchmarks.lib.results import Results
 from benchmarks.lib.tables import pivot
-from benchmarks.lib.timing import first_line, free_memory, wall_time
+from benchmarks.lib.timing import free_memory, or_refused, wall_time
 from gma_hf import GMAConfig, GMAForCausalLM
 from gma_hf.cache_argument import CACHE_NAME
 from gma_hf.modeling import GMACacheLayer
 
 
-SIZES = {
-    "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "num_components": 64, "vocab_size": 32000,
-    "max_position_embeddings": 131072,
-}  # fmt: skip
-MODELS = {
-    "GMA gated": ("gated", "linear_attention"),
-    "GMA correlated": ("correlated", "linear_attention"),
-    "GMA paper": ("paper", "linear_attention"),
-    "softmax + RoPE": ("gated", "full_attention"),
-}
-GMA = [name for name, (_, layer_type) in MODELS.items() if layer_type == "linear_attention"]
+SIZES = {**MODEL_SIZES, "vocab_size": 32000, "max_position_embeddings": 131072}
 MODES = ("compiled", "eager")
 POSITIONS = (1024, 8192, 32768, 131072)
 STEPS = 32
 PROMPT = 64
 LEAST_ROUNDS = 3
-# The masks that `generate` prepares for compiled decoding, one per type of layer: here every token is real
-NO_MASK = {"full_attention": None, "linear_attention": None}
-
-
-def make_model(name: str, sizes: dict = SIZES, device: str = "cuda") -> GMAForCausalLM:
-    """The model in bfloat16 with random weights."""
-    preset, layer_type = MODELS[name]
-    config = GMAConfig.from_preset(preset, **sizes, layer_types=[layer_type] * sizes["num_hidden_layers"])
-    torch.manual_seed(0)
-    with torch.device(device):
-        return GMAForCausalLM(config).to(torch.bfloat16).eval()
 
 
 def fill_cache(model, mode: str, batch: int, position: int, prompt: int) -> Cache:
@@ -144,66 +127,62 @@ def cache_gib(config: GMAConfig, mode: str, batch: int, position: int) -> float:
     return 2 * 2 * layers * batch * config.num_key_value_heads * config.head_dim * position / 2**30
 
 
-@torch.no_grad()
-def measure(
-    results: Results, model: GMAForCausalLM, name: str, mode: str, batch: int, positions, seconds: float
-) -> None:
-    """All positions of a model, mode and batch."""
-    run = None
+class Decoding:
+    """A model in one mode and batch. A GMA model goes on with the cache and the graph of the first position."""
 
-    def row(position: int) -> dict:
-        nonlocal run, cache
-        if name not in GMA:
-            cache = run = None
+    def __init__(self, model: GMAForCausalLM, mode: str, batch: int, seconds: float):
+        self.model, self.mode, self.batch, self.seconds = model, mode, batch, seconds
+        self.is_softmax = "full_attention" in model.config.layer_types
+        self.cache = self.run = None
+
+    @torch.no_grad()
+    def measure(self, position: int) -> dict:
+        if self.is_softmax:
+            self.cache = self.run = None
             free_memory()
-        needed, free = cache_gib(model.config, mode, batch, position), torch.cuda.mem_get_info()[0] / 2**30
+        needed = cache_gib(self.model.config, self.mode, self.batch, position)
+        free = torch.cuda.mem_get_info()[0] / 2**30
         if needed > 0.95 * free:
             return {"refused": f"keys and values need {needed:.0f} GiB, {free:.0f} GiB are free"}
-        try:
-            if run is None:  # a GMA model goes on with the cache and the graph of the first position
-                cache = fill_cache(model, mode, batch, position, PROMPT)
-                set_position(cache, position - STEPS)
-                step = make_step(model, mode, cache, batch)
-                run = capture(step) if mode == "compiled" else step
-            milliseconds = time_step(run, lambda: set_position(cache, position - STEPS), seconds)
-        except torch.cuda.OutOfMemoryError as error:
-            cache = run = None
-            return {"refused": first_line(error)}
-        return {"ms_per_token": milliseconds, "tokens_per_second": 1e3 * batch / milliseconds}
-
-    cache = None
-    for position in positions:
-        key = {"model": name, "mode": mode, "batch": batch, "position": position}
-        results.measure(key, row, position)
+        if self.run is None:
+            self.cache = fill_cache(self.model, self.mode, self.batch, position, PROMPT)
+            set_position(self.cache, position - STEPS)
+            step = make_step(self.model, self.mode, self.cache, self.batch)
+            self.run = capture(step) if self.mode == "compiled" else step
+        milliseconds = time_step(self.run, lambda: set_position(self.cache, position - STEPS), self.seconds)
+        return {"ms_per_token": milliseconds, "tokens_per_second": 1e3 * self.batch / milliseconds}
 
 
 def tables(content: dict) -> str:
     """A table per batch."""
-    results, found = Results.of(content), []
-    batches, positions = (sorted({row[name] for row in results.rows.values()}) for name in ("batch", "position"))
+    rows, found = list(Results.of(content).rows.values()), []
+    batches, positions = (sorted({row[name] for row in rows}) for name in ("batch", "position"))
     names = {(name, mode): f"{name}, {mode}" for mode in MODES for name in MODELS}
+
+    def shown(row: dict) -> str:
+        return "no memory" if "refused" in row else f"{row['ms_per_token']:.3f} ({row['tokens_per_second']:,.0f})"
+
     for batch in batches:
-
-        def cell(key: tuple[str, str], position: int, batch: int = batch) -> str:
-            rows = results.find(model=key[0], mode=key[1], batch=batch, position=position)
-            if not rows or "refused" in rows[0]:
-                return "no memory" if rows else ""
-            return f"{rows[0]['ms_per_token']:.3f} ({rows[0]['tokens_per_second']:,.0f})"
-
-        found += pivot(f"batch {batch}: ms per token (tokens per second) at position", positions, names, cell)
+        cells = {((row["model"], row["mode"]), row["position"]): shown(row) for row in rows if row["batch"] == batch}
+        found += pivot(f"batch {batch}: ms per token (tokens per second) at position", positions, names, cells)
     return "\n\n".join(found)
 
 
 def run(options: argparse.Namespace) -> None:
+    positions, longest = sorted(options.positions), SIZES["max_position_embeddings"]
+    if positions[0] < PROMPT + STEPS or positions[-1] > longest:
+        sys.exit(f"error: --positions must lie between {PROMPT + STEPS} and {longest}, got {positions}")
     setting = {**SIZES, "dtype": "bfloat16", "steps": STEPS, "seconds": options.seconds}
     results = Results(options.output, "kernels.decoding_gpu", setting, one_device=True)
     for name in options.models:
         free_memory()
-        model = make_model(name)
-        for mode in options.modes:
-            for batch in options.batches:
-                measure(results, model, name, mode, batch, sorted(options.positions), options.seconds)
-        del model
+        model = make_model(name, SIZES).to(torch.bfloat16).eval()
+        for mode, batch in itertools.product(options.modes, options.batches):
+            decoding = Decoding(model, mode, batch, options.seconds)
+            for position in positions:
+                key = {"model": name, "mode": mode, "batch": batch, "position": position}
+                results.measure(key, or_refused, partial(decoding.measure, position))
+        del model, decoding
 
 
 def add_options(add) -> None:
@@ -214,14 +193,8 @@ def add_options(add) -> None:
     add("--seconds", type=float, default=1.0, help="per measurement")
 
 
-def check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
-    positions, longest = sorted(options.positions), SIZES["max_position_embeddings"]
-    if positions[0] < PROMPT + STEPS or positions[-1] > longest:
-        parser.error(f"positions must lie between {PROMPT + STEPS} and {longest}, got {positions}")
-
-
 def main() -> None:
-    command(__doc__, "gpu_decode_*", add_options, run, tables, check=check, needs_gpu=True)
+    command(__doc__, "gpu_decode_*", add_options, run, tables, needs_gpu=True)
 
 
 if __name__ == "__main__":

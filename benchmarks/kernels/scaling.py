@@ -24,6 +24,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 
@@ -35,8 +36,8 @@ from benchmarks.kernels.attention_cpu import check_correctness
 from benchmarks.kernels.scaling_report import RIVALS, plot, tables
 from benchmarks.lib.command import command
 from benchmarks.lib.results import Results
-from benchmarks.lib.timing import cpu_model, first_line, free_memory, median_time, resident_memory, wall_time
-from benchmarks.rivals.operators import MAMBA_STATE, Shape, make_inputs, relative_error
+from benchmarks.lib.timing import cpu_model, free_memory, median_time, or_refused, resident_memory, wall_time
+from benchmarks.rivals.operators import MAMBA_STATE, Shape, make_inputs, measure_error
 
 
 SHAPE = Shape(batch=1, length=0, heads=8)
@@ -64,12 +65,6 @@ class Memory:
             return torch.cuda.max_memory_allocated() / 2**20 - self.before
         return resident_memory("VmHWM") - self.before
 
-    def available(self) -> float:
-        """MiB that are left."""
-        if self.device == "cuda":
-            return torch.cuda.mem_get_info()[0] / 2**20
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**20
-
 
 def once(function: Callable[[], object], device: str) -> float:
     """Milliseconds of one call: by the clock on a GPU, CPU time on a CPU."""
@@ -81,38 +76,33 @@ def once(function: Callable[[], object], device: str) -> float:
 
 
 def measure(name: str, length: int, part: str, device: str, seconds: float) -> dict:
-    """Median time and peak memory of one pass; or the reason why it was refused."""
-    rival, memory, inputs = RIVALS[name], Memory(device), None
-    try:
-        dtype = torch.bfloat16 if device == "cuda" else torch.float32
-        inputs = make_inputs(rival.names, SHAPE._replace(length=length), dtype, device)
+    """Median time and peak memory of one pass."""
+    rival, memory = RIVALS[name], Memory(device)
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    inputs = make_inputs(rival.names, SHAPE._replace(length=length), dtype, device)
 
-        def forward():
-            with torch.no_grad():
-                rival.function(inputs)
+    def forward():
+        with torch.no_grad():
+            rival.function(inputs)
 
-        def forward_backward():
-            output = rival.function(inputs)
-            torch.autograd.grad(output, list(inputs.values()), torch.ones_like(output))
+    def forward_backward():
+        output = rival.function(inputs)
+        torch.autograd.grad(output, list(inputs.values()), torch.ones_like(output))
 
-        function = forward if part == "forward" else forward_backward
+    function = forward if part == "forward" else forward_backward
+    times = [once(function, device)]
+    if device == "cuda":
+        # The first call may have compiled kernels, and tried several: neither its time nor its memory counts
+        torch.cuda.reset_peak_memory_stats()
         times = [once(function, device)]
-        if device == "cuda":
-            # The first call may have compiled kernels, and tried several: neither its time nor its memory counts
-            torch.cuda.reset_peak_memory_stats()
-            times = [once(function, device)]
-        peak = memory.peak()
-        if times[0] >= 1e3 * seconds:
-            return {"ms": times[0], "calls": 1, "peak_mib": peak}
-        if device == "cuda":
-            return {"ms": median_time(function, seconds), "peak_mib": peak}
-        while len(times) < 4 or sum(times) < 1e3 * seconds:
-            times.append(once(function, device))
-        return {"ms": statistics.median(times[1:]), "calls": len(times) - 1, "peak_mib": peak}
-    except Exception as error:
-        if name.startswith("GMA") and not isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)):
-            raise  # ours may not refuse
-        return {"refused": first_line(error)}
+    peak = memory.peak()
+    if times[0] >= 1e3 * seconds:
+        return {"ms": times[0], "calls": 1, "peak_mib": peak}
+    if device == "cuda":
+        return {"ms": median_time(function, seconds), "peak_mib": peak}
+    while len(times) < 4 or sum(times) < 1e3 * seconds:
+        times.append(once(function, device))
+    return {"ms": statistics.median(times[1:]), "calls": len(times) - 1, "peak_mib": peak}
 
 
 def too_long(last: dict, length: int, longest: float) -> str | None:
@@ -141,15 +131,17 @@ def measure_all(results: Results, options: argparse.Namespace) -> None:
             if last is not None and title not in results.rows:
                 reason = too_long(last, length, options.longest)
                 if reason is None and options.device == "cpu":
-                    reason = no_memory(last, length, Memory("cpu").available())
+                    available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**20
+                    reason = no_memory(last, length, available)
             if reason is not None:
                 print(f"\n=== {title}\nnot tried: {reason}")
                 before[name, part] = {"refused": reason}
                 continue
-
-            key = {"rival": name, "pass": part, "length": length}
-            row = before[name, part] = results.measure(
-                key, measure, name, length, part, options.device, options.seconds
+            # Whatever a rival refuses with is its result; ours may be refused for memory alone
+            errors = (torch.cuda.OutOfMemoryError, MemoryError) if name.startswith("GMA") else Exception
+            row = partial(measure, name, length, part, options.device, options.seconds)
+            before[name, part] = row = results.measure(
+                {"rival": name, "pass": part, "length": length}, or_refused, row, errors
             )
             print(", ".join(f"{field} {row[field]}" for field in ("ms", "peak_mib", "refused") if field in row))
 
@@ -160,7 +152,7 @@ def check(device: str) -> None:
         check_correctness()
     else:
         for variant in ("normalised", "un-normalised, decay"):
-            relative_error(variant, SHAPE._replace(length=4096))
+            measure_error(variant, SHAPE._replace(length=4096))
 
 
 def run(options: argparse.Namespace) -> None:
@@ -189,7 +181,7 @@ def add_options(add) -> None:
 
 
 def main() -> None:
-    command(__doc__, "scaling_*", add_options, run, tables, lambda content: {"*": plot(content)})
+    command(__doc__, "scaling_*", add_options, run, tables, plot)
 
 
 if __name__ == "__main__":

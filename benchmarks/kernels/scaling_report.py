@@ -32,16 +32,12 @@ def points(report: dict, name: str, part: str, field: str) -> dict[int, float]:
 
 
 def slope(measured: dict[int, float]) -> float | None:
-    """
-    The exponent of the growth: least squares of log value against log length, over the longest lengths. None with fewer than
-    three points.
-    """
+    """The exponent of the growth, by least squares of the logarithms at the longest lengths; None with fewer than three points."""
     lengths = sorted(measured)[-FITTED_POINTS:]
     if len(lengths) < 3:
         return None
-    return statistics.linear_regression(
-        *zip(*((math.log(n), math.log(measured[n])) for n in lengths), strict=True)
-    ).slope
+    logarithms = ([math.log(x) for x in values] for values in (lengths, (measured[n] for n in lengths)))
+    return statistics.linear_regression(*logarithms).slope
 
 
 def rivals_of(report: dict) -> list[str]:
@@ -53,10 +49,10 @@ def tokens(length: int) -> str:
     return f"{length // 2**20}M" if length >= 2**20 else f"{length // 2**10}k" if length >= 2**10 else str(length)
 
 
-def shown(value: float | None, form: str = ",.4g") -> str:
+def shown(value: float | None) -> str:
     if value is None:
         return ""
-    return f"{value:,.0f}" if value >= 100 else f"{value:{form}}" if value >= 10 else f"{value:.2g}"
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}" if value >= 10 else f"{value:.2g}"
 
 
 def table(report: dict, part: str = "forward_backward", field: str = "ms") -> str:
@@ -64,7 +60,7 @@ def table(report: dict, part: str = "forward_backward", field: str = "ms") -> st
     names = rivals_of(report)
     values = {name: points(report, name, part, field) for name in names}
     lengths = sorted({length for measured in values.values() for length in measured})
-    lines = [[tokens(length), *(shown(values[name].get(length), ".3g") for name in names)] for length in lengths]
+    lines = [[tokens(length), *(shown(values[name].get(length)) for name in names)] for length in lengths]
     slopes = [slope(values[name]) for name in names]
     lines.append(["exponent", *("" if exponent is None else f"{exponent:.2f}" for exponent in slopes)])
     return markdown(["tokens", *(TITLES.get(name, name) for name in names)], lines, left=0)
@@ -90,8 +86,7 @@ def plot(report: dict):
     figure, axes = pyplot().subplots(1, 2, figsize=(12.5, 5), layout="constrained")
     for axis, (field, heading, unit) in zip(axes, panels, strict=True):
         for name in rivals_of(report):
-            measured = points(report, name, "forward_backward", field)
-            if measured:
+            if measured := points(report, name, "forward_backward", field):
                 exponent, title = slope(measured), TITLES.get(name, name)
                 label = title if exponent is None else f"{title}  (N^{exponent:.2f})"
                 style = {"color": SHOWN[name][1], "markersize": 3.5, "linewidth": 1.7, "label": label}

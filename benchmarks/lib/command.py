@@ -19,8 +19,8 @@ def command(
     add_options: Callable[[Callable], None],
     measure: Callable[[argparse.Namespace], None],
     tables: Callable[[dict], str],
-    figures: Callable[[dict], dict] | None = None,
-    check: Callable[[argparse.ArgumentParser, argparse.Namespace], None] | None = None,
+    figures: Callable[[dict], object] | None = None,
+    needs: tuple[str, ...] = (),
     prepare: Callable[[argparse.Namespace], object] | None = None,
     needs_gpu: bool = False,
 ) -> None:
@@ -34,8 +34,8 @@ def command(
         add_options (`Callable`): is given `add_argument` of the parser.
         measure (`Callable`): is given the options, `output` among them, and writes that file.
         tables (`Callable`): the tables of the content of a file.
-        figures (`Callable`, *optional*): the figures of that content by name; `*` in a name stands for the file's.
-        check (`Callable`, *optional*): refuses options by `parser.error`.
+        figures (`Callable`, *optional*): the figure of that content, or several by name.
+        needs (`tuple`, *optional*): the options without which nothing can be measured.
         prepare (`Callable`, *optional*): what `--prepare FILE --data FOLDER` does before anything can be measured.
         needs_gpu (`bool`, *optional*, defaults to `False`): whether it measures on a GPU only.
     """
@@ -59,27 +59,31 @@ def command(
                 "error: This benchmark needs an NVIDIA GPU, and torch.cuda.is_available() is False. --table prints the "
                 "committed results; benchmarks/kernels/attention_cpu.py measures the operator on a CPU."
             )
-        if check is not None:
-            check(parser, options)
+        missing = [option for option in needs if getattr(options, option) is None]
+        if missing:
+            parser.error(
+                f"measuring needs {' and '.join(f'--{option}' for option in missing)}; --help says what they are"
+            )
         options.output = output_path(options)
         measure(options)
     for path in stored(options):
         content = json.loads(path.read_text(encoding="utf-8"))
         print(f"\n{path}\n\n{tables(content)}")
-        for title, figure in (figures(content) if figures is not None and options.plot else {}).items():
+        if figures is not None and options.plot:
             folder = FIGURES if path.parent.resolve() == COMMITTED else path.parent
-            save_figure(figure, folder / f"{title.replace('*', path.stem)}.png")
+            drawn = figures(content)
+            for title, figure in (drawn if isinstance(drawn, dict) else {name: drawn}).items():
+                save_figure(figure, folder / f"{path.stem if '*' in title else title}.png")
 
 
 def add_output_options(parser: argparse.ArgumentParser, name: str) -> None:
     parser.set_defaults(results_name=name)
     default = name.replace("*", "DEVICE")
     parser.add_argument(
-        "--output",
-        type=Path,
+        "--output", type=Path,
         help=f"JSON file for the rows; rows that it holds are not measured again. Default: {default}.json in the current folder. "
         "The committed results are in benchmarks/results",
-    )
+    )  # fmt: skip
     parser.add_argument(
         "--renew", action="store_true", help="measure everything again, in the place of --output's rows"
     )
@@ -98,11 +102,7 @@ def output_path(options: argparse.Namespace) -> Path:
 
 
 def stored(options: argparse.Namespace) -> list[Path]:
-    """The files whose tables are printed.
-
-    Raises:
-        SystemExit: there are none.
-    """
+    """The files whose tables are printed. SystemExit if there are none."""
     files = [options.output] if options.output else sorted(COMMITTED.glob(f"{options.results_name}.json"))
     files = [path for path in files if path.is_file()]
     if not files:

@@ -2,7 +2,7 @@
 """How results are shown: tables in Markdown and in plain text, colours, figures."""
 
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 
@@ -21,16 +21,17 @@ def markdown(columns: Sequence[str], rows: Iterable[Sequence[str]], left: int = 
     return "\n".join(["| " + " | ".join(columns) + " |", rule, *("| " + " | ".join(row) + " |" for row in rows)])
 
 
-def pivot(title: str, columns: Sequence, names: dict[str, str], cell: Callable[[str, object], str]) -> list[str]:
-    """A table in plain text of `cell(name, column)`, without empty lines; none at all if nothing is left."""
-    rows = {shown: [cell(name, column) for column in columns] for name, shown in names.items()}
-    rows = {name: cells for name, cells in rows.items() if any(cells)}
-    widths = [max(len(str(cell)) for cell in cells) + 2 for cells in zip(columns, *rows.values(), strict=True)]
-    label = max(map(len, rows), default=0)
-    lines = [title, " " * label + "".join(f"{column:>{n}}" for column, n in zip(columns, widths, strict=True))]
-    for name, cells in rows.items():
-        lines.append(f"{name:<{label}}" + "".join(f"{cell:>{n}}" for cell, n in zip(cells, widths, strict=True)))
-    return ["\n".join(lines)] if rows else []
+def pivot(title: str, columns: Iterable, names: dict, cells: dict[tuple, str]) -> list[str]:
+    """A table in plain text of `cells[name, column]`, without empty lines; none at all if nothing is left."""
+    columns = [*columns]
+    rows = [[shown, *(cells.get((name, column), "") for column in columns)] for name, shown in names.items()]
+    rows = [["", *map(str, columns)], *(row for row in rows if any(row[1:]))]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        f"{row[0]:<{widths[0]}}" + "".join(f"{cell:>{n + 2}}" for cell, n in zip(row[1:], widths[1:], strict=True))
+        for row in rows
+    ]
+    return ["\n".join([title, *lines])] if len(rows) > 1 else []
 
 
 def mean_and_spread(values: Sequence[float], digits: int = 2) -> str:
@@ -56,34 +57,21 @@ def clean(*axes) -> None:
 
 
 def label_ends(axis, ends: list[tuple[float, float, str, str]]) -> None:
-    """Write the name of each line beside its end. Names that would overlap move apart and keep the order of the lines.
-
-    Args:
-        axis: with its scales set and all lines drawn.
-        ends: for each line the last x, the last y, its name and its colour.
-    """
+    """Write names beside the ends of lines, each end its last x and y, name and colour. Names that would overlap move apart."""
     axis.figure.canvas.draw()  # the axes have their place from here on
     height, gap = axis.bbox.height, 1.25 * 9 * axis.figure.dpi / 72
     ends = sorted(ends, key=lambda end: end[1])
     places = [axis.transData.transform((x, y))[1] - axis.bbox.y0 for x, y, _, _ in ends]
     for _ in range(200):  # neighbours push each other apart, a little each time
         for i in range(len(places) - 1):
-            overlap = gap - (places[i + 1] - places[i])
-            if overlap > 0:
-                places[i] -= overlap / 2
-                places[i + 1] += overlap / 2
+            overlap = max(0, gap - (places[i + 1] - places[i]))
+            places[i] -= overlap / 2
+            places[i + 1] += overlap / 2
     for (x, y, name, colour), place in zip(ends, places, strict=True):
-        leader = {"arrowstyle": "-", "color": colour, "linewidth": 0.8}
         axis.annotate(
-            name,
-            xy=(x, y),
-            xytext=(1.04, place / height),
-            textcoords="axes fraction",
-            fontsize=9,
-            va="center",
-            arrowprops=leader,
-            annotation_clip=False,
-        )
+            name, xy=(x, y), xytext=(1.04, place / height), textcoords="axes fraction", fontsize=9, va="center",
+            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.8}, annotation_clip=False,
+        )  # fmt: skip
 
 
 def save_figure(figure, path: Path) -> None:

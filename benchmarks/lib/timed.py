@@ -2,14 +2,10 @@
 """Trainings that end on time: the learning rate follows the clock."""
 
 import math
-import tempfile
 import time
 
 import torch
 from transformers import TrainerCallback
-
-from gma_hf.conversion.distillation.arguments import GMADistillationArguments
-from gma_hf.conversion.distillation.trainer import GMADistillationTrainer, undo_preparation
 
 
 class TimedSchedule(TrainerCallback):
@@ -45,31 +41,3 @@ class TimedSchedule(TrainerCallback):
             torch.cuda.synchronize()
         if time.monotonic() - self.start >= self.seconds:
             control.should_training_stop = True
-
-
-def train_stage(model, stage: str, minutes: float, batch_size: int, learning_rate: float, **options) -> dict:
-    """
-    One stage of a converted model, for so many minutes. Other arguments are those of the trainer or, under `arguments`, of its
-    arguments; `trainer_class` is that of a converted model.
-    """
-    arguments, on_gpu = options.pop("arguments", {}), torch.cuda.is_available()
-    trainer_class = options.pop("trainer_class", GMADistillationTrainer)
-    schedule = TimedSchedule(60 * minutes, floor=0.1, warmup_steps=10, warmup_share=0.03)
-    fixed = {
-        "lr_scheduler_type": "constant", "max_steps": 10**6, "bf16": on_gpu, "use_cpu": not on_gpu, "save_strategy": "no",
-        "report_to": "none", "logging_steps": 10, "weight_decay": 0.0, "adam_beta2": 0.95, "dataloader_pin_memory": on_gpu,
-        "dataloader_drop_last": True, "disable_tqdm": True,
-    }  # fmt: skip
-    own = {"stage": stage, "learning_rate": learning_rate, "per_device_train_batch_size": batch_size, **arguments}
-    with tempfile.TemporaryDirectory() as folder:
-        args = GMADistillationArguments(output_dir=folder, **fixed, **own)
-        trainer = trainer_class(model, args, callbacks=[schedule], **options)
-        start = time.monotonic()
-        trainer.train()
-        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    undo_preparation(model)
-    return {
-        "stage": stage, "steps": trainer.state.global_step, "batch_size": batch_size, "learning_rate": learning_rate,
-        **arguments, "seconds": round(time.monotonic() - start, 1),
-        "losses": [round(loss, 5) for loss in losses[:: max(1, len(losses) // 20)]],
-    }  # fmt: skip

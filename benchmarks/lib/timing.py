@@ -1,6 +1,7 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
 """Times and memory of calls."""
 
+import contextlib
 import gc
 import platform
 import time
@@ -8,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
 def free_memory() -> None:
@@ -23,20 +25,37 @@ def median_time(function: Callable[[], object], seconds: float) -> float:
     return do_bench(function, warmup=500 * seconds, rep=1000 * seconds, return_mode="median")
 
 
+def wait_for_gpu() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
 def wall_time(function: Callable[[], object]) -> float:
     """Seconds of one call by the clock, the work on the GPU included."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    wait_for_gpu()
     start = time.perf_counter()
     function()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    wait_for_gpu()
     return time.perf_counter() - start
 
 
 def first_line(error: BaseException) -> str:
     """What an error says, in a line."""
     return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+
+
+def or_refused(function: Callable[[], dict], errors: type[Exception] | tuple = torch.cuda.OutOfMemoryError) -> dict:
+    """The row that a function measures, or why it was refused."""
+    free_memory()
+    try:
+        return function()
+    except errors as error:
+        return {"refused": first_line(error)}
+
+
+def softmax_by(name: str) -> contextlib.AbstractContextManager:
+    """Forces FlashAttention-2 for what has it in its name; PyTorch chooses for all others, on Hopper cuDNN."""
+    return sdpa_kernel(SDPBackend.FLASH_ATTENTION) if "FlashAttention" in name else contextlib.nullcontext()
 
 
 def peak_bytes(function: Callable[[], object]) -> tuple[object, int]:
@@ -58,7 +77,6 @@ def resident_memory(field: str) -> float:
 
 def cpu_model() -> str:
     """The name of the processor."""
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor()
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()

@@ -227,7 +227,7 @@ def measure(mixer: str, context: int, components: int, seed: int, rate: float, p
         return {**row, "refused": "the training loss became NaN or infinite"}
     row |= evaluate(model, prepared, context)
     row |= extrapolate(model, prepared["tokens"]["wikitext_test_detokenized"], context)
-    if options.save is not None and MIXERS[mixer].attention is None and MIXERS[mixer].layer is None:
+    if options.save is not None and not MIXERS[mixer].is_rival:
         folder = options.save / f"{mixer}-{context}-{components}-{seed}"
         model.save_pretrained(folder)
         if data.tokenizer_folder(options.prepared).exists():
@@ -289,18 +289,11 @@ def add_options(add) -> None:
     add_run_options(add)
 
 
-def check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
-    if options.prepared is None:
-        parser.error("training needs --prepared FILE; --prepare FILE --data DATA makes it")
-
-
 def main() -> None:
     def prepare(options: argparse.Namespace) -> dict:
         return data.prepare(options.data, options.prepare, options.vocab_size, options.max_tokens)
 
-    command(
-        __doc__, "language_modeling", add_options, run, table, lambda x: {"language_modeling": plot(x)}, check, prepare
-    )
+    command(__doc__, "language_modeling", add_options, run, table, plot, needs=("prepared",), prepare=prepare)
 
 
 if __name__ == "__main__":

@@ -247,13 +247,10 @@ def main() -> None:
     def run(options: argparse.Namespace) -> None:
         run_rows(Results(options.output, name, {}), wanted_rows(options), options)
 
-    def figures(content: dict) -> dict:
-        return {name: plot(content["rows"])}
-
     def prepare(options: argparse.Namespace) -> None:
         data.prepare(options.data, options.prepare)
 
-    command(__doc__, name, add_options, run, lambda x: table(x["rows"]), figures, prepare=prepare)
+    command(__doc__, name, add_options, run, lambda x: table(x["rows"]), lambda x: plot(x["rows"]), prepare=prepare)
 
 
 if __name__ == "__main__":

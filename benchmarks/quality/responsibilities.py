@@ -131,13 +131,8 @@ def add_options(add) -> None:
     add("--batch_size", type=int, default=4, help="blocks per forward pass")
 
 
-def check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
-    if options.model is None or options.data is None:
-        parser.error("measuring needs MODEL and --data DATA, the folder with wikitext-103")
-
-
 def main() -> None:
-    command(__doc__, "responsibilities", add_options, run, table, lambda x: {"responsibilities": plot(x)}, check)
+    command(__doc__, "responsibilities", add_options, run, table, plot, needs=("model", "data"))
 
 
 if __name__ == "__main__":

@@ -52,12 +52,14 @@ class Mamba2Mixer(nn.Module):
         step_bias_(self.dt_bias, self.config.time_step_min, self.config.time_step_max)
         self.A_log_bias.uniform_(1, 16).log_()
         self.D_bias.fill_(1)
+        if self.config.scale_output_init:  # of one residual a block, as Mamba-2 does it
+            self.out_proj.weight.mul_(self.config.num_hidden_layers**-0.5)
 
     @takes_cache
     def forward(self, hidden_states, cache=None, layout=None, is_causal: bool = True, **kwargs):
         if not is_causal:
             raise ValueError("Mamba-2 is causal.")
-        mask = padding_mask_of(layout, cache)
+        mask = padding_mask_of(layout, cache is not None)
         if mask is not None:
             mask = mask[..., None].to(hidden_states.dtype)
             hidden_states = hidden_states * mask
@@ -82,11 +84,6 @@ class Mamba2Layer(GradientCheckpointingLayer):
         self.input_layernorm = GMARMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.self_attn = Mamba2Mixer(config, layer_idx)
         self.dropout = nn.Dropout(config.hidden_dropout)
-
-    @torch.no_grad()
-    def finish_initialization(self) -> None:
-        if self.self_attn.config.scale_output_init:  # of one residual a block, as Mamba-2 does it
-            self.self_attn.out_proj.weight.mul_(self.self_attn.config.num_hidden_layers**-0.5)
 
     def forward(self, hidden_states: Tensor, **kwargs) -> Tensor:
         return hidden_states + self.dropout(self.self_attn(self.input_layernorm(hidden_states), **kwargs)[0])

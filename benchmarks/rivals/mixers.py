@@ -7,7 +7,7 @@ Softmax attention has RoPE. Linear attention (elu + 1), Performer and Linformer 
 absolute positions, as that paper compares them. The others stand in the gated block, with everything that GMA has there. Mamba-2
 is a block without MLP, twice as many of them, as it was published.
 
-To add a mixer, add an entry to `MIXERS`; a new operator in the gated block is one method of a subclass of `blocks.GatedMixer`.
+To add a mixer, add an entry to `MIXERS`; a new operator is one method of a subclass of `memories.Memory`.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from benchmarks.rivals import blocks
+from benchmarks.rivals import memories
 from benchmarks.rivals.mamba2 import EXPAND, STATE_SIZE, Mamba2Layer
 from benchmarks.rivals.recurrences import PLAIN, program
 from gma_hf import GMAConfig, GMAForCausalLM
@@ -35,13 +35,15 @@ def state_by_dimension(config: GMAConfig) -> int:
 
 @dataclass(frozen=True)
 class Mixer:
-    """One mixer.
+    """
+    One mixer.
 
     Attributes:
         name: its name in tables.
         preset: of `GMAConfig.from_preset`.
         overrides: what else the configuration of so many layers needs.
-        attention, layer: the module that takes the place of the GMA in every block, or of whole blocks; None for the package's.
+        memory, attention, layer: what takes the place of the memory in every GMA layer, of all of the layer, or of whole blocks;
+            None for the package's.
         layer_factor: how many layers there are for one layer of the other models.
         state: how many numbers a layer keeps of what it has read, given the configuration; None if they grow with the text.
         only: "causal" or "bidirectional" for a mixer that cannot be both.
@@ -52,6 +54,7 @@ class Mixer:
     name: str
     preset: str
     overrides: Callable[[int], dict] = lambda num_layers: {}
+    memory: type[memories.Memory] | None = None
     attention: type[nn.Module] | None = None
     layer: type[nn.Module] | None = None
     layer_factor: int = 1
@@ -59,6 +62,11 @@ class Mixer:
     only: str | None = None
     program: str | None = None
     is_variant: bool = False
+
+    @property
+    def is_rival(self) -> bool:
+        """Whether the package cannot load such a model."""
+        return (self.memory or self.attention or self.layer) is not None
 
     @property
     def title(self) -> str:
@@ -81,19 +89,20 @@ GMA_GATED = Mixer("GMA, gated block", "gated", state=state_by_components)
 GMA_CORRELATED = Mixer("GMA, correlated block", "correlated", state=state_by_components)
 UNIT_LINEAR = Mixer(
     "linear attention, q and k of unit length, decay, gated block",
-    "gated", attention=blocks.UnitLinearAttention, state=state_by_dimension, program=PLAIN,
+    "gated", memory=memories.UnitLinearMemory, state=state_by_dimension, program=PLAIN,
 )  # fmt: skip
 STEP_LINEAR = Mixer(
     "recurrence of Mamba-2, gated block",
-    "gated", attention=blocks.StepLinearAttention, state=state_by_dimension, program=PLAIN,
+    "gated", memory=memories.StepLinearMemory, state=state_by_dimension, program=PLAIN,
 )  # fmt: skip
 DELTA = Mixer(
-    "Gated DeltaNet", "gated", attention=blocks.GatedDeltaNet, state=state_by_dimension, only="causal",
+    "Gated DeltaNet", "gated", attention=memories.GatedDeltaNet, state=state_by_dimension, only="causal",
     program="Transformers, plain PyTorch",
 )  # fmt: skip
 GATED_SOFTMAX = Mixer(
-    "softmax + RoPE, short convolution, output gate", "gated", attention=blocks.GatedSoftmaxAttention
-)
+    "softmax + RoPE, short convolution, output gate", "gated", memory=memories.SoftmaxMemory,
+    overrides=lambda n: {"rope_on_routing": True, "use_write_weight": False, "use_decay": False},
+)  # fmt: skip
 MAMBA2 = Mixer(
     "Mamba-2", "paper", lambda n: {"position_embedding_type": "none"}, layer=Mamba2Layer, layer_factor=2,
     state=lambda config: EXPAND * config.hidden_size * STATE_SIZE, only="causal", program=PLAIN,
@@ -101,7 +110,7 @@ MAMBA2 = Mixer(
 ALTERNATING = Mixer(
     "GMA, gated and correlated layers in turn",
     "correlated",
-    attention=blocks.AlternatingGMA,
+    attention=memories.AlternatingGMA,
     state=state_by_components,
 )
 QUIET = {"scale_output_init": True}
@@ -125,13 +134,13 @@ MIXERS: dict[str, Mixer] = {
     "gma_gated": GMA_GATED,
     "gma_correlated": GMA_CORRELATED,
     "elu": Mixer(
-        "linear attention, elu + 1", "paper", attention=blocks.EluAttention, program=PLAIN,
+        "linear attention, elu + 1", "paper", memory=memories.EluMemory, program=PLAIN,
         state=lambda config: config.num_attention_heads * config.head_dim * (config.head_dim + 1),
     ),
     "performer": Mixer(
-        "Performer, fixed features", "paper", attention=blocks.PerformerAttention, state=state_by_components, program=PLAIN
+        "Performer, fixed features", "paper", memory=memories.PerformerMemory, state=state_by_components, program=PLAIN
     ),
-    "linformer": Mixer("Linformer", "paper", attention=blocks.LinformerAttention, only="bidirectional", program=PLAIN),
+    "linformer": Mixer("Linformer", "paper", memory=memories.LinformerMemory, only="bidirectional", program=PLAIN),
     "linear_gated": UNIT_LINEAR,
     "step_gated": STEP_LINEAR,
     "gated_delta_net": DELTA,
@@ -158,10 +167,7 @@ COMPARED = [name for name, mixer in MIXERS.items() if not mixer.is_variant]
 def program_of(mixer: str) -> dict:
     """What a row tells of the program that computes a rival on this machine."""
     chosen = MIXERS[mixer]
-    recurrent = mixer.startswith("mamba2") or chosen.attention in (
-        blocks.UnitLinearAttention,
-        blocks.StepLinearAttention,
-    )
+    recurrent = mixer.startswith("mamba2") or chosen.memory in (memories.UnitLinearMemory, memories.StepLinearMemory)
     return {} if chosen.program is None else {"program": program() if recurrent else chosen.program}
 
 
@@ -187,39 +193,34 @@ def make_config(mixer: str, *, is_causal: bool = True, **sizes) -> GMAConfig:
         raise ValueError(f"{chosen.title} is bidirectional only: leave it out of a comparison of language models.")
     num_layers = chosen.layer_factor * sizes.pop("num_hidden_layers", GMAConfig.num_hidden_layers)
     fields = {**chosen.overrides(num_layers), "num_hidden_layers": num_layers, "is_causal": is_causal}
-    if chosen.attention or chosen.layer:
+    if chosen.is_rival:
         fields["use_cache"] = False
     return GMAConfig.from_preset(chosen.preset, **{**fields, **sizes})
 
 
 def make_model(mixer: str, config: GMAConfig, model_class: type[PreTrainedModel] = GMAForCausalLM) -> PreTrainedModel:
-    """
-    A model with that mixer and random weights, on the default device.
-
-    Args:
-        mixer: a key of `MIXERS`.
-        config: from `make_config` of the same mixer.
-        model_class: any of the package's models.
-    """
+    """A model of some class of the package with that mixer and random weights, on the default device; `config` is from `make_config`."""
     model, chosen = model_class(config), MIXERS[mixer]
     layers = model.base_model.layers
     for index, layer in enumerate(layers):
-        if chosen.layer is not None:
-            layers[index] = initialize(chosen.layer(config, index), model)
+        if chosen.memory is not None:
+            layer.self_attn.memory, layer.self_attn.mixture_norm = chosen.memory(config), None
         elif chosen.attention is not None:
             layer.self_attn = initialize(chosen.attention(config, index), model)
+        elif chosen.layer is not None:
+            layers[index] = initialize(chosen.layer(config, index), model)
     return model
 
 
 def initialize(module: nn.Module, model: PreTrainedModel) -> nn.Module:
-    """Linear maps and norms as in the package, the rest as its class says."""
-    for part in module.modules():
+    """Linear maps and norms as in the package; then what holds them, as its class says."""
+
+    def draw(part: nn.Module) -> None:
         model._init_weights(part)
-        if hasattr(part, "reset_parameters") and not type(part).__module__.startswith(("torch.", "gma_hf.")):
+        if hasattr(part, "reset_parameters") and type(part).__module__.startswith("benchmarks."):
             part.reset_parameters()
-    if hasattr(module, "finish_initialization"):
-        module.finish_initialization()
-    return module
+
+    return module.apply(draw)
 
 
 def number_of_parameters(mixer: str, model_class: type[PreTrainedModel] = GMAForCausalLM, **sizes) -> int:

@@ -151,16 +151,15 @@ def states_before(states: Tensor, log_decay: Tensor) -> Tensor:
     return (decay @ states.transpose(1, 2)).transpose(1, 2)
 
 
-def short_convolution(x: Tensor, weight: Tensor, bias: Tensor | None = None, before: int | None = None) -> Tensor:
+def short_convolution(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """
-    A depthwise convolution with SiLU, tap by tap: torch.compile makes one kernel of it. An output sees `before` tokens before its
-    own; by default all taps but its own, causally. Shapes: x `[batch, length, channels]`, weight `[channels, width]`.
+    A causal depthwise convolution with SiLU, tap by tap: torch.compile makes one kernel of it. Shapes: x `[batch, length, channels]`,
+    weight `[channels, width]`.
     """
     length, width = x.shape[1], weight.shape[1]
-    before = width - 1 if before is None else before
-    padded = F.pad(x, (0, 0, before, width - 1 - before))
+    padded = F.pad(x, (0, 0, width - 1, 0))
     output = sum(padded[:, tap : tap + length] * weight[:, tap].to(x.dtype) for tap in range(width))
-    return F.silu(output if bias is None else output + bias.to(x.dtype))
+    return F.silu(output + bias.to(x.dtype))
 
 
 def step_bias_(bias: Tensor, low: float, high: float) -> None:
@@ -169,15 +168,12 @@ def step_bias_(bias: Tensor, low: float, high: float) -> None:
     bias.copy_(step + torch.log(-torch.expm1(-step)))
 
 
-def padding_mask_of(layout: Layout | None, cache=None) -> Tensor | None:
+def padding_mask_of(layout: Layout | None, has_cache: bool) -> Tensor | None:
     """
     Where tokens are real, `(batch, length)`, or `None` if all are. The rivals are there to be trained and evaluated on whole
-    sequences, with padding at their ends.
-
-    Raises:
-        ValueError: for a cache, packed sequences, or padding between real tokens.
+    sequences, with padding at their ends: all else is a ValueError.
     """
-    if cache is not None or (layout is not None and layout.sequence_ids is not None):
+    if has_cache or (layout is not None and layout.sequence_ids is not None):
         raise ValueError(
             "The rival mixers know neither caches nor packed sequences: use whole sequences, use_cache=False."
         )
