@@ -20,7 +20,7 @@ def convert_and_distil(
     arguments: dict,
 ) -> dict:  # fmt: skip
     """
-    Convert a model in place and train it.
+    Convert a model in place and train it; `stages`, and `calibration` if there was one, as entries of a row.
 
     Args:
         data: what the trainer reads: `train_dataset`, `data_collator` and `teacher`.
@@ -29,9 +29,6 @@ def convert_and_distil(
         batches, calibration: of `calibrate`; without batches the mixtures stay random.
         minutes, transfer_share: of the training, and the share of the first stage, the transfer of attention.
         transfer_rate, rate, arguments: learning rates of both stages, and further arguments of the second.
-
-    Returns:
-        `dict`: `stages`, and `calibration` if there was one, as entries of a row.
     """
     row = {}
     convert_to_gma(model, layers, **options)

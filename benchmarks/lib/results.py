@@ -73,14 +73,10 @@ def finite(x):
 
 
 class Results:
-    """A JSON file with one row per name; rows that it holds already are not measured again.
-
-    Args:
-        path (`Path`): the file.
-        benchmark (`str`): the name of the benchmark.
-        setting (`dict`): what all rows have in common.
-        one_device (`bool`, *optional*, defaults to `False`): whether all rows come from one device and the same versions, as
-            times must that are compared. The file then says device, versions, date and command once, otherwise each row does.
+    """
+    A JSON file with one row per name; rows that it holds already are not measured again. `setting` is what all rows have in common.
+    With `one_device` all rows come from one device and the same versions, as times must that are compared. The file then says
+    device, versions, date and command once, otherwise each row does.
     """
 
     def __init__(self, path: Path, benchmark: str, setting: dict, one_device: bool = False):

@@ -2,7 +2,7 @@
 """How results are shown: tables in Markdown and in plain text, colours, figures."""
 
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 
@@ -32,6 +32,14 @@ def pivot(title: str, columns: Iterable, names: dict, cells: dict[tuple, str]) -
         for row in rows
     ]
     return ["\n".join([title, *lines])] if len(rows) > 1 else []
+
+
+def of_best_rate(rows: Iterable[dict], key: Callable, rate: Callable, score: Callable) -> dict:
+    """The rows that differ in nothing but the seed, together, by `key(row)`: of several learning rates those of the largest `score`."""
+    groups: dict = {}
+    for row in rows:
+        groups.setdefault(key(row), {}).setdefault(rate(row), []).append(row)
+    return {name: max(by_rate.values(), key=score) for name, by_rate in groups.items()}
 
 
 def mean_and_spread(values: Sequence[float], digits: int = 2) -> str:

@@ -10,13 +10,8 @@ from transformers import TrainerCallback
 
 class TimedSchedule(TrainerCallback):
     """
-    A warm-up and half a cosine over a given time, and then the end.
-
-    Args:
-        seconds: of the training.
-        floor: share of the learning rate that is left at the end.
-        warmup_steps: over which the rate grows.
-        warmup_share: of the time, which bounds the warm-up and the rate within it; by default the steps alone do.
+    A warm-up and half a cosine over a given time, and then the end, at which the share `floor` of the learning rate is left. The
+    warm-up ends after some steps; `warmup_share` of the time bounds it, too, and the rate within it.
     """
 
     def __init__(self, seconds: float, floor: float, warmup_steps: int, warmup_share: float | None = None):

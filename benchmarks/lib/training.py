@@ -65,9 +65,7 @@ def train(
     Train a model in place with AdamW, a linear warm-up over a tenth of the steps and a cosine, in bfloat16 autocast on a GPU.
 
     Args:
-        model, dataset, collate, callbacks: what `Trainer` takes; `trainer_class` is a `Trainer`.
         recipe: `steps`, `batch_size` (examples), `learning_rate`, `weight_decay`.
-        seed: of the order of the data and of dropout.
         score: the score to follow, eight times over the training; None for none.
         arguments: others of `GMATrainingArguments`; they win over those above.
 

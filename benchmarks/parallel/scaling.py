@@ -16,7 +16,6 @@ import json
 import os
 import statistics
 import sys
-import time
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -26,22 +25,21 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # so that `benchma
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 
+from benchmarks.kernels import models
 from benchmarks.lib.command import add_output_options, output_path, stored
 from benchmarks.lib.results import Results, device_name
-from gma_hf import GMAConfig, GMAForCausalLM, context_parallel
+from benchmarks.lib.tables import markdown
+from benchmarks.lib.timing import wall_time
+from gma_hf import context_parallel
 from gma_hf.parallel import collectives
 
 
 MODES = ("one", "ddp", "fsdp2", "context")
-SIZES = {
-    "hidden_size": 768,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "num_components": 64,
-    "vocab_size": 8192,
-}
+SIZES = {**models.SIZES, "vocab_size": 8192}
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_components": 4, "vocab_size": 256}
+LAYERS = {"gma": "GMA gated", "softmax": models.SOFTMAX}
 WARMUP_STEPS, STEPS = 2, 5
 
 
@@ -50,73 +48,65 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--mode", choices=MODES, default="context")
     parser.add_argument("--length", type=int, default=262144, help="tokens of a row")
     parser.add_argument("--rows", type=int, default=1, help="rows of a step, of all processes together")
-    parser.add_argument("--layers", choices=("gma", "softmax"), default="gma")
+    parser.add_argument("--layers", choices=LAYERS, default="gma")
     parser.add_argument("--checkpointing", action="store_true", help="compute activations again in the backward pass")
     parser.add_argument("--small", action="store_true", help="a tiny model, to see whether the benchmark runs")
     add_output_options(parser, "parallel_*")
     return parser.parse_args(argv)
 
 
-def build(options: argparse.Namespace, device: torch.device) -> nn.Module:
-    sizes = SMALL if options.small else SIZES
-    layer_types = ["full_attention" if options.layers == "softmax" else "linear_attention"] * sizes[
-        "num_hidden_layers"
-    ]
-    config = GMAConfig.from_preset("gated", **sizes, layer_types=layer_types, max_position_embeddings=options.length)
-    torch.manual_seed(0)
-    model = GMAForCausalLM(config).to(device).train()
-    if options.checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    return model
-
-
 class CountedBytes:
-    """Counts what this process hands to the collectives of context parallelism."""
+    """Counts what this process hands to the collectives of context parallelism, within the block."""
 
-    def __init__(self):
+    def __enter__(self):
         self.total, self.function = 0, collectives.call_collective
+        collectives.call_collective = self
+        return self
 
     def __call__(self, function, output, *args, **kwargs):
         self.total += sum(x.nbytes for x in args if isinstance(x, torch.Tensor)) or getattr(output, "nbytes", 0)
         return self.function(function, output, *args, **kwargs)
 
+    def __exit__(self, *error):
+        collectives.call_collective = self.function
+
+
+def spread(model: nn.Module, mode: str) -> nn.Module:
+    """The model as all processes train it."""
+    if mode == "ddp":
+        return nn.parallel.DistributedDataParallel(model)
+    if mode == "fsdp2":
+        for layer in model.model.layers:
+            fully_shard(layer)
+        fully_shard(model)
+    return model
+
 
 def measure(options: argparse.Namespace) -> dict:
     """A row of the results, measured by all processes."""
-    rank, size = dist.get_rank(), dist.get_world_size()
-    device = (
-        torch.device("cuda", rank % torch.cuda.device_count()) if torch.cuda.is_available() else torch.device("cpu")
-    )
-    if device.type == "cuda":
+    rank, size, is_shared = dist.get_rank(), dist.get_world_size(), options.mode == "context"
+    on_gpu = torch.cuda.is_available()
+    device = torch.device("cuda", rank % torch.cuda.device_count()) if on_gpu else torch.device("cpu")
+    if on_gpu:
         torch.cuda.set_device(device)
     if options.mode == "one" and size > 1:
         raise SystemExit("error: --mode one measures one process; start one.")
-    is_shared = options.mode == "context"
     if not is_shared and options.rows % size != 0:
         raise SystemExit(
             f"error: {options.rows} rows cannot be spread over {size} processes. Choose a multiple as --rows."
         )
-    model = build(options, device)
+    sizes = {**(SMALL if options.small else SIZES), "max_position_embeddings": options.length}
+    model = models.make_model(LAYERS[options.layers], sizes, device).train()
+    if options.checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     gradient_bytes = sum(x.nbytes for x in model.parameters())
-    step_model: nn.Module = model
-    if options.mode == "ddp":
-        step_model = nn.parallel.DistributedDataParallel(
-            model, device_ids=[device.index] if device.type == "cuda" else None
-        )
-    elif options.mode == "fsdp2":
-        from torch.distributed.fsdp import fully_shard
-
-        for layer in model.model.layers:
-            fully_shard(layer)
-        fully_shard(model)
+    step_model = spread(model, options.mode)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     generator = torch.Generator().manual_seed(0 if is_shared else rank)
     shape = (options.rows if is_shared else options.rows // size, options.length)
     tokens = torch.randint(model.config.vocab_size, shape, generator=generator).to(device)
-    counted = CountedBytes()
-    collectives.call_collective = counted
 
-    def step() -> float:
+    def step() -> None:
         with context_parallel() if is_shared else nullcontext() as context:
             batch = {"input_ids": tokens, "labels": tokens}
             if is_shared:
@@ -128,37 +118,45 @@ def measure(options: argparse.Namespace) -> dict:
             context.sum_gradients(model)
         optimizer.step()
         optimizer.zero_grad()
-        return loss.detach().item()  # waits for the device
 
-    try:
-        for _ in range(WARMUP_STEPS):
-            step()
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        counted.total, times = 0, []
+    for _ in range(WARMUP_STEPS):
+        step()
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    times = []
+    with CountedBytes() as counted:
         for _ in range(STEPS):
             dist.barrier()
-            start = time.perf_counter()
-            step()
-            times.append(time.perf_counter() - start)
-    finally:
-        collectives.call_collective = counted.function
+            times.append(wall_time(step))
     seconds = statistics.median(times)
-    row = {
+    return {
         "seconds": seconds,
         "tokens_per_second": options.rows * options.length / seconds,
         "gradient_bytes": gradient_bytes if size > 1 else 0,
         "sequence_bytes": counted.total / STEPS,  # of this process, activations and their gradients
-        "peak_bytes": torch.cuda.max_memory_allocated() if device.type == "cuda" else None,
+        "peak_bytes": torch.cuda.max_memory_allocated() if on_gpu else None,
     }
-    return row
+
+
+def table(content: dict) -> str:
+    """A line for every measurement."""
+    columns = ["mode", "layers", "processes", "rows x length", "tokens a second", "sent for sequences, MB"]
+    lines = [
+        [
+            row["mode"], row["layers"], str(row["processes"]), f"{row['rows']} x {row['length']}",
+            f"{row['tokens_per_second']:,.0f}", f"{row['sequence_bytes'] / 1e6:.2f}",
+            "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e9:.2f}",
+        ]
+        for row in content["rows"].values()
+    ]  # fmt: skip
+    return markdown([*columns, "peak memory, GB"], lines, left=7)
 
 
 def main(argv: list[str] | None = None) -> None:
     options = parse(argv)
     if options.table:
         for path in stored(options):
-            print_table(Results.of(json.loads(path.read_text())))
+            print(table(json.loads(path.read_text())))
         return
     if "RANK" not in os.environ:
         os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511"}
@@ -166,28 +164,14 @@ def main(argv: list[str] | None = None) -> None:
     try:
         row = measure(options)
         if dist.get_rank() == 0:
-            key = {
-                "mode": options.mode, "processes": dist.get_world_size(), "layers": options.layers, "length": options.length,
-                "rows": options.rows, "checkpointing": options.checkpointing,
-            }  # fmt: skip
+            names = ("mode", "layers", "length", "rows", "checkpointing")
+            key = {"mode": options.mode, "processes": dist.get_world_size(), **{n: getattr(options, n) for n in names}}
             setting = {"sizes": SMALL if options.small else SIZES, "steps": STEPS, "device": device_name()}
             results = Results(output_path(options), "training on several devices", setting)
             results.measure(key, lambda: row)
-            print_table(results)
+            print(table(results.report))
     finally:
         dist.destroy_process_group()
-
-
-def print_table(results: Results) -> None:
-    """A line for every measurement."""
-    print("| mode | layers | processes | rows x length | tokens a second | sent for sequences, MB | peak memory, GB |")
-    print("|---|---|---|---|---|---|---|")
-    for row in results.rows.values():
-        memory = "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e9:.2f}"
-        print(
-            f"| {row['mode']} | {row['layers']} | {row['processes']} | {row['rows']} x {row['length']} | "
-            f"{row['tokens_per_second']:,.0f} | {row['sequence_bytes'] / 1e6:.2f} | {memory} |"
-        )
 
 
 if __name__ == "__main__":

@@ -41,13 +41,8 @@ def detokenize(text: str) -> str:
 
 def prepare(data: Path, target: Path, vocab_size: int = VOCAB_SIZE, max_tokens: int | None = None) -> dict:
     """
-    Train a tokenizer, tokenize everything, write it; the numbers of tokens.
-
-    Args:
-        data: folder with `wikipedia-long` and `wikitext-103`.
-        target: file to write; packed by xz if its name ends so. The tokenizer goes into a folder beside it.
-        vocab_size: of the tokenizer.
-        max_tokens: to train on; all by default. The articles are in random order, so that any part is a fair sample.
+    Train a tokenizer, tokenize everything, write it; the numbers of tokens. The tokenizer goes into a folder beside the file. The
+    articles are in random order, so that `max_tokens` of them are a fair sample.
     """
     train = list(corpora.texts_of(data / "wikipedia-long" / "train.jsonl.xz"))
     random.Random(0).shuffle(train)

@@ -3,7 +3,7 @@
 
 import statistics
 
-from benchmarks.lib.tables import COLOURS, GREY, clean, label_ends, markdown, mean_and_spread, pyplot
+from benchmarks.lib.tables import COLOURS, GREY, clean, label_ends, markdown, mean_and_spread, of_best_rate, pyplot
 from benchmarks.rivals.mixers import MIXERS, make_config, state_per_layer
 
 
@@ -18,16 +18,18 @@ def groups(rows: dict[str, dict]) -> list[list[dict]]:
     learning rates the one with the best validation perplexity.
     """
     order = list(MIXERS)
-    found: dict[tuple, dict[float, list[dict]]] = {}
-    for row in rows.values():
-        key = (row["context"], row["components"], order.index(row["mixer"]))
-        found.setdefault(key, {}).setdefault(row.get("learning_rate"), []).append(row)
 
     def score(own: list[dict]) -> float:
         known = [row[VALIDATION] for row in own if VALIDATION in row]
-        return statistics.mean(known) if known else float("inf")
+        return -statistics.mean(known) if known else -float("inf")
 
-    return [min(found[key].values(), key=score) for key in sorted(found)]
+    best = of_best_rate(
+        rows.values(),
+        key=lambda row: (row["context"], row["components"], order.index(row["mixer"])),
+        rate=lambda row: row.get("learning_rate"),
+        score=score,
+    )
+    return [best[key] for key in sorted(best)]
 
 
 def spread_of(group: list[dict], name: str) -> str:

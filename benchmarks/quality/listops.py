@@ -30,14 +30,9 @@ def generate(
     count: int, seed: int | Sequence[int], min_length=500, max_length=2000, max_depth=10, max_args=10
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """
-    Random expressions: all tokens in one array (uint8), the length of every expression and its value. The same seed gives the
-    same ones.
-
-    Args:
-        count, seed: how many, and of which draw; splits of a data set take different ones.
-        min_length, max_length: the number of symbols lies strictly between them.
-        max_depth: of the tree, in nodes from the root to a digit.
-        max_args: of an operator, which takes two at least.
+    Random expressions: all tokens in one array (uint8), the length of every expression and its value. The same seed gives the same
+    ones. The number of symbols lies strictly between `min_length` and `max_length`; `max_depth` counts nodes from the root to a
+    digit.
     """
     random = np.random.default_rng(seed)
     # One tree in three has the published length

@@ -26,6 +26,7 @@ FlashAttention kernel, which takes none: scaling.py compares the operators witho
 """
 
 import argparse
+import itertools
 import statistics
 import sys
 from functools import cache, partial
@@ -39,7 +40,7 @@ import torch
 from benchmarks.lib.command import command
 from benchmarks.lib.results import Results, device
 from benchmarks.lib.runner import Row, add_run_options, run_rows
-from benchmarks.lib.tables import COLOURS, GREY, markdown, mean_and_spread, pyplot
+from benchmarks.lib.tables import COLOURS, GREY, markdown, mean_and_spread, of_best_rate, pyplot
 from benchmarks.lib.training import compile_blocks, evaluating, train
 from benchmarks.quality import classification_data as data
 from benchmarks.quality.classification_data import TASKS, Examples
@@ -105,31 +106,24 @@ def run(task: str, contender: str, seed: int, recipe: dict, splits: dict[str, Ex
     }  # fmt: skip
 
 
-def summarize(rows: list[dict]) -> dict[str, float]:
-    """Mean and spread over the seeds of one task and contender."""
-    accuracies = [100 * row["test_accuracy"] for row in rows]
-    return {
-        "accuracies": accuracies,
-        "accuracy": statistics.mean(accuracies),
-        "spread": statistics.stdev(accuracies) if len(rows) > 1 else None,
-        "ms_per_step": statistics.mean(row["ms_per_step"] for row in rows),
-    }
+def accuracies(rows: list[dict]) -> list[float]:
+    return [100 * row["test_accuracy"] for row in rows]
+
+
+def milliseconds(rows: list[dict]) -> list[float]:
+    return [statistics.mean(row["ms_per_step"] for row in rows)]
 
 
 def by_task(rows: dict[str, dict]) -> dict[str, dict[str, list[dict]]]:
     """The rows of every task and contender, in the order of both tables above; those of the best rate."""
-    found = {}
-    for task in TASKS:
-        for contender in CONTENDERS:
-            by_rate: dict[float, list[dict]] = {}
-            for row in rows.values():
-                if (row["task"], row["contender"]) == (task, contender):
-                    by_rate.setdefault(row["recipe"]["learning_rate"], []).append(row)
-            if by_rate:
-                found.setdefault(task, {})[contender] = max(
-                    by_rate.values(), key=lambda own: statistics.mean(row["curve"][-1][1] for row in own)
-                )
-    return found
+    best = of_best_rate(
+        rows.values(),
+        key=lambda row: (row["task"], row["contender"]),
+        rate=lambda row: row["recipe"]["learning_rate"],
+        score=lambda own: statistics.mean(row["curve"][-1][1] for row in own),
+    )
+    found = {task: {name: best[task, name] for name in CONTENDERS if (task, name) in best} for task in TASKS}
+    return {task: contenders for task, contenders in found.items() if contenders}
 
 
 def title_of(row: dict) -> str:
@@ -145,10 +139,9 @@ def table(rows: dict[str, dict]) -> str:
         recipe = first["recipe"]
         found = []
         for own in contenders.values():
-            values, memory = summarize(own), own[0]["peak_memory_gib"]
-            score = mean_and_spread(values["accuracies"], 1)
+            memory, score = own[0]["peak_memory_gib"], mean_and_spread(accuracies(own), 1)
             cells = [title_of(own[0]), str(len(own)), f"{own[0]['parameters'] / 1e6:.2f} M", score]
-            found.append([*cells, f"{values['ms_per_step']:.1f}", "" if memory is None else f"{memory:.1f}"])
+            found.append([*cells, f"{milliseconds(own)[0]:.1f}", "" if memory is None else f"{memory:.1f}"])
         lines += [
             f"**{TASKS[task].title}**: {first['train_examples']:,} training and {first['test_examples']:,} test examples of "
             f"{first['mean_length']:,.0f} tokens in the mean; {recipe['steps']:,} steps of {recipe['batch_size']}; always "
@@ -168,16 +161,17 @@ def plot(rows: dict[str, dict]):
     figure, axes = pyplot().subplots(2, len(tasks), figsize=size, squeeze=False, sharey="col")
     places, colours = range(len(common)), [COLOURS.get(CONTENDERS[name][0], GREY) for name in common]
     for column, (task, contenders) in enumerate(tasks.items()):
-        values = [summarize(contenders[name]) for name in common]
-        for axis, field, form, title in (
-            (axes[0, column], "accuracy", "{:.1f}", "test accuracy, %"),
-            (axes[1, column], "ms_per_step", "{:.0f}", "milliseconds per training step"),
+        for axis, values, form, title in (
+            (axes[0, column], accuracies, "{:.1f}", "test accuracy, %"),
+            (axes[1, column], milliseconds, "{:.0f}", "milliseconds per training step"),
         ):
-            numbers = [value[field] for value in values]
-            spreads = [value["spread"] or 0 for value in values] if field == "accuracy" else None
-            bars = axis.barh(places, numbers, xerr=spreads, color=colours, height=0.7, ecolor="#888888")
+            own = [values(contenders[name]) for name in common]
+            numbers = [statistics.mean(x) for x in own]
+            spreads = [statistics.stdev(x) if len(x) > 1 else 0 for x in own]
+            style = {"xerr": spreads, "ecolor": "#888888"} if any(spreads) else {}
+            bars = axis.barh(places, numbers, color=colours, height=0.7, **style)
             axis.bar_label(bars, [form.format(number) for number in numbers], padding=4, fontsize=9)
-            axis.set_xlim(0, 1.15 * (max(numbers) + max(spreads or [0])))
+            axis.set_xlim(0, 1.15 * (max(numbers) + max(spreads)))
             axis.set_xlabel(title, fontsize=9)
             axis.set_yticks(places, [TITLES[name] for name in common], fontsize=9)
             axis.tick_params(axis="y", length=0, labelleft=column == 0)
@@ -194,13 +188,9 @@ def plot(rows: dict[str, dict]):
 
 def wanted_rows(arguments: argparse.Namespace) -> dict[str, Row]:
     """By name, what trains and tests a row."""
-    sizes = {
-        "hidden_size": arguments.hidden_size,
-        "num_hidden_layers": arguments.layers,
-        "num_attention_heads": arguments.heads,
-        "num_components": arguments.components,
-        "intermediate_size": arguments.intermediate_size,
-    }
+    names = {"num_hidden_layers": "layers", "num_attention_heads": "heads", "num_components": "components"}
+    names |= {name: name for name in ("hidden_size", "intermediate_size")}
+    sizes = {field: getattr(arguments, name) for field, name in names.items()}
     rows = {}
 
     @cache
@@ -210,16 +200,14 @@ def wanted_rows(arguments: argparse.Namespace) -> dict[str, Row]:
     def row(task: str, contender: str, seed: int, recipe: dict) -> dict:
         return run(task, contender, seed, recipe, splits(task), arguments.compile)
 
-    for task in arguments.tasks:
-        steps = arguments.steps or TASKS[task].steps
-        recipe = {"steps": steps, "batch_size": arguments.batch_size, "learning_rate": None, "weight_decay": 0.05}
-        recipe |= {"dropout": TASKS[task].dropout, "sizes": sizes}
-        for seed in arguments.seeds:
-            for contender in arguments.contenders:
-                for rate in arguments.rates:
-                    own = {**recipe, "learning_rate": rate}
-                    name = f"{task}, {contender}, seed {seed}" + ("" if rate == RATE else f", rate {rate:g}")
-                    rows[name] = Row(partial(row, task, contender, seed, own), own)
+    wanted = itertools.product(arguments.tasks, arguments.seeds, arguments.contenders, arguments.rates)
+    for task, seed, contender, rate in wanted:
+        recipe = {
+            "steps": arguments.steps or TASKS[task].steps, "batch_size": arguments.batch_size, "learning_rate": rate,
+            "weight_decay": 0.05, "dropout": TASKS[task].dropout, "sizes": sizes,
+        }  # fmt: skip
+        name = f"{task}, {contender}, seed {seed}" + ("" if rate == RATE else f", rate {rate:g}")
+        rows[name] = Row(partial(row, task, contender, seed, recipe), recipe)
     return rows
 
 

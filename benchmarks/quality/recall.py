@@ -20,6 +20,7 @@ seeds and the worst of them.
 """
 
 import argparse
+import itertools
 import re
 import sys
 from collections.abc import Callable
@@ -221,13 +222,11 @@ def wanted_rows(arguments: argparse.Namespace) -> dict[str, Row]:
         names += ("vocab_size",) if experiment == "recall" else ("lengths", "train_lengths", "facts", "depths")
         shared = {"experiment": experiment, **{name: getattr(arguments, name) for name in names}, "weight_decay": 0.1}
         test_rows = arguments.test_rows if experiment == "recall" else max(1, arguments.test_rows // 8)
-        for seed in arguments.seeds:
-            for width in arguments.widths:
-                for rate in arguments.rates:
-                    for contender in contenders:
-                        recipe = {**shared, "width": width, "learning_rate": rate}
-                        name = f"{experiment}, {contender}, width {width}, learning rate {rate:g}, seed {seed}"
-                        rows[name] = Row(partial(RUNS[experiment], contender, recipe, seed, test_rows), recipe)
+        wanted = itertools.product(arguments.seeds, arguments.widths, arguments.rates, contenders)
+        for seed, width, rate, contender in wanted:
+            recipe = {**shared, "width": width, "learning_rate": rate}
+            name = f"{experiment}, {contender}, width {width}, learning rate {rate:g}, seed {seed}"
+            rows[name] = Row(partial(RUNS[experiment], contender, recipe, seed, test_rows), recipe)
     return rows
 
 

@@ -5,10 +5,11 @@ import statistics
 from collections.abc import Iterable
 from itertools import takewhile
 
-from benchmarks.lib.tables import markdown, pyplot
+from benchmarks.lib.tables import markdown, of_best_rate, pyplot
 
 
 RECALLED = 0.9  # the accuracy from which something counts as recalled
+COLUMNS = ["width", "mixer", "parameters", "state", "state per layer", "seeds x rates"]
 
 
 def best_rows(rows: Iterable[dict], experiment: str) -> dict[tuple[int, str], dict]:
@@ -16,44 +17,43 @@ def best_rows(rows: Iterable[dict], experiment: str) -> dict[tuple[int, str], di
     By width and title: `accuracy`, `{(length, pairs or depth): accuracy}`, of the learning rate that is best in the mean over the
     seeds, the accuracy of its worst seed, and what one of its rows says.
     """
-    groups: dict[tuple, dict[float, list[dict]]] = {}
-    for row in rows:
-        recipe = row["recipe"]
-        if recipe["experiment"] == experiment:
-            by_rate = groups.setdefault((recipe["width"], row["title"]), {})
-            by_rate.setdefault(recipe["learning_rate"], []).append(row)
+    rows = [row for row in rows if row["recipe"]["experiment"] == experiment]
+
+    def key(row: dict) -> tuple[int, str]:
+        return row["recipe"]["width"], row["title"]
+
+    def rate(row: dict) -> float:
+        return row["recipe"]["learning_rate"]
+
+    def score(own: list[dict]) -> float:
+        return statistics.mean(accuracy for row in own for _, _, accuracy in row["accuracy"])
+
     best = {}
-    for key, by_rate in groups.items():
-        candidates = []
-        for own in by_rate.values():
-            cells = [{(a, b): accuracy for a, b, accuracy in row["accuracy"]} for row in own]
-            means = {cell: statistics.mean(row[cell] for row in cells) for cell in cells[0]}
-            worst = {cell: min(row[cell] for row in cells) for cell in cells[0]}
-            candidates.append({**own[0], "accuracy": means, "worst": worst, "seeds": len(own), "rates": len(by_rate)})
-        best[key] = max(candidates, key=lambda row: statistics.mean(row["accuracy"].values()))
+    for name, own in of_best_rate(rows, key, rate, score).items():
+        cells = {(a, b): [row["accuracy"][i][2] for row in own] for i, (a, b, _) in enumerate(own[0]["accuracy"])}
+        best[name] = {
+            **own[0], "accuracy": {cell: statistics.mean(values) for cell, values in cells.items()},
+            "worst": {cell: min(values) for cell, values in cells.items()}, "seeds": len(own),
+            "rates": len({rate(row) for row in rows if key(row) == name}),
+        }  # fmt: skip
     return dict(sorted(best.items(), key=lambda item: item[0][0]))
 
 
-def described(row: dict) -> list[str]:
-    """Mixer, parameters, state of all layers and of one, seeds and rates."""
-    layers, state = int(row.get("contender", ":1").split(":")[1]), row["state_size"]
-    numbers = ["grows"] * 2 if state is None else [f"{state:,}", f"{state // layers:,}"]
-    return [row["title"], f"{row['parameters'] / 1e6:.2f} M", *numbers, f"{row['seeds']} x {row['rates']}"]
-
-
-COLUMNS = ["width", "mixer", "parameters", "state", "state per layer", "seeds x rates"]
-
-
 def by_mixer(best: dict[tuple[int, str], dict], columns: list[str], cells) -> str:
-    lines = [[str(width), *described(row), *cells(row)] for (width, _), row in best.items()]
+    """A line a contender: mixer, parameters, state of all layers and of one, seeds and rates, and its cells."""
+    lines = []
+    for (width, title), row in best.items():
+        layers, state = int(row.get("contender", ":1").split(":")[1]), row["state_size"]
+        states = ["grows"] * 2 if state is None else [f"{state:,}", f"{state // layers:,}"]
+        seeds = f"{row['seeds']} x {row['rates']}"
+        lines.append([str(width), title, f"{row['parameters'] / 1e6:.2f} M", *states, seeds, *cells(row)])
     return markdown([*COLUMNS, *columns], lines).replace("|---|---:|", "|---:|---|", 1)
 
 
 def tables(rows: dict[str, dict]) -> str:
     """Both experiments as Markdown."""
     lines = []
-    best = best_rows(rows.values(), "recall")
-    if best:
+    if best := best_rows(rows.values(), "recall"):
         segments = list(next(iter(best.values()))["accuracy"])
         spread = ", mean over the seeds (worst seed)." if any(row["seeds"] > 1 for row in best.values()) else "."
         columns = [*(f"{b} @ {a}" for a, b in segments), f"pairs at {RECALLED:.0%}"]
@@ -63,8 +63,7 @@ def tables(rows: dict[str, dict]) -> str:
 
         title = f"Multi-query associative recall: accuracy in % by key-value pairs @ length{spread}"
         lines += [title, "", by_mixer(best, columns, scores), ""]
-    best = best_rows(rows.values(), "needle")
-    if best:
+    if best := best_rows(rows.values(), "needle"):
         first = next(iter(best.values()))
         lengths = list(dict.fromkeys(length for length, _ in first["accuracy"]))
 
@@ -95,8 +94,7 @@ def plot(rows: dict[str, dict]) -> dict:
     """The figures that the rows suffice for, by name; the greatest width of each experiment."""
     figures = {}
     for experiment, draw in (("recall", recall_figure), ("needle", needle_figure)):
-        best = best_rows(rows.values(), experiment)
-        if best:
+        if best := best_rows(rows.values(), experiment):
             widest = max(width for width, _ in best)
             figures[experiment] = draw({title: row for (width, title), row in best.items() if width == widest}, widest)
     return figures

@@ -173,16 +173,8 @@ def program_of(mixer: str) -> dict:
 
 def make_config(mixer: str, *, is_causal: bool = True, **sizes) -> GMAConfig:
     """
-    The configuration of a model with that mixer.
-
-    Args:
-        mixer: a key of `MIXERS`.
-        is_causal: a language model or an encoder.
-        sizes: fields of `GMAConfig`; they win over what the mixer needs. Mamba-2 gets twice the `num_hidden_layers`, has no
-            use for `intermediate_size`, and its heads and state have the published sizes.
-
-    Raises:
-        ValueError: for an unknown mixer, or one that cannot be what is asked for.
+    The configuration of a language model or an encoder with that mixer. `sizes` are fields of `GMAConfig`, and win over what the
+    mixer needs. Mamba-2 gets twice the `num_hidden_layers`; its heads and its state have the published sizes.
     """
     if mixer not in MIXERS:
         raise ValueError(f"There is no mixer {mixer!r}. Choose one of {list(MIXERS)}.")
@@ -238,21 +230,9 @@ def equal_width(
     multiples: tuple[int, ...] = (64, 8),
 ) -> int:
     """
-    The width of the MLP that makes a model as large as another one.
-
-    Mamba-2 has no MLP whose width could be chosen: where it takes part, make it the reference of all others.
-
-    Args:
-        mixer, sizes: as `make_config` takes them; `intermediate_size` is not looked at.
-        reference, reference_sizes: the model whose number of parameters is the target.
-        model_class: of both.
-        multiples: the width is a multiple of the first of them that brings the sizes within 1% of each other, or of the last.
-
-    Returns:
-        `int`: the width.
-
-    Raises:
-        ValueError: the sizes would differ by more than 3%, whatever the width.
+    The width of the MLP that makes a model as large as the reference, or a ValueError if both would differ by more than 3%. It is
+    a multiple of the first of `multiples` that brings the sizes within 1% of each other, or of the last. Mamba-2 has no MLP: where
+    it takes part, make it the reference of all others.
     """
     target = number_of_parameters(reference, model_class, **reference_sizes)
     smallest, next_smallest = (

@@ -34,13 +34,8 @@ def program() -> str:
 
 def linear_attention(query: Tensor, key: Tensor, value: Tensor, causal: bool = True, eps: float = 1e-6) -> Tensor:
     """
-    The normalised read above. Products in the dtype of `value`, sums over tokens in float32 at least.
-
-    Args:
-        query, key: features of shape `[batch, heads, length, features]`, not negative; zero where a key is padding.
-        value: `[batch, heads, length, dim]`.
-        causal: whether token i sees j <= i only.
-        eps: added to the normaliser.
+    The normalised read above of features `[batch, heads, length, features]`, not negative, and zero where a key is padding; `eps`
+    is added to the normaliser. Products in the dtype of `value`, sums over tokens in float32 at least.
     """
     dtype, length = value.dtype, value.shape[2]
     accumulator = torch.promote_types(dtype, torch.float32)
@@ -71,17 +66,8 @@ def linear_attention(query: Tensor, key: Tensor, value: Tensor, causal: bool = T
 
 def state_space(x: Tensor, dt: Tensor, rate: Tensor, B: Tensor, C: Tensor, by: str | None = None) -> Tensor:
     """
-    The recurrence of Mamba-2.
-
-    Args:
-        x (`Tensor` of shape `(batch, length, heads, dim)`): inputs.
-        dt (`Tensor` of shape `(batch, length, heads)`): steps, not negative; zero where a token is padding.
-        rate (`Tensor` of shape `(heads,)`): A, positive.
-        B, C (`Tensor` of shape `(batch, length, state)`): what writes and what reads, shared by all heads.
-        by (`str`, *optional*): `PLAIN` or `FLA`; by default what `program` says.
-
-    Returns:
-        `Tensor` of shape `(batch, length, heads, dim)`: y.
+    The recurrence of Mamba-2: y of x `[batch, length, heads, dim]`, with steps dt `[batch, length, heads]`, zero at padding, rates
+    A `[heads]`, and B, C `[batch, length, state]`, shared by all heads. `by` is `PLAIN` or `FLA`, by default what `program` says.
     """
     dt = dt.to(torch.promote_types(x.dtype, torch.float32))
     return decayed_attention(C, B, (x.to(dt.dtype) * dt[..., None]).to(x.dtype), -rate.to(dt.dtype) * dt, by)
@@ -128,11 +114,8 @@ def decayed_attention(C: Tensor, B: Tensor, x: Tensor, log_decay: Tensor, by: st
 
 def states_before(states: Tensor, log_decay: Tensor) -> Tensor:
     """
-    The sum over chunks z < c of `states[z]`, decayed by the chunks between z and c, in time linear in their number.
-
-    Args:
-        states: `[batch, chunks, heads, size]`, what each chunk adds.
-        log_decay: `[batch, chunks, heads]`, by how much each chunk decays what was there.
+    The sum over chunks z < c of `states[z]`, decayed by the chunks between z and c, in time linear in their number: states
+    `[batch, chunks, heads, size]`, and `[batch, chunks, heads]` by how much each chunk decays what was there.
     """
     count = states.shape[1]
     if count > BLOCK_SIZE:
