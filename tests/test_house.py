@@ -30,7 +30,7 @@ CLOSURES = {
 }
 LONGEST_FILE = 400  # lines, or a few more
 FEW_MORE = 10
-ROOMS = ("configuration", "conversion", "modeling", "ops")
+BENCHMARKS = PACKAGE.parent / "benchmarks"
 FILES_OF_A_FOLDER = 12  # without `__init__.py`
 # CPU time of `import gma_hf` beside that of the classes of Transformers that it builds on
 IMPORT = "from transformers import AutoModelForCausalLM, DynamicCache, GenerationMixin, PreTrainedConfig, PreTrainedModel, Trainer"
@@ -115,12 +115,13 @@ def test_the_import_graph_has_no_circle():
     assert not graph
 
 
-def test_a_file_has_one_subject_and_a_folder_few_files():
-    """In the rooms that a model is made of."""
-    paths = [path for path in FILES if path.relative_to(PACKAGE).parts[0] in ROOMS]
-    lines = {str(path.relative_to(PACKAGE)): len(path.read_text(encoding="utf-8").splitlines()) for path in paths}
+@pytest.mark.parametrize("house", [PACKAGE, BENCHMARKS], ids=lambda house: house.name)
+def test_a_file_has_one_subject_and_a_folder_few_files(house):
+    paths = sorted(house.rglob("*.py"))
+    lines = {str(path.relative_to(house)): len(path.read_text(encoding="utf-8").splitlines()) for path in paths}
+    assert len(lines) > 40  # the files are there
     assert {name: number for name, number in lines.items() if number > LONGEST_FILE + FEW_MORE} == {}
-    folders = Counter(str(path.parent.relative_to(PACKAGE)) for path in paths if path.name != "__init__.py")
+    folders = Counter(str(path.parent.relative_to(house)) for path in paths if path.name != "__init__.py")
     assert {folder: number for folder, number in folders.items() if number > FILES_OF_A_FOLDER} == {}
 
 

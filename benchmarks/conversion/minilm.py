@@ -27,13 +27,13 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer, Trainer
 
 from benchmarks.conversion.stages import convert_and_distil
-from benchmarks.lib import corpora
 from benchmarks.lib.command import command
 from benchmarks.lib.results import Results, device
 from benchmarks.lib.tables import markdown, mean_and_spread
 from benchmarks.lib.training import evaluating, train
-from benchmarks.quality.classification_data import without_hints
-from benchmarks.quality.language_modeling_data import detokenize
+from benchmarks.quality.tasks import corpora
+from benchmarks.quality.tasks.classification import without_hints
+from benchmarks.quality.tasks.language_modeling import detokenize
 from gma_hf import convert_to_gma
 from gma_hf.conversion.distillation.losses import pooled
 

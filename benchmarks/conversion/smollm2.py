@@ -27,10 +27,10 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.conversion.stages import convert_and_distil, train_stage
-from benchmarks.lib import corpora
 from benchmarks.lib.command import command
 from benchmarks.lib.results import Results, device
 from benchmarks.lib.tables import markdown
+from benchmarks.quality.tasks import corpora
 from gma_hf import gma_layers
 from gma_hf.commands.shared.conversion import sample_texts
 from gma_hf.conversion.calibration.sensitivity import choose_layers, rank_layers

@@ -10,7 +10,7 @@ Language modelling: the mixers of `rivals/mixers.py` with equal parameters, data
 
 DATA holds `wikipedia-long` and `wikitext-103`. Trained on 41 million words of Wikipedia, not on the training set of
 WikiText-103, and tested on the real validation and test sets of WikiText-103, in the published tokenised form, which the
-models have never seen, and with that undone (see `language_modeling_data.py`). So no number here compares with those of models
+models have never seen, and with that undone (see `tasks/language_modeling.py`). So no number here compares with those of models
 trained on WikiText-103.
 
 8 layers of width 512 with 8 heads (Mamba-2: 16 layers without MLP, 36 million parameters; the MLPs of the others are as wide
@@ -41,9 +41,9 @@ from benchmarks.lib.command import command
 from benchmarks.lib.results import Results, device
 from benchmarks.lib.runner import Row, add_run_options, run_rows
 from benchmarks.lib.training import compile_blocks, evaluating, train
-from benchmarks.quality import language_modeling_data as data
-from benchmarks.quality.language_modeling_data import windows
 from benchmarks.quality.language_modeling_report import plot, table
+from benchmarks.quality.tasks import language_modeling as data
+from benchmarks.quality.tasks.language_modeling import windows
 from benchmarks.rivals import mixers
 from benchmarks.rivals.mixers import COMPARED, MIXERS, make_config, make_model
 from gma_hf.training.intervals import bootstrap_perplexity

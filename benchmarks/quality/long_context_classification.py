@@ -11,7 +11,7 @@ The same encoder (4 layers of width 256, 4 heads of dimension 64, 64 components)
 as large as the softmax model within 3% (the width of the MLP makes up for the rest, the table of learned positions counted),
 trained on the same batches for the same number of steps. A model pools the mean of its last hidden states.
 
-- `listops`: see listops.py; 96,000 expressions of 500 to 2,000 symbols, one token each.
+- `listops`: see tasks/listops.py; 96,000 expressions of 500 to 2,000 symbols, one token each.
 - `imdb`: Long Range Arena's "Text": reviews as bytes, cut at 4,096; half of them positive.
 - `newsgroups`: posts without headers, quotes and signatures, by a BPE of 8,192 tokens trained on the training posts; cut at
   2,048, though only one post in twenty reaches 1,024.
@@ -42,8 +42,8 @@ from benchmarks.lib.results import Results, device
 from benchmarks.lib.runner import Row, add_run_options, run_rows
 from benchmarks.lib.tables import COLOURS, GREY, markdown, mean_and_spread, of_best_rate, pyplot
 from benchmarks.lib.training import compile_blocks, evaluating, train
-from benchmarks.quality import classification_data as data
-from benchmarks.quality.classification_data import TASKS, Examples
+from benchmarks.quality.tasks import classification as data
+from benchmarks.quality.tasks.classification import TASKS, Examples
 from benchmarks.rivals.mixers import COMPARED, MIXERS, equal_width, make_config, make_model, program_of
 from gma_hf import GMAForSequenceClassification
 

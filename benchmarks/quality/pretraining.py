@@ -28,7 +28,7 @@ from benchmarks.lib.results import circumstances, device
 from benchmarks.lib.timed import TimedSchedule
 from benchmarks.lib.training import train
 from benchmarks.quality.language_modeling import evaluate, head_loss_trainer
-from benchmarks.quality.language_modeling_data import load, tokenizer_folder, windows
+from benchmarks.quality.tasks.language_modeling import load, tokenizer_folder, windows
 from gma_hf import GMAConfig, GMAForCausalLM
 
 

@@ -11,7 +11,7 @@ Recall: where a state of constant size loses against softmax attention, and how 
 - `needle`: one fact of several, hidden at some depth in random tokens. Trained on `--train_lengths` with a fact in
   every eight tokens, so that there is much to learn from; tested with `--facts`, also beyond these lengths.
 
-The tasks are in recall_tasks.py. A contender is written mixer:layers:softmax layers:components, all but the mixer optional:
+The tasks are in tasks/recall.py. A contender is written mixer:layers:softmax layers:components, all but the mixer optional:
 `gma_gated:4:1,3` is a model of four gated GMA layers of which the second and the last are softmax attention instead, `gma_gated:2::256`
 has 256 components. Models of the same depth have as many parameters as Mamba-2, within 3% (`needle`: without the table of learned
 positions, which is as long as the longest test). Rows that the output file holds already are not measured again. Every contender
@@ -40,7 +40,7 @@ from benchmarks.lib.results import Results, device
 from benchmarks.lib.runner import Row, add_run_options, run_rows
 from benchmarks.lib.training import compile_blocks, evaluating, train
 from benchmarks.quality.recall_report import plot, tables
-from benchmarks.quality.recall_tasks import (
+from benchmarks.quality.tasks.recall import (
     IGNORE_INDEX,
     NEEDLE_VOCAB_SIZE,
     RECALL_VOCAB_SIZE,

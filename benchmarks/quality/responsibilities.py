@@ -27,11 +27,11 @@ from transformers import AutoModel, PreTrainedModel
 
 from benchmarks.lib.command import command
 from benchmarks.lib.results import Results, device
-from benchmarks.quality.language_modeling_data import detokenize
 from benchmarks.quality.responsibilities_report import ROLES, plot, table
+from benchmarks.quality.tasks.language_modeling import detokenize
 from gma_hf.analysis import AnalysisError, RoutingReport, analyze
-from gma_hf.analysis.loading import load_model, load_tokenizer, read_texts
 from gma_hf.analysis.report import RoleReport
+from gma_hf.commands.shared.analysis import load_model, load_tokenizer, read_texts
 
 
 TEXT = "WikiText-103 test, tokenisation undone"

@@ -13,12 +13,12 @@ from typing import Literal
 import torch
 
 from ..analysis import analyze, write_report
-from ..analysis.loading import load_model, load_tokenizer, read_texts
 from ..training.arguments import parse_arguments
 from ..training.fingerprint import fingerprint
 from ..training.options import check_options
 from ..training.run_folder import RunFolder
 from .running import expect_one_process
+from .shared.analysis import load_model, load_tokenizer, read_texts
 
 
 @dataclass

@@ -25,7 +25,7 @@ from ..modeling import GMAMixture
 from ..training import GMATrainer, GMATrainingArguments, PackedCollator, pack_documents, train_tokenizer
 from ..training.errors import TrainingInputError
 from ..training.metrics import language_model_metrics, token_statistics
-from ..training.progress import show_progress
+from .shared.progress import show_progress
 
 
 VOCAB_SIZE = 2048

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from benchmarks.quality.listops import DIGIT, END, MAX, MIN, SM, SYMBOLS
+from benchmarks.quality.tasks.listops import DIGIT, END, MAX, MIN, SM, SYMBOLS
 
 
 def encode(expression: str) -> np.ndarray:

@@ -22,8 +22,8 @@ from benchmarks.quality.language_modeling import (
     token_nll,
     wanted_rows,
 )
-from benchmarks.quality.language_modeling_data import detokenize, load, prepare, tokenizer_folder, windows
 from benchmarks.quality.language_modeling_report import table
+from benchmarks.quality.tasks.language_modeling import detokenize, load, prepare, tokenizer_folder, windows
 from benchmarks.rivals.mixers import MIXERS, make_config, make_model
 
 

@@ -4,7 +4,7 @@
 import numpy as np
 import pytest
 
-from benchmarks.quality import listops
+from benchmarks.quality.tasks import listops
 from tests.benchmarks.expressions import decode, encode, evaluate
 
 

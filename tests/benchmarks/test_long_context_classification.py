@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.quality import listops
-from benchmarks.quality.classification_data import Examples, batches_by_length, collate, load, prepare, without_hints
 from benchmarks.quality.long_context_classification import CONTENDERS, accuracy, main, table
+from benchmarks.quality.tasks import listops
+from benchmarks.quality.tasks.classification import Examples, batches_by_length, collate, load, prepare, without_hints
 from benchmarks.rivals.mixers import equal_width, make_config, make_model, number_of_parameters
 from gma_hf import GMAForSequenceClassification
 from tests.benchmarks.expressions import evaluate

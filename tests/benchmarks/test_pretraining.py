@@ -9,10 +9,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks.lib.corpora import save
 from benchmarks.quality import pretraining
 from benchmarks.quality.language_modeling import token_nll
-from benchmarks.quality.language_modeling_data import load, tokenizer_folder
+from benchmarks.quality.tasks.corpora import save
+from benchmarks.quality.tasks.language_modeling import load, tokenizer_folder
 from gma_hf.training.text.tokenization import train_tokenizer
 
 

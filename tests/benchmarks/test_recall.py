@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.quality import recall
 from benchmarks.quality.recall_report import best_rows, tables
-from benchmarks.quality.recall_tasks import (
+from benchmarks.quality.tasks.recall import (
     FIRST_HAY,
     FIRST_VALUE,
     IGNORE_INDEX,

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from benchmarks.quality import responsibilities
-from benchmarks.quality.language_modeling_data import detokenize
 from benchmarks.quality.responsibilities import largest_nmi, main
 from benchmarks.quality.responsibilities_report import ROLES, escaped, table
+from benchmarks.quality.tasks.language_modeling import detokenize
 from gma_hf import GMAForCausalLM
 from gma_hf.analysis import normalized_mutual_information
 from gma_hf.training import train_tokenizer

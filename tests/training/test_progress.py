@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from gma_hf.training.progress import clock, readable
+from gma_hf.commands.shared.progress import clock, readable
 
 from .conftest import TINY_CONFIG
 

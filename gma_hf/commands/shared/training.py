@@ -24,10 +24,10 @@ from ...training.checkpoints import all_checkpoints, checkpoint_to_resume, expec
 from ...training.errors import TrainingInputError, why_not_loaded
 from ...training.files import resolve_files
 from ...training.fingerprint import differences, fingerprint
-from ...training.progress import show_progress
 from ...training.run_folder import RunFolder, read_run
 from ...training.text.tokenization import get_tokenizer
 from ...training.trainer import GMATrainer, GMATrainingArguments
+from .progress import show_progress
 
 
 logger = logging.getLogger(__name__)

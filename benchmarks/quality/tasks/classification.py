@@ -10,8 +10,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from benchmarks.lib import corpora
-from benchmarks.quality import listops
+from benchmarks.quality.tasks import corpora, listops
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..training.errors import why_not_loaded
-from .collection import find_mixtures
-from .errors import AnalysisError
+from ...analysis.collection import find_mixtures
+from ...analysis.errors import AnalysisError
+from ...training.errors import why_not_loaded
 
 
 logger = logging.getLogger(__name__)

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.lib import corpora
+from benchmarks.quality.tasks import corpora
 from gma_hf.training.text.tokenization import train_tokenizer
 
 
