@@ -119,6 +119,11 @@ OVERRIDDEN = (
         "transformers:PreTrainedModel", "_init_weights", "mixtures, gates and convolutions start in their own way"
     ),
     PrivateName(
+        "transformers:PreTrainedModel",
+        "_initialize_weights",
+        "layers without parameters of their own start in their way, too",
+    ),
+    PrivateName(
         "transformers:PreTrainedModel", "_keys_to_ignore_on_load_missing", "older checkpoints lack some weights"
     ),
     PrivateName("transformers:PreTrainedModel", "_can_record_outputs", "hidden states and attentions are collected"),

@@ -18,10 +18,11 @@ from Python. Before anything is timed, GMA is compared with its definition in fl
 """
 
 import argparse
+import itertools
 import statistics
 import sys
-import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 
@@ -35,7 +36,7 @@ from benchmarks.kernels.decoding_gpu import capture
 from benchmarks.lib.command import command
 from benchmarks.lib.results import Results
 from benchmarks.lib.tables import pivot
-from benchmarks.lib.timing import first_line, free_memory, median_time
+from benchmarks.lib.timing import free_memory, median_time, or_refused, wall_time
 from gma_hf.ops import gaussian_mixture_attention, gaussian_mixture_attention_in_slots
 
 
@@ -163,11 +164,9 @@ def milliseconds(function: Callable[[], object], seconds: float, device: str) ->
     """Median milliseconds of a call."""
     if device == "cuda":
         return median_time(function, seconds)
-    times, end = [], time.perf_counter() + seconds
-    while len(times) < 3 or time.perf_counter() < end:
-        start = time.perf_counter()
-        function()
-        times.append(1e3 * (time.perf_counter() - start))
+    times = []
+    while len(times) < 3 or sum(times) < 1e3 * seconds:
+        times.append(1e3 * wall_time(function))
     return statistics.median(times)
 
 
@@ -204,18 +203,22 @@ def measure_softmax(layer: Layer, work: str, name: str, streams: int, chunk: int
         free = torch.cuda.mem_get_info()[0] / 2**20
         if row["mib"] > 0.9 * free:
             return row | {"refused": f"keys and values need {row['mib']:,.0f} MiB, {free:,.0f} MiB are free"}
-    key, value, query = layer.normal(*shape), layer.normal(*shape), layer.normal(streams, layer.heads, new, layer.dim)
 
-    def call() -> Tensor:
-        return F.scaled_dot_product_attention(query, key, value, enable_gqa=shared > 1)
+    def timed() -> dict:
+        key, value, query = (layer.normal(*x) for x in (shape, shape, (streams, layer.heads, new, layer.dim)))
+        attend = partial(F.scaled_dot_product_attention, query, key, value, enable_gqa=shared > 1)
+        return time_call(attend, seconds, layer.device, graph=work == "decode")
 
-    try:
-        return row | time_call(call, seconds, layer.device, graph=work == "decode")
-    except torch.cuda.OutOfMemoryError as error:
-        return row | {"refused": first_line(error)}
+    return row | or_refused(timed)
 
 
 def run(options: argparse.Namespace) -> None:
+    if options.device == "cuda" and not torch.cuda.is_available():
+        sys.exit("error: torch.cuda.is_available() is False; --device cpu runs small sizes on the processor")
+    if options.heads % 4 != 0:
+        sys.exit(
+            f"error: --heads is {options.heads}, expected a multiple of 4: softmax with shared keys has a fourth of them"
+        )
     torch.manual_seed(0)
     shape = {"heads": options.heads, "dim": options.dim, "components": options.components}
     layer = Layer(**shape, device=options.device)
@@ -224,17 +227,13 @@ def run(options: argparse.Namespace) -> None:
     results = Results(options.output, "kernels.serving_gpu", setting, one_device=True)
     with torch.no_grad():
         results.measure("comparison with the definition", compare_with_the_definition, layer)
-    for work in ("decode", "prefill"):
-        for streams in options.streams:
-            for name in GMA[work]:
-                key = {"work": work, "layer": name, "streams": streams}
-                results.measure(key, measure_gma, layer, work, name, streams, options.chunk, options.seconds)
-            for name in SOFTMAX:
-                for length in options.lengths:
-                    key = {"work": work, "layer": name, "streams": streams, "length": length}
-                    results.measure(
-                        key, measure_softmax, layer, work, name, streams, options.chunk, length, options.seconds
-                    )
+    for work, streams in itertools.product(GMA, options.streams):
+        for name in GMA[work]:
+            key = {"work": work, "layer": name, "streams": streams}
+            results.measure(key, measure_gma, layer, work, name, streams, options.chunk, options.seconds)
+        for name, length in itertools.product(SOFTMAX, options.lengths):
+            key = {"work": work, "layer": name, "streams": streams, "length": length}
+            results.measure(key, measure_softmax, layer, work, name, streams, options.chunk, length, options.seconds)
 
 
 def tables(content: dict) -> str:
@@ -245,16 +244,13 @@ def tables(content: dict) -> str:
         mine = [row for row in rows if row["work"] == work]
         kinds = {(row["layer"], row.get("length")): None for row in mine}
         names = {kind: kind[0] if kind[1] is None else f"{kind[0]}, {kind[1]:,} tokens" for kind in kinds}
-        streams = sorted({row["streams"] for row in mine})
-
-        def cell(kind: tuple, count: int, mine: list = mine) -> str:
-            row = next((r for r in mine if (r["layer"], r.get("length"), r["streams"]) == (*kind, count)), None)
-            if row is None:
-                return ""
-            return f"{row['ms']:.3f} ({row['mib']:,.0f})" if "ms" in row else "no memory"
-
+        cells = {
+            ((row["layer"], row.get("length")), row["streams"]):
+            f"{row['ms']:.3f} ({row['mib']:,.0f})" if "ms" in row else "no memory"
+            for row in mine
+        }  # fmt: skip
         title = f"{work}: ms of one layer (MiB of states or keys and values) by streams"
-        found += pivot(title, streams, names, cell)
+        found += pivot(title, sorted({row["streams"] for row in mine}), names, cells)
     errors = results.rows.get("comparison with the definition", {}).get("relative_errors", {})
     found.append("relative errors: " + ", ".join(f"{name} {error:.1e}" for name, error in errors.items()))
     return "\n\n".join(found)
@@ -271,17 +267,8 @@ def add_options(add: Callable) -> None:
     add("--seconds", type=float, default=0.2, help="per measurement")
 
 
-def check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
-    if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("torch.cuda.is_available() is False; --device cpu runs small sizes on the processor")
-    if options.heads % 4 != 0:
-        parser.error(
-            f"--heads is {options.heads}, expected a multiple of 4: softmax with shared keys has a fourth of them"
-        )
-
-
 def main() -> None:
-    command(__doc__, "gpu_serving_*", add_options, run, tables, check=check)
+    command(__doc__, "gpu_serving_*", add_options, run, tables)
 
 
 if __name__ == "__main__":

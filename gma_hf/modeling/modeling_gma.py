@@ -137,6 +137,11 @@ class GMAPreTrainedModel(PartOfRow, PreTrainedModel):
         elif isinstance(module, (GMAAttention, GMAWindow)):
             module.reset_parameters()
 
+    def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False):
+        # In models that are no part of Transformers, Transformers passes over modules without parameters of their own. A GMA layer
+        # may have none, and still ties queries to keys and quietens its output. Loaded weights stay: `init` leaves them alone
+        super()._initialize_weights(module)
+
 
 class GMAModel(GMAPreTrainedModel):
     """

@@ -85,6 +85,25 @@ def test_the_papers_mixtures_start_with_equal_priors():
 
 
 @pytest.mark.quick
+@pytest.mark.quick
+@pytest.mark.parametrize("preset", ["paper", "gated"])
+def test_a_quiet_start_does_not_depend_on_the_other_options(preset, tmp_path):
+    """Layers of the paper's block have no parameters of their own, and start as they are told all the same; loaded ones stay."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "tie_qk_init": True, "scale_output_init": True}
+    model = gma_hf.GMAForCausalLM(tiny_config(preset, **sizes))
+    for layer in model.model.layers:
+        attention = layer.self_attn
+        assert torch.equal(attention.q_proj.weight, attention.k_proj.weight)
+        # 4,096 draws with the deviation 0.02 / sqrt(2 * 2 layers), which has an error of 1.1%
+        assert attention.o_proj.weight.std().item() == pytest.approx(0.01, rel=0.05)
+        torch.nn.init.normal_(attention.k_proj.weight)
+    model.save_pretrained(tmp_path)
+    loaded = gma_hf.GMAForCausalLM.from_pretrained(tmp_path)
+    for name, weight in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], weight), name
+
+
 def test_tied_embeddings_stay_tied(tmp_path):
     model = gma_hf.GMAForCausalLM(tiny_config())
     assert model.lm_head.weight is model.model.embed_tokens.weight
