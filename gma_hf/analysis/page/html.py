@@ -9,8 +9,8 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .. import __version__
-from .plots import (
+from ... import __version__
+from ..plots import (
     import_pyplot,
     plot_affinity,
     plot_alignment,
@@ -21,9 +21,9 @@ from .plots import (
     plot_stability,
     plot_usage,
 )
+from ..report import LayerReport, RoutingReport
+from ..surface import CATEGORIES
 from .reading import COLUMNS, reading
-from .report import LayerReport, RoutingReport
-from .surface import CATEGORIES
 from .svg import STYLE, inline_svg
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .report import RoleReport, RoutingReport
+from ..report import RoleReport, RoutingReport
 
 
 COLUMNS = ("Keys", "Queries", "Without routing", "A good value")
