@@ -19,7 +19,7 @@ from transformers.utils import is_torchdynamo_compiling
 
 
 OLD_CACHE_NAME = "past_key_values"
-# What the installed version calls the cache
+# The name of the cache in the installed version
 CACHE_NAME = "cache" if any(x.name == "cache" for x in dataclasses.fields(BaseModelOutputWithPast)) else OLD_CACHE_NAME
 
 

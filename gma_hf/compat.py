@@ -106,7 +106,7 @@ USED = {
 }
 
 # Methods and attributes that Transformers reads from the classes of gma_hf, or that these classes call. A class overrides a
-# name by defining it, so that the name cannot live here.
+# name by defining it, so the name cannot be in this file.
 OVERRIDDEN = (
     PrivateName(
         "transformers:PreTrainedModel", "_can_set_attn_implementation", "it reads the source of a class's module"
@@ -151,7 +151,7 @@ OVERRIDDEN = (
     ),
 )
 
-# Where Transformers looks for what belongs to a configuration besides models
+# The registries of Transformers for tokenizers and processors of a configuration
 PROCESSOR_MAPPINGS = (
     PrivateName("transformers.models.auto.tokenization_auto", "TOKENIZER_MAPPING", "AutoTokenizer"),
     PrivateName("transformers.models.auto.image_processing_auto", "IMAGE_PROCESSOR_MAPPING", "AutoImageProcessor"),
@@ -348,12 +348,12 @@ def sequences_are_sharded() -> bool:
     """Whether PyTorch's context parallelism is on, or Accelerate's parallelism over sequences: each process has a part."""
     parallelism = AcceleratorState._shared_state.get("parallelism_config")
     if parallelism is not None and any(
-        # Older versions know no parallelism over sequences
+        # Older versions have no parallelism over sequences
         getattr(parallelism, name, False)
         for name in ("cp_enabled", "sp_enabled")
     ):
         return True
-    # No import: the module is there once somebody has called `context_parallel`
+    # Without an import, because the module is loaded when a program calls `context_parallel`
     context_parallel = sys.modules.get("torch.distributed.tensor.experimental._context_parallel._attention")
     replaced = getattr(context_parallel, "_replaced_functions", ())
     return torch.nn.functional.scaled_dot_product_attention in replaced

@@ -11,12 +11,12 @@ from . import __version__
 
 REMOTE_CODE_MODULE = "gma_remote"
 
-# What the project offers. No package index has a gma_hf of this project: whoever registers the name there could run code on
-# the machines of those who are told to install it from there.
+# The package comes from the repository. No package index has a gma_hf of this project. Anyone could register the name there,
+# and run code on the machines of users who install it from there.
 HOW_TO_INSTALL = "in a clone of the repository of gma_hf, run `pip install .`"
 
-# Transformers checks the imports of such a file before it runs the file, and would tell the reader to `pip install` what is
-# missing. It does not look into `try`, so that the file itself says where the package comes from.
+# Transformers checks the imports of such a file before it runs the file, and tells the user to `pip install` missing
+# packages. It ignores imports inside of `try`, so the file itself can say where the package comes from.
 REMOTE_CODE = """\
 # Loads this checkpoint in programs that do not import gma_hf themselves. The package must be installed.
 try:

@@ -57,7 +57,7 @@ def normalized_mutual_information(counts: Tensor) -> Tensor:
     entr = torch.special.entr
     entropies = entr(joint.sum(dim=-1)).sum(dim=-1) + entr(joint.sum(dim=-2)).sum(dim=-1)
     information = entropies - entr(joint).sum(dim=(-2, -1))
-    # Both entropies are 0 when there is nothing to tell apart; rounding leaves 1e-16 or so of information
+    # Both entropies are 0 when both labellings are constant; rounding leaves 1e-16 or so of information
     return torch.where(entropies > 0, 2 * information / entropies, 0.0).clamp(0, 1)
 
 

@@ -17,7 +17,7 @@ from ..modeling import GMAMemory, GMAMixture
 from .errors import AnalysisError
 
 
-# The positional arguments of a memory, and of the other arguments those that say what attends to what
+# The positional arguments of a memory, and the keyword arguments that change its implied attention matrix
 MEMORY_ARGUMENTS = ("mixture", "window", "query", "key", "value")
 AFFINITY_ARGUMENTS = ("causal", "write_weight", "log_decay", "sequence_ids", "normalize")
 MEMORY_AFFINITY_ARGUMENTS = (
@@ -99,7 +99,7 @@ def watch_mixtures(model: nn.Module, callback: Callable[[MixtureCall], None]) ->
     running: list[GMAMemory] = []
 
     def call_back(call: MixtureCall, *modules: nn.Module | None) -> None:
-        # Weights that Accelerate offloads come for the forward pass, and these hooks run before it
+        # Accelerate loads offloaded weights for the forward pass, and these hooks run before it
         with ExitStack() as stack:
             for module in modules:
                 if isinstance(module, nn.Module):
@@ -107,7 +107,8 @@ def watch_mixtures(model: nn.Module, callback: Callable[[MixtureCall], None]) ->
             callback(call)
 
     def before_memory(memory: GMAMemory, positional: tuple, named: dict) -> None:
-        # What it hands its mixture may be delayed, and invalid: the tokens of the text are what it was given itself
+        # The memory may pass delayed or invalid tokens to its mixture, so the tokens of the text are read from its own
+        # arguments
         given = dict(zip(MEMORY_ARGUMENTS, positional, strict=False)) | named
         mixture, window, query, key = (given[name] for name in MEMORY_ARGUMENTS[:4])
         routed = [given.get("routing_query"), given.get("routing_key")]

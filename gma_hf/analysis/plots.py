@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# At least 3:1 against white and against a dark page
+# The contrast is at least 3:1 against a white page and against a dark page
 COLORS = {"keys": "#2f7fd0", "queries": "#c4621c", "control": "#7d858f"}
 MARKERS = {"keys": "o", "queries": "s"}
 ROLES = ("keys", "queries")
-MAX_LABELLED = 40  # heads or tokens that still get a label of their own
+MAX_LABELLED = 40  # largest number of heads or tokens with labels
 
 
 def import_pyplot():
@@ -280,7 +280,7 @@ def plot_affinity(affinity: Tensor, tokens: list[str], title: str = "Implied att
     weights = affinity.detach().float().cpu()
     weights = weights / weights.sum(dim=-1, keepdim=True).clamp(min=1e-12)
     figure, axes = pyplot.subplots(figsize=(7.5, 6.8), layout="constrained")
-    # Square roots, for most shares are small
+    # Square roots, because most shares are small
     image = axes.imshow(weights.numpy(), cmap="viridis", norm=PowerNorm(0.5, vmin=0), interpolation="nearest")
     if len(tokens) <= 1.5 * MAX_LABELLED:
         axes.set_xticks(range(len(tokens)), tokens, rotation=90, fontsize=7, parse_math=False)

@@ -23,7 +23,7 @@ from ..modeling import GMAMixture
 from ..ops.attention.mixture import MixtureCoefficients, centred, component_logits, mixture_coefficients, repeat_heads
 
 
-MARGIN_CAP = 44.0  # the operator's float32 logits end 43.7 below the largest one
+MARGIN_CAP = 44.0  # float32 logits of the operator are at most 43.7 below the largest logit
 
 
 class Routing(NamedTuple):

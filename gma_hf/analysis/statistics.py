@@ -22,7 +22,7 @@ from .text import TokenBatch
 
 DEAD_SHARE = 0.1  # of an equal share 1 / C
 NUM_MARGIN_BINS = 64
-# Bins widen towards large margins: what matters is how many tokens lie close to 0
+# Bins widen towards large margins, because the number of tokens close to 0 matters most
 MARGIN_EDGES = MARGIN_CAP * torch.linspace(0, 1, NUM_MARGIN_BINS + 1, dtype=torch.float64).square()
 
 

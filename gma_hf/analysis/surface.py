@@ -89,7 +89,7 @@ def token_categories(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int
     surfaces = token_surfaces(tokenizer, token_ids)
     special = set(tokenizer.all_special_ids)
     is_special = [token_id in special for token_id in token_ids]
-    # A special token is the border of a word, whatever it is called
+    # A special token is the border of a word, whatever its name
     texts = [" " if border else surface for border, surface in zip(is_special, surfaces, strict=True)]
     attached = [_goes_on(before, text) for before, text in zip([" ", *texts[:-1]], texts, strict=True)]
     ends_word = [not follows for follows in [*attached[1:], False]]
@@ -100,7 +100,7 @@ def visible(surface: str) -> str:
     """A token as reports write it, with visible white space."""
     for white_space, mark in (("\r", "\u240d"), ("\n", "\u21b5"), ("\t", "\u2192"), (" ", "\u00b7")):
         surface = surface.replace(white_space, mark)
-    # Other control characters neither show in a browser nor stand in XML
+    # A browser does not show other control characters, and XML does not allow them
     return "".join("\ufffd" if unicodedata.category(char) in ("Cc", "Cs") else char for char in surface) or "\u2205"
 
 

@@ -31,7 +31,7 @@ from .shared.progress import show_progress
 VOCAB_SIZE = 2048
 BLOCK_SIZE = 256
 NUM_FILES = 200  # about 3 MB of text
-MARK = "demo.txt"  # the folder is the demo's own, and may be written anew
+MARK = "demo.txt"  # marks a folder that the demo wrote and may overwrite
 PROMPT = "def read_lines(path):\n"
 
 RELOAD = """
@@ -128,7 +128,7 @@ def plot_specialisation(model, tokenizer, blocks: Dataset, path: Path):
     shown, lift = shown[order], lift[order]
     ticks = []
     for component in shown.tolist():
-        # How much more of a token's writes the component takes than its share of all writes would give it
+        # The share of the token's writes that goes to the component, minus the component's share of all writes
         excess: dict[str, float] = {}
         for string, weight in zip(strings, gamma[:, component].tolist(), strict=True):
             excess[string] = excess.get(string, 0.0) + weight - float(usage[component])

@@ -43,7 +43,7 @@ from .shared.conversion import (
 from .shared.training import check_length, set_up_logging
 
 
-# What `--help` shows beside the options of every conversion
+# Options that `--help` shows in addition to the options of every conversion
 COMMON = (
     "transfer_steps",
     "transfer_learning_rate",
@@ -178,7 +178,7 @@ def convert_and_distil(
             report = convert_and_calibrate(model, data, conversion, args.seed, progress=not args.disable_tqdm)
             model.save_pretrained(initial)
             tokenizer.save_pretrained(initial)
-            # Last, so that an interrupted conversion is begun anew
+            # Last, so that an interrupted conversion starts again
             write_json(initial / "results.json", report)
     report = json.loads((initial / "results.json").read_text("utf-8"))
     auto_class = getattr(transformers, AUTO_CLASSES[source.task])
@@ -208,7 +208,7 @@ def convert_and_distil(
         folder,
         teacher=teacher,
         peft_config=adapters(recipe),
-        # Fine-tuning has no teacher to compare with; the state after it is evaluated below
+        # Fine-tuning has no teacher; its result is evaluated below
         stage_options={"finetune": {"eval_dataset": None}},
         train_dataset=data.train,
         eval_dataset=data.validation,

@@ -13,7 +13,7 @@ from ..training.errors import NonFiniteTrainingError, TrainingInputError
 
 
 INTERRUPTED = 130  # the exit code of a program that Ctrl-C ended: 128 and the number of the signal
-# What a file system answers that is full, read-only or not ours
+# Errors of a file system that is full, read-only or not writable for the user
 REFUSALS = {
     getattr(errno, name)
     for name in ("ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EACCES", "EPERM", "ENOTDIR", "EISDIR")

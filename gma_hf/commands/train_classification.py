@@ -40,7 +40,7 @@ def train(job: Job) -> None:
     with args.main_process_first(desc="tokenizing the data"):
         tokenized = {
             split: tokenize_texts(
-                # Files are often sorted by class: a part is taken at random
+                # Files are often sorted by class, so a part is chosen at random
                 limit(dataset, limits.get(split, data_args.max_eval_samples), shuffle_seed=args.seed),
                 tokenizer,
                 data_args.max_length,

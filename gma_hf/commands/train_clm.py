@@ -40,7 +40,7 @@ def train(job: Job) -> None:
     with args.main_process_first(desc="packing the data"):
         packed = pack_splits(splits, tokenizer, data_args)
     if stream is not None:
-        # Neighbours in the text are apart in the training, as far as a buffer reaches
+        # A buffer separates neighbouring blocks of the text in the training
         train_blocks = stream_blocks(stream, tokenizer, data_args).shuffle(args.seed, buffer_size=SHUFFLED_BLOCKS)
     else:
         train_blocks = limit(packed["train"].blocks, data_args.max_train_samples)
@@ -62,7 +62,7 @@ def train(job: Job) -> None:
     def finish_metrics(metrics, split):
         text = packed["validation" if split == "eval" else split]
         if data_args.max_eval_samples is not None and data_args.max_eval_samples < len(text.blocks):
-            return metrics  # not all of the text was read, so its size says nothing
+            return metrics  # not all of the text was read, so its size is unknown
         scores = text_metrics(metrics[f"{split}_loss"], metrics[f"{split}_num_tokens"], text)
         return {**metrics, **{f"{split}_{name}": value for name, value in scores.items()}}
 

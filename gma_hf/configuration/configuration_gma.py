@@ -30,15 +30,15 @@ GATED_BLOCK: dict[str, Any] = {
     "prior_init": "balanced",
 }
 
-# The blocks that the documentation speaks of. Everything that a preset does not name keeps the default of `GMAConfig`.
+# The documented blocks. Options that a preset does not set keep the default of `GMAConfig`.
 GMA_PRESETS: dict[str, dict[str, Any]] = {
     # The block of the paper: normalised read, every token writes with weight one, nothing is forgotten, learned
     # absolute positions. These are the defaults of `GMAConfig`, so the entry is empty.
     "paper": {},
-    # The block to train for quality.
+    # The block for low perplexity.
     "gated": GATED_BLOCK,
-    # The gated block whose routes correlate: it recalls what it has read. Wide variances keep responsibilities where their
-    # gradient is alive; a quiet start keeps the mixer from drowning the embeddings.
+    # The gated block with correlated routes, for recall. With wide variances, the gradient of the responsibilities does not
+    # vanish. With small first outputs, the mixer does not drown the embeddings.
     "correlated": {
         **GATED_BLOCK,
         "correlate": True,
@@ -251,7 +251,7 @@ class GMAConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         refuse_misspelt(type(self), kwargs)
         for field in fields(type(self)):
-            # 16 is meant as 16.0, from Python as from a JSON file
+            # An integer for a float field, such as 16, means 16.0, from Python and from a JSON file
             value = getattr(self, field.name)
             if type(value) is bool and field.type in (int, int | None, float | int, float | int | None):
                 # Older versions of huggingface_hub take True for 1
@@ -260,7 +260,7 @@ class GMAConfig(PreTrainedConfig):
                 setattr(self, field.name, float(value))
             elif type(value) is int and value > LARGEST_INTEGER:
                 raise ValueError(f"`{field.name}` must be at most {LARGEST_INTEGER}, got {value}.")
-        # Before the derived values below divide by them
+        # Checked first, because the derived values below divide by them
         for name in ("hidden_size", "num_attention_heads", "num_hidden_layers"):
             expect_positive(self, name)
         if self.num_key_value_heads is None:

@@ -14,7 +14,7 @@ from .convert import convert_to_gma, revert_to_softmax
 from .runtime.layer import GMAConversion
 
 
-# Their modules import data set libraries, which `import gma_hf` must not
+# Their modules import data set libraries, which `import gma_hf` must not import
 _LAZY = {
     "GMADistillationArguments": "distillation.arguments",
     "GMADistillationTrainer": "distillation.trainer",

@@ -26,7 +26,7 @@ from .config import GMAConversionConfig, expect_bool, number, whole_number, with
 from .discovery import AttentionLayer, find_attention_layers
 
 
-SLOWEST_KEPT = 1024  # tokens that the slowest rotation takes for a turn that is not undone, behind a window
+SLOWEST_KEPT = 1024  # tokens per full turn of the slowest rotation that is kept behind a window
 
 
 def convert_to_gma(
@@ -129,7 +129,7 @@ def convert_to_gma(
         )
     chosen = select_layers(attention_layers, layers, keep_every)
     if not any(layer.is_causal for layer in chosen):
-        # Of a recipe; what the user gives is refused below
+        # Options of a recipe are dropped; options of the user are refused below
         unused = {name: getattr(GMAConversionConfig, name) for name, value in causal_only.items() if value is None}
         conversion = dataclasses.replace(conversion, **unused)
     choose_rotations(chosen, undo_rotation, undo_rotation_beyond, conversion.window_size > 0)
@@ -139,7 +139,7 @@ def convert_to_gma(
         softmax_layers=[layer.name for layer in attention_layers if layer not in chosen],
     )
 
-    # Everything that can fail or takes long is done before the first change to the model
+    # All steps that can fail or take long come before the first change of the model
     model_class = converted_model_class(type(model), type(model.config))
     register_converted_type(model.config.model_type)
     new_layers = build_layers(model, conversion)

@@ -28,7 +28,7 @@ from .runtime.masks import MASKED
 PROBE = "gma_probe"
 # The watcher of the forward pass that runs in this thread
 _watcher: ContextVar[Callable[..., tuple[Tensor, None]]] = ContextVar("gma_probe")
-# Encoder and decoder get different lengths, so that attention between them is told from attention within
+# Encoder and decoder get different lengths, so that cross-attention differs from self-attention
 ENCODER_LENGTH, DECODER_LENGTH = 7, 5
 
 
@@ -109,7 +109,7 @@ def find_attention_layers(
             found[module] = describe(*module_names, module, query, key, value, attention_mask, kwargs)
         return query.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[3]), None
 
-    # Some base models (decoders of encoder-decoder models that stand alone) do not name their inputs
+    # Some base models (separate decoders of encoder-decoder models) do not name their inputs
     runner = base_model if input_names(base_model) else model
     with probing(model, watch), recorded_arguments(base_model) as arguments:
         try:
@@ -245,8 +245,8 @@ def full_mask(*args, allow_is_causal_skip=True, allow_is_bidirectional_skip=Fals
     return sdpa_mask(*args, allow_is_causal_skip=False, allow_is_bidirectional_skip=False, **kwargs)
 
 
-# For all instances of the interfaces, because some models have their own, and for good: conversions in other threads use
-# the same name
+# For all instances of the interfaces, because some models have their own instance, and without removing it again, because
+# conversions in other threads use the same name
 AttentionInterface.register(PROBE, watched_attention)
 AttentionMaskInterface.register(PROBE, full_mask)
 
@@ -329,7 +329,7 @@ def dummy_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
     if "pixel_values" in names:
         inputs["pixel_values"] = torch.zeros(pixel_shape(config), device=device, dtype=dtype)
     if "input_features" in names:
-        # Two frames per position, as in the encoders of Whisper and its like
+        # Two frames per position, as in encoders like Whisper's
         shape = (1, config.num_mel_bins, 2 * config.max_source_positions)
         inputs["input_features"] = torch.zeros(shape, device=device, dtype=dtype)
     if "input_values" in names:

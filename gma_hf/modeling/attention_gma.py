@@ -165,7 +165,7 @@ class GMAAttention(nn.Module):
     def reset_parameters(self):
         config = self.config
         if config.tie_qk_init:
-            # A token begins with one route, as a query and as a key
+            # At the start, a token has the same route as a query and as a key
             of_keys = self.k_proj.weight.unflatten(0, (-1, self.routing_dim))
             groups = config.num_attention_heads // config.num_key_value_heads
             init.copy_(self.q_proj.weight, of_keys.repeat_interleave(groups, dim=0).flatten(0, 1))
@@ -234,7 +234,7 @@ class GMAAttention(nn.Module):
         normalize = self.config.normalize_read or self.window_norm is not None
         value_dtype = value_states.dtype
         if not normalize and value_dtype == torch.float16:
-            # A sum over many tokens leaves the range of float16 before the norm per head brings it back
+            # A sum over many tokens may leave the range of float16 before the norm per head scales it
             value_states = value_states.float()
         attn_output, attn_weights, history = self.memory(
             self.mixture_norm,

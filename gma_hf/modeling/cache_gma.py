@@ -54,11 +54,11 @@ class GMACacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
 
     is_compileable = False
     is_sliding = False
-    # The sums cannot give a token back: no rollback
+    # Tokens cannot be removed from the sums
     is_croppable = False
 
     def __init__(self):
-        # Not of `LinearAttentionCacheLayerMixin`, whose states are tensors with numbers for names
+        # Without `super().__init__()`: the states of `LinearAttentionCacheLayerMixin` are numbered tensors
         self.memory = None
         self.kept = KeptValues()
         self.owner = Owner()
@@ -93,8 +93,8 @@ class GMACacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
         """(S, z), or `None` before the first token."""
         return self.memory[:2] if self.has_seen_tokens else None
 
-    # A model of Transformers calls `cache.update(keys, values, layer_idx)` before its attention function. The keys and values of
-    # the current tokens are what a converted layer needs; its state advances when that function has computed it
+    # A model of Transformers calls `cache.update(keys, values, layer_idx)` before its attention function. A converted layer
+    # needs the keys and values of the current tokens. Its state advances after the attention function has computed it
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
         """Return the keys and values unchanged, and store nothing."""
         return key_states, value_states
@@ -124,7 +124,7 @@ class GMACacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
             self.device, self.dtype = memory.state.device, memory.state.dtype
             self.is_initialized = True
 
-    # Code that takes finished caches apart, row by row (Whisper's `generate`), finds the rows of S and z here
+    # Code that splits finished caches into rows (`generate` of Whisper) reads the rows of S and z here
     @property
     def keys(self) -> torch.Tensor | None:
         return None if self.memory is None else self.memory.state
@@ -234,7 +234,7 @@ class StaticGMACacheLayer(GMACacheLayer):
                     mark_static_address(tensor)
 
     def advance(self, memory: MemoryState, num_tokens: int, is_plain: bool = False) -> None:
-        # Whether the window is full must not be decided on: one graph serves every step
+        # The graph must not depend on whether the window is full, because one graph serves every step
         super().advance(memory, num_tokens, is_plain=False)
 
     def _store(self, memory: MemoryState) -> None:
@@ -336,7 +336,7 @@ def expect_continuation(
         starts = (positions.gather(1, first) == 0)[:, 0] & padding_mask.any(dim=1)
     if not bool(starts.any()):
         return
-    # Of some rows all tokens may have been padding
+    # In some rows, all tokens may have been padding
     seen = (memory.normalizer != 0).flatten(1).any(dim=1)
     if memory.valid is not None:
         seen = seen | memory.valid.any(dim=1)

@@ -53,7 +53,7 @@ class Layout:
         self.sequence_ids = sequence_ids
         self.row = row
         self.has_gaps = padding_mask is not None and (may_have_gaps(padding_mask) if has_gaps is None else has_gaps)
-        # In the order below, padding stands to the left
+        # In `order`, padding stands to the left
         self.ends_at_last = self.has_gaps or (padding_mask is not None and bool(padding_mask[:, -1:].all()))
         self._known: dict[Any, Any] = {}
         self._is_complete = False
@@ -77,7 +77,8 @@ class Layout:
         if self.padding_mask is not None:
             self.is_missing(1), self.is_missing(2), self.write_weight, self.sorted_padding_mask, self.inverse
         self.sorted_sequence_ids  # noqa: B018
-        # A length that is still open (torch.export) is no int, and must not be decided on: each layer looks for itself
+        # A symbolic length (torch.export) is no int, and the graph must not depend on its value: each layer computes its own
+        # plan
         for window_size, num_sinks in windows if isinstance(self.length, int) else ():
             self.window(window_size, num_sinks if causal else 0, causal, dtype, device, output_history)
         self._is_complete = True
@@ -135,7 +136,7 @@ class Layout:
 
     def _take(self, name: Any, order: Tensor, x: Tensor, dim: int) -> Tensor:
         """The tokens of `x` in an order `(batch, number)` with a name."""
-        # Sizes that are still open (torch.export) cannot be looked up
+        # Symbolic sizes (torch.export) cannot be keys of a dictionary
         if self._is_complete or not all(isinstance(size, int) for size in x.shape):
             return x.gather(dim, spread_index(order, x, dim))
         return x.gather(dim, self.once((name, x.shape, dim), lambda: spread_index(order, x, dim)))
@@ -173,7 +174,7 @@ class Layout:
             output_history (`bool`): whether the layer also returns its state.
         """
         length, size = self.length, window_size
-        # A length that is still open (torch.export) is no int, and must not be decided on
+        # A symbolic length (torch.export) is no int, and the graph must not depend on its value
         if not output_history and isinstance(length, int) and length < size:
             size = max(length, 1)
 
@@ -276,7 +277,7 @@ def select_padding_mask(attention_mask: Tensor | None, query_length: int) -> Ten
             "cover the current tokens, or the cached and the current tokens."
         )
     padding_mask = attention_mask[:, attention_mask.shape[1] - query_length :] != 0
-    # The check reads values, so it is left out of compiled and exported graphs
+    # The check reads values, so compiled and exported graphs leave it out
     if not is_tracing(padding_mask) and bool(padding_mask.all()):
         return None
     return padding_mask
@@ -331,7 +332,7 @@ def find_sequence_ids(
     if seq_idx is not None:
         continues = step == 0
     else:
-        # Positions may or may not count the padding in between: both go on in the same sequence
+        # Positions may count the padding in between or not: both continue the same sequence
         continues = (step >= 1) & (step <= index - previous)
     starts = is_real & (previous >= 0) & ~continues
     if not is_tracing(starts) and not bool(starts.any()):
@@ -382,7 +383,7 @@ def same_sequence_mask_function(sequence_ids: Tensor):
     last = sequence_ids.shape[1] - 1
 
     def same_sequence(batch_idx, head_idx, q_idx, kv_idx):
-        # A static cache is longer than the sequences; what lies behind them is masked by causality
+        # A static cache is longer than the sequences; causality masks the rest
         return sequence_ids[batch_idx, q_idx] == sequence_ids[batch_idx, kv_idx.clamp(max=last)]
 
     return same_sequence

@@ -113,7 +113,7 @@ class GMAMemory(nn.Module):
         self._check(window, query, causal, log_decay, history, output_history)
         value_dim, dtype = value.shape[3], value.dtype
         if output_affinity:
-            # The matrix is what the attention makes of the identity
+            # The matrix is the output of the attention for the identity as values
             identity = torch.eye(key.shape[2], dtype=torch.promote_types(dtype, torch.float32), device=key.device)
             value = torch.cat([value.to(identity.dtype), identity.expand(*value.shape[:2], -1, -1)], dim=-1)
         if window is None:
@@ -203,7 +203,7 @@ class GMAMemory(nn.Module):
         order, near, link = None, tokens, None
         if layout.row is not None:
             history, link = layout.row.window_before(tokens, size, num_sinks)
-        # A length that is still open (torch.export) is no int, and must not be decided on
+        # A symbolic length (torch.export) is no int, and the graph must not depend on its value
         if causal and (history is not None or not isinstance(length, int) or length == 0):
             tokens, valid, runs = join_history(tokens, layout, history, size + num_sinks)
             num_tokens = tokens.keys.shape[2]

@@ -44,7 +44,7 @@ from ..ops.attention.functional import attend, gaussian_mixture_affinity, gaussi
 from ..ops.window.functional import EMPTY, LOG_NOTHING, SinkTokens, attend_step, window_softmax
 
 
-# Of checkpoints from before there was a `memory_dilution`, which lack it: it starts at the 0 that they mean
+# Older checkpoints have no `memory_dilution`. It starts at 0, which is their meaning
 LACKING_BEFORE = r"\.window_norm\.memory_dilution$"
 
 
@@ -309,7 +309,7 @@ class GMAWindow(nn.Module):
         """The forward pass for one query, with as few operations as possible."""
         parameters = (self.memory_bias, self.memory_query, self.memory_dilution)
         bias, slope, dilution = widened(*parameters) if kept is None else kept.get("window", parameters, widened)
-        # Of an empty memory log 0 = -inf, whatever is added
+        # An empty memory has log 0 = -inf
         logit = torch.threshold(normalizer, 2 * EMPTY, 0.0).log()
         weighing_query = query if weighing_query is None else weighing_query
         logit = logit + (weighing_query.to(logit.dtype) * slope).sum(dim=-1)

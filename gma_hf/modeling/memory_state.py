@@ -65,7 +65,7 @@ class KeptValues:
             return compute(*parameters)
         stamp = []
         for parameter in parameters:
-            # Parameters of other classes (quantized, sharded, of a function transform) may change unseen
+            # Changes of parameters of other classes (quantized, sharded, of a function transform) may not be visible
             if type(parameter) is not nn.Parameter or parameter.is_inference():
                 return compute(*parameters)
             stamp += [version_of(parameter), parameter.data_ptr(), parameter.dtype]
@@ -130,7 +130,7 @@ def leave_window(history: MemoryState) -> tuple[Tensor | None, tuple[Tensor | No
     is_real = first_tokens(history.valid, 1)
     if history.sink_keys is None:
         return is_real, (None, None, None)
-    # Sinks stand to the right: there is room as long as the first place is empty
+    # Sink tokens stand to the right, so there is room as long as the first place is empty
     is_full = first_tokens(history.sink_valid, 1)
     is_sink = is_real & ~is_full
     sinks = []
@@ -171,7 +171,7 @@ def join_history(
         rows = 1 if history is None else batch_size
         valid = torch.ones(rows, length, dtype=torch.bool, device=tokens.keys.device)
     if runs is not None:
-        # The history and padding count to the first sequence
+        # The history and padding belong to the first sequence
         first = runs.gather(1, valid.expand(batch_size, -1).to(torch.uint8).argmax(dim=1, keepdim=True))
         runs = torch.cat([first.expand(-1, size), torch.where(valid, runs, first)], dim=1)
     past = MemoryState(None, None) if history is None else with_sinks_in_front(history)

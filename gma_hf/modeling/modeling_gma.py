@@ -94,9 +94,10 @@ class GMAPreTrainedModel(PartOfRow, PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
-    # A running sum cannot be rolled back, as assisted decoding would need
+    # Assisted decoding needs a rollback, and a running sum has none
     _is_stateful = True
-    # PyTorch's context parallelism, which Transformers asks for, hands no memory on; `gma_hf.context_parallel` does
+    # The context parallelism of PyTorch, which Transformers would use, does not pass the memory on; `gma_hf.context_parallel`
+    # does
     _supports_context_parallel = False
     _keys_to_ignore_on_load_missing = [LACKING_BEFORE]
     _can_record_outputs = {
@@ -337,7 +338,7 @@ class GMAModel(GMAPreTrainedModel):
                     f"{seen_tokens} cached tokens again: it must cover them as well, {expected} tokens in all. Put the mask of the "
                     "cached tokens in front."
                 )
-        # By their places: versions of Transformers call the cache by different names
+        # As positional arguments, because versions of Transformers have different names for the cache
         arguments, others = (self.config, inputs_embeds, attention_mask), {}
         # Flash attention takes packed sequences from the positions or from `cu_seq_lens_q`, the others from their mask
         if sequence_ids is not None and "flash" not in attention_implementation(self.config):

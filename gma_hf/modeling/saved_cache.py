@@ -68,7 +68,7 @@ def save_cache(cache: DynamicCache, path: str | os.PathLike, model: nn.Module | 
         ValueError: if the cache is empty, static, quantized, or belongs to a converted model, or if its model is unknown.
     """
     layers = getattr(cache, "layers", None)
-    # Layers that no GMA model has taken over yet say less of themselves
+    # Layers that no GMA model has used yet have fewer attributes
     if not layers or not any(getattr(layer, "is_initialized", False) for layer in layers):
         raise ValueError(
             "The cache is empty, or no GMA model filled it: run the GMA model on a prompt with `use_cache=True` first."
@@ -97,7 +97,7 @@ def save_cache(cache: DynamicCache, path: str | os.PathLike, model: nn.Module | 
         for name, value in named.items():
             if isinstance(value, Tensor):
                 tensor = value.detach().contiguous()
-                # Layers that saw the same tokens share what tells which of them are real; a file has every tensor once
+                # Layers that saw the same tokens share their masks, but a file holds every tensor once
                 memory = tensor.untyped_storage().data_ptr()
                 tensors[f"layers.{layer_idx}.{name}"] = tensor.clone() if memory in stored else tensor
                 stored.add(memory)
@@ -246,7 +246,7 @@ def expected_shapes(config: GMAConfig, is_gma: bool, seq_length: int) -> dict[st
     return shapes
 
 
-# Where all tokens of all rows are known to exist, they are not kept
+# These fields are missing if all tokens of all rows are known to exist
 OPTIONAL = ("valid", "sink_valid", "count")
 
 

@@ -72,13 +72,13 @@ class GMAShortConvolution(nn.Conv1d):
 
         order = None
         if padding_mask is not None and history is not None:
-            # Padding moves in front of the history, so that neighbours are neighbouring real tokens. The history counts
-            # as real: where a row is shorter it holds zeros, as in front of any sequence.
+            # Padding moves in front of the history, so that neighbouring inputs are neighbouring real tokens. The history
+            # counts as real: in shorter rows it holds zeros, as before any sequence.
             is_real = torch.cat([padding_mask.new_ones(batch_size, before), padding_mask], dim=1)
             order, _ = padding_first(is_real)
             gather_index = order[..., None].expand(-1, -1, num_channels)
         elif padding_mask is not None:
-            # Without a history only padding between real tokens has to move
+            # Without a history, only padding between real tokens has to move
             hidden_states, sequence_ids = layout.sort(hidden_states, 1), layout.sorted_sequence_ids
         past = past if before == width - 1 else past[:, width - 1 - before :]
         inputs = torch.cat([past.to(hidden_states.dtype), hidden_states], dim=1)
@@ -103,7 +103,7 @@ class GMAShortConvolution(nn.Conv1d):
                 is_last = sequence_ids == sequence_ids[:, -1:]
                 new_history = new_history * is_last[:, inputs.shape[1] - (width - 1) :, None]
 
-        # Where padding moved in front of the history, that is among the tokens: its outputs are cut off afterwards
+        # If padding moved in front of the history, the history is among the tokens, and its outputs are cut off below
         taps = None if kept is None else partial(kept.get, "convolution", (self.weight,), rows_of)
         outputs = short_convolution(inputs, self.weight, sequence_ids, before, before if order is None else 0, taps)
 

@@ -30,7 +30,7 @@ class Way(NamedTuple):
 
     name: str
     cannot_run: Callable[..., str | None] = lambda *call: None  # of a call: why this way cannot run it, or None
-    suits: Callable[..., bool] = lambda *call: True  # of a call: whether "auto" wants this way, where it can run
+    suits: Callable[..., bool] = lambda *call: True  # of a call: whether "auto" prefers this way if it can run
     run: Callable[..., Any] | None = (
         None  # of a call: its result; None where the operator's own file branches on the name
     )

@@ -22,7 +22,7 @@ from .context import ContextParallel
 
 
 IGNORED_LABEL = -100
-# What has one column a token
+# Arguments with one column per token
 BY_TOKEN = (
     "input_ids", "inputs_embeds", "attention_mask", "position_ids", "token_type_ids", "seq_idx", "labels", "shift_labels",
 )  # fmt: skip

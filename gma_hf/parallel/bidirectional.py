@@ -114,7 +114,8 @@ def read_both_sides(
         normalize=False,
         initial_state=before,
     )
-    # Backwards a token reads what came before it alone: every key is written one place later, unless a new sequence begins there
+    # Backwards, a token reads the tokens before it only, so every key is written one place later, unless a new sequence
+    # begins there
     query, keys, values, write_weight = (x.flip(2) for x in (query, keys, values, write_weight))
     ids = ids.flip(1)
     behind = state_before(row.mirrored, mixture, keys, values, write_weight, None, ids, causal=True, link=link)

@@ -185,13 +185,13 @@ class ContextParallel:
         return prefill(self, model, **inputs)
 
 
-# Of a thread: other threads, and other tasks, see nothing of it
+# Per thread: other threads and other tasks do not see it
 _current: contextvars.ContextVar[ContextParallel | None] = contextvars.ContextVar(
     "gma_hf_context_parallel", default=None
 )
 
 
-_num_entered = 0  # of all threads: compilers can follow a number, and no `ContextVar`
+_num_entered = 0  # of all threads; compilers can follow a number, but no `ContextVar`
 _lock = threading.Lock()
 
 

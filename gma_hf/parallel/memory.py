@@ -178,7 +178,7 @@ def state_before(
         write_weight, total = decayed_weights(write_weight, log_decay, runs, mixtures)
     S, z = mixture.write(keys, values, write_weight)
     if causal and runs is not None:
-        # What is written for a sequence that has ended goes no further, nor does the memory of one that begins here
+        # Writes for a sequence that has ended are not passed on, and neither is a memory to a sequence that begins here
         ends = torch.zeros(row.batch_size, dtype=torch.bool, device=S.device)
         if row.continues is not None:
             ends = ends | ~row.continues.to(S.device)

@@ -33,7 +33,7 @@ def prefill(context: ContextParallel, model: nn.Module, **inputs: Any) -> Any:
     inputs = {name: value for name, value in inputs.items() if value is not None}
     part = split_batch(context, {name: value[:, :-1] for name, value in inputs.items()})
     cache = DynamicCache(config=model.config)
-    # Softmax layers of Transformers put the keys of their part into it
+    # Softmax layers of Transformers would put the keys of their part into the cache
     cache.gma_gathers = True
     with context_parallel(context):
         model(**part, **{CACHE_NAME: cache}, use_cache=True, logits_to_keep=1)

@@ -120,7 +120,7 @@ class Row:
         mask, ids = self.padding_mask, self.sequence_ids
         return self.part(count_positions(self.batch_size, self.total, device, mask, ids))
 
-    # What layers ask for
+    # Values for layers
 
     def convolution_before(self, inputs: Tensor, number: int) -> Tensor:
         """See [`gma_hf.parallel.memory.convolution_before`]."""
@@ -160,7 +160,7 @@ class Row:
         """See [`gma_hf.parallel.memory.state_before`]."""
         return state_before(self, mixture, *args, **kwargs)
 
-    # What stands before a border
+    # Tokens before a border
 
     def first_id(self, rank: int) -> Tensor:
         """

@@ -74,7 +74,7 @@ def softmax_attention(
     if not row.is_plain or sliding_window is not None:
         mask = visible_pairs(row, causal, query.device, sliding_window)
     elif causal:
-        # Keys behind this part are not seen. A bias that PyTorch knows by name needs no matrix on a GPU
+        # Keys after this part are not seen. A named bias of PyTorch needs no matrix on a GPU
         keys, values = keys[:, :, : row.end], values[:, :, : row.end]
         mask = causal_lower_right(query.shape[2], row.end)
     return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, dropout_p=dropout, scale=scaling)

@@ -330,7 +330,7 @@ def _read_arguments_file(name: str, known: list[str]) -> list[str]:
     if not path.is_file():
         raise TrainingInputError(f"The arguments file {name!r} does not exist.")
     try:
-        # JSON is read as JSON, for YAML takes 1e-4 as a string and JSON does not
+        # JSON is not read as YAML, because YAML reads 1e-4 as a string
         values = (
             json.loads(path.read_text("utf-8")) if path.suffix == ".json" else yaml.safe_load(path.read_text("utf-8"))
         )

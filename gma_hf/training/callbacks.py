@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-COLLAPSE_PERPLEXITY = 1.5  # of 64 components, say, barely more than one is used
-MAX_EXAMPLES = 8  # that the health is measured on, if a batch holds them; every process takes the same ones
+COLLAPSE_PERPLEXITY = 1.5  # barely more than one component is used
+MAX_EXAMPLES = 8  # examples for the measurement; every process takes the same ones
 
 
 @dataclass
@@ -138,7 +138,7 @@ class MixtureHealthCallback(TrainerCallback):
             return {}
         self._warn_of_collapse()
         summary = summarize(self.health)
-        # Logging withdraws a request to log, which may be the one for this step's loss
+        # Logging resets the request to log, which may belong to the loss of this step
         should_log = self.trainer.control.should_log
         self.trainer.log(dict(summary))
         self.trainer.control.should_log = should_log

@@ -16,7 +16,7 @@ from .errors import TrainingInputError
 logger = logging.getLogger(__name__)
 
 STATE_FILE = "trainer_state.json"
-# The optimizer's state as Trainer, FSDP and DeepSpeed write it
+# Files with the state of the optimizer from Trainer, FSDP and DeepSpeed
 OPTIMIZER_STATES = ("optimizer.pt", "optimizer.bin", "optimizer_*", "global_step*")
 
 

@@ -143,7 +143,7 @@ def prediction_step(
             kept = loss, logits, batch.get("labels")
     loss, logits, labels = kept
     if loss is not None:
-        # Every label counts the same, whichever process has its batch
+        # Every label has the same weight, whichever process has its batch
         counted = labels[:, 1:] if shifts else labels
         number = counted.ne(IGNORED_LABEL).sum()
         loss = loss * number / trainer.accelerator.reduce(number.float(), "mean")

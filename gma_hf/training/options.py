@@ -69,7 +69,7 @@ def check_options(options: Any, names: Iterable[str] | None = None, **smallest: 
         value = getattr(options, name)
         expected = why_not(value, hints[name], smallest.get(name, 0))
         if expected is not None:
-            # The subclasses of `TrainingArguments` are for Python as well
+            # Subclasses of `TrainingArguments` are also used from Python, so their messages do not name command line options
             label = f"`{name}`" if isinstance(options, TrainingArguments) else f"--{name}"
             raise TrainingInputError(f"{label} must {expected}, got {value!r}.")
 

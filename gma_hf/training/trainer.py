@@ -73,7 +73,7 @@ class GMATrainingArguments(TrainingArguments):
             )
         num_processes = int(os.environ.get("WORLD_SIZE", "1"))
         if num_processes > 1 and not torch.accelerator.is_available():
-            # Accelerate joins processes on the CPU only where this is asked for
+            # Accelerate connects processes on the CPU only on request
             self.use_cpu = True
         super().__post_init__()
         if num_processes > 1 and self.world_size == 1:
@@ -104,7 +104,7 @@ class GMATrainer(Trainer):
     context: ContextParallel | None = None  # of the processes that share every sequence with this one
 
     def __init__(self, model: nn.Module | None = None, *args, **kwargs):
-        # `Trainer` turns `use_cache` off in the configuration; a saved model should have it as it came
+        # `Trainer` turns `use_cache` off in the configuration, but a saved model should keep its value
         self._use_cache = getattr(getattr(model, "config", None), "use_cache", None)
         super().__init__(model, *args, **kwargs)
         size = getattr(self.args, "context_parallel_size", 1)
@@ -176,7 +176,7 @@ class GMATrainer(Trainer):
         config = getattr(self.accelerator.unwrap_model(self.model), "config", None)
         use_cache_in_training = getattr(config, "use_cache", None)
         target = Path(output_dir or self.args.output_dir)
-        # A disk that is full halfway, or Ctrl-C, must not leave half a model under the name of a whole one
+        # A full disk, or Ctrl-C, must not leave an incomplete model under the final name
         written = target / ".saving"
         if self._use_cache is not None:
             config.use_cache = self._use_cache

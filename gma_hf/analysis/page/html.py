@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 SCROLL_HINT = '<p class="hint" aria-hidden="true">Wider than the screen: move sideways \u2192</p>'
 TEXT, REFLOW = ' class="text"', ' class="reflow"'
-MAX_HEADS = 256  # heads whose components the page lists one by one; the JSON file lists them all
+MAX_HEADS = 256  # largest number of heads whose components the page lists; the JSON file lists all
 MAX_COMPONENTS = 12  # the most used ones of each head
 CSS = """
 :root { color-scheme: light dark; --page: #fdfdfc; --ink: #1c2024; --soft: #5b636c; --line: #d9dde2; --panel: #f3f4f6;

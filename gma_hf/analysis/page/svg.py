@@ -58,7 +58,7 @@ def inline_svg(figure: Figure, identifier: str, label: str) -> str:
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<!--.*?-->|<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    # HTML knows what an SVG is without being told, and no address stands in the page
+    # HTML needs no namespace for SVG, and the page should contain no address
     svg = re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", svg)
     svg = svg.replace("xlink:href=", "href=").replace(INK, "currentColor")
     svg = re.sub(r'\bid="', f'id="{identifier}-', svg)

@@ -16,7 +16,7 @@ from typing import Any
 from ...training.errors import TrainingInputError
 
 
-# What a published model consists of
+# The files of a published model
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 PUBLISHED = (
     *WEIGHTS,
@@ -38,7 +38,7 @@ PUBLISHED = (
     "LICENSE",
 )
 CARD_FILES = ("README.md", "recipe.yaml", "results.json", "LICENSE", "*.png", "*.svg")
-# What is left behind, and what to call it
+# The files that are not published, and their descriptions
 LEFT_BEHIND = {
     "checkpoint-*": "a checkpoint of the training",
     "optimizer*": "an optimizer state",
@@ -54,12 +54,12 @@ LEFT_BEHIND = {
     "events.out.*": "a log",
     "runs": "logs",
 }
-# Files of a training that is to go on: their folder is no finished model
+# Files of an unfinished training: their folder is not a finished model
 CHECKPOINT_FILES = ("optimizer.pt", "optimizer.bin", "scheduler.pt", "rng_state.pth", "pytorch_model_fsdp_0")
 GB = 10**9
 # The hub takes larger files, but advises against them; weights can be written in shards
 MAX_FILE_BYTES = 50 * GB
-# Texts that other people read: no folder of this machine may stand in them
+# Texts for other people must not contain local folders
 READ_BY_PEOPLE = ("*.md", "*.yaml", "results.json", "*config.json")
 
 

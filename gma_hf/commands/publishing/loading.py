@@ -79,7 +79,7 @@ def _observe(folders: list[Path], imports_gma_hf: bool, work: str) -> list[dict[
     source = LOADING_PROGRAM.format(
         imports_gma_hf=imports_gma_hf, folders=[str(folder) for folder in folders], output=str(output)
     )
-    # A private home: remote code that another program cached is not run, and nothing is left behind
+    # A temporary home folder, so that no cached remote code of another program runs, and no file is left
     environment = {**os.environ, "HF_HOME": str(Path(work) / "home"), "HF_HUB_OFFLINE": "1"}
     # gma_hf may be imported from a clone
     root = str(Path(__file__).resolve().parents[3])

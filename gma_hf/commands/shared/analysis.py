@@ -59,7 +59,7 @@ def read_texts(names: list[str]) -> TextFiles:
         AnalysisError: if a file is missing, unreadable or not UTF-8, or all files are empty.
     """
     files = TextFiles([Path(name).expanduser() for name in names])
-    # The beginning of every file, so that a mistake shows before the model is loaded
+    # Read the beginning of every file now, so that an error comes before the model is loaded
     beginnings = [next(_pieces(path), "") for path in files.paths]
     if not any(beginning.strip() for beginning in beginnings):
         raise AnalysisError(f"There is no text in {files.name}. Give a file with words in it.")

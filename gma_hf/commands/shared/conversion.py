@@ -42,7 +42,7 @@ AUTO_CLASSES = {
     "fill-mask": "AutoModelForMaskedLM",
     "feature-extraction": "AutoModel",
 }
-# What `--help` shows of both commands
+# Options of both commands that `--help` shows
 COMMON = (
     "model_name_or_path",
     "train_file",
@@ -143,7 +143,7 @@ class ConversionArguments:
         names = ("num_components", "window_size", "num_sink_tokens", "use_routing_projections", "use_forgetting")
         names = (*names, "undo_rotation", "undo_rotation_beyond", *(("recipe",) if self.recipe else ()))
         options = {name: getattr(self, name) for name in names}
-        # A flag that is not given says nothing against the recipe
+        # A flag that is not given does not override the recipe
         return {name: None if value is False and name.startswith("use_") else value for name, value in options.items()}
 
     def chosen_layers(self) -> Any:

@@ -33,7 +33,7 @@ from .progress import show_progress
 logger = logging.getLogger(__name__)
 
 
-# What `--help` of every training shows
+# Options that `--help` of every training command shows
 COMMON = (
     "train_file",
     "validation_file",

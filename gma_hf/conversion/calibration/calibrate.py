@@ -37,7 +37,7 @@ from .teacher import SoftmaxCall, as_teacher, expect_gma_layers
 
 # (average the variances over the components?, temperature)
 WIDTHS = ((False, 1.0), (False, 4.0), *((True, 2.0**power) for power in range(7)))
-VECTORS_PER_COMPONENT = 16  # queries and keys; with fewer, mixtures hold for the sample and for nothing else
+VECTORS_PER_COMPONENT = 16  # queries and keys; with fewer vectors, mixtures fit the sample only
 SMALLEST_GAIN = 0.99  # error after / error before, above which calibration changed nothing
 SMALLEST_OVERLAP = (
     1e-6  # sum_c gamma^Q_c gamma^K_c of a query with the average key; useful mixtures have 1e-5 and more
@@ -208,7 +208,7 @@ def calibrate(
                 reports[names[call.layer]] = LayerCalibration(*(x.mean().item() for x in likelihood), **report)
                 bar.update()
 
-            # One batch, so that a layer sees at once all there is to choose by
+            # One batch, so that a layer sees all evaluation tokens in one call
             with as_teacher(model, choose):
                 model(**no_cache(model, join_batches(evaluation, evaluation_tokens / evaluated)))
     ordered = {name: reports[name] for name in layers}
@@ -226,7 +226,7 @@ def choose_width(call: SoftmaxCall, fitted: FittedMixtures) -> dict[str, Any]:
     window = layer.window_norm
     far = None if window is None else far_mass(call, real)
 
-    # The mixture as it was is a candidate too: nothing gets worse
+    # The old mixture is a candidate, too, so that no head gets worse
     tied = (
         (fitted.prior_logits.exp()[..., None] * fitted.variances).sum(dim=1, keepdim=True).expand_as(fitted.variances)
     )
@@ -239,7 +239,7 @@ def choose_width(call: SoftmaxCall, fitted: FittedMixtures) -> dict[str, Any]:
         if far is not None:
             balance_memory(call, real, far)
             weights.append((window.memory_bias.clone(), window.memory_dilution.clone()))
-        # In nats, beside errors of about one: what shares less than anything useful loses against all that share more
+        # In nats, beside errors of about one, so that a candidate with less overlap than any useful mixture loses
         errors.append(output_errors(call, real) + (SMALLEST_OVERLAP / overlap(call, real)).log().clamp(min=0.0))
     best = torch.stack(errors).argmin(dim=0)  # [heads]
     heads = torch.arange(layer.num_heads, device=best.device)

@@ -21,8 +21,8 @@ from .teacher import SoftmaxCall
 
 
 LARGEST_SHIFT = 30.0  # of the log-odds of memory against window, at once
-EXTREME_SHARE = 1e-6  # shares nearer to 0 or 1 have lost their digits
-FEWEST_WINDOWS = 2  # in a memory, for its growth to be measured; fewer tell too little
+EXTREME_SHARE = 1e-6  # shares closer to 0 or 1 have lost their digits
+FEWEST_WINDOWS = 2  # in a memory, for a measurement of its growth
 
 
 def balance_memory(call: SoftmaxCall, real: Tensor | None, far: Tensor) -> None:
@@ -37,8 +37,8 @@ def balance_memory(call: SoftmaxCall, real: Tensor | None, far: Tensor) -> None:
     has_memory = num_windows > 0 if real is None else (num_windows > 0) & real[:, None]
     growth = num_windows.log1p()
     grows = call.layer.is_causal and bool((num_windows >= FEWEST_WINDOWS).any())
-    # Both are added to the log-odds of memory against window, so that one measurement tells the share for all. Only shares
-    # that are 0 or 1 to all digits have to be measured again, when they are no longer
+    # Bias and dilution are added to the log-odds of memory against window, so one measurement gives the share for all values.
+    # Only shares of exactly 0 or 1 have to be measured again after a change
     for _ in range(3):
         share = memory_share(call).float()
         log_odds = torch.logit(share, eps=EXTREME_SHARE)

@@ -96,7 +96,7 @@ def fit_mixtures(
     samples = samples.float()
     if not torch.isfinite(samples).all():
         raise ValueError("`samples` holds NaN or infinite numbers. Does the model run in a dtype that overflows?")
-    # Around the head's mean, so that no square of a common offset costs digits
+    # Relative to the mean of the head, because squares of a common offset would cost digits
     centre = samples.mean(dim=1, keepdim=True)
     samples = samples - centre
     spread = samples.square().mean(dim=1, keepdim=True).clamp(min=variance_floor)
@@ -132,7 +132,7 @@ def seed_means(samples: Tensor, num_components: int, generator: torch.Generator 
     distance = torch.full(samples.shape[:2], float("inf"), device=samples.device)
     for _ in range(num_components - 1):
         distance = torch.minimum(distance, (samples - means[-1][:, None]).square().sum(dim=-1))
-        # Where all samples are means already, any will do
+        # If all samples are means already, choose any sample
         weights = torch.where(distance.sum(dim=1, keepdim=True) > 0, distance, 1.0)
         # Drawn by inverting the cumulative sum: `multinomial` takes at most 2^24 categories
         cumulative = weights.to(wide_dtype(samples.device)).cumsum(dim=1)

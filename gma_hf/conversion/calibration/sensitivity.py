@@ -70,7 +70,7 @@ def rank_layers(
     names = (layer.full_name for layer in candidates if layer.is_self_attention)
     indices = {name: index for index, name in enumerate(names)}
     if "recipe" in conversion_options:
-        # Every layer is ranked, also those that the recipe would keep
+        # Rank every layer, also layers that the recipe would keep
         conversion_options.setdefault("layers", list(range(len(indices))))
     with unchanged_on_error(model):
         convert_to_gma(model, **conversion_options)

@@ -122,7 +122,7 @@ def as_teacher(
     # Modules with the same configuration share one view of it
     views = list({id(module.config): module.config for module in modules}.values())
     models = [module for module in model.modules() if getattr(module, "_softmax_implementations", None)]
-    # Contexts may stand inside each other
+    # Contexts may be nested
     outer_names = [attention_implementation(view) for view in views]
     outer_roles = {module: _roles.get(module) for module in modules}
     try:
@@ -192,7 +192,7 @@ def teacher_attention_forward(
 def softmax_function(module: nn.Module) -> Callable:
     """The attention function that the configuration of a converted module's model names."""
     name = attention_implementation(module.softmax_config)
-    # Every modeling file has its own eager function, which the interface does not know
+    # Every modeling file has its own eager function, which is not in the interface
     if name in (None, "eager"):
         return function_of_modeling_file(module, "eager_attention_forward")
     return ALL_ATTENTION_FUNCTIONS[name]

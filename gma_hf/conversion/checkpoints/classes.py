@@ -55,8 +55,8 @@ from .install import install_layers, restore_softmax_implementations, use_linear
 PREFIX = "GMA"
 TYPE_PREFIX = "gma_"
 
-# Projections of attention are computed in shards and gathered: a mixture belongs to a whole head, and every rank runs the
-# attention. What was sharded between them (norms of queries and keys) is whole again.
+# Projections of attention are computed in shards and gathered, because a mixture belongs to a whole head and every rank runs
+# the attention. Modules between them that were sharded (norms of queries and keys) are whole again.
 GATHERED_STYLES = {"colwise": "colwise_gather_output", "rowwise": "rowwise_split_input"}
 ATTENTION_NAMES = ("attn", "attention")
 
@@ -138,7 +138,8 @@ class ConvertedConfigMixin:
 class ConvertedModelMixin(PartOfRow):
     """The part of the class of a converted model that the original does not have."""
 
-    # PyTorch's context parallelism, which Transformers asks for, hands no memory on; `gma_hf.context_parallel` does
+    # The context parallelism of PyTorch, which Transformers would use, does not pass the memory on; `gma_hf.context_parallel`
+    # does
     _supports_context_parallel = False
 
     @classmethod
@@ -183,12 +184,12 @@ class ConvertedModelMixin(PartOfRow):
         use_linear_masks(self)
 
     def initialize_weights(self):
-        # Models inside this one know nothing of mixtures, so that these cannot be left to their `_init_weights`
+        # `_init_weights` of models inside of this one does not know mixtures
         initialize_layers(module for module in self.modules() if isinstance(module, GMAConversion))
         super().initialize_weights()
 
     def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *args, **kwargs) -> str:
-        # Converted layers are GMA whatever is asked for; the name speaks of the softmax layers that are left
+        # Converted layers always stay GMA; the name is for the remaining softmax layers
         if attn_implementation == IMPLEMENTATION:
             attn_implementation = None
         return super()._check_and_adjust_attn_implementation(attn_implementation, *args, **kwargs)

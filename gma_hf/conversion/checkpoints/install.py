@@ -35,7 +35,7 @@ def gma_layers(model: nn.Module) -> dict[str, GMAConversion]:
     layers = {}
     for name, module in model.named_modules():
         if "gma" in dict(module.named_children()):
-            # Adapters may have put a wrapper around it, whose last module is the one that is trained
+            # Adapters may wrap the layer; the last module inside of the wrapper is the trained one
             layers[name] = [inner for inner in module.gma.modules() if isinstance(inner, GMAConversion)][-1]
     return layers
 
@@ -58,7 +58,7 @@ def build_layers(model: PreTrainedModel, conversion: GMAConversionConfig) -> dic
     """
     found = {name: find_module(model, name) for name in conversion.layers}
     if not any(found.values()):
-        # A part of the model, the text encoder without the converted image encoder say, has other modules at the top
+        # A part of the model (for example the text encoder without the converted image encoder) has other modules at the top
         strange = [name for name in found if find_module(model, name.partition(".")[0]) is not None]
         if strange:
             raise ValueError(
@@ -70,7 +70,7 @@ def build_layers(model: PreTrainedModel, conversion: GMAConversionConfig) -> dic
         if module is None or hasattr(module, "gma"):
             continue
         layer = GMAConversion(**conversion.layer_arguments(name))
-        # Parameters that are made on the meta device wait there for a checkpoint
+        # Parameters on the meta device get their values from a checkpoint
         device, dtype = placement(module, model)
         layer.to(device="meta" if layer.mixture_norm.means.is_meta else device, dtype=dtype)
         layers[module] = layer.train(module.training)
@@ -115,7 +115,7 @@ def remove_layers(model: nn.Module) -> None:
     for module in list(model.modules()):
         for hook in vars(module).pop("_gma_hooks", ()):
             hook.remove()
-        # Also of a module that lost its mixtures by hand
+        # Also for a module whose mixtures a user has removed
         if hasattr(module, "softmax_config"):
             module.config = module.softmax_config
             for name in ("gma", "gma_rotary", "softmax_config"):

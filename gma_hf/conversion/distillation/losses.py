@@ -66,7 +66,7 @@ class KLDivergence(torch.autograd.Function):
     @staticmethod
     def forward(ctx, student: Tensor, teacher: Tensor, weights: Tensor, temperature: float) -> Tensor:
         total = torch.zeros((), device=student.device)
-        # Detached, the tensor still counts its changes: autograd would notice if somebody else needed the old values
+        # A detached tensor still counts its changes, so autograd notices if another operation needs the old values
         rows = student.detach()
         step = max(1, LARGEST_CHUNK // student.shape[-1])
         for start in range(0, rows.shape[0], step):
@@ -84,7 +84,7 @@ class KLDivergence(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_output: Tensor):
-        # In place, and only once: a second copy of all logits may be what does not fit
+        # In place, and only once, because a second copy of all logits may not fit into memory
         gradient, ctx.gradient = ctx.gradient, None
         return gradient.mul_(grad_output), None, None, None
 

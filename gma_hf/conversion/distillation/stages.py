@@ -97,7 +97,7 @@ def distill(
 
             trained = get_peft_model(model, peft_config)
         specific = (stage_options or {}).get(args.stage, {})
-        # The last stage has a loss of its own; a teacher would only take memory
+        # The last stage has its own loss, and a teacher would only take memory
         taught = {} if args.stage == "finetune" else {"teacher": teacher}
         trainer = GMADistillationTrainer(trained, args, **taught, **{**options, **specific})
         training = trainer.train(resume_from_checkpoint=checkpoint)

@@ -42,7 +42,7 @@ from .losses import (
 )
 
 
-# What evaluation sums up over the rows, and what each sum is divided by
+# The sums of the evaluation over the rows, and the divisor of each sum
 STATISTICS = {
     "attention_error": "num_rows",
     "kl": "num_outputs",
@@ -102,7 +102,7 @@ class GMADistillationTrainer(GMATrainer):
                 )
             kwargs.setdefault("compute_metrics", distillation_metrics)
         if args.stage == "attention_transfer":
-            # DistributedDataParallel would look for what is used in the outputs, which are the teacher's
+            # DistributedDataParallel would look for used parameters in the outputs, which come from the teacher
             args.ddp_find_unused_parameters = False
         super().__init__(model, args, **kwargs)
         if self.is_distilling:
@@ -147,7 +147,8 @@ class GMADistillationTrainer(GMATrainer):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         share = 1.0
         if num_items_in_batch is not None:
-            # Gradients are averaged over the processes, each of which divides by the tokens of all
+            # DistributedDataParallel averages gradients over the processes, but each process already divides by the tokens of
+            # all
             share = self._num_tokens(inputs) / num_items_in_batch * self.args.world_size
         if self.args.stage == "attention_transfer":
             loss, outputs = self._transfer_attention(model, inputs)
@@ -179,9 +180,9 @@ class GMADistillationTrainer(GMATrainer):
                 loss = with_ready_gradient(loss, [p for p in call.layer.parameters() if p.requires_grad])
             losses.append(loss)
 
-        # Logits are not needed to learn; and many cost more than the attention
+        # Learning needs no logits, and logits may cost more than the attention
         options = {"logits_to_keep": 1} if torch.is_grad_enabled() and "logits_to_keep" in self._arguments else {}
-        # Nothing of the teacher requires gradients. `no_grad` would tell DistributedDataParallel that there are none
+        # The teacher requires no gradients. Under `no_grad`, DistributedDataParallel would expect no gradients at all
         with as_it_is(model), as_teacher(self.model, learn):
             outputs = model(**no_cache(self.model, inputs), **options)
         return torch.stack(losses).mean(), outputs

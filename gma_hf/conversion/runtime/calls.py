@@ -76,10 +76,10 @@ class CallLayout:
         is_of_tokens = mask is None or (isinstance(mask, Tensor) and mask.ndim == 2 and mask.dtype == torch.bool)
         if self.layout is not None and (is_of_tokens or self.layout.row is not None):
             return self.layout
-        # A compiled graph that knew the number of a mask would serve that one mask
+        # A compiled graph with the id of a mask would serve this one mask only
         if torch.compiler.is_compiling():
             return self._read_layout(mask, query, cache_layer, is_causal)
-        # The mask is held as long as its number is
+        # The mask is kept as long as its id is used
         known = self._read.get(id(mask))
         if known is None:
             known = self._read[id(mask)] = mask, self._read_layout(mask, query, cache_layer, is_causal)
@@ -101,7 +101,7 @@ def arguments(model: PreTrainedModel) -> list[str]:
 def models_around(model: PreTrainedModel, converted: list[nn.Module]) -> dict[PreTrainedModel, list[nn.Module]]:
     """The innermost models that contain converted modules and take tokens and an attention mask, with these modules."""
     submodels = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
-    # From the outside in, so that the last to claim a module is the innermost around it
+    # From the outside to the inside, so that the innermost model around a module is the last
     innermost = {module: submodel for submodel in submodels for module in submodel.modules()}
     found: dict[PreTrainedModel, list[nn.Module]] = {}
     for module in converted:
@@ -120,7 +120,7 @@ def watch_model(model: PreTrainedModel, converted: list[nn.Module], has_softmax:
     sizes = tuple(sorted({(window.window_size, window.num_sink_tokens) for window in windows}))
     parameters = inspect.signature(model.forward).parameters.values()
     takes_layout = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
-    # No function inside of this one, and no module: models are pickled and copied with their hooks
+    # No nested function and no module, because models are pickled and copied with their hooks
     hook = partial(begin_call, names, takes_layout, counts_positions, has_softmax, is_causal, sizes)
     return model.register_forward_pre_hook(hook, with_kwargs=True)
 
@@ -281,7 +281,7 @@ def begin_attention(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple
     """
     cache = next((argument for argument in (*args, *kwargs.values()) if isinstance(argument, Cache)), None)
     cache_layer = None if cache is None else converted_cache_layer(cache, module.layer_idx)
-    # Some models pass the wish on to their attention, the others leave it to what collects the outputs
+    # Some models pass `output_attentions` to their attention; others rely on the code that collects outputs
     output_attentions = bool(kwargs.get("output_attentions")) or any(
         "attentions" in name for name in collected_outputs()
     )

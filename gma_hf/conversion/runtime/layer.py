@@ -46,7 +46,7 @@ class GMARouting(nn.Module):
     def forward(self, states: Tensor) -> Tensor:
         """`(batch, num_heads, length, routing_dim)` to the same shape."""
         weight = self.weight.to(states.dtype)
-        if states.shape[0] == 1:  # both in one call, which for more rows would need as many copies of the weight
+        if states.shape[0] == 1:  # product and sum in one call; more rows would need more copies of the weight
             return torch.baddbmm(states[0], states[0], weight)[None]
         return states + states @ weight
 

@@ -64,7 +64,7 @@ def gaussian_mixture_mask(
         if not is_tracing(padding_mask) and bool(padding_mask.all()):
             padding_mask = None
     sequence_ids = None
-    # Transformers tells packed sequences apart only where all keys are there
+    # Transformers separates packed sequences only if all keys are there
     plain = mask_function in (causal_mask_function, bidirectional_mask_function)
     if not plain and q_length == kv_length and q_length > 1 and not isinstance(q_offset, Tensor):
 
@@ -145,7 +145,7 @@ def first_column(mask: Any, length: int, seen_tokens: Any) -> int | Tensor:
             f"The attention mask covers {mask.shape[-1]} tokens, but {length} tokens were given. It must cover the current "
             "tokens, or the cached and the current tokens."
         )
-    # A static cache is longer than what was seen; a sliding one may be shorter
+    # A static cache is longer than the seen tokens; a sliding cache may be shorter
     return seen_tokens.clamp(max=columns) if isinstance(seen_tokens, Tensor) else columns
 
 

@@ -16,11 +16,11 @@ from ..dispatch import BACKENDS, Ways, expect_one_device
 from .mixture import MixtureCoefficients, mixture_coefficients
 
 
-# The ways to compute attention. Each registers itself: see the package
+# The backends of attention. Each registers itself when the package imports it
 WAYS = Ways("call", BACKENDS)
-# The matrix that attention implies, of a call without values: by its definition alone
+# The matrix that a call without values implies, by its definition only
 AFFINITY = Ways("affinity", ("reference",))
-# Packed sequences that have a state each: batches of sequences, each batch by one of the ways above
+# Packed sequences with their own states: batches of sequences, each batch by one of the backends above
 PACKED = Ways("packed call", ("rows",))
 TENSORS = ("query", "key", "value", "means", "raw_variances", "prior_logits", "write_weight", "log_decay")
 OPTIONAL = ("write_weight", "log_decay", "sequence_ids")
@@ -51,9 +51,7 @@ class AttentionCall(NamedTuple):
     output_final_state: bool = False
     output_normalizer: bool = False  # only where the read is normalised
     correlate: bool = False  # rho instead of gamma, where the read is not normalised
-    writes_all: bool = (
-        False  # no write weight is 0, so that no value has to be looked at: it is known, or all weights are 1
-    )
+    writes_all: bool = False  # no write weight is 0, which is known without reading values
     kept: Any = (
         None  # keeps what depends on the mixture alone between decoding steps: `get(name, parameters, compute)`
     )
@@ -62,7 +60,7 @@ class AttentionCall(NamedTuple):
     @property
     def state_dtype(self) -> torch.dtype:
         """Precision of logits, responsibilities and state: float32, or float64 if an input is float64."""
-        # Not by `torch.promote_types`, which is a call into PyTorch of its own
+        # Without `torch.promote_types`, which would be one more call into PyTorch
         is_double = torch.float64 in (self.query.dtype, self.key.dtype, self.value.dtype)
         return torch.float64 if is_double else torch.float32
 

@@ -22,19 +22,19 @@ from .recurrent import SHORT
 
 
 MAX_COMPONENTS = 256
-MAX_STATE = 64 * 256  # components times dimension: what a multiprocessor has room for
+MAX_STATE = 64 * 256  # components times dimension that fit into a multiprocessor
 
 
 def needs_gradients(call: AttentionCall) -> bool:
     if is_exporting():
-        # What a backward pass keeps has the shape of the chunks, which would decide on a length that is still open
+        # Tensors for a backward pass have the shape of the chunks, which would fix a symbolic length
         return False
     return call.needs_gradients
 
 
 def is_step(call: AttentionCall) -> bool:
     """Whether the call is a decoding step: a few tokens, without gradients."""
-    # A length that is still open (torch.export) is no int, and must not be decided on
+    # A symbolic length (torch.export) is no int, and the graph must not depend on its value
     length = call.key.shape[2]
     is_short = isinstance(length, int) and length <= SHORT
     return is_short and call.causal and not call.strict and not needs_gradients(call)

@@ -22,7 +22,7 @@ from ..dispatch import Way
 from .call import PACKED, WAYS, AttentionCall, AttentionResult, run_starts
 
 
-# A row may be padded by so many tokens, or by this share of the longest row, before it goes to another batch
+# The largest padding of a row in tokens, and as a share of the longest row; rows with more padding go to another batch
 FREE_PADDING, PADDED_SHARE = 16, 0.25
 
 
@@ -115,7 +115,7 @@ def attend_packed(call: AttentionCall, sequence_ids: Tensor, backend: str) -> At
         normalizer = normalizer.unflatten(0, (batch, length)).transpose(1, 2)
     state, sequence = None, torch.cat(sequences)
     if call.output_final_state:
-        # States of which no sequence makes use stay what they are
+        # States without a sequence do not change
         S, z = (
             before.to(call.state_dtype).index_copy(0, sequence, torch.cat([result.state[i] for result in results]))
             for i, before in enumerate((S, z))

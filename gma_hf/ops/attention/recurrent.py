@@ -29,7 +29,7 @@ from .mixture import (
 )
 
 
-SHORT = 8  # tokens: up to here stepping beats the set-up of chunks
+SHORT = 8  # tokens: up to this number, steps are faster than chunks
 
 
 class StepCoefficients(NamedTuple):
@@ -92,7 +92,7 @@ def step(
     key_heads, value_dim, repeats = key.shape[1], value.shape[3], query_heads // mixtures
     if repeats > 1:
         query = query.view(batch, mixtures, repeats, routing_dim)
-    if key_heads < mixtures:  # one token: the length's place is free for the mixtures that share a key
+    if key_heads < mixtures:  # one token: the dimension of the length is used for the mixtures that share a key
         key, value = (
             x.expand(-1, -1, mixtures // key_heads, -1).reshape(batch, mixtures, 1, -1) for x in (key, value)
         )
@@ -151,7 +151,7 @@ def kept_coefficients(call: AttentionCall) -> StepCoefficients:
 
 def is_single_step(call: AttentionCall) -> bool:
     """Whether `step` can take the call: one token, without gradients."""
-    # A length that is still open (torch.export) is no int, and must not be decided on
+    # A symbolic length (torch.export) is no int, and the graph must not depend on its value
     length = call.key.shape[2]
     return isinstance(length, int) and length == 1 and call.query.numel() > 0 and not call.needs_gradients
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..dispatch import Ways
 
 
-# Each way registers itself: see the package
+# Each backend registers itself when the package imports it
 WAYS = Ways("short convolution", ("triton", "pytorch"))
 
 

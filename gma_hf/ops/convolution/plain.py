@@ -15,9 +15,9 @@ from .reference import taps_of_sequences
 def plain_convolution(inputs, weight, sequence_ids, before, first, taps=None) -> Tensor:
     """The convolution in PyTorch. See `short_convolution` for the arguments."""
     channels, _, width = weight.shape
-    # A bidirectional convolution is asked first: its length may still be open (torch.export)
+    # The bidirectional case comes first, because its length may be symbolic (torch.export)
     if sequence_ids is None and first == width - 1 and inputs.shape[1] == width:
-        # One token: a sum of so many products is faster than a convolution
+        # For one token, a sum of products is faster than a convolution
         rows = rows_of(weight) if taps is None else taps()
         outputs = (inputs * rows).sum(dim=1, keepdim=True).to(inputs.dtype)
     elif sequence_ids is None:

@@ -23,7 +23,7 @@ def taps_of_sequences(inputs: Tensor, weight: Tensor, sequence_ids: Tensor, befo
     """The sum over the taps, [B, N, C]. Taps that would reach into another sequence do not count."""
     width, length = weight.shape[2], inputs.shape[1]
     padded_inputs = F.pad(inputs, (0, 0, before, width - 1 - before))
-    # -1 is the number of no sequence
+    # No sequence has the number -1
     padded_ids = F.pad(sequence_ids, (before, width - 1 - before), value=-1)
     outputs = torch.zeros_like(inputs)
     for tap in range(width):

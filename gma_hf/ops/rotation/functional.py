@@ -28,7 +28,8 @@ from ..dispatch import Ways
 ROUNDINGS = 4
 # Ranges of the columns of cosines and sines, first and last + 1
 Columns = Sequence[tuple[int, int]]
-# Of rotations of the first half of the dimensions against the second, as most models have. Each way registers itself: see the package
+# The backends for rotations of the first half of the dimensions with the second half, which most models use. Each registers
+# itself when the package imports it
 WAYS = Ways("rotation", ("triton", "pytorch"))
 
 
@@ -79,7 +80,7 @@ class Rotation(NamedTuple):
         dtype = torch.promote_types(query.dtype, torch.float32)
 
         def invert() -> tuple[Tensor, Tensor, Tensor]:
-            # The cosines are held as long as their number is
+            # The cosines are kept as long as their id is used
             return *inverse(self.cos, self.sin, columns, dtype, query.device), self.cos
 
         cos, sin, _ = once(("undo", id(self.cos), columns, dtype, rotary_dim), invert)
@@ -143,7 +144,7 @@ def slow_columns(cos: Tensor, sin: Tensor, wavelength: float) -> list[tuple[int,
     if cos.shape[-2] < 2:
         return [(0, cos.shape[-1])]
     cos, sin = (x.reshape(-1, *x.shape[-2:])[0, :2].cpu().double() for x in (cos, sin))
-    # By how much the second token is turned further than the first
+    # The angle between the second token and the first token
     angle = torch.atan2(sin[1] * cos[0] - cos[1] * sin[0], cos[1] * cos[0] + sin[1] * sin[0]).abs()
     is_slow = (angle * wavelength < 2 * math.pi).tolist()
     ranges, first = [], 0

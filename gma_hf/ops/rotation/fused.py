@@ -22,7 +22,7 @@ def fused_undo(query, key, cos, sin, rotary_dim, columns, once) -> tuple[Tensor,
 
     cos, sin = (x.to(query.device) for x in (cos, sin))
     if query.shape[2] == 1 and query.dtype == key.dtype:
-        # Of one token a copy costs less than another launch
+        # For one token, a copy costs less than another launch
         turned = turn_back(torch.cat([query, key], dim=1), cos, sin, rotary_dim, columns[0][0])
         return turned.split((query.shape[1], key.shape[1]), dim=1)
     return tuple(turn_back(x, cos, sin, rotary_dim, columns[0][0]) for x in (query, key))

@@ -19,7 +19,7 @@ def undo_halves(query, key, cos, sin, rotary_dim, columns, once) -> tuple[Tensor
 
     def invert() -> tuple[Tensor, Tensor, Tensor]:
         c, s = (x[..., :half] for x in inverse(cos, sin, columns, dtype, query.device))
-        # The cosines are held as long as their number is
+        # The cosines are kept as long as their id is used
         return torch.cat([c, c], dim=-1).unsqueeze(1), torch.cat([-s, s], dim=-1).unsqueeze(1), cos
 
     c, s, _ = once(("undo halves", id(cos), columns, dtype, rotary_dim), invert)

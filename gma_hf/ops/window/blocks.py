@@ -138,7 +138,7 @@ def attend(
     visible = band.visible(all_valid(valid, key), runs)
     near = queries.new_empty(*queries.shape[:-1], value.shape[-1])
     log_sum = queries.new_empty(*queries.shape[:-1], 1)
-    # The lowest number, not -inf, where a query sees nothing: the difference to -inf is no number
+    # The lowest number instead of -inf for a query that sees nothing, because a difference to -inf is NaN
     lowest = torch.finfo(dtype).min
     for piece in band.pieces(queries[:, :, 0, :, 0].numel()):
         weights = masked_logits(queries[:, :, piece], keys[:, :, piece], visible[:, piece], softcap)
@@ -162,7 +162,7 @@ def attend(
         total += torch.exp(sinks - maximum)
     output, asked = near.mul_(near_factor[..., None]), slice(length - read.shape[2], None)
     output[:, :, asked].addcmul_(read.to(dtype), memory_factor[:, :, asked, None])
-    # The largest term is about one, so the sum is zero only where nothing is seen
+    # The largest term is about one, so the sum is zero only if nothing is seen
     output.div_(total.masked_fill(total == 0, 1.0)[..., None])
     return output.to(value.dtype), maximum.add_(total.log())
 
@@ -249,7 +249,7 @@ def collected(weights: Tensor, y: Tensor, index: Tensor | None, num_sinks: int) 
     total = y.new_zeros(y.shape[0], num_sinks, y.shape[1], y.shape[-1])
     row = torch.arange(y.shape[0], device=y.device)[:, None]
     for weight, own in zip(weights.unbind(dim=-1), index.unbind(dim=-1), strict=True):
-        # Not by atomics: the same call gives the same bits
+        # Without atomics, so that the same call gives the same bits
         total.index_put_((row, own), (weight[..., None] * y).sum(dim=2).transpose(1, 2), accumulate=True)
     return total.transpose(1, 2)
 

@@ -81,7 +81,7 @@ def dense_window(
     if sinks is not None:
         parts.append(sinks.to(dtype)[:, None, None].expand_as(parts[-1]))
     logits = torch.cat(parts, dim=-1)
-    # The lowest number, not -inf, where a query sees nothing: the difference to -inf is no number
+    # The lowest number instead of -inf for a query that sees nothing, because a difference to -inf is NaN
     weights = (logits - logits.amax(dim=-1, keepdim=True).clamp(min=torch.finfo(dtype).min)).exp()
     total = weights.sum(dim=-1, keepdim=True)
     weights = weights / torch.where(total == 0, 1.0, total)

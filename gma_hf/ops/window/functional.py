@@ -19,10 +19,11 @@ from ...compat import can_use_flash_on_cpu, flash_attention_on_cpu
 from ..dispatch import Ways
 
 
-# "dense" writes all pairs of tokens out, by standard operators alone; "operators" are our own, in linear time. Each registers itself
+# "dense" computes all pairs of tokens with standard operators; "operators" are custom operators in linear time. Each
+# registers itself
 WAYS = Ways("window", ("dense", "operators"))
-# As in the operator, what is below 1e-19 is nothing, and its inverse is finite. It is added to the weight of a memory, so that
-# less than twice of it says that there is none
+# As in the operator, weights below 1e-19 count as zero, and the inverse of 1e-19 is finite. It is added to the weight of a
+# memory, so a weight below twice this number means an empty memory
 EMPTY = torch.finfo(torch.float32).tiny ** 0.5
 LOG_NOTHING = math.log(2 * EMPTY)
 
@@ -140,7 +141,7 @@ def attend_step(
             query, read = (x.view(batch_size, num_key_heads, -1, x.shape[3]) for x in (query, read))
             memory_logit = memory_logit.view(batch_size, num_key_heads, -1)
         near, log_sum = flash_attention_on_cpu(query, keys, values, scaling)
-        # The memory's share of the softmax over near tokens and memory
+        # The share of the memory in the softmax over near tokens and memory
         share = torch.sigmoid(memory_logit - log_sum).unsqueeze(-1)
         output = torch.lerp(near, read, share)
         return output if num_heads == num_key_heads else output.view(batch_size, num_heads, 1, -1)

@@ -121,12 +121,13 @@ def plan_window(
     start, first, end = row_bounds(num_tokens, valid, runs, ends_at_last, device)
     skipped, asked, is_empty = num_tokens - size - (length or 0), length, False
     if length is None:
-        # Views leave out the sinks of a single sequence. Those of several, or of padded rows, are not written
+        # Views leave out the sink tokens of a single sequence. Sink tokens of several sequences, or of padded rows, are not
+        # written
         skipped = num_sinks if valid is None and runs is None else 0
         asked = num_tokens - size - skipped
         if asked <= 0:
-            # No query has a memory. The mixture is called all the same, with a token that does not exist: it gives the state,
-            # hooks see the call, and every parameter has a gradient
+            # No query has a memory. The mixture is still called, with a token that does not exist, so that there is a state,
+            # hooks run, and every parameter has a gradient
             skipped, asked, is_empty = 0, 1, True
     written = None
     places = torch.arange(skipped, skipped + asked, device=device)
@@ -184,7 +185,7 @@ def row_bounds(num_tokens: int, valid: Tensor | None, runs: Tensor | None, ends_
     if runs is not None:
         places = torch.arange(num_tokens, device=device)
         start = torch.where(run_starts(runs), places, 0).cummax(dim=1).values
-        # Padding in front counts to the first sequence
+        # Padding at the beginning belongs to the first sequence
         start = start if first is None else torch.maximum(start, first)
     return start, first, end
 
@@ -211,7 +212,7 @@ def count_written(
     past = 0 if before is None else before[:, None] if isinstance(before, Tensor) else before
     if runs is None:
         return count + past
-    # Less what stands before its run; a history is of the first
+    # Minus the tokens before its run; a history belongs to the first run
     count = count - torch.where(run_starts(runs), count - is_real, 0).cummax(dim=1).values
     return count + past * (runs == runs[:, :1])
 
@@ -260,10 +261,11 @@ def kept_tokens(
             valid_there = valid_there & (last_tokens(runs, size) == runs[:, -1:])
     if num_sinks > 0:
         last_start = start[:, -1:]
-        # While there are fewer than s of them they are what stands before the window; what is before their sequence is none
+        # As long as there are fewer than s sink tokens, they are the tokens before the window, except tokens of other
+        # sequences
         limit = stop - size - num_sinks
         if not isinstance(limit, Tensor):
-            # Not `as_tensor`, which makes compiled graphs for this length alone
+            # Without `as_tensor`, which would compile a graph for this length only
             limit = torch.full((1, 1), limit, device=device)
         sink_places = torch.minimum(last_start, limit) + torch.arange(num_sinks, device=device)
         sink_valid, sink_places = sink_places >= last_start, sink_places.clamp(min=0)

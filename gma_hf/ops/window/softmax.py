@@ -31,7 +31,7 @@ def cannot_run(query: Tensor, key: Tensor, value: Tensor, read: Tensor) -> str |
     return missing(query.device.type, query.device.index)
 
 
-# Who computes the two passes of the operators
+# The backends for the two passes of the operators
 PASSES = Ways("window", ("triton", "pytorch"))
 PASSES.register(Way("triton", cannot_run, is_on_gpu))
 PASSES.register(Way("pytorch"))
@@ -178,7 +178,7 @@ def window_gradients(grad_output, num_sinks, size, causal, scaling, softcap, *sa
     )
     grad_sinks = None
     if sinks is not None:
-        # Where a query sees nothing, delta is zero, and there is a sink at least
+        # If a query sees nothing, delta is zero, and there is at least one sink token
         share = torch.exp(sinks.to(log_sum.dtype)[:, None] - log_sum)
         grad_sinks = -(share * delta).sum(dim=(0, 2)).to(sinks.dtype)
     grad_sink_keys = grad_sink_values = None
@@ -237,7 +237,7 @@ class WindowSoftmax(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_output, _):
-        # At once: what is checkpointed is there for one look
+        # At once, because checkpointed tensors can be read only once
         saved = ctx.saved_tensors
         if grad_output is None:
             return (None,) * 20

@@ -11,7 +11,7 @@ from ... import __version__
 from .frame import TAGS, bullets, loading_example, make_card, name_of_data, table
 
 
-# Names in the results, and how the card writes them: name, format, name on the hub
+# From the names in the results to the name in the card, its format, and the name on the Hub
 SCORES = {
     "eval_perplexity": ("perplexity", "{:.2f}", "perplexity"),
     "eval_kl": ("KL to the original (nats per token)", "{:.4f}", None),

@@ -30,7 +30,7 @@ BIBTEX = """\
   journal = {arXiv preprint arXiv:2606.18283},
   year    = {2026}
 }"""
-# A sentence of every card that is made here
+# A sentence that marks every card of this module
 MADE_HERE = "The operator is the work of Y. Huang and H. Raza; the package is `gma_hf`."
 WITHOUT_IMPORT = "Programs that do not import `gma_hf` pass `trust_remote_code=True`; the package must be installed."
 # Scores of `evaluate_text`: name in the results, in the card, on the hub
@@ -360,7 +360,8 @@ def _eval_results(description: CardDescription, evaluations: dict[str, dict[str,
                         metric_value=scores[key],
                     )
                 )
-    # The Hub keeps one name for results that agree in all else, so that one data set's numbers would pass for the other's
+    # The Hub keeps one name for results that agree in everything else, so the numbers of one data set would appear under the
+    # other
     names: dict[tuple, str] = {}
     for result in found:
         first = names.setdefault(result.unique_identifier, result.dataset_name)

@@ -215,7 +215,7 @@ def tokenize_texts(
 
 
 def _load_from_hub(arguments: DataArguments, trust_remote_code: bool) -> dict[str, Dataset]:
-    # `trust_remote_code` left `datasets` with its version 4: pass it only where it can mean something
+    # `datasets` has no `trust_remote_code` from version 4 on
     options = {"trust_remote_code": True} if trust_remote_code else {}
     try:
         return load_dataset(arguments.dataset_name, arguments.dataset_config_name, **options)

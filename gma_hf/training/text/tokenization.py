@@ -80,7 +80,7 @@ def get_tokenizer(
         )
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is not None:
-            # No new embedding is needed, and padding is told from the end of a text by the attention mask
+            # This needs no new embedding, and the attention mask separates padding from the end of a text
             tokenizer.pad_token = tokenizer.eos_token
         else:
             tokenizer.add_special_tokens({"pad_token": PAD})
