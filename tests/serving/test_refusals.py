@@ -118,9 +118,18 @@ def test_options_that_gma_layers_cannot_follow_are_refused(gated, options, messa
     expect_refusal(gated, message, **options)
 
 
-def test_prefix_caching_is_off(gated):
-    with engine(gated, enable_prefix_caching=True) as llm:
-        assert not llm.llm_engine.vllm_config.cache_config.enable_prefix_caching
+def test_prefix_caching_is_off_with_a_line_in_the_log(gated, caplog):
+    logger = logging.getLogger("gma_hf.serving.checks")
+    logger.addHandler(caplog.handler)
+    level = logger.level
+    logger.setLevel(logging.INFO)
+    try:
+        with engine(gated, enable_prefix_caching=True) as llm:
+            assert not llm.llm_engine.vllm_config.cache_config.enable_prefix_caching
+    finally:
+        logger.removeHandler(caplog.handler)
+        logger.setLevel(level)
+    assert "Prefix caching is off: the state of a GMA layer is a running sum" in caplog.text
 
 
 def test_another_version_of_vllm_is_named_in_a_warning(caplog):
