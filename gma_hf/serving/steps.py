@@ -12,10 +12,7 @@ import torch
 from torch import Tensor
 
 from ..modeling.layout import Layout
-
-
-# A row may be padded by so many tokens, or by this share of the longest row, before it goes to another group
-FREE_PADDING, PADDED_SHARE = 16, 0.25
+from ..ops.attention.packed import similar_lengths
 
 
 class StepGroup(NamedTuple):
@@ -74,17 +71,7 @@ def group_step(
     def kind(sequence: int) -> tuple[bool, bool]:
         return contexts[sequence] == 0, lengths[sequence] == 1
 
-    order = [sequence for sequence, length in enumerate(lengths) if length > 0]
-    order.sort(key=lambda sequence: (kind(sequence), -lengths[sequence]))
-    members: list[list[int]] = []
-    for sequence in order:
-        if members:
-            first = members[-1][0]
-            free = max(FREE_PADDING, PADDED_SHARE * lengths[first])
-            if kind(sequence) == kind(first) and lengths[first] - lengths[sequence] <= free:
-                members[-1].append(sequence)
-                continue
-        members.append([sequence])
+    members = similar_lengths(lengths, kind)
     return [make_group(sequences, starts, lengths, contexts, slots, device) for sequences in members]
 
 

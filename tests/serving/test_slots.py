@@ -16,10 +16,11 @@ from gma_hf.cache_argument import CACHE_NAME
 from gma_hf.modeling import GMACacheLayer
 from gma_hf.modeling.attention_gma import GMAAttention
 from gma_hf.modeling.cache_gma import counted
+from gma_hf.ops.attention.packed import FREE_PADDING, PADDED_SHARE
 from gma_hf.ops.rotation.functional import Rotation
 from gma_hf.serving.layouts import model_layout, stream_bytes
 from gma_hf.serving.slots import ALIGNMENT, SlotCache, run_step
-from gma_hf.serving.steps import FREE_PADDING, PADDED_SHARE, group_step
+from gma_hf.serving.steps import group_step
 from tests.serving.models import CONVERTED, NATIVE, make_model
 
 
