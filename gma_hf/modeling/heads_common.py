@@ -1,16 +1,17 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
 """
-What the heads of native and of converted models have in common.
+What the heads of native and converted models share.
 
-Generation: the ways of Transformers that GMA layers cannot take are refused before anything is generated.
+Generation: unsupported ways of Transformers to generate are refused before anything is generated.
 
-The loss of a batch is its part of the loss of a whole optimization step. With gradient accumulation or several processes a step
-has several batches. The loss of the step is the mean over all its labels, so a batch with n of N labels contributes
+Loss: the loss of a batch is its share of the loss of a whole optimization step. With gradient accumulation or several
+processes, a step has several batches. The loss of the step is the mean over all its labels, so a batch with n of N labels
+contributes
 
     n / N * (mean loss of the batch)
 
-`Trainer` gives N to every model as `num_items_in_batch`. Heads of Transformers for classification ignore the number, and so do
-heads that compute their loss without `self.loss_function`: the update then grows with the number of accumulated batches.
+`Trainer` passes N to every model as `num_items_in_batch`. Classification heads of Transformers ignore this number, and so do
+heads that compute their loss without `self.loss_function`. Their updates would grow with the number of accumulated batches.
 """
 
 import functools
@@ -27,19 +28,26 @@ IGNORED_LABEL = -100
 
 
 class GMAGenerationMixin:
-    """What generating models with GMA layers add to `GenerationMixin`. It stands before `GenerationMixin` among the bases."""
+    """
+    The part of generating models with GMA layers that `GenerationMixin` does not have. It stands before `GenerationMixin`
+    among the bases.
+    """
 
     def generate_batch(self, *args, **kwargs):
         """
+        Refuse continuous batching: it keeps keys and values of all tokens in pages, and GMA layers have none.
+
         Raises:
-            ValueError: always. Continuous batching keeps keys and values of all tokens in pages, and GMA layers have none.
+            ValueError: always.
         """
         raise ValueError(without_pages(self))
 
     def init_continuous_batching(self, *args, **kwargs):
         """
+        Refuse continuous batching, see `generate_batch`.
+
         Raises:
-            ValueError: always, see `generate_batch`.
+            ValueError: always.
         """
         raise ValueError(without_pages(self))
 
@@ -66,13 +74,13 @@ def without_pages(model: GMAGenerationMixin) -> str:
 
 def as_part_of_step(forward: Callable) -> Callable:
     """
-    Make a head's loss the part that its batch has in the loss of the step.
+    Turn the loss of a head into the share of its batch in the loss of the step.
 
     Args:
         forward (`Callable`): a `forward` with an argument `labels`, whose loss is the mean over the labels.
 
     Returns:
-        `Callable`: the same `forward`, which takes `num_items_in_batch`, the number of labels of the step, besides.
+        `Callable`: the same `forward`, which also takes `num_items_in_batch`, the number of labels of the step.
     """
     place = place_of(forward, "labels")
     others = [name for name in inspect.signature(forward).parameters if name in OTHER_LABELS]
@@ -104,14 +112,14 @@ OTHER_LABELS = ("next_sentence_label", "sentence_order_label")
 
 
 def has_mean_over_labels(model: Any) -> bool:
-    """Whether a head's loss is a mean over its labels. That of CTC is a sum over rows, or a mean over rows."""
+    """Whether the loss of a head is a mean over its labels. The loss of CTC is a sum or a mean over rows."""
     return not type(model).__name__.endswith("ForCTC")
 
 
 def adds_up_to_a_step(model: Any) -> bool:
     """
-    Whether the losses of a step's batches add up to the loss of the step, so that `Trainer` must not divide by the number of
-    batches. `Trainer` reads it as `accepts_loss_kwargs`.
+    Whether the losses of the batches of a step add up to the loss of the step, so that `Trainer` must not divide by the
+    number of batches. `Trainer` reads it as `accepts_loss_kwargs`.
     """
     return has_mean_over_labels(model) or model.config.ctc_loss_reduction == "sum"
 
@@ -127,12 +135,13 @@ def more_than_labels(model: Any, name: str) -> str:
 
 def adds_nothing_without_labels(forward: Callable) -> Callable:
     """
-    Make the loss of a batch without any label 0, with gradients of 0, when a head is trained. The mean over no label is NaN,
-    which one step would spread over all weights. In evaluation the mean stays NaN: a 0 would lower the mean over the batches.
+    Set the loss of a batch without any label to 0, with gradients of 0, during training. The mean over no label is NaN, and
+    one step would spread NaN over all weights. In evaluation the mean stays NaN, because a 0 would lower the mean over the
+    batches.
 
     Args:
-        forward (`Callable`): a `forward` with an argument `labels`, or with `start_positions` and `end_positions`, that divides by
-            `num_items_in_batch` itself where it is given.
+        forward (`Callable`): a `forward` with an argument `labels`, or with `start_positions` and `end_positions`. It
+            divides by `num_items_in_batch` itself if it gets this number.
 
     Returns:
         `Callable`: the same `forward`.
@@ -165,17 +174,17 @@ def adds_nothing_without_labels(forward: Callable) -> Callable:
 
 
 def place_of(forward: Callable, name: str) -> int:
-    """Which of the positional arguments behind `self` a name is."""
+    """The place of a name among the positional arguments after `self`."""
     return list(inspect.signature(forward).parameters).index(name) - 1
 
 
 def at_least_one(number: torch.Tensor | int) -> torch.Tensor | int:
-    """The number of labels of a step, as a divisor: a sum over no label is 0 already."""
+    """The number of labels of a step as a divisor. A sum over no label is 0 already."""
     return number.clamp(min=1) if isinstance(number, torch.Tensor) else max(number, 1)
 
 
 def zero_unless(exists: torch.Tensor, loss: torch.Tensor) -> torch.Tensor:
-    """The loss, or 0 with gradients of 0 if there is nothing that it is the mean of."""
+    """The loss, or 0 with gradients of 0 if it is a mean over nothing."""
     return torch.where(exists.to(loss.device), loss, torch.zeros_like(loss))
 
 
@@ -188,7 +197,7 @@ def with_loss(outputs: Any, loss: torch.Tensor) -> Any:
 
 
 def count_labels(model: Any, labels: torch.Tensor, shift_labels: torch.Tensor | None = None) -> torch.Tensor:
-    """How many labels the loss of a batch is the mean of: a causal model never predicts the first token of a row."""
+    """The number of labels in the mean of the loss of a batch. A causal model never predicts the first token of a row."""
     if shift_labels is not None:
         labels = shift_labels
     elif LOSS_MAPPING.get(model.loss_type) is ForCausalLMLoss and not model.config.is_encoder_decoder:

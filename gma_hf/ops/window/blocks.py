@@ -1,21 +1,22 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
-"""`window_softmax` in PyTorch, in any precision and on any device: its two passes and the sink tokens.
+"""
+`window_softmax` in PyTorch, in any precision and on any device: its two passes and the sink tokens.
 
-A block of T queries stands against the T keys beside it and the W before (bidirectional, also the W behind) them, so there
-are T + W logits per query. B rows, Hq query heads, Hk key/value heads, R = Hq / Hk, length N, n blocks: queries
-[B, Hk, n, R * T, d] (queries that share a key are rows of one matrix), keys of a block [B, Hk, n, span, d].
+A block of T queries needs the T keys at the same places and the W keys before them (bidirectional, also the W keys after
+them), so there are T + W logits per query. B rows, Hq query heads, Hk key/value heads, R = Hq / Hk, length N, n blocks:
+queries [B, Hk, n, R * T, d] (queries that share a key are rows of one matrix), keys of a block [B, Hk, n, span, d].
 
-Sink tokens: the first s tokens of a sequence, which every later query goes on seeing by softmax when they have left its
-window (attention sinks, Xiao et al., arXiv:2309.17453). They are merged with what softmax over the others gave:
+Sink tokens are the first s tokens of a sequence. Every later query still sees them by softmax when they have left its window
+(attention sinks, Xiao et al., arXiv:2309.17453). They are merged with the result of softmax over the other tokens:
 
     l'_i = log(e^{l_i} + sum_j e^{s_ij})           o'_i = e^{l_i - l'_i} o_i + sum_j e^{s_ij - l'_i} v_j
 
-Backwards, a softmax knows of its terms only the output and the normaliser of all. So the gradients of the others are those
-that they would have alone, with o' and l' in the place of o and l, and with p_ij = e^{s_ij - l'_i}, delta_i = do_i . o'_i:
+The backward pass of a softmax needs only the output and the normaliser of all terms. So the gradients of the other tokens
+are the same as alone, with o' and l' instead of o and l. With p_ij = e^{s_ij - l'_i}, delta_i = do_i . o'_i:
 
     ds_ij = p_ij (do_i . v_j - delta_i)        dq += scaling ds K        dk = scaling ds^T Q        dv = p^T do
 
-B rows, Hq query heads, Hk key/value heads, R = Hq / Hk; the n queries that may see sinks, the last of N.
+B rows, Hq query heads, Hk key/value heads, R = Hq / Hk; the n queries that may see sink tokens are the last of N.
 """
 
 from typing import NamedTuple
@@ -32,7 +33,7 @@ PIECE = 2**24  # logits that exist at the same time
 
 
 class Band(NamedTuple):
-    """How the tokens are cut into blocks."""
+    """The blocks of the tokens."""
 
     size: int  # W
     causal: bool
@@ -42,12 +43,12 @@ class Band(NamedTuple):
 
     @property
     def span(self) -> int:
-        """How many keys a block of queries stands against."""
+        """Number of keys for a block of queries."""
         return self.block + self.size * (1 if self.causal else 2)
 
     @property
     def padding(self) -> int:
-        """How many of the keys that the first query stands against do not exist."""
+        """Number of keys for the first query that do not exist."""
         return self.size - self.lead
 
     def spread(self, x: Tensor, dim: int) -> Tensor:
@@ -56,7 +57,9 @@ class Band(NamedTuple):
         return F.pad(x, (*[0, 0] * (x.ndim - 1 - dim), self.padding, missing)).unfold(dim, self.span, self.block)
 
     def gather(self, x: Tensor, length: int) -> Tensor:
-        """The transpose of `spread`: sums what blocks [B, Hk, n, span, d] have for a key, [B, Hk, length, d]."""
+        """
+        The transpose of `spread`: the sum of the values of all blocks [B, Hk, n, span, d] for a key, [B, Hk, length, d].
+        """
         size, block = self.size, self.block
         total = x.new_zeros(*x.shape[:2], (self.num_blocks + 1) * block + size, x.shape[-1])
         for start, width in ((0, size), (size, block), (size + block, size))[: 2 if self.causal else 3]:
@@ -65,7 +68,7 @@ class Band(NamedTuple):
         return total.narrow(2, self.padding, length).clone(memory_format=torch.contiguous_format)
 
     def pieces(self, num_rows: int) -> list[slice]:
-        """Blocks to do at once, `num_rows` being those of the logits of one block."""
+        """Groups of blocks to compute at once. `num_rows` is the number of rows of logits of one block."""
         step = max(1, PIECE // max(1, num_rows * self.span))
         return [slice(start, start + step) for start in range(0, self.num_blocks, step)]
 
@@ -93,19 +96,21 @@ class Band(NamedTuple):
 
 
 def shortest_band(length: int, size: int, causal: bool, lead: int) -> Band:
-    """The band of a forward pass: a single token is a block of its own."""
+    """The band of a forward pass: a single token is one block."""
     block = max(1, min(length, max(size, SHORTEST_BLOCK)))
     return Band(size, causal, lead, block, max(1, -(-length // block)))
 
 
 def whole_band(length: int, size: int, causal: bool, lead: int) -> Band:
-    """The band of a backward pass: `gather` needs blocks that are no shorter than the window."""
+    """The band of a backward pass: `gather` needs blocks that are at least as long as the window."""
     block = max(size, SHORTEST_BLOCK)
     return Band(size, causal, lead, block, max(1, -(-length // block)))
 
 
 def masked_logits(query: Tensor, key: Tensor, visible: Tensor, softcap: float | None) -> Tensor:
-    """s, [B, Hk, n, R * T, span], from scaled queries and the keys [B, Hk, n, d, span]; -inf where not visible."""
+    """
+    s, [B, Hk, n, R * T, span], from scaled queries and the keys [B, Hk, n, d, span]; -inf for pairs that are not visible.
+    """
     logits = query @ key
     if softcap is not None:
         logits.div_(softcap).tanh_().mul_(softcap)
@@ -114,7 +119,7 @@ def masked_logits(query: Tensor, key: Tensor, visible: Tensor, softcap: float | 
 
 
 def memory_logits(query: Tensor, log_weight: Tensor, memory_bias: Tensor, memory_query: Tensor, dtype) -> Tensor:
-    """m + log D, [B, Hq, N], from the queries that weigh the memory; -inf where it is empty, or was not asked."""
+    """m + log D, [B, Hq, N], from the queries that weigh the memory; -inf if the memory is empty or the query has none."""
     log_weight = F.pad(log_weight.to(dtype), (query.shape[2] - log_weight.shape[2], 0), value=float("-inf"))
     slopes = query.to(dtype) @ memory_query.to(dtype)[:, :, None]
     logits = slopes.squeeze(-1) + memory_bias.to(dtype)[:, None] + log_weight
@@ -122,7 +127,7 @@ def memory_logits(query: Tensor, log_weight: Tensor, memory_bias: Tensor, memory
 
 
 def all_valid(valid: Tensor | None, key: Tensor) -> Tensor:
-    """`valid`, or that all keys are."""
+    """`valid`, or a mask with all keys."""
     return torch.ones(1, key.shape[2], dtype=torch.bool, device=key.device) if valid is None else valid
 
 
@@ -216,7 +221,7 @@ def attend_backward(
 
 
 def left_window(num_sinks: int, num_queries: int, num_keys: int, size: int, device: torch.device) -> Tensor:
-    """Which of the first keys the queries, those of the last keys, see behind a window of `size` tokens, [1, n, s]."""
+    """Which of the first keys the queries of the last keys see after a window of `size` tokens, [1, n, s]."""
     places = torch.arange(num_keys - num_queries, num_keys, device=device)[:, None]
     return (places - torch.arange(num_sinks, device=device) >= size)[None]
 
@@ -228,7 +233,7 @@ def take_rows(x: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def products(y: Tensor, x: Tensor, index: Tensor | None) -> Tensor:
-    """y_i . x_j of queries and their sinks, from [B, Hk, R, n, d] and [B, Hk, S, d]: [B, Hk, R, n, s]."""
+    """y_i . x_j of queries and their sink tokens, from [B, Hk, R, n, d] and [B, Hk, S, d]: [B, Hk, R, n, s]."""
     if index is None:
         return torch.einsum("bkrnd,bksd->bkrns", y, x.to(y.dtype))
     return torch.stack([(y * take_rows(x, own, y.dtype)).sum(dim=-1) for own in index.unbind(dim=-1)], dim=-1)
@@ -243,7 +248,7 @@ def mixture_of(weights: Tensor, x: Tensor, index: Tensor | None) -> Tensor:
 
 
 def collected(weights: Tensor, y: Tensor, index: Tensor | None, num_sinks: int) -> Tensor:
-    """sum_i w_ij y_i, what all queries have for a sink, [B, Hk, S, d]."""
+    """sum_i w_ij y_i, the sum of all queries for a sink token, [B, Hk, S, d]."""
     if index is None:
         return torch.einsum("bkrns,bkrnd->bksd", weights, y)
     total = y.new_zeros(y.shape[0], num_sinks, y.shape[1], y.shape[-1])
@@ -255,7 +260,10 @@ def collected(weights: Tensor, y: Tensor, index: Tensor | None, num_sinks: int) 
 
 
 def sink_logits(queries: Tensor, sinks: SinkTokens, softcap: float | None) -> tuple[Tensor, Tensor | float]:
-    """s, [B, Hk, R, n, s], from scaled queries, -inf where not visible; and ds over what it would be without a cap."""
+    """
+    s, [B, Hk, R, n, s], from scaled queries, -inf for pairs that are not visible; and the factor of ds that the soft cap
+    adds.
+    """
     logits, slope = products(queries, sinks.keys, sinks.index), 1.0
     if softcap is not None:
         tangent = torch.tanh(logits / softcap)
@@ -272,7 +280,7 @@ def grouped(x: Tensor, sinks: SinkTokens) -> Tensor:
 def attend_sinks(
     output: Tensor, log_sum: Tensor, query: Tensor, sinks: SinkTokens, scaling: float, softcap: float | None
 ) -> tuple[Tensor, Tensor]:
-    """o' [B, Hq, N, dv] and l' [B, Hq, N] from o and l, in their place."""
+    """o' [B, Hq, N, dv] and l' [B, Hq, N] from o and l, in the same memory."""
     dtype = log_sum.dtype
     logits, _ = sink_logits(grouped(query, sinks).to(dtype) * scaling, sinks, softcap)
     log_sums, outputs = grouped(log_sum, sinks), grouped(output, sinks)
@@ -296,7 +304,7 @@ def attend_sinks_backward(
     softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
     """
-    dk and dv of the sinks [B, Hk, S, d or dv] in the dtype of l', from l', delta [B, Hq, N] and do; dq is added to
+    dk and dv of the sink tokens [B, Hk, S, d or dv] in the dtype of l', from l', delta [B, Hq, N] and do. dq is added to
     `grad_query`.
     """
     with torch.autocast(device_type=query.device.type, enabled=False):

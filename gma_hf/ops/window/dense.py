@@ -1,12 +1,13 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
 """
-The window's softmax with all pairs of tokens written out, by the standard operators of PyTorch alone: for ONNX and for forward-mode
-derivatives. Quadratic in the length. The equations are those of `functional`; they become one softmax over what a query sees:
+The softmax of the window over all pairs of tokens, with the standard operators of PyTorch only: for ONNX and for
+forward-mode derivatives. The cost is quadratic in the length. The equations of `functional` become one softmax over
+everything that a query sees:
 
     o_i = softmax([s_i, s'_i, m_i, sink]) [V; V'; r_i; 0]
 
-s_i the logits of the tokens, s'_i those of sink tokens that are handed over apart, m_i that of the memory. Queries [B, Hq, N, d],
-keys [B, Hk, T, d] of which the last N are the queries' tokens.
+s_i are the logits of the tokens, s'_i the logits of separate sink tokens, m_i the logit of the memory. Queries [B, Hq, N,
+d], keys [B, Hk, T, d]; the last N keys belong to the tokens of the queries.
 """
 
 import torch
@@ -39,7 +40,7 @@ def dense_window(
     scaling: float,
     softcap: float | None,
 ) -> Tensor:
-    """o. For arguments see `window_softmax`."""
+    """The output o. See `window_softmax` for the arguments."""
     dtype, (_, heads, length, _), num_keys = accumulation_dtype(query, value), query.shape, key.shape[2]
     queries = query.to(dtype) * scaling
     keys, values = repeat_heads(key.to(dtype), heads), repeat_heads(value.to(dtype), heads)

@@ -1,12 +1,14 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
-"""Softmax attention to the nearest tokens and to what a memory has read, in linear time and memory: the public functions.
+"""
+The public functions of the window: softmax attention to the nearest tokens and to the read of a memory, in linear time and
+memory.
 
     o_i = (sum_{j near i} e^{s_ij} v_j + e^{m_i} r_i) / e^{l_i}     s_ij = scaling q_i . k_j, or c tanh(s / c) of that
     l_i = log(sum_{j near i} e^{s_ij} + e^{m_i} + e^{sink})         m_i = a + u . q'_i + log D_i
 
-A memory is one more thing to attend to: its value r_i is what was read, a mean of values, and D_i how much that is a mean of.
-What weighs it, q', is q unless the call has others. Sink tokens are among the near: keys and values of their own, or the first
-of all when they have left the window.
+The memory acts as one more token. Its value r_i is the read, a mean of values, and D_i is the weight of this mean. q' weighs
+the memory; it is q unless the call has other queries. Sink tokens are among the near tokens: they have their own keys and
+values, or they are the first keys of the call after they have left the window.
 """
 
 import math
@@ -29,7 +31,7 @@ LOG_NOTHING = math.log(2 * EMPTY)
 
 
 class SinkTokens(NamedTuple):
-    """The sink tokens that the last n queries may see, s each."""
+    """The sink tokens that the last n queries may see, s per query."""
 
     keys: Tensor  # [B, Hk, S, d]
     values: Tensor  # [B, Hk, S, dv]
@@ -38,7 +40,7 @@ class SinkTokens(NamedTuple):
 
 
 def accumulation_dtype(query: Tensor, value: Tensor) -> torch.dtype:
-    """Precision of logits and sums: float32, or float64 when an input has it."""
+    """Precision of logits and sums: float32, or float64 if an input is float64."""
     return torch.float64 if torch.float64 in (query.dtype, value.dtype) else torch.float32
 
 
@@ -63,34 +65,36 @@ def window_softmax(
     softcap: float | None = None,
 ) -> Tensor:
     """
-    Attention of every query to the near tokens that are valid and of its own run (itself and the `size` - 1 before it, or
-    `size` to each side), and to what it read from a memory, by the equations of this file's opening.
+    Attention of every query to the valid near tokens of its own run (itself and the `size` - 1 tokens before it, or `size`
+    tokens to each side), and to its read of a memory. The equations stand at the top of this file.
 
     Args:
-        query (`torch.Tensor` of shape `(batch, heads, length, head_dim)`): the last `length` tokens.
-        key (`torch.Tensor` of shape `(batch, key_value_heads, num_keys, head_dim)`): of the same `length` tokens, if causal
-            optionally of the `size` tokens before them as well.
-        value (`torch.Tensor` of shape `(batch, key_value_heads, num_keys, value_dim)`): likewise.
+        query (`torch.Tensor` of shape `(batch, heads, length, head_dim)`): queries of the last `length` tokens.
+        key (`torch.Tensor` of shape `(batch, key_value_heads, num_keys, head_dim)`): keys of the same `length` tokens; in
+            causal calls optionally also of the `size` tokens before them.
+        value (`torch.Tensor` of shape `(batch, key_value_heads, num_keys, value_dim)`): values of the same tokens as the
+            keys.
         valid (`torch.BoolTensor` of shape `(batch or 1, num_keys)`, *optional*): which tokens may be seen; by default all.
-        runs (`torch.LongTensor` of shape `(batch, num_keys)`, *optional*): tokens of different runs are apart.
-        read (`torch.Tensor` of shape `(batch, heads, asked, value_dim)`): r, of the last `asked` queries, at most `length`;
-            for the others there is no memory.
-        log_weight (`torch.Tensor` of shape `(batch, heads, asked)`): log D. What is below log 2e-19 counts as nothing.
-        memory_bias (`torch.Tensor` of shape `(heads,)`), memory_query (`torch.Tensor` of shape `(heads, head_dim)`): a and
-            u, which tell how much the memory weighs.
-        weighing_query (`torch.Tensor` of shape `(batch, heads, length, head_dim)`, *optional*): q', which u is multiplied
-            with; by default `query`.
-        sinks (`torch.Tensor` of shape `(heads,)`, *optional*): logits that join the normaliser alone.
-        sink_tokens (`SinkTokens`, *optional*): further tokens that are seen, from before the window.
-        num_sinks (`int`): how many of the first keys go on being seen when they have left the window of a query, instead of
+        runs (`torch.LongTensor` of shape `(batch, num_keys)`, *optional*): tokens of different runs do not see each other.
+        read (`torch.Tensor` of shape `(batch, heads, asked, value_dim)`): r of the last `asked` queries, at most `length`.
+            The other queries have no memory.
+        log_weight (`torch.Tensor` of shape `(batch, heads, asked)`): log D. Values below log 2e-19 mean an empty memory.
+        memory_bias (`torch.Tensor` of shape `(heads,)`): a, for the weight of the memory.
+        memory_query (`torch.Tensor` of shape `(heads, head_dim)`): u, for the weight of the memory.
+        weighing_query (`torch.Tensor` of shape `(batch, heads, length, head_dim)`, *optional*): q', which is multiplied with
+            u; by default `query`.
+        sinks (`torch.Tensor` of shape `(heads,)`, *optional*): logits that join the normaliser only.
+        sink_tokens (`SinkTokens`, *optional*): further visible tokens from before the window.
+        num_sinks (`int`): how many of the first keys stay visible when they have left the window of a query, instead of
             `sink_tokens`.
         size (`int`): W.
-        causal (`bool`): look back only.
+        causal (`bool`): whether a query sees the tokens before it only.
         scaling (`float`): factor of the logits.
-        softcap (`float`, *optional*): c, where logits become c tanh(s / c).
+        softcap (`float`, *optional*): c: logits s become c tanh(s / c).
 
     Returns:
-        `torch.Tensor` of shape `(batch, heads, length, value_dim)` in the dtype of `value`; 0 where a query sees nothing.
+        `torch.Tensor` of shape `(batch, heads, length, value_dim)`: the output, in the dtype of `value`; 0 for a query that
+        sees nothing.
 
     Raises:
         ValueError: if `weighing_query` has other heads or another dimension than `memory_query`.
@@ -120,19 +124,20 @@ def attend_step(
     sinks: Tensor | None,
 ) -> Tensor:
     """
-    The same for one query per row, with as few operations as possible: decoding.
+    `window_softmax` for one query per row, with as few operations as possible, for decoding.
 
     Args:
         query (`torch.Tensor` of shape `(batch, heads, 1, head_dim)`): the query.
-        keys (`torch.Tensor` of shape `(batch, key_value_heads, num_keys, head_dim)`): all that it may see, sink tokens included.
-        values (`torch.Tensor` of shape `(batch, key_value_heads, num_keys, value_dim)`): likewise.
+        keys (`torch.Tensor` of shape `(batch, key_value_heads, num_keys, head_dim)`): all visible keys, sink tokens
+            included.
+        values (`torch.Tensor` of shape `(batch, key_value_heads, num_keys, value_dim)`): their values.
         valid (`torch.BoolTensor` of shape `(batch, num_keys)`, *optional*): which of them exist; by default all.
         read (`torch.Tensor` of shape `(batch, heads, 1, value_dim)`): r.
         memory_logit (`torch.Tensor` of shape `(batch, heads, 1)`): m + log D.
         scaling, softcap, sinks: see [`window_softmax`].
 
     Returns:
-        `torch.Tensor` of shape `(batch, heads, 1, value_dim)` in the dtype of `values`.
+        `torch.Tensor` of shape `(batch, heads, 1, value_dim)`: the output, in the dtype of `values`.
     """
     dtype = accumulation_dtype(query, values)
     batch_size, num_heads, (num_key_heads, num_keys) = *query.shape[:2], keys.shape[1:3]

@@ -1,12 +1,12 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
 """
-Which tokens a window, its sink tokens and the memory behind it look at. It depends on padding and packed sequences alone, so
-that it is worked out once for all layers of a call.
+Which tokens a window, its sink tokens and its memory read. This depends on padding and packed sequences only, so it is
+computed once for all layers of a call.
 
-Along a row stand T tokens, of which the last N ask: those of the call, behind W + s places for what earlier calls left (s sinks,
-W tokens of the window) where there is such a history. The real tokens of a sequence follow each other without a gap, but for
-those that the memory has swallowed between its sinks and its window: the j-th sink of a sequence that starts at place p stands
-at p + j. A query at place i reads what the memory holds after the token at place i - W.
+A row has T tokens, and the last N have queries: the tokens of the call. If there is a history, its W + s places stand before
+them (s sink tokens, W tokens of the window). The real tokens of a sequence follow each other without a gap, except for the
+tokens that only the memory holds, between its sink tokens and its window. The j-th sink token of a sequence that starts at
+place p stands at p + j. A query at place i reads the memory as it is after the token at place i - W.
 """
 
 from typing import NamedTuple
@@ -18,7 +18,7 @@ from ..attention.call import run_starts
 
 
 class WindowPlan(NamedTuple):
-    """What a window and its memory look at."""
+    """The tokens that a window and its memory read."""
 
     valid: Tensor | None  # [B or 1, T], which tokens exist; None if all do
     runs: Tensor | None  # [B, T], number of the packed sequence
@@ -42,7 +42,7 @@ class WindowPlan(NamedTuple):
 
 
 def token_dim(x: Tensor) -> int:
-    """The dimension along which the tokens of keys, weights or flags stand."""
+    """The dimension of the tokens in keys, weights or flags."""
     return 1 if x.ndim == 2 else 2
 
 
@@ -55,7 +55,7 @@ def last_tokens(x: Tensor, length: int) -> Tensor:
 
 
 def spread_index(order: Tensor, x: Tensor, dim: int) -> Tensor:
-    """The index by which `gather` takes the tokens of `x`, along `dim`, in an order `(batch or 1, number)`."""
+    """The index with which `gather` takes the tokens of `x` along `dim` in an order `(batch or 1, number)`."""
     index = order.view(order.shape[0], *[1] * (dim - 1), order.shape[1], *[1] * (x.ndim - 1 - dim))
     return index.expand(*x.shape[:dim], -1, *x.shape[dim + 1 :])
 
@@ -68,8 +68,8 @@ def take_tokens(x: Tensor, order: Tensor) -> Tensor:
 
 def padding_first(is_real: Tensor) -> tuple[Tensor, Tensor]:
     """
-    The order in which what is not real stands to the left of all that is, and else nothing changes places; and its inverse, both
-    `(batch, length)`. Counted, not sorted: ONNX has no stable sort.
+    The order in which padding stands to the left of all real tokens, and its inverse, both `(batch, length)`. Real tokens
+    keep their order. The order is counted and not sorted, because ONNX has no stable sort.
     """
     number = is_real.long().cumsum(dim=1)
     places = torch.arange(is_real.shape[1], device=is_real.device)
@@ -96,19 +96,24 @@ def plan_window(
     before: Tensor | int | None = None,
 ) -> WindowPlan:
     """
+    Compute the plan of a window.
+
     Args:
         batch_size (`int`), num_tokens (`int`): B and T.
-        valid (`torch.BoolTensor` of shape `(batch or 1, num_tokens)`, *optional*): which tokens exist. In each row they stand
-            side by side.
+        valid (`torch.BoolTensor` of shape `(batch or 1, num_tokens)`, *optional*): which tokens exist. In each row they are
+            contiguous.
         runs (`torch.LongTensor` of shape `(batch, num_tokens)`, *optional*): packed sequences, as runs of equal numbers.
-        size (`int`): how many tokens a query sees exactly; less than W where the row is shorter.
+        size (`int`): number of tokens that a query sees exactly; less than W if the row is shorter.
         window_size (`int`), num_sinks (`int`): W and s.
-        causal (`bool`): look back only.
-        dtype (`torch.dtype`): precision of the memory's weight.
-        device (`torch.device`): where the tokens are.
+        causal (`bool`): whether a query sees the tokens before it only.
+        dtype (`torch.dtype`): precision of the weight of the memory.
+        device (`torch.device`): device of the tokens.
         ends_at_last (`bool`): whether the last token of each row exists.
         length (`int`, *optional*): N, if a history stands before the tokens of the call.
-        before (`torch.Tensor` of shape `(batch,)` or `int`, *optional*): how many tokens the memory of the history holds.
+        before (`torch.Tensor` of shape `(batch,)` or `int`, *optional*): number of tokens in the memory of the history.
+
+    Returns:
+        [`WindowPlan`]: the plan.
     """
     if not causal:
         count = count_written(num_tokens, valid, runs, False, None, device)
@@ -172,8 +177,8 @@ def _writes(written: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
 
 def row_bounds(num_tokens: int, valid: Tensor | None, runs: Tensor | None, ends_at_last: bool, device: torch.device):
     """
-    Where the sequence of a token starts, `(batch or 1, T)` or, where a row is one sequence, `(batch or 1, 1)`; where the row's
-    first token stands; and where the place after its last one is.
+    Where the sequence of a token starts, `(batch or 1, T)` or, if a row is one sequence, `(batch or 1, 1)`; the place of the
+    first token of the row; and the place after its last token.
     """
     if valid is None:
         first = end = None
@@ -194,8 +199,8 @@ def count_written(
     length: int, written: Tensor | None, runs: Tensor | None, causal: bool, before, device: torch.device
 ) -> Tensor:
     """
-    How many tokens of a sequence the memory holds when it has been given a token of it, [batch or 1, length]: with those that a
-    history has, causal, or all, bidirectional.
+    How many tokens of the sequence of each token the memory holds, [batch or 1, length]: causal, up to this token and with
+    the tokens of a history; bidirectional, all.
     """
     if causal and written is None and runs is None and before is None:
         return torch.arange(1, length + 1, device=device)[None]
@@ -220,7 +225,10 @@ def count_written(
 def visible_sinks(
     start: Tensor, runs: Tensor | None, num_sinks: int, size: int, num_queries: int, num_tokens: int
 ) -> tuple[Tensor, Tensor]:
-    """Where the sink tokens of the last queries' sequences stand, and which a query sees: those that have left its window."""
+    """
+    The places of the sink tokens of the sequences of the last queries, and which of them a query sees: the sink tokens that
+    have left its window.
+    """
     rank = torch.arange(num_sinks, device=start.device)
     newest = torch.arange(num_tokens - num_queries, num_tokens, device=start.device) - size
     if runs is None:

@@ -1,15 +1,15 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
-"""The window's softmax by operators of our own, forward and backward. The equations of the forward pass are in `functional`.
-
+"""
+The softmax of the window by custom operators, forward and backward. The equations of the forward pass are in `functional`.
 Backwards, with p_ij = e^{s_ij - l_i}, p_i = e^{m_i - l_i}, delta_i = do_i . o_i:
 
     ds_ij = p_ij (do_i . v_j - delta_i)        dm_i = dlog D_i = p_i (do_i . r_i - delta_i)        dr_i = p_i do_i
     dq = scaling ds K        dk = scaling ds^T Q        dv = p^T do        dsink = -sum_i e^{sink - l_i} delta_i
     dq' = dm u               du = dm^T Q'
 
-Only the inputs, o and l are kept; logits are computed again. On GPUs the kernels of `triton` do this; elsewhere, and
-where they cannot, the plain PyTorch of `blocks.py`. Where every query has sink tokens of its own (packed sequences), they join
-by the latter behind the kernels, too.
+Only the inputs, o and l are kept; logits are computed again. On GPUs the kernels of `triton` compute this. Elsewhere, and if
+the kernels cannot run, the plain PyTorch of `blocks.py` computes it. If every query has its own sink tokens (packed
+sequences), `blocks.py` adds them after the kernels, too.
 """
 
 import torch
@@ -23,7 +23,7 @@ from .functional import WAYS, SinkTokens, accumulation_dtype
 
 
 def cannot_run(query: Tensor, key: Tensor, value: Tensor, read: Tensor) -> str | None:
-    """Why the kernels cannot run a call, or None."""
+    """Why the kernels cannot run a call, or `None`."""
     if not all(x.dtype in DTYPES for x in (query, value, read)) or key.dtype != query.dtype:
         return "query and key must have the same dtype, and no tensor may be float64."
     if max(query.shape[-1], value.shape[-1]) > MAX_DIM:
@@ -38,7 +38,7 @@ PASSES.register(Way("pytorch"))
 
 
 def uses_kernels(query: Tensor, key: Tensor, value: Tensor, read: Tensor) -> bool:
-    """Whether a call goes to the kernels."""
+    """Whether the kernels run a call."""
     return PASSES.choose(query, key, value, read).name == "triton"
 
 
@@ -64,7 +64,10 @@ torch.library.define(
 
 
 def sink_tokens_of(query: Tensor, key: Tensor, sink_key: Tensor, sink_value: Tensor, visible, size: int) -> SinkTokens:
-    """Those that an operator was given: without `visible` the first keys, seen by whose window they have left."""
+    """
+    The sink tokens of an operator. Without `visible` these are the first keys, which a query sees after they have left its
+    window.
+    """
     if visible is None:
         visible = left_window(sink_key.shape[2], query.shape[2], key.shape[2], size, key.device)
     return SinkTokens(sink_key, sink_value, visible)
@@ -111,7 +114,7 @@ def softmax_backward(
     visible, output, log_sum, grad_output, size, causal, scaling, softcap,
 ):  # fmt: skip
     """
-    What `attend_backward` returns, and dk beside dv of the sink tokens, `(batch, key_value_heads, s, head_dim + value_dim)`
+    The result of `attend_backward`, and dk beside dv of the sink tokens, `(batch, key_value_heads, s, head_dim + value_dim)`
     in the precision of l; of size 0 if there are none.
     """
     inputs = (query, key, value, valid, runs, read, log_weight, memory_bias, memory_query, weighing_query)
@@ -151,14 +154,14 @@ def _(
 
 
 def operator_sinks(key: Tensor, value: Tensor, sink_tokens: SinkTokens, num_sinks: int) -> tuple[Tensor | None, ...]:
-    """Keys, values and visibility of the sink tokens that the operators shall see to."""
+    """Keys, values and visibility of the sink tokens that the operators compute."""
     if num_sinks > 0:
         return key.narrow(2, 0, num_sinks), value.narrow(2, 0, num_sinks), None
     return (None, None, None) if sink_tokens.index is not None else sink_tokens[:3]
 
 
 def window_gradients(grad_output, num_sinks, size, causal, scaling, softcap, *saved) -> tuple[Tensor | None, ...]:
-    """Gradients of what [`WindowSoftmax`] has saved, its outputs left out."""
+    """Gradients for the tensors that [`WindowSoftmax`] has saved, without its outputs."""
     *inputs, sinks, sink_keys, sink_values, visible, index, output, log_sum = saved
     options = (size, causal, scaling, softcap)
     sink_tokens = SinkTokens(sink_keys, sink_values, visible, index)
@@ -217,8 +220,8 @@ class WindowSoftmax(torch.autograd.Function):
         sink_keys, sink_values, visible, index, num_sinks, size, causal, scaling, softcap,
     ):  # fmt: skip
         """
-        o, and l, which the backward pass needs. Every argument has a name: without gradients `torch.compile` counts the names,
-        and gives a function of `*arguments` a context before them.
+        The output o, and l for the backward pass. Every argument has a name: without gradients `torch.compile` counts the
+        names, and would pass a context as the first of `*arguments`.
         """
         inputs = (query, key, value, valid, runs, read, log_weight, memory_bias, memory_query, weighing_query)
         sink_tokens = SinkTokens(sink_keys, sink_values, visible, index)
@@ -247,7 +250,7 @@ class WindowSoftmax(torch.autograd.Function):
 def window_by_operators(
     query, key, value, valid, runs, read, log_weight, memory_bias, memory_query, weighing_query, sinks, sink_tokens, *options
 ) -> Tensor:  # fmt: skip
-    """o. For arguments see `window_softmax`."""
+    """The output o. See `window_softmax` for the arguments."""
     sink_tokens = (None,) * 4 if sink_tokens is None else sink_tokens
     output, _ = WindowSoftmax.apply(
         query, key, value, valid, runs, read, log_weight, memory_bias, memory_query, weighing_query, sinks, *sink_tokens,

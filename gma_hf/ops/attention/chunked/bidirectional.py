@@ -30,7 +30,7 @@ def block_writes(
     write_weight: Tensor | None,
     correlate: bool,
 ) -> tuple[Tensor, Route, Tensor, Tensor, Tensor | None]:
-    """Centred keys, their routes, what they write, the values and the write weight of a block."""
+    """Centred keys, their routes, their writes, the values and the write weight of a block."""
     dtype = coefficients.centre.dtype
     write_weight = None if write_weight is None else block.of(write_weight).to(dtype)
     key = block.centred_keys(key, coefficients.centre, write_weight)
@@ -118,7 +118,7 @@ def _(key, value, coefficients, write_weight, grad_S, grad_z, correlate):
 )
 @on_one_device
 def read_forward(query, coefficients, S, z, eps, dtype, output_normalizer, correlate):
-    """What every query reads, in `dtype`, and D (of size 0 unless `output_normalizer`)."""
+    """The reads of all queries, in `dtype`, and D (of size 0 unless `output_normalizer`)."""
     coefficients = MixtureCoefficients(*coefficients)
     output, normalizer = empty_reads(query, S, dtype, output_normalizer)
     for block in single_chunk_blocks(query.shape[2]):
@@ -199,7 +199,7 @@ def read_gradients(query, centre, linear, quadratic, bias, *arguments):
 
 
 class WriteState(torch.autograd.Function):
-    """Add what key, value [B, Hk, N, dim] write to the state S [M, B, C, dv], z [M, B, C]."""
+    """Add the writes of key, value [B, Hk, N, dim] to the state S [M, B, C, dv], z [M, B, C]."""
 
     generate_vmap_rule = True
 

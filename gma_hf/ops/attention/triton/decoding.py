@@ -1,14 +1,15 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
-"""Decoding: one launch advances all heads of a layer by a token, or by a few.
+"""
+Decoding: one launch advances all heads of a layer by one token, or by a few.
 
     S_t = a_t S_{t-1} + w_t gamma^K_t v_t^T,    z_t = a_t z_{t-1} + w_t gamma^K_t
-    o_t = gamma^Q_t S_t / (gamma^Q_t z_t + eps)        or gamma^Q_t S_t; with correlation rho stands for gamma
+    o_t = gamma^Q_t S_t / (gamma^Q_t z_t + eps)        or gamma^Q_t S_t; with correlation rho replaces gamma
 
-A program has one mixture and a block of the value dimensions; the mixture's coefficients and its part of the state stay in
-registers. All of it in float32: there is nothing for matrix units here.
+A program has one mixture and a block of the value dimensions. The coefficients of the mixture and its part of the state stay
+in registers. Everything is float32, because matrix units have nothing to do here.
 
-query [B, HQ, N, D], key [B, HK, N, D], value [B, HK, N, DV], mixtures M -> output [B, HQ, N, DV], if asked for the
-denominators D [B, HQ, N] in float32, S [B, M, C, DV] and z [B, M, C] float32. In slots: row b goes on from S[slots[b]] and
+query [B, HQ, N, D], key [B, HK, N, D], value [B, HK, N, DV], mixtures M -> output [B, HQ, N, DV], if requested the
+denominators D [B, HQ, N] in float32, S [B, M, C, DV] and z [B, M, C] float32. In slots: row b continues from S[slots[b]] and
 z[slots[b]] of S [slots, M, C, DV], z [slots, M, C], and writes them back there.
 """
 
@@ -150,7 +151,7 @@ def launch(
     query, key, value, means, raw_variances, prior_logits, write_weight, log_decay, S, z, slots, output, normalizer,
     new_S, new_z, eps, variance_floor, correlate,
 ) -> None:  # fmt: skip
-    """One launch of the kernel; what it writes exists already."""
+    """One launch of the kernel, with outputs that are allocated already."""
     batch, query_heads, length, dim = query.shape
     (mixtures, components, _), value_dim = means.shape, value.shape[-1]
     query, key, value = row_contiguous(query), row_contiguous(key), row_contiguous(value)
@@ -209,7 +210,7 @@ def fused_decoding_in_slots(
     query, key, value, means, raw_variances, prior_logits, write_weight, log_decay, S, z, slots, eps, variance_floor,
     correlate,
 ):  # fmt: skip
-    """The output; S and z of the slots are written in place. What is in one slot lies together."""
+    """The output. S and z of the slots are written in place. The numbers of one slot are contiguous."""
     output, slots = empty_output(query, value), slots.contiguous()
     new_z = z.new_empty(len(slots), *z.shape[1:])
     launch(
