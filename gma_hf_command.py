@@ -24,10 +24,11 @@ VERBS = {
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run `gma-hf VERB ...`.
+    """
+    Run `gma-hf VERB ...`.
 
     Args:
-        argv: the arguments behind the name of the program, default `sys.argv[1:]`.
+        argv (`list[str]`, *optional*): the arguments after the name of the program; by default `sys.argv[1:]`.
     """
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help"):

@@ -65,7 +65,7 @@ class PrivateName(NamedTuple):
 
 
 class Missing:
-    """Stands for a private name that the installed version does not have. Every use raises an `ImportError`."""
+    """Replaces a private name that the installed version does not have. Every use raises an `ImportError`."""
 
     def __init__(self, private: PrivateName):
         self.__dict__["private"] = private
@@ -194,8 +194,8 @@ def collected_outputs() -> dict[str, Any]:
 
 def register_recorded_outputs(model: PreTrainedModel) -> None:
     """
-    Make known which outputs of a model's class can be collected, as `PreTrainedModel.__init__` does. Needed for a model
-    whose class was changed after its construction.
+    Register which outputs of the class of a model can be collected, as `PreTrainedModel.__init__` does. This is needed for a
+    model whose class was changed after its construction.
     """
     dict.__setitem__(USED["record_registry"].find(), str(type(model)), model._can_record_outputs)
 
@@ -257,14 +257,14 @@ def function_of_modeling_file(module: nn.Module, name: str) -> Callable | None:
 
 def is_exporting() -> bool:
     """
-    Whether `torch.export` traces the code. Before PyTorch 2.13 `torch.compile` took the public
-    `torch.compiler.is_exporting()` for true, therefore the flag itself is read.
+    Whether `torch.export` traces the code. Before PyTorch 2.13, `torch.compile` treated the public
+    `torch.compiler.is_exporting()` as true, so this function reads the flag itself.
     """
     return getattr(torch.compiler, "_is_exporting_flag", False)
 
 
 def can_use_flash_on_cpu(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Whether [`flash_attention_on_cpu`] can run: in float32 and without gradients, which its second result has not."""
+    """Whether [`flash_attention_on_cpu`] can run: in float32 and without gradients, because its second result has none."""
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or query.device.type != "cpu":
         return False
     is_exact = query.dtype == key.dtype == value.dtype == torch.float32
@@ -273,35 +273,36 @@ def can_use_flash_on_cpu(query: Tensor, key: Tensor, value: Tensor) -> bool:
 
 def flash_attention_on_cpu(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
     """
-    Softmax attention and the logarithm of its normaliser, in one call. `scaled_dot_product_attention` computes the logarithm,
-    too, and does not return it; no public function does on a CPU.
+    Softmax attention and the logarithm of its normaliser, in one call. `scaled_dot_product_attention` computes the
+    logarithm, but does not return it, and on a CPU no public function does.
     """
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, False, scale=scaling)
 
 
 def version_of(tensor: Tensor) -> int:
-    """How often a tensor was changed in place. Autograd counts the changes, and no public name tells the number."""
+    """How often a tensor was changed in place. Autograd counts the changes, and no public name gives the number."""
     return tensor._version
 
 
 def is_forward_mode() -> bool:
     """
-    Whether forward mode differentiates the code: `torch.func.jvp`, `jacfwd`, `hessian`, dual numbers. Operators without a rule
-    for it would return results without tangents, which count as zero. A compiler reports them by itself.
+    Whether forward mode differentiates the code: `torch.func.jvp`, `jacfwd`, `hessian`, dual numbers. Operators without a
+    rule for forward mode would return results without tangents, which count as zero. A compiler reports such operators
+    itself.
     """
     return not torch.compiler.is_compiling() and torch.autograd.forward_ad._current_level >= 0
 
 
 def is_transformed() -> bool:
     """
-    Whether a function of `torch.func` runs the code. Inside of `torch.vmap` a tensor does not tell whether a gradient is asked
-    for outside.
+    Whether a function of `torch.func` runs the code. Inside of `torch.vmap`, a tensor does not show whether a gradient is
+    requested outside.
     """
     return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def is_exporting_to_onnx() -> bool:
-    """Whether `torch.onnx.export(dynamo=True)` traces the code: ONNX has standard operators alone."""
+    """Whether `torch.onnx.export(dynamo=True)` traces the code. ONNX has standard operators only."""
     return is_exporting() and torch.onnx.is_in_onnx_export()
 
 
@@ -312,8 +313,8 @@ def mark_static_address(tensor: Tensor) -> None:
 
 def execution_device(module: nn.Module) -> torch.device:
     """
-    Where a module computes. The weights of a module that Accelerate offloads lie on the CPU or on the disk, and show as meta
-    tensors; a hook of Accelerate moves the weights to the device of the computation for each call.
+    The device on which a module computes. The weights of a module that Accelerate offloads are on the CPU or on the disk,
+    and appear as meta tensors. A hook of Accelerate moves the weights to the device of the computation for each call.
     """
     for submodule in module.modules():
         hook = getattr(submodule, "_hf_hook", None)
@@ -329,7 +330,7 @@ def execution_device(module: nn.Module) -> torch.device:
 
 
 def parameters_without_values(module: nn.Module) -> list[str]:
-    """The names of the parameters on the meta device that no hook of Accelerate brings in for a call."""
+    """The names of the parameters on the meta device that no hook of Accelerate loads for a call."""
     names = []
     for name, submodule in module.named_modules():
         if getattr(submodule, "_hf_hook", None) is None:
@@ -345,7 +346,10 @@ def has_adapters(model: PreTrainedModel) -> bool:
 
 @torch.compiler.assume_constant_result
 def sequences_are_sharded() -> bool:
-    """Whether PyTorch's context parallelism is on, or Accelerate's parallelism over sequences: each process has a part."""
+    """
+    Whether the context parallelism of PyTorch, or the parallelism over sequences of Accelerate, is on: each process then has
+    a part of every sequence.
+    """
     parallelism = AcceleratorState._shared_state.get("parallelism_config")
     if parallelism is not None and any(
         # Older versions have no parallelism over sequences
@@ -361,8 +365,8 @@ def sequences_are_sharded() -> bool:
 
 def share_adapter_defaults() -> None:
     """
-    Tell PEFT which modules its methods adapt by default: in a converted model those of its original, in a native model those
-    of Llama, whose names the native models have. Nothing happens before PEFT is imported, and nothing twice.
+    Tell PEFT which modules its methods adapt by default: in a converted model the modules of its original, in a native model
+    the modules of Llama, which have the same names. Before PEFT is imported, nothing happens. A second call changes nothing.
     """
     constants = sys.modules.get("peft.utils.constants")
     for name in dir(constants):
@@ -377,14 +381,16 @@ def share_adapter_defaults() -> None:
 
 
 def prepare_inputs(trainer: "Trainer", inputs: dict[str, Any]) -> dict[str, Any]:
-    """A batch as a `Trainer` gives it to its model: on the device of the model, in the dtype that DeepSpeed wants."""
+    """
+    A batch in the form in which a `Trainer` passes it to its model: on the device of the model, in the dtype of DeepSpeed.
+    """
     return trainer._prepare_inputs(inputs)
 
 
 def undo_preparation(model: nn.Module) -> None:
     """
-    Give a model its own forward pass back. `Accelerator.prepare` wraps the pass for mixed precision; the next `Trainer`,
-    with other arguments, leaves a model alone that was wrapped before.
+    Restore the original forward pass of a model. `Accelerator.prepare` wraps the pass for mixed precision. The next
+    `Trainer`, with other arguments, does not wrap a model again.
     """
     if "_original_forward" in vars(model):
         model.forward = vars(model).pop("_original_forward")

@@ -54,123 +54,95 @@ GMA_PRESETS: dict[str, dict[str, Any]] = {
 @raises_value_errors
 @strict
 class GMAConfig(PreTrainedConfig):
-    r"""
+    """
     Configuration of a Gaussian Mixture Attention model (Huang and Raza, arXiv:2606.18283). `GMAConfig()` is the paper's
-    block; `GMAConfig.from_preset("gated")` is the block to train for quality, `"correlated"` the one that recalls as well.
+    block. `GMAConfig.from_preset("gated")` is the block for low perplexity, `GMAConfig.from_preset("correlated")` the block
+    for recall.
 
     Args:
-        vocab_size (`int`, *optional*, defaults to `32000`):
-            Size of the vocabulary.
-        hidden_size (`int`, *optional*, defaults to `768`):
-            Width of the residual stream.
-        intermediate_size (`int`, *optional*, defaults to `2048`):
-            Width of the SwiGLU MLP.
-        num_hidden_layers (`int`, *optional*, defaults to `12`):
-            Number of layers.
-        num_attention_heads (`int`, *optional*, defaults to `12`):
-            Number of heads. Every head of a GMA layer has a mixture of its own.
-        num_key_value_heads (`int`, *optional*):
-            Number of key and value heads (grouped-query attention); divides `num_attention_heads`, which is the default.
-        head_dim (`int`, *optional*):
-            Dimension of a value (and, in softmax layers, of a query and a key). Defaults to
+        vocab_size (`int`, *optional*, defaults to `32000`): size of the vocabulary.
+        hidden_size (`int`, *optional*, defaults to `768`): width of the residual stream.
+        intermediate_size (`int`, *optional*, defaults to `2048`): width of the SwiGLU MLP.
+        num_hidden_layers (`int`, *optional*, defaults to `12`): number of layers.
+        num_attention_heads (`int`, *optional*, defaults to `12`): number of heads. Every head of a GMA layer has its own
+            mixture.
+        num_key_value_heads (`int`, *optional*): number of key and value heads (grouped-query attention); divides
+            `num_attention_heads`, which is the default.
+        head_dim (`int`, *optional*): dimension of a value (and, in softmax layers, of a query and a key); by default
             `hidden_size // num_attention_heads`.
-        routing_dim (`int`, *optional*):
-            Dimension of the queries and keys of GMA layers, the space the mixture lives in. Defaults to `head_dim`.
-        num_components (`int`, *optional*, defaults to `64`):
-            Number of Gaussian components per head (the paper's K): the number of memory slots.
-        layer_types (`list[str]`, *optional*):
-            One entry per layer: `"linear_attention"` is GMA, `"full_attention"` is softmax. Defaults to GMA everywhere.
-        is_causal (`bool`, *optional*, defaults to `True`):
-            `True` for language models, `False` for bidirectional encoders.
-        position_embedding_type (`str`, *optional*, defaults to `"learned"`):
-            `"learned"` adds learned absolute positions to the embeddings, `"rope"` rotates queries and keys, `"none"`
-            gives no positions.
-        rope_on_routing (`bool`, *optional*, defaults to `True`):
-            With `position_embedding_type="rope"`: whether GMA layers rotate their routing queries and keys as well, or
-            only the softmax layers do.
-        rope_parameters (`RopeParameters`, *optional*):
-            RoPE in the usual Transformers form: `rope_theta`, `rope_type` and what that type needs.
-        max_position_embeddings (`int`, *optional*, defaults to `2048`):
-            Length of the table of learned positions; only learned positions bound the length of a sequence.
-        normalize_read (`bool`, *optional*, defaults to `True`):
-            Divide the read by the accumulated responsibility (the paper), or leave it un-normalised and put a norm per
-            head behind it.
-        correlate (`bool`, *optional*, defaults to `False`):
-            Write and read by the correlation of routes instead of by responsibilities: see [`gaussian_mixture_attention`].
-            Needs `normalize_read=False`, two components or more, and no window.
-        use_qk_norm (`bool`, *optional*, defaults to `False`):
-            RMS norms on the queries and keys of GMA layers, behind the short convolution.
-        conv_kernel_size (`int`, *optional*, defaults to `0`):
-            Width of the depthwise short convolution (with SiLU) on queries, keys and values of GMA layers; 0 for none.
-        window_size (`int`, *optional*, defaults to `0`):
-            Number of nearest tokens that GMA layers see exactly, by softmax, with the mixture holding what is older: a
-            token itself and the `window_size - 1` before it, or `window_size` to each side if not `is_causal`. Softmax and
-            mixture share one normaliser, whatever `normalize_read` says. 0 for no window.
-        num_sink_tokens (`int`, *optional*, defaults to `0`):
-            How many of the first tokens of each sequence every later token sees exactly as well, when they have left its
-            window: the mixture does not hold them (attention sinks, arXiv:2309.17453). Causal, with a window, only.
-        use_write_weight (`bool`, *optional*, defaults to `False`):
-            A learned write weight `w_t = softplus(...)` per token and head, 1 otherwise.
-        use_decay (`bool`, *optional*, defaults to `False`):
-            A learned forgetting factor `a_t = exp(-A * softplus(...))` per token and head, 1 otherwise. Causal only.
-        use_output_gate (`bool`, *optional*, defaults to `False`):
-            Norm per head and SiLU gate on what the heads read.
-        head_norm_eps (`float`, *optional*):
-            Epsilon of the norm per head. Reads below its root stay quiet. Defaults to `rms_norm_eps`.
-        read_eps (`float`, *optional*, defaults to `1e-06`):
-            The constant that keeps the normaliser of the read away from zero.
-        variance_floor (`float`, *optional*, defaults to `0.0001`):
-            The smallest variance of a component in any dimension.
-        mean_init_std (`float`, *optional*, defaults to `1.0`):
-            Standard deviation of the initial component means.
-        variance_init (`float`, *optional*, defaults to `0.6931472`):
-            Initial variance of the components; must exceed `variance_floor`. The default is softplus(0), the paper's, at which
-            one component is responsible for nearly all of a token in 64 dimensions; 16 served the paper's block much better
-            (docs/results.md).
-        prior_init (`str`, *optional*, defaults to `"uniform"`):
-            Initial priors: `"uniform"`, or `"balanced"`, which makes all components equally responsible for x = 0.
-        tie_qk_init (`bool`, *optional*, defaults to `False`):
-            Initialise the query projection of GMA layers as a copy of the key projection, so that a token is first routed alike
-            as query and as key.
-        scale_output_init (`bool`, *optional*, defaults to `False`):
-            Initialise the output projections of GMA layers with `initializer_range / sqrt(2 * num_hidden_layers)`, as GPT-2
-            does.
-        time_step_min (`float`, *optional*, defaults to `0.001`):
-            Smallest initial step: write weights and decays start from steps drawn log-uniformly in
-            [`time_step_min`, `time_step_max`], as in Mamba-2.
-        time_step_max (`float`, *optional*, defaults to `0.1`):
-            Largest initial step.
-        decay_rate_range (`tuple[float, float]`, *optional*, defaults to `(1.0, 16.0)`):
-            Range of the initial decay rates A.
-        hidden_act (`str`, *optional*, defaults to `"silu"`):
-            Activation of the MLP.
-        hidden_dropout (`float`, *optional*, defaults to `0.0`):
-            Dropout on the embeddings and on the output of every attention and MLP block.
-        attention_dropout (`float`, *optional*, defaults to `0.0`):
-            Dropout on the attention weights of the softmax layers.
-        classifier_dropout (`float`, *optional*, defaults to `0.0`):
-            Dropout before the classification heads.
-        attention_bias (`bool`, *optional*, defaults to `False`):
-            Biases in the query, key, value and output projections.
-        mlp_bias (`bool`, *optional*, defaults to `False`):
-            Biases in the MLP.
-        rms_norm_eps (`float`, *optional*, defaults to `1e-06`):
-            Epsilon of the RMS norms.
-        initializer_range (`float`, *optional*, defaults to `0.02`):
-            Standard deviation of the initial projections and embeddings.
-        use_cache (`bool`, *optional*, defaults to `True`):
-            Whether the model returns its state, for generation.
-        pad_token_id (`int`, *optional*):
-            Id of the padding token.
-        bos_token_id (`int`, *optional*):
-            Id of the token at the beginning of a text.
-        eos_token_id (`int` or `list[int]`, *optional*):
-            Id of the token at the end of a text, or several such ids.
-        tie_word_embeddings (`bool`, *optional*, defaults to `True`):
-            Whether input and output embeddings share their weights.
+        routing_dim (`int`, *optional*): dimension of the queries and keys of GMA layers, the space of the mixture; by
+            default `head_dim`.
+        num_components (`int`, *optional*, defaults to `64`): number of Gaussian components per head (the paper's K), which
+            are the slots of the memory.
+        layer_types (`list[str]`, *optional*): one entry per layer: `"linear_attention"` is GMA, `"full_attention"` is
+            softmax. By default all layers are GMA.
+        is_causal (`bool`, *optional*, defaults to `True`): `True` for language models, `False` for bidirectional encoders.
+        position_embedding_type (`str`, *optional*, defaults to `"learned"`): `"learned"` adds learned absolute positions to
+            the embeddings, `"rope"` rotates queries and keys, `"none"` gives no positions.
+        rope_on_routing (`bool`, *optional*, defaults to `True`): with `position_embedding_type="rope"`, whether GMA layers
+            rotate their queries and keys as the softmax layers do.
+        rope_parameters (`RopeParameters`, *optional*): RoPE in the form of Transformers: `rope_theta`, `rope_type` and the
+            parameters of this type.
+        max_position_embeddings (`int`, *optional*, defaults to `2048`): number of learned positions. Only learned positions
+            limit the length of a sequence.
+        normalize_read (`bool`, *optional*, defaults to `True`): whether to divide the read by the accumulated responsibility
+            (the paper). Otherwise a norm per head follows the read.
+        correlate (`bool`, *optional*, defaults to `False`): whether tokens write and read by the correlation of their routes
+            instead of by responsibilities, see [`gaussian_mixture_attention`]. Needs `normalize_read=False`, at least two
+            components, and no window.
+        use_qk_norm (`bool`, *optional*, defaults to `False`): RMS norms on the queries and keys of GMA layers, after the
+            short convolution.
+        conv_kernel_size (`int`, *optional*, defaults to `0`): width of the depthwise short convolution (with SiLU) on
+            queries, keys and values of GMA layers; 0 for none.
+        window_size (`int`, *optional*, defaults to `0`): number of nearest tokens that GMA layers see exactly, by softmax: a
+            token itself and the `window_size - 1` tokens before it, or `window_size` tokens to each side if not `is_causal`.
+            The mixture holds older tokens. Softmax and mixture share one normaliser, also with `normalize_read=False`. 0 for
+            no window.
+        num_sink_tokens (`int`, *optional*, defaults to `0`): number of first tokens of each sequence that later tokens see
+            exactly when they have left the window (attention sinks, arXiv:2309.17453). The mixture does not hold these
+            tokens. Needs `is_causal` and a window.
+        use_write_weight (`bool`, *optional*, defaults to `False`): a learned write weight `w_t = softplus(...)` per token
+            and head. Otherwise 1.
+        use_decay (`bool`, *optional*, defaults to `False`): a learned forgetting factor `a_t = exp(-A * softplus(...))` per
+            token and head. Otherwise 1. Needs `is_causal`.
+        use_output_gate (`bool`, *optional*, defaults to `False`): a norm per head and a SiLU gate on the reads of the heads.
+        head_norm_eps (`float`, *optional*): epsilon of the norm per head. Reads below its square root stay small. By default
+            `rms_norm_eps`.
+        read_eps (`float`, *optional*, defaults to `1e-06`): constant that keeps the normaliser of the read away from zero.
+        variance_floor (`float`, *optional*, defaults to `0.0001`): smallest variance of a component in any dimension.
+        mean_init_std (`float`, *optional*, defaults to `1.0`): standard deviation of the initial means of the components.
+        variance_init (`float`, *optional*, defaults to `0.6931472`): initial variance of the components; must exceed
+            `variance_floor`. The default is softplus(0), as in the paper. With it, one component is responsible for nearly
+            all of a token in 64 dimensions; 16 is much better for the paper's block (docs/results.md).
+        prior_init (`str`, *optional*, defaults to `"uniform"`): initial priors: `"uniform"`, or `"balanced"`, which makes
+            all components equally responsible for x = 0.
+        tie_qk_init (`bool`, *optional*, defaults to `False`): initialise the query projection of GMA layers as a copy of the
+            key projection, so that a token starts with the same route as a query and as a key.
+        scale_output_init (`bool`, *optional*, defaults to `False`): initialise the output projections of GMA layers with
+            `initializer_range / sqrt(2 * num_hidden_layers)`, as GPT-2 does.
+        time_step_min (`float`, *optional*, defaults to `0.001`): smallest initial step. The initial steps of write weights
+            and decays are drawn log-uniformly from [`time_step_min`, `time_step_max`], as in Mamba-2.
+        time_step_max (`float`, *optional*, defaults to `0.1`): largest initial step.
+        decay_rate_range (`tuple[float, float]`, *optional*, defaults to `(1.0, 16.0)`): range of the initial decay rates A.
+        hidden_act (`str`, *optional*, defaults to `"silu"`): activation of the MLP.
+        hidden_dropout (`float`, *optional*, defaults to `0.0`): dropout on the embeddings and on the output of every
+            attention and MLP block.
+        attention_dropout (`float`, *optional*, defaults to `0.0`): dropout on the attention weights of the softmax layers.
+        classifier_dropout (`float`, *optional*, defaults to `0.0`): dropout before the classification heads.
+        attention_bias (`bool`, *optional*, defaults to `False`): biases in the query, key, value and output projections.
+        mlp_bias (`bool`, *optional*, defaults to `False`): biases in the MLP.
+        rms_norm_eps (`float`, *optional*, defaults to `1e-06`): epsilon of the RMS norms.
+        initializer_range (`float`, *optional*, defaults to `0.02`): standard deviation of the initial projections and
+            embeddings.
+        use_cache (`bool`, *optional*, defaults to `True`): whether the model returns its state, for generation.
+        pad_token_id (`int`, *optional*): id of the padding token.
+        bos_token_id (`int`, *optional*): id of the token at the beginning of a text.
+        eos_token_id (`int` or `list[int]`, *optional*): id of the token at the end of a text, or several such ids.
+        tie_word_embeddings (`bool`, *optional*, defaults to `True`): whether input and output embeddings share their
+            weights.
 
     Raises:
-        ValueError: for every impossible value or combination, with the valid choice in the message.
+        ValueError: for every impossible value or combination. The message gives the valid choice.
 
     ```python
     >>> from gma_hf import GMAConfig, GMAForCausalLM

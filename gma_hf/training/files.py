@@ -1,9 +1,8 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
 """Local data files: which files a pattern means, which format they have, and plain text read without loss.
 
-Plain text is kept character for character: line breaks stay in the text (so a perplexity is that of the whole
-text), lines end at `\\n` alone, and no other Unicode separator splits anything. Tabular formats are left to
-`datasets.load_dataset`.
+Every character of plain text is kept: line breaks stay in the text (so a perplexity is the perplexity of the whole text), only
+`\\n` ends a line, and no other Unicode separator splits a text. `datasets.load_dataset` reads tabular formats.
 """
 
 import glob
@@ -40,16 +39,18 @@ TEXT_FEATURES = Features({"text": Value("string"), "document_end": Value("bool")
 
 
 def resolve_files(patterns: list[str]) -> list[str]:
-    """Expand files, glob patterns and folders into a sorted list of files without repetitions.
+    """
+    Expand files, glob patterns and folders into a list of files without repetitions.
 
     Args:
-        patterns: file names, glob patterns (`**` descends) or folders (every file of a known extension below them).
+        patterns (`list[str]`): file names, glob patterns (`**` includes subfolders) or folders (every file with a known
+            extension inside of them).
 
     Returns:
-        File names in the order of the patterns, sorted within each.
+        `list[str]`: file names in the order of the patterns, sorted within each pattern.
 
     Raises:
-        TrainingInputError: when a pattern matches nothing.
+        TrainingInputError: if a pattern matches nothing.
     """
     files: list[str] = []
     for pattern in patterns:
@@ -70,11 +71,15 @@ def resolve_files(patterns: list[str]) -> list[str]:
 
 
 def file_format(files: list[str], data_format: str = "auto") -> str:
-    """Return `text`, `json`, `csv` or `parquet` for a list of files of one kind.
+    """
+    The format of a list of files of one kind.
 
     Args:
-        files: file names.
-        data_format: `auto` reads the extensions; any other value is returned as it is.
+        files (`list[str]`): file names.
+        data_format (`str`): `auto` reads the extensions. Any other value is returned.
+
+    Returns:
+        `str`: `text`, `json`, `csv` or `parquet`.
 
     Raises:
         TrainingInputError: for an unknown extension or a mixture of formats.
@@ -100,16 +105,17 @@ def file_format(files: list[str], data_format: str = "auto") -> str:
 
 
 def load_files(files: list[str], data_format: str = "auto", text_documents: str = "file") -> Dataset:
-    """Load local files of one format as one data set.
+    """
+    Load local files of one format as one data set.
 
     Args:
-        files: existing file names, see `resolve_files`.
-        data_format: `auto`, `text`, `json`, `csv` or `parquet`.
-        text_documents: what a document is in plain text: the whole `file`, a `paragraph` (blank lines separate) or
-            a `line`.
+        files (`list[str]`): existing file names, see `resolve_files`.
+        data_format (`str`): `auto`, `text`, `json`, `csv` or `parquet`.
+        text_documents (`str`): a document of plain text is the whole `file`, a `paragraph` (separated by blank lines) or a
+            `line`.
 
     Returns:
-        The rows; for text the columns `text` and `document_end`.
+        `Dataset`: the rows; for text with the columns `text` and `document_end`.
 
     Raises:
         TrainingInputError: for an empty, unreadable or unknown file.
@@ -118,7 +124,7 @@ def load_files(files: list[str], data_format: str = "auto", text_documents: str 
 
 
 def stream_files(files: list[str], data_format: str = "auto", text_documents: str = "file") -> IterableDataset:
-    """`load_files`, but the rows are read each time that somebody asks for them, and nothing is written to a cache."""
+    """Like `load_files`, but the rows are read again in each iteration, and nothing is written to a cache."""
     return _load(files, data_format, text_documents, streaming=True)
 
 
@@ -159,7 +165,7 @@ def write_json(path: Path, values: Any) -> None:
 
 
 def _text_rows(files: tuple[str, ...], documents: str, cache_key: tuple) -> Iterator[dict]:
-    """Yield rows `{"text", "document_end"}`; the rows of a document joined are the document."""
+    """Yield rows `{"text", "document_end"}`. The joined rows of a document are the document."""
     for name in files:
         lines = _lines(name)
         if documents == "line":
@@ -189,7 +195,7 @@ def _text_rows(files: tuple[str, ...], documents: str, cache_key: tuple) -> Iter
 
 
 def _lines(name: str) -> Iterator[str]:
-    """Yield the lines of a plain or compressed UTF-8 file, each with its own line break."""
+    """Yield the lines of a plain or compressed UTF-8 file, each with its line break."""
     open_file = COMPRESSIONS.get(Path(name).suffix.lower(), open)
     with open_file(name, "rb") as raw:
         # newline="\n" neither translates "\r\n" nor splits at a lone "\r".
@@ -212,7 +218,7 @@ def _check_not_empty(name: str) -> None:
 
 
 def _extension(path: Path) -> str:
-    """Return the extension that tells the format: the last one, or the one before a compression's."""
+    """The extension that gives the format: the last extension, or the extension before the compression's."""
     suffixes = [s.lower() for s in path.suffixes]
     if suffixes and suffixes[-1] in COMPRESSIONS:
         suffixes.pop()

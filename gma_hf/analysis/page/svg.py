@@ -1,5 +1,5 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
-"""matplotlib figures as inline SVG that takes the page's text colour, so that it is readable on light and dark pages."""
+"""matplotlib figures as inline SVG in the text colour of the page, so that they are readable on light and dark pages."""
 
 from __future__ import annotations
 
@@ -41,12 +41,16 @@ STYLE = {
 
 
 def inline_svg(figure: Figure, identifier: str, label: str) -> str:
-    """Write a figure as an `<svg>` element for an HTML page.
+    """
+    Write a figure as an `<svg>` element for an HTML page.
 
     Args:
-        figure: drawn within `matplotlib.rc_context(STYLE)`.
-        identifier: distinguishes the ids of this figure's elements from those of the page's other figures.
-        label: what the figure shows, for those who do not see it.
+        figure (`matplotlib.figure.Figure`): a figure that was drawn within `matplotlib.rc_context(STYLE)`.
+        identifier (`str`): separates the ids of the elements of this figure from other figures of the page.
+        label (`str`): a description of the figure for readers who do not see it.
+
+    Returns:
+        `str`: the element.
     """
     from matplotlib import rc_context
 

@@ -1,16 +1,19 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
 """
-Mixtures from data. The model reads a small corpus as its own teacher, with softmax; queries and keys of every converted
-layer are sampled on the way, a mixture per head is fitted to both together, and widened until GMA comes nearest to softmax.
+Fit mixtures to data. The model reads a small corpus as its own teacher, with softmax. Queries and keys of every converted
+layer are sampled during this pass. Then each head fits a mixture to its queries and keys, and widens the mixture until GMA
+is nearest to softmax.
 
-Why widened: the mixture that explains queries and keys best tells them apart so sharply that hardly a query shares a
-component with a key. What reads and writes need is a kernel of the width of softmax's, exp(q . k scaled). So each head takes,
-of the fitted variances and of their average over the components, times several temperatures, what gives the smallest error of
-its output. Behind a window the weight of the memory is set such that as much attention goes to it as softmax pays to what lies
-outside of the window (and is no sink token, which stays visible), on average and in its growth with the text.
+Why the mixtures are widened: the mixture that explains queries and keys best separates them so sharply that hardly any query
+shares a component with a key. Reads and writes need a kernel of the width of softmax, exp(q . k scaled). So each head tries
+the fitted variances, and their average over the components, times several temperatures. It takes the candidate with the
+smallest error of its output. Behind a window, the weight of the memory is set so that the memory gets the attention that
+softmax pays to the tokens outside of the window (sink tokens excepted, which stay visible): on average, and in its growth
+with the text.
 
-Mixtures under which queries share next to nothing with keys are passed over: their memory is as good as off, which may be
-the smallest error of all at first, but its weight is then huge, and the least change of a mixture turns it on.
+Mixtures under which queries share next to nothing with keys are rejected. Their memory has almost no effect, which may give
+the smallest error at first. But the weight of such a memory is huge, so the smallest change of the mixture would give it an
+effect.
 """
 
 import dataclasses
@@ -383,8 +386,10 @@ def warn_if_useless(layers: dict[str, LayerCalibration], num_tokens: int) -> Non
 @contextmanager
 def explain_out_of_memory() -> Iterator[None]:
     """
+    Replace the error of a device without enough memory by one that says what to lower.
+
     Raises:
-        MemoryError: instead of the device's own error.
+        MemoryError: instead of the error of the device.
     """
     try:
         yield
