@@ -32,6 +32,8 @@ ENGINE = {
 }
 # Logarithms of probabilities, after three layers in float32 whose sums are taken in another order
 TOLERANCE = 1e-4
+# The correlated block rounds thirty times as much as the gated one: its routes are what is left after most of them has cancelled
+TOLERANCES = {"correlated": 1e-3}
 
 
 @contextlib.contextmanager
@@ -99,7 +101,7 @@ def generate(model: PreTrainedModel, prompt: list[int], num_tokens: int) -> Answ
     return Answer(tokens, [float(step[token]) for step, token in zip(logprobs, tokens, strict=True)])
 
 
-def expect_same(answers: list[Answer], expected: list[Answer], names: list) -> None:
+def expect_same(answers: list[Answer], expected: list[Answer], names: list, tolerance: float = TOLERANCE) -> None:
     for answer, other, name in zip(answers, expected, names, strict=True):
         assert answer.tokens == other.tokens, name
-        assert answer.logprobs == pytest.approx(other.logprobs, abs=TOLERANCE), name
+        assert answer.logprobs == pytest.approx(other.logprobs, abs=tolerance), name

@@ -28,6 +28,7 @@ HYBRID = ["linear_attention", "full_attention", "linear_attention"]
 NATIVE = {
     "paper": ("paper", {}),
     "gated": ("gated", {}),
+    "correlated": ("correlated", {}),
     "window and sinks": ("paper", {"position_embedding_type": "rope", "window_size": 8, "num_sink_tokens": 2}),
     "gated window": ("gated", {"window_size": 16, "num_sink_tokens": 3, "routing_dim": 24}),
     "hybrid": ("gated", {"layer_types": HYBRID, "head_dim": 64, "window_size": 8}),

@@ -70,10 +70,14 @@ def run_streams(sequences: list[tuple[torch.Tensor, ...]], layout, attend, width
     return outputs
 
 
-def expect_equal(outputs: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
+def expect_equal(outputs: list[torch.Tensor], expected: list[torch.Tensor], correlate: bool = False) -> None:
+    """
+    Sums of some hundred products of numbers around one, in float32, in another order. Correlated routes are scaled to unit length
+    after most of them has cancelled: one sequence alone is 2e-4 away from the same in float64.
+    """
+    tolerance = {"atol": 2e-4, "rtol": 2e-3} if correlate else {"atol": 2e-5, "rtol": 2e-4}
     for output, alone in zip(outputs, expected, strict=True):
-        # Sums of some hundred products of numbers around one, in float32, in another order
-        torch.testing.assert_close(output, alone, atol=2e-5, rtol=2e-4)
+        torch.testing.assert_close(output, alone, **tolerance)
 
 
 @torch.no_grad()
@@ -104,7 +108,8 @@ def test_streams_of_a_native_layer_equal_their_sequences_alone(kind):
         )[0]
 
     layout = model_layout(config, torch.float32)
-    expect_equal(run_streams(sequences, layout, attend, config.hidden_size, random.Random(2)), expected)
+    outputs = run_streams(sequences, layout, attend, config.hidden_size, random.Random(2))
+    expect_equal(outputs, expected, config.correlate)
 
 
 @torch.no_grad()
