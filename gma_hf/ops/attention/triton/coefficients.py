@@ -23,7 +23,7 @@ from .tiles import LOG2E, rounded
 
 @triton.jit
 def softplus(x):
-    """log(1 + e^x), with all its digits where e^x is small."""
+    """log(1 + e^x), accurate also for small e^x."""
     grown = tl.exp(tl.minimum(x, 20.0))
     sum_ = 1.0 + grown
     logarithm = tl.where(sum_ == 1.0, grown, tl.log(sum_) * (grown / tl.maximum(sum_ - 1.0, 1e-30)))

@@ -1,12 +1,13 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
-"""The forward pass with responsibilities that never leave the chip: where one tile holds a mixture's state, that is faster.
+"""
+The forward pass with responsibilities that never leave the chip. This is faster if one tile holds the state of a mixture.
 
-What `responsibilities`, `states` and `outputs` compute, in one kernel where there are enough sequences and heads to fill the
-chip: the state is carried from chunk to chunk of a segment, and a segment is a whole sequence (ONE_PASS). Else
-`write_kernel` computes before what every segment writes, and `scan_kernel` the states before the segments.
+One kernel computes what `responsibilities`, `states` and `outputs` compute. If there are enough sequences and heads to fill
+the chip, the state is carried from chunk to chunk of a segment, and a segment is a whole sequence (ONE_PASS). Otherwise
+`write_kernel` first computes the writes of every segment, and `scan_kernel` the states before the segments.
 
-Q [B, HQ, N, D], K [B, HK, N, D], V [B, HK, N, DV] -> O [B, HQ, N, DV], if asked for D_i [B, HQ, N]. For the backward pass what
-`outputs` and `states` leave: 1 / D_i, S and z before every chunk, the largest value of every chunk.
+Q [B, HQ, N, D], K [B, HK, N, D], V [B, HK, N, DV] -> O [B, HQ, N, DV], if requested D_i [B, HQ, N]. For the backward pass
+the same tensors as from `outputs` and `states`: 1 / D_i, S and z before every chunk, the largest value of every chunk.
 """
 
 import triton
@@ -37,8 +38,10 @@ def write_operands(
     V, W, LA, first, columns, stride_v, stride_w, stride_a, count, DV,
     T: tl.constexpr, EVEN_V: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_DECAY: tl.constexpr,
 ):  # fmt: skip
-    """Values of a chunk, padding as zeros; the largest, the largest weight, the weights, running sums of decays and resets, the decays to the
-    chunk's end, and what is left of the state before it."""
+    """
+    Values of a chunk, with zeros at padding; the largest value, the largest weight, the weights, running sums of decays and
+    resets, the decays to the end of the chunk, and the part of the state before the chunk that is left after it.
+    """
     value = load_tile(V, first, columns, stride_v, count, DV, T, EVEN_V).to(tl.float32)
     weight = (tl.arange(0, T) < count).to(tl.float32)
     if HAS_WEIGHT:
@@ -70,7 +73,7 @@ def write_kernel(
     EVEN_D: tl.constexpr, EVEN_V: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_DECAY: tl.constexpr, HAS_Z: tl.constexpr,
     CORRELATE: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """What one segment writes, as `states_kernel` leaves it."""
+    """The writes of one segment, in the layout of `states_kernel`."""
     program = tl.program_id(0)
     segment = program % segments
     bm = program // segments
@@ -122,7 +125,7 @@ def add_written(
     S, z, transposed, value, largest, heaviest, to_end,
     CP: tl.constexpr, HAS_Z: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """S and z plus what the chunk writes: sum_j t_j w_j gamma^K_j v_j^T, and the same with v_j = 1."""
+    """S and z plus the writes of the chunk: sum_j t_j w_j gamma^K_j v_j^T, and the same with v_j = 1."""
     scale = tile_scale(largest * heaviest, EXACT)
     written = product(transposed, operand(value * (to_end * scale)[:, None], EXACT), PRECISION)
     S += written * (1.0 / (UNIT * scale))

@@ -1,23 +1,24 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
-"""Gradients of everything in front of the outputs, up to the logits: the backward pass, middle. Chunks are independent.
+"""
+The middle of the backward pass: gradients of everything before the outputs, up to the logits. Chunks are independent.
 
-i, j in one chunk, S, z the state before it (kept by the forward pass), G, g the gradient of the state after it (`states`
-backwards), dn_i = do_i / D_i, and e, t, A the decays of `states`:
+i, j are in one chunk, S, z is the state before it (kept by the forward pass), G, g the gradient of the state after it
+(`states` backwards), dn_i = do_i / D_i, and e, t, A the decays of `states`:
 
     dD_i  = -(sum_j P_ij dn_i . v_j + e_i gamma^Q_i . S dn_i) / D_i                     0 if the read is not normalised;
-                                                                            plus that of D_i as an output
+                                                                                        plus the gradient of D_i as an output
     dP_ij = dn_i . v_j + dD_i
     dgamma^Q_i = sum_j decayed dP_ij w_j gamma^K_j + e_i (S dn_i + dD_i z)
     d(w gamma^K)_j = sum_i decayed dP_ij gamma^Q_i + t_j (G v_j + g)
     dv_j  = sum_i P_ij dn_i + t_j w_j G^T gamma^K_j
 
-Behind the responsibilities dlogits = gamma (dgamma - gamma . dgamma), which `responsibilities` turns into the gradients of
-queries, keys and the mixture. Of the decays, with r_i = gamma^Q_i . dgamma^Q_i and s_j = w_j gamma^K_j . d(w gamma^K)_j,
-summed over what spans l:
+Then dlogits = gamma (dgamma - gamma . dgamma), from which `responsibilities` computes the gradients of queries, keys and the
+mixture. For the decays, with r_i = gamma^Q_i . dgamma^Q_i and s_j = w_j gamma^K_j . d(w gamma^K)_j, summed over everything
+that spans l:
 
     dlog a_l = sum_{i >= l} (r_i - s_i) + A (S . G + z . g) + sum_j t_j w_j gamma^K_j . (G v_j + g)
 
-With correlation rho stands for gamma in all of this but the logits, l_i = |gamma_i - 1/C| being what rho_i was divided by:
+With correlation, rho replaces gamma everywhere except in the logits. l_i = |gamma_i - 1/C| is the divisor of rho_i:
 
     dgamma = (drho - rho (rho . drho)) / l,        gamma = l rho + 1/C
 """
@@ -55,7 +56,7 @@ def logit_gradient(grad_gamma, gamma):
 def route_gradient(
     grad, route, Lengths, first, count, C, T: tl.constexpr, CP: tl.constexpr, CORRELATE: tl.constexpr, EXACT: tl.constexpr
 ):  # fmt: skip
-    """The gradient of the logits from that of gamma (or rho) [T, CP], and their product [T]."""
+    """The gradient of the logits from the gradient of gamma (or rho) [T, CP], and their product [T]."""
     if CORRELATE:
         total = tl.sum(grad * route, 1)
         length = load_row(Lengths, first, 1, count, 1.0, T)[:, None]
@@ -74,7 +75,7 @@ def load_gradient(
     DO, Largest, RD, token, of_chunk, first, columns, stride, count, DV,
     T: tl.constexpr, EVEN_V: tl.constexpr, NORMALIZE: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """dn of a chunk times its scale, as an operand, and the scale."""
+    """dn of a chunk times its scale as an operand, and the scale."""
     dn = load_tile(DO, first, columns, stride, count, DV, T, EVEN_V).to(tl.float32)
     scale = tile_scale(tl.load(Largest + of_chunk), EXACT)
     if NORMALIZE:
@@ -88,7 +89,7 @@ def load_gradient(
 def from_state_after(
     grad_key, gamma_key, g, weight, to_end, HAS_Z: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_DECAY: tl.constexpr
 ):  # fmt: skip
-    """t_j w_j (G v_j + g) [T, CP] from G v_j, and without the weight its product with gamma^K_j [T]."""
+    """t_j w_j (G v_j + g) [T, CP] from G v_j, and its product with gamma^K_j without the weight [T]."""
     total = to_end
     if HAS_Z:
         grad_key += g[None, :]
@@ -115,9 +116,11 @@ def gradient_kernel(
     HAS_WEIGHT: tl.constexpr, HAS_DECAY: tl.constexpr, HAS_Z: tl.constexpr, NORMALIZE: tl.constexpr,
     HAS_GRAD_NORMALIZER: tl.constexpr, GRAD_WEIGHT: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of one chunk; of QUERIES or of KEYS and values alone in bidirectional calls, whose lengths may differ. The
-    gradients of the logits may be written over the responsibilities: only this program reads these. With several query
-    heads a mixture (R) the value dimensions are a single block."""
+    """
+    Gradients of one chunk. In bidirectional calls, whose lengths may differ, either of QUERIES or of KEYS and values. The
+    gradients of the logits may overwrite the responsibilities, because only this program reads them. With several query
+    heads per mixture (R), the value dimensions are one block.
+    """
     program = tl.program_id(0)
     chunks = tl.cdiv(N, T)
     chunk = program % chunks

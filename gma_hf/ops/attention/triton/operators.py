@@ -1,11 +1,12 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
-"""The fused kernels as operators that PyTorch knows: what they allocate, which passes they make, how they differentiate.
+"""
+The fused kernels as registered operators of PyTorch: their memory, their passes, their derivatives.
 
 forward:   coefficients -> responsibilities -> states of chunks -> outputs
 backward:  responsibilities again -> states of chunks, of the gradient -> gradients of logits and values
            -> gradients of queries, keys and sums for the mixture -> gradients of the mixture
 
-query [B, HQ, NQ, D], key [B, HK, N, D], value [B, HK, N, DV], mixtures M -> output [B, HQ, NQ, DV], if asked for the
+query [B, HQ, NQ, D], key [B, HK, N, D], value [B, HK, N, DV], mixtures M -> output [B, HQ, NQ, DV], if requested the
 denominators D [B, HQ, NQ] in float32, S [B, M, C, DV], z [B, M, C] float32.
 """
 
@@ -33,7 +34,7 @@ from .responsibilities import logit_gradients_kernel
 
 
 class Saved(NamedTuple):
-    """What the forward pass keeps for the backward pass; of size 0 where nothing needs it."""
+    """The tensors that the forward pass keeps for the backward pass; of size 0 if nothing needs them."""
 
     rd: Tensor  # [B, HQ, NQ], 1 / D
     states: (
@@ -118,12 +119,14 @@ def fused_attention(
 
 
 def nothing_saved(like: Tensor) -> Saved:
-    """What an inference keeps. Shapes that depend on the number of chunks would keep torch.export from open lengths."""
+    """
+    The result of an inference. Shapes that depend on the number of chunks would prevent symbolic lengths in torch.export.
+    """
     return Saved(*(like.new_empty(0) for _ in Saved._fields))
 
 
 def empty_normalizer(query: Tensor, output_normalizer: bool) -> Tensor:
-    """[B, HQ, NQ] if it is asked for, else of size 0."""
+    """[B, HQ, NQ] if it is requested, otherwise of size 0."""
     return query.new_empty(query.shape[:3] if output_normalizer else 0, dtype=torch.float32)
 
 
@@ -157,8 +160,10 @@ torch.library.define(
 
 
 def responsibilities_like(plan: Plan, grad: Tensor, heads: int) -> Tensor:
-    """Memory for responsibilities [B, heads, N, CP], which the gradients of the logits replace: that of `grad`, the gradient
-    of queries or keys, where both have the same size. It is read and written tile by tile."""
+    """
+    Memory for responsibilities [B, heads, N, CP], which the gradients of the logits replace. It is the memory of `grad`, the
+    gradient of queries or keys, if both have the same size. It is read and written tile by tile.
+    """
     batch, _, length, dim = grad.shape
     same_size = dim == plan.CP == plan.BD and grad.shape[1] == heads
     if same_size and grad.element_size() == plan.gamma_dtype.itemsize and grad.stride(-1) == 1:
@@ -173,7 +178,7 @@ def fused_attention_backward(
     query, key, value, means, raw_variances, prior_logits, write_weight, log_decay, output, grad_output,
     grad_normalizer, grad_S, grad_z, causal, strict, normalize, variance_floor, grad_weight, grad_state, correlate, *saved,
 ):  # fmt: skip
-    """Gradients of the inputs in their order, S and z included; of size 0 where nothing needs them."""
+    """Gradients of the inputs in their order, S and z included; of size 0 if nothing needs them."""
     batch, query_heads, length, dim = query.shape
     mixtures, components, _ = means.shape
     value_dim, repeats, key_heads, key_length = value.shape[-1], query_heads // mixtures, key.shape[1], key.shape[2]
@@ -259,12 +264,12 @@ def fused_attention_backward(
 
 
 def laid_out_as(like: Tensor, x: Tensor) -> Tensor:
-    """x in the memory layout and dtype of the input that it is the gradient of, as the fake implementation promises."""
+    """x in the memory layout and dtype of the input of this gradient, as the fake implementation promises."""
     return torch.empty_like(like).copy_(x)
 
 
 def sum_heads(x: Tensor, like: Tensor | None) -> Tensor:
-    """Gradients [B, M, N] of what mixtures share, in the shape and type of the input; of size 0 if unused."""
+    """Gradients [B, M, N] of an input that mixtures share, in its shape and dtype; of size 0 if unused."""
     if like is None:
         return x.new_empty(0)
     if x.shape[1] == like.shape[1]:
@@ -304,7 +309,7 @@ class FusedAttention(torch.autograd.Function):
         query, key, value, means, raw_variances, prior_logits, write_weight, log_decay, S, z, causal, strict, eps,
         variance_floor, save, final_state, output_normalizer, correlate,
     ):  # fmt: skip
-        """Output, D, S, z, and what the backward pass needs."""
+        """Output, D, S, z, and the tensors for the backward pass."""
         return torch.ops.gma_hf.fused_attention(
             query, key, value, means, raw_variances, prior_logits, write_weight, log_decay, S, z, causal, strict, eps,
             variance_floor, save, final_state, output_normalizer, correlate,
@@ -312,7 +317,7 @@ class FusedAttention(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        """Keep inputs, output and what the forward pass saved for the gradients."""
+        """Keep inputs, output and the saved tensors of the forward pass for the gradients."""
         (
             *tensors, S, z, causal, strict, eps, variance_floor, _, ctx.final_state, ctx.output_normalizer, ctx.correlate,
         ) = inputs  # fmt: skip

@@ -1,16 +1,17 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
-"""Outputs from the states before every chunk: the forward pass, last step. Chunks are independent of each other.
+"""
+The last step of the forward pass: outputs from the states before every chunk. Chunks are independent of each other.
 
-i, j in one chunk, S and z the state before it, e_i the decay from its start:
+i, j are in one chunk, S and z are the state before it, e_i is the decay from its start:
 
     P_ij = gamma^Q_i . w_j gamma^K_j  exp(sum_{j < l <= i} log a_l)             j <= i
     D_i  = sum_j P_ij + e_i gamma^Q_i z + eps                                   1 if the read is not normalised
     o_i  = (sum_j P_ij v_j + e_i gamma^Q_i S) / D_i
 
-Bidirectional: o_i = gamma^Q_i S / (gamma^Q_i z + eps) with the one state that all keys wrote.
+Bidirectional: o_i = gamma^Q_i S / (gamma^Q_i z + eps) with the one state after all keys.
 
-GammaQ [B, HQ, N, CP], GammaK [B, M, N, CP], V [B, HK, N, DV], states as `states` leaves them -> O [B, HQ, N, DV], if asked
-for D_i [B, HQ, N]; for the backward pass 1 / D_i.
+GammaQ [B, HQ, N, CP], GammaK [B, M, N, CP], V [B, HK, N, DV], states in the layout of `states` -> O [B, HQ, N, DV], if
+requested D_i [B, HQ, N]; for the backward pass 1 / D_i.
 """
 
 import triton

@@ -1,17 +1,19 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
-"""Responsibilities in memory, for the kernels behind them, which are those of linear attention; and the way back.
+"""
+Responsibilities in memory, for the next kernels, which are kernels of linear attention; and their gradients.
 
     gamma = 2^(logits - log2 sum_c 2^logits_c),        logits = x @ linear^T + (x * x) @ quadratic^T + bias
 
-Backwards, from dlogits = gamma (dgamma - gamma . dgamma), which `gradients` leaves (the paper's responsibility-modulated
-gradient):
+Backwards, from dlogits = gamma (dgamma - gamma . dgamma), which `gradients` computes (the responsibility-modulated gradient
+of the paper):
 
     dx = dlogits @ linear + 2 x (dlogits @ quadratic)
     dlinear = sum dlogits^T x,    dquadratic = sum dlogits^T x^2,    dbias = sum dlogits          over queries and keys
 
-Q [B, HQ, NQ, D], K [B, HK, NK, D], coefficients and bias as `coefficients` leaves them -> GammaQ [B, HQ, NQ, CP], GammaK
-[B, M, NK, CP], float16 times UNIT, or float32 times UNIT in EXACT kernels. One launch for queries and keys. With correlation
-rho stands for gamma, and the way back also needs LengthsQ [B, HQ, NQ] and LengthsK [B, M, NK], what rho was divided by.
+Q [B, HQ, NQ, D], K [B, HK, NK, D], coefficients and bias in the layout of `coefficients` -> GammaQ [B, HQ, NQ, CP], GammaK
+[B, M, NK, CP], float16 times UNIT, or float32 times UNIT in EXACT kernels. One launch for queries and keys. With
+correlation, rho replaces gamma, and the backward pass also needs LengthsQ [B, HQ, NQ] and LengthsK [B, M, NK], the divisors
+of rho.
 """
 
 import triton
@@ -44,7 +46,7 @@ def responsibilities_kernel(
     R: tl.constexpr, T: tl.constexpr, TILES: tl.constexpr, CP: tl.constexpr, DP: tl.constexpr, BD: tl.constexpr,
     EVEN_D: tl.constexpr, CORRELATE: tl.constexpr, SAVE: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Responsibilities of TILES times T tokens of a head, queries first, then keys."""
+    """Responsibilities of TILES times T tokens of a head, first of queries, then of keys."""
     program = tl.program_id(0)
     if program < query_programs:
         blocks = tl.cdiv(NQ, T * TILES)
@@ -99,8 +101,10 @@ def logit_gradients_kernel(
     R: tl.constexpr, T: tl.constexpr, CP: tl.constexpr, DP: tl.constexpr, BD: tl.constexpr,
     EVEN_D: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dx of the tokens of a mixture, and its parameters' partial sums: `workers` programs for the queries, as many for the
-    keys. Dimensions in blocks of BD are programs of their own."""
+    """
+    dx of the tokens of a mixture, and partial sums for its parameters: `workers` programs for the queries, and as many for
+    the keys. Each block of BD dimensions has its own programs.
+    """
     program = tl.program_id(0)
     blocks: tl.constexpr = DP // BD
     block = program % blocks

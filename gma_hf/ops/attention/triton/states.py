@@ -1,21 +1,24 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
-"""The states at the borders of chunks.
+"""
+The states at the borders of chunks.
 
-The length is cut into chunks of T tokens and segments of several chunks; segments run in parallel. Forwards, over keys and
-values, with A_n the decay over chunk n and t_j the decay from token j to the chunk's end:
+The length is cut into chunks of T tokens, and into segments of several chunks; segments run in parallel. Forwards, over keys
+and values, with A_n the decay over chunk n and t_j the decay from token j to the end of the chunk:
 
     S_{n+1} = A_n S_n + sum_{j in n} t_j w_j gamma^K_j v_j^T                              (z likewise with v_j = 1)
 
-Backwards, over queries and output gradients, the same with e_i, the decay from the chunk's start, in the other direction,
-and D_i, the denominator of the read (whose gradient may also come from outside, where it is an output):
+Backwards, over queries and gradients of the output, the same in the other direction, with e_i, the decay from the start of
+the chunk, and D_i, the denominator of the read (whose gradient may also come from outside, if it is an output):
 
     G_{n-1} = A_n G_n + sum_{i in n} e_i gamma^Q_i do_i^T / D_i                           (g with dD_i = -do_i . o_i / D_i)
 
 X [B, HX, N, CP] (responsibilities of keys or queries), Y [B, HY, N, DV] (values or do). ChunkStates [B * M, chunks, CP, DVP]
 float16 times ChunkScales (float32 if EXACT): S before every chunk, or G after it; ChunkNorms [B * M, chunks, CP] float32.
 Backwards also DecaySums [B * M, 2, N]: running sums of log-decays and counts of resets within the chunks.
-A sequence that is one segment is done in one pass. Else what every segment writes comes first (not CHUNKS), then a running
-sum over the segments, then the chunks. States [B * M, segments, CP * DVP + CP] float32: S row by row, and z behind it.
+
+A sequence with one segment takes one pass. Otherwise the first pass computes the writes of every segment (not CHUNKS), then
+follows a running sum over the segments, and then the chunks. States [B * M, segments, CP * DVP + CP] float32: S row by row,
+and then z.
 """
 
 import triton
@@ -55,8 +58,10 @@ def states_kernel(
     HAS_WEIGHT: tl.constexpr, HAS_DECAY: tl.constexpr, HAS_Z: tl.constexpr, NORMALIZE: tl.constexpr,
     HAS_GRAD_NORMALIZER: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The states of one segment, chunk by chunk. REVERSE: X, Y are queries and do, R heads of them a mixture; else keys and
-    values. CHUNKS: store every state, and the one at the end only if LAST; else what the segment writes."""
+    """
+    The states of one segment, chunk by chunk. REVERSE: X, Y are queries and do, with R heads per mixture; otherwise keys and
+    values. CHUNKS: store every state, and the last state only if LAST; otherwise store the writes of the segment.
+    """
     program = tl.program_id(0)
     blocks: tl.constexpr = CP // BC
     DVP: tl.constexpr = NV * BV
@@ -187,10 +192,11 @@ def scan_kernel(
     States, SegmentDecays, First, Last, segments, SIZE,
     BLOCK: tl.constexpr, ROWS: tl.constexpr, REVERSE: tl.constexpr, HAS_DECAY: tl.constexpr, HAS_FIRST: tl.constexpr,
 ):  # fmt: skip
-    """Replace what every segment writes by the state before it (after it, if REVERSE); also the state at the end.
+    """
+    Replace the writes of every segment by the state before it (after it, if REVERSE); also store the state at the end.
 
     ROWS segments are loaded at a time, so that loads do not wait for each other. One warp has all rows of a column in the
-    registers of one thread: picking a row costs next to nothing.
+    registers of one thread, so selecting a row costs next to nothing.
     """
     slab = tl.program_id(0).to(tl.int64)
     offsets = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)

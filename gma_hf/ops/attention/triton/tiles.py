@@ -1,19 +1,20 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
-"""What the kernels share: responsibilities of a tile of tokens, decays within it, operands of the matrix products.
+"""
+What the kernels share: responsibilities of a tile of tokens, decays within it, operands of the matrix products.
 
     logits   = x @ linear^T + (x * x) @ quadratic^T + bias            (base 2, see `coefficients`)
     gamma    = 2^(logits - lse),      lse = log2 sum_c 2^logits_c
     rho      = sqrt(C) delta / sqrt(C |delta|^2 + CORRELATION_EPS),      delta = gamma - 1/C        (with correlation)
 
-Precision. Tensor cores multiply 16-bit numbers. Two things keep the results as good as float32 arithmetic behind rounded
-inputs would give:
+Precision. Tensor cores multiply 16-bit numbers. Two methods keep the results as accurate as float32 arithmetic on rounded
+inputs:
 
-- the logits, whose errors are exponentiated, split each factor into a sum of two bfloat16 numbers (x itself is one);
-- everything else is rounded to float16, eleven bits, after a multiplication by a power of two that brings the largest
-  element of the tile to 2^14 or so. Elements 2^28 times smaller than the largest still keep all their bits.
-  Responsibilities are always multiplied by UNIT; EXACT kernels do so too, where it changes nothing.
+- the logits, whose errors are exponentiated, split each factor into a sum of two bfloat16 numbers (x itself is one number);
+- everything else is multiplied by a power of two that brings the largest element of the tile to about 2^14, and is then
+  rounded to float16 (eleven bits). Elements 2^28 times smaller than the largest element still keep all their bits.
+  Responsibilities are always multiplied by UNIT; EXACT kernels do this too, without any effect on the result.
 
-`EXACT` kernels (float32 and float16 inputs) keep float32 operands instead and ask for `PRECISION` in every product.
+`EXACT` kernels (float32 and float16 inputs) use float32 operands, and `PRECISION` in every product.
 """
 
 import os
@@ -37,20 +38,20 @@ INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 @triton.jit
 def power_of_two(largest):
-    """The power of two s with 2^13 < s * largest <= 2^14 or so; 1 for largest = 0."""
+    """The power of two s with about 2^13 < s * largest <= 2^14; 1 for largest = 0."""
     exponent = 14.0 - tl.ceil(tl.log2(tl.maximum(largest, 1e-30)))
     return tl.where(largest > 0, tl.exp2(exponent), 1.0)
 
 
 @triton.jit
 def find_largest(x, weight):
-    """The largest element of x [T, columns] in absolute value. Rows without weight, padding, do not count."""
+    """The largest absolute value in x [T, columns]. Rows without weight (padding) do not count."""
     return tl.max(tl.where(weight > 0, tl.max(tl.abs(x), 1), 0.0), 0)
 
 
 @triton.jit
 def tile_scale(largest, EXACT: tl.constexpr):
-    """The power of two that a tile is multiplied by before it becomes an operand."""
+    """The power of two that multiplies a tile before it becomes an operand."""
     if EXACT:
         scale = 1.0
     else:
@@ -74,8 +75,10 @@ def operand(x, EXACT: tl.constexpr):
 
 @triton.jit
 def rounded(x, dtype: tl.constexpr):
-    """x in another type, rounded to nearest: Triton's interpreter cuts off what does not fit into bfloat16, unless all of
-    it does not, in which case it makes a small number of it."""
+    """
+    x in another dtype, rounded to nearest. The interpreter of Triton truncates bits that do not fit into bfloat16, and turns
+    very large numbers into small ones.
+    """
     if INTERPRETED and dtype == tl.bfloat16:
         bits = x.to(tl.int32, bitcast=True)
         x = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -65536).to(tl.float32, bitcast=True)
@@ -92,10 +95,11 @@ def product(a, b, PRECISION: tl.constexpr, add_to=None):
 
 @triton.jit
 def here(offsets, position):
-    """The offsets, computed where they are needed.
+    """
+    The offsets, computed where they are needed.
 
-    Adds 0, as positions are not negative. The compiler does not know, and so does not compute addresses and masks once
-    before the loop over positions, to keep hundreds of them in registers that nothing can spare.
+    This adds 0, because positions are not negative. The compiler does not know this. So it does not compute addresses and
+    masks once before the loop over positions, which would occupy hundreds of registers.
     """
     return offsets + tl.minimum(position, 0)
 
@@ -105,10 +109,11 @@ def load_tile(
     pointer, first, columns, stride, count, num_columns, T: tl.constexpr, EVEN: tl.constexpr,
     POLICY: tl.constexpr = tl.constexpr(""),  # noqa: B008
 ):  # fmt: skip
-    """Rows first .. first + T of a matrix whose rows are `stride` elements apart; zeros after `count` rows.
+    """
+    Rows first .. first + T of a matrix whose rows are `stride` elements apart; zeros after `count` rows.
 
-    A tile that is needed again much later is loaded with another POLICY: else the compiler finds that it is the same and
-    keeps it, and whatever is computed from it, in registers that nothing can spare.
+    A tile that is needed again much later is loaded with another POLICY. Otherwise the compiler recognises the same tile and
+    keeps it, and all values computed from it, in registers that are needed elsewhere.
     """
     pointer += first.to(tl.int64) * stride
     rows = here(tl.arange(0, T), first)
@@ -183,7 +188,7 @@ def square(x, EXACT: tl.constexpr):
 
 @triton.jit
 def square_rest(x):
-    """What rounding took from x * x: exactly, for bfloat16."""
+    """The part of x * x that rounding removed: exact for bfloat16."""
     if INTERPRETED:
         main = square(x, False).to(tl.float32)
         x = tl.clamp(x.to(tl.float32), -1e12, 1e12)
@@ -263,7 +268,9 @@ def correlated(gamma, C, columns):
 
 @triton.jit
 def route(logits, C, CP: tl.constexpr, CORRELATE: tl.constexpr):
-    """UNIT times what tokens write to and read from the components with [T, CP]: gamma or, if CORRELATE, rho."""
+    """
+    UNIT times the weights [T, CP] with which tokens write to the components and read from them: gamma or, if CORRELATE, rho.
+    """
     gamma = responsibilities(logits)
     if CORRELATE:
         gamma, _ = correlated(gamma, C, tl.arange(0, CP)[None, :])
@@ -272,15 +279,17 @@ def route(logits, C, CP: tl.constexpr, CORRELATE: tl.constexpr):
 
 @triton.jit
 def ones(T: tl.constexpr, dtype: tl.constexpr):
-    """[T]; by way of float32, as the interpreter of Triton 3.6 knows no bfloat16 constants."""
+    """[T], by way of float32, because the interpreter of Triton 3.6 has no bfloat16 constants."""
     return tl.full([T], 1.0, tl.float32).to(dtype)
 
 
 @triton.jit
 def add_column_sums(sums, transposed, weights, PRECISION: tl.constexpr):
-    """sums [CP] + transposed [CP, T] @ weights [T]: the matrix unit adds faster than threads that talk to each other.
+    """
+    sums [CP] + transposed [CP, T] @ weights [T]: the matrix unit is faster than a sum over threads.
 
-    The weights fill 64 equal columns. 16 would do, but Triton 3.6 then gave wrong sums (or an illegal address) on an H100.
+    The weights fill 64 equal columns. 16 would be enough, but Triton 3.6 then gave wrong sums (or an illegal address) on an
+    H100.
     """
     columns = tl.zeros([1, 64], tl.float32).to(weights.dtype)
     return sums + tl.sum(product(transposed, weights[:, None] + columns, PRECISION), 1) * 0.015625
@@ -308,8 +317,10 @@ def visible_pairs(first, T: tl.constexpr, STRICT: tl.constexpr):
 
 @triton.jit
 def pair_factors(sums, resets, first, T: tl.constexpr, STRICT: tl.constexpr, HAS_DECAY: tl.constexpr):
-    """1 / UNIT times what is left at row i of what row j wrote, [T, T]; zero where it is not visible. Without decays whether
-    it is visible."""
+    """
+    1 / UNIT times the part of the write of row j that is left at row i, [T, T]; zero for pairs that are not visible. Without
+    decays, whether the pair is visible.
+    """
     visible = visible_pairs(first, T, STRICT)
     if HAS_DECAY:
         visible = visible & (resets[:, None] == resets[None, :])
@@ -334,8 +345,10 @@ def load_value(
     V, first, columns, stride, count, DV, scale,
     T: tl.constexpr, EVEN_V: tl.constexpr, HAS_WEIGHT: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """Values of a chunk times their scale, as an operand. Padding, whose weight is 0, may hold anything, NaN included; others
-    are below the limit."""
+    """
+    Values of a chunk times their scale, as an operand. Padding has the weight 0 and may hold anything, NaN included; other
+    values are below the limit.
+    """
     value = load_tile(V, first, columns, stride, count, DV, T, EVEN_V).to(tl.float32) * scale
     if HAS_WEIGHT:
         if EXACT:
@@ -351,8 +364,10 @@ def load_state(
     States, Scales, slab, chunk, chunks, v,
     CP: tl.constexpr, BV: tl.constexpr, NV: tl.constexpr, CAUSAL: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """Columns `v` of a chunk's state [CP, BV] as an operand, and its scale; or of the one state, in float32, of a
-    bidirectional call."""
+    """
+    Columns `v` of the state of a chunk [CP, BV] as an operand, and its scale; in bidirectional calls, of the one state in
+    float32.
+    """
     offsets = tl.arange(0, CP)[:, None] * (NV * BV) + v * BV + tl.arange(0, BV)[None, :]
     if CAUSAL:
         state = tl.load(States + (slab * chunks + chunk) * (CP * NV * BV) + offsets)
@@ -366,7 +381,7 @@ def load_state(
 
 @triton.jit
 def load_norm(States, Norms, slab, chunk, chunks, CP: tl.constexpr, DVP: tl.constexpr, CAUSAL: tl.constexpr):
-    """z, or its gradient, of a chunk's state [CP]."""
+    """z, or its gradient, of the state of a chunk [CP]."""
     if CAUSAL:
         result = tl.load(Norms + (slab * chunks + chunk) * CP + tl.arange(0, CP))
     else:

@@ -1,6 +1,6 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
-"""The kernels of the short convolution as operators that PyTorch knows: what they allocate, how they are launched, how they
-differentiate.
+"""
+The kernels of the short convolution as registered operators of PyTorch: their memory, their launches, their derivatives.
 
 inputs [B, N, C], weight [C, 1, K], sequence_ids [B, N] -> outputs [B, N - first, C], of the positions from `first` on.
 """
@@ -21,13 +21,13 @@ GRADIENT = {"SEGMENT": 256, "T": 8, "num_warps": 4}
 
 
 def constants(weight: Tensor, sequence_ids: Tensor | None) -> dict[str, int | bool]:
-    """What the kernels are specialised for."""
+    """The constants of the kernels."""
     channels, _, width = weight.shape
     return {"K": width, "HAS_RUNS": sequence_ids is not None, "EVEN": channels % CHANNELS == 0, "BC": CHANNELS}
 
 
 def grid(x: Tensor, segment: int) -> tuple[int, tuple[int]]:
-    """Segments of the tokens of x [B, N, C], and how many programs these make with blocks of channels."""
+    """The segments of the tokens of x [B, N, C], and the number of programs for these segments and blocks of channels."""
     segments = cdiv(x.shape[1], segment)
     return segments, (x.shape[0] * segments * cdiv(x.shape[2], CHANNELS),)
 
@@ -35,7 +35,7 @@ def grid(x: Tensor, segment: int) -> tuple[int, tuple[int]]:
 def convolve(
     x: Tensor, first_x: int, weight: Tensor, runs: Tensor | None, y: Tensor, first_y: int, before: int, backward: bool
 ) -> None:
-    """Fill y: with SiLU of the convolution of x, or backward with its transpose. Both start at a position of their own."""
+    """Fill y: with SiLU of the convolution of x, or backward with its transpose. x and y start at different positions."""
     segments, programs = grid(y, CONVOLVE["SEGMENT"])
     convolve_kernel[programs](
         x, weight, weight if runs is None else runs, y, *x.stride()[:2], *y.stride()[:2],
@@ -58,7 +58,7 @@ torch.library.define(
 
 
 def prepared(inputs: Tensor, weight: Tensor, sequence_ids: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The tensors as the kernels read them."""
+    """The tensors in the form that the kernels read."""
     return row_contiguous(inputs), weight.contiguous(), None if sequence_ids is None else sequence_ids.contiguous()
 
 
@@ -144,14 +144,17 @@ def short_convolution(inputs: Tensor, weight: Tensor, sequence_ids: Tensor | Non
     SiLU(sum_j weight_j inputs_{p + j - before}) at the positions p from `first` on.
 
     Args:
-        inputs (`torch.Tensor` of shape `(batch, length, channels)`): one row per token; no token outside takes part.
+        inputs (`torch.Tensor` of shape `(batch, length, channels)`): one row per token. There are no tokens outside of the
+            row.
         weight (`torch.Tensor` of shape `(channels, 1, width)`): one weight per tap.
-        sequence_ids (`torch.LongTensor` of shape `(batch, length)`, *optional*): packed sequences, which are apart.
-        before (`int`): how many of the taps look back.
+        sequence_ids (`torch.LongTensor` of shape `(batch, length)`, *optional*): packed sequences, which do not see each
+            other.
+        before (`int`): number of taps that look back.
         first (`int`): position of the first output.
 
     Returns:
-        `torch.Tensor` of shape `(batch, length - first, channels)` in the dtype of `inputs`, or autocast's as from `conv1d`.
+        `torch.Tensor` of shape `(batch, length - first, channels)`: the outputs, in the dtype of `inputs`, or of autocast as
+        from `conv1d`.
     """
     device_type = inputs.device.type
     if torch.is_autocast_enabled(device_type):

@@ -1,12 +1,13 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
-"""The depthwise short convolution in fused GPU kernels, token-major: tokens are rows, channels neighbours in memory.
+"""
+The depthwise short convolution in fused GPU kernels, token-major: tokens are rows, and channels are adjacent in memory.
 
     convolve_kernel     y_p = SiLU(s_p),  s_p = sum_j w_j x_{p+j-b}         also dx_t = sum_j w_j ds_{t-j+b}
     grad_kernel         ds_p = dy_p SiLU'(s_p),  and over a segment dw_j = sum_p ds_p x_{p+j-b}
 
-b tokens before p take part, those outside of a tensor as zeros, and only those of the sequence of p. A program does a segment
-of the tokens and a block of the channels in tiles [T, BC]; a tile is loaded once per tap, but from memory only once. No
-atomics, so the same call gives the same bits. All arithmetic is float32.
+An output at p reads b tokens before p. Tokens outside of a tensor count as zeros, and tokens of other sequences do not
+count. A program computes a segment of the tokens and a block of the channels in tiles [T, BC]. A tile is loaded once per
+tap, but from memory only once. The kernels use no atomics, so the same call gives the same bits. All arithmetic is float32.
 
 x [B, N, C] from position 0, y and dy [B, NY, C] from position `first` (ds and dx likewise), w [C, K], runs [B, N].
 """
@@ -19,7 +20,9 @@ from ...attention.triton.tiles import rounded
 
 @triton.jit
 def locate(program, segments, C, SEGMENT: tl.constexpr, BC: tl.constexpr):
-    """First token, channels [BC] and batch. Programs that share tokens run side by side: their rows are neighbours."""
+    """
+    First token, channels [BC] and batch. Programs with the same tokens run side by side, because their rows are adjacent.
+    """
     column_blocks = tl.cdiv(C, BC)
     columns = program % column_blocks * BC + tl.arange(0, BC)
     start = program // column_blocks % segments * SEGMENT
@@ -37,7 +40,7 @@ def load_weights(Weight, columns, C, K: tl.constexpr):
 
 @triton.jit
 def load_rows(pointer, rows, columns, stride, is_there, C, EVEN: tl.constexpr):
-    """Some rows of a matrix, zeros where `is_there` is not."""
+    """Some rows of a matrix, zeros where `is_there` is `False`."""
     mask = is_there[:, None]
     if not EVEN:
         mask = mask & (columns < C)[None, :]
@@ -58,8 +61,10 @@ def load_taps(
     X, Runs, positions, is_there, columns, stride, first, N, C, before,
     K: tl.constexpr, DIRECTION: tl.constexpr, HAS_RUNS: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    """A tuple of what the taps see at positions [T], [T, BC] each: tap j the token `before` - j before, or, DIRECTION = -1,
-    after. The rows of X are the positions from `first` on."""
+    """
+    A tuple of the inputs of the taps at positions [T], [T, BC] each: for tap j the token `before` - j before, or, with
+    DIRECTION = -1, after. The rows of X are the positions from `first` on.
+    """
     runs = positions
     if HAS_RUNS:
         runs = tl.load(Runs + positions, mask=is_there, other=0)

@@ -1,10 +1,12 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
 """
-Rotations undone in one pass over memory, where a model rotates halves, as most do: dimension i of the first D with i + D / 2.
+Rotations undone in one pass over memory, for models that rotate halves, as most do: dimension i of the first D with i + D /
+2.
 
     y_i = (c_i x_i + s_i x_{i+D/2}) / (c_i^2 + s_i^2)        y_{i+D/2} = (c_i x_{i+D/2} - s_i x_i) / (c_i^2 + s_i^2)
 
-The first pairs may stay as they are. Its gradient is the same with -s. All arithmetic is float32. x [B, H, N, d], c and s [B or 1, N, D / 2 or more].
+The first pairs may keep their rotation. The gradient is the same with -s. All arithmetic is float32. x [B, H, N, d], c and s
+[B or 1, N, D / 2 or more].
 """
 
 import torch
@@ -61,7 +63,7 @@ torch.library.define(
 @on_one_device
 @on_its_device
 def turn(x: Tensor, cos: Tensor, sin: Tensor, rotary_dim: int, undone: int, sign: float) -> Tensor:
-    """y as above, of sign 1, or its gradient, of sign -1; in the memory order of x, if that is dense."""
+    """y as above (sign 1), or its gradient (sign -1); in the memory order of x, if x is dense."""
     if x.stride(-1) != 1:
         x = x.contiguous()
     batch, heads, length, dim = x.shape
@@ -87,12 +89,12 @@ vmapped_by_loops("turn_back")
 
 
 def turned_forward(grad, cos, sin, rotary_dim, undone):
-    """The gradient of what was turned back."""
+    """The gradient of the undone rotation."""
     return (torch.ops.gma_hf.turn_back(grad, cos, sin, rotary_dim, undone, -1.0),)
 
 
 class Turn(torch.autograd.Function):
-    """The kernel with its gradient; of the angles there is none."""
+    """The kernel with its gradient. The angles have no gradient."""
 
     generate_vmap_rule = True
 
@@ -117,12 +119,13 @@ def turn_back(x: Tensor, cos: Tensor, sin: Tensor, rotary_dim: int, undone: int 
 
     Args:
         x (`torch.Tensor` of shape `(batch, heads, length, dim)`): rotated in their first `rotary_dim` dimensions.
-        cos, sin (`torch.Tensor` of shape `(batch or 1, length, at least rotary_dim / 2)`): by which.
+        cos, sin (`torch.Tensor` of shape `(batch or 1, length, at least rotary_dim / 2)`): the cosines and sines of the
+        rotation.
         rotary_dim (`int`): D.
         undone (`int`): the first column of c and s that is undone.
 
     Returns:
-        `torch.Tensor` of the shape and dtype of `x`.
+        `torch.Tensor` of the shape of `x`: the result, in the dtype of `x`.
     """
     if cos.stride(-1) != 1 or cos.stride() != sin.stride():
         cos, sin = cos.contiguous(), sin.contiguous()

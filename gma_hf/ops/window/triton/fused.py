@@ -1,5 +1,6 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
-"""The two passes of `window_softmax` by its kernels: block sizes, what is allocated, how they are launched.
+"""
+The two passes of `window_softmax` by its kernels: block sizes, memory, launches.
 
 query [B, HQ, N, D], key [B, HK, NK, D], value [B, HK, NK, DV], valid [B or 1, NK], runs [B, NK], read [B, HQ, NM, DV],
 log_weight [B, HQ, NM], memory_bias and sinks [HQ], memory_query [HQ, D], weighing_query [B, HQ, N, D], sink_key [B, HK, S, D],
@@ -32,7 +33,7 @@ def blocks_of(tables: tuple[dict, dict], query: Tensor, value: Tensor) -> tuple[
 def constants(
     query: Tensor, key: Tensor, value: Tensor, valid, runs, causal: bool, softcap
 ) -> dict[str, int | bool | str]:
-    """What the kernels are specialised for."""
+    """The constants of the kernels."""
     dim, value_dim = query.shape[-1], value.shape[-1]
     return {
         "R": query.shape[1] // key.shape[1],
@@ -49,7 +50,7 @@ def constants(
 
 
 def constants_of_queries(weighing_query, sink_key, visible) -> dict[str, bool]:
-    """What those are specialised for besides that walk over queries."""
+    """The further constants of kernels that loop over queries."""
     return {
         "HAS_WEIGHING": weighing_query is not None,
         "HAS_SINK_TOKENS": sink_key is not None,
@@ -58,13 +59,13 @@ def constants_of_queries(weighing_query, sink_key, visible) -> dict[str, bool]:
 
 
 def logit_scales(scaling: float, softcap: float | None) -> tuple[float, float]:
-    """Base 2: q . k times the first; with a cap, the second times the hyperbolic tangent of that."""
+    """Base 2: q . k times the first; with a cap, the second times the hyperbolic tangent of the product."""
     log2e = LOG2E.value
     return (scaling * log2e, 0.0) if softcap is None else (scaling / softcap, softcap * log2e)
 
 
 def row_stride(mask: Tensor | None) -> int:
-    """Stride of the rows of `valid`, `runs` or `visible`, one for all or one each."""
+    """Stride of the rows of `valid`, `runs` or `visible`; 0 if all rows share one."""
     return 0 if mask is None or mask.shape[0] == 1 else mask.stride(0)
 
 
@@ -79,7 +80,7 @@ def row_contiguous_or_none(x: Tensor | None) -> Tensor | None:
 def places_of(
     query: Tensor, key: Tensor, read: Tensor, sink_key: Tensor | None, visible: Tensor | None
 ) -> tuple[int, ...]:
-    """N, NK, how many queries have no memory and how many see no sink tokens for certain, and S."""
+    """N, NK, how many queries have no memory, how many see no sink tokens for certain, and S."""
     length = query.shape[2]
     blind = 0 if visible is None else length - visible.shape[1]
     return length, key.shape[2], length - read.shape[2], blind, 0 if sink_key is None else sink_key.shape[2]
@@ -115,7 +116,7 @@ def forward(
 
 
 def empty_grads(*inputs: Tensor) -> tuple[Tensor, ...]:
-    """Gradients of what has tokens, not filled yet: as dense as the inputs, in the same order."""
+    """Memory for the gradients of tensors with tokens: as dense as the inputs, in the same order."""
     return tuple(torch.empty_like(row_contiguous(x)) for x in inputs)
 
 
@@ -125,8 +126,8 @@ def backward(
     visible, output, log_sum, grad_output, size, causal, scaling, softcap,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """
-    dq, dk, dv, dr, and in float32 dm [B, HQ, N], du [HQ, D] and delta [B, HQ, N]; the gradient of `weighing_query`; dk and dv
-    of the sink tokens, [B, HK, S, D + DV] in float32. The last two of size 0 where there is no such thing.
+    dq, dk, dv, dr, and in float32 dm [B, HQ, N], du [HQ, D] and delta [B, HQ, N]; the gradient of `weighing_query`; dk and
+    dv of the sink tokens, [B, HK, S, D + DV] in float32. The last two have size 0 if they do not exist.
     """
     batch, heads, length, dim = query.shape
     value_dim, key_heads = value.shape[-1], key.shape[1]

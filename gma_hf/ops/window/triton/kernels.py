@@ -1,20 +1,22 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
-"""The equations of `window_softmax` in fused GPU kernels: logits stay on the chip, the memory is one more thing to attend to.
+"""
+The equations of `window_softmax` in fused GPU kernels. Logits stay on the chip, and the memory acts as one more token.
 
     attend_kernel           o and l = log D                                            a block of queries of one head
-    grad_queries_kernel     dq, dr, dm, delta for the next kernel; of the sink         the same
-                            tokens what the block has for their dk, dv
+    grad_queries_kernel     dq, dr, dm, delta for the next kernel; the parts of        the same
+                            dk, dv of the sink tokens that come from this block
     grad_keys_kernel        dk, dv                                                     a block of keys of one key head
 
-The running maximum and sums of the softmax start from the memory, e^m r and e^m, and from the sink; then sink tokens and
-blocks of near keys follow, as in FlashAttention. Blocks of keys walk over the queries of all heads of their group, and what
-blocks of queries have for sink tokens is added up afterwards: no atomics, so the same call gives the same bits. Matrix units
-multiply in the dtype of the inputs (float32 as three TF32 products); logits, exponentials and sums are float32.
+The running maximum and sums of the softmax start from the memory, e^m r and e^m, and from the sink. Then follow sink tokens
+and blocks of near keys, as in FlashAttention. Blocks of keys loop over the queries of all heads of their group. The parts of
+all blocks of queries for sink tokens are added up afterwards. The kernels use no atomics, so the same call gives the same
+bits. Matrix units multiply in the dtype of the inputs (float32 as three TF32 products); logits, exponentials and sums are
+float32.
 
 query [B, HQ, N, D], key [B, HK, NK, D], value [B, HK, NK, DV], valid [B or 1, NK], runs [B, NK], read [B, HQ, NM, DV],
 log_weight [B, HQ, NM], weighing_query [B, HQ, N, D], memory_bias and sinks [HQ], memory_query [HQ, D], sink_key [B, HK, S, D],
-sink_value [B, HK, S, DV], visible [B or 1, NS, S]; R = HQ / HK. Key j stands at j - P, P = NK - N, row i of what was read at
-i + skip, skip = N - NM, row i of who sees sinks at i + blind, blind = N - NS.
+sink_value [B, HK, S, DV], visible [B or 1, NS, S]; R = HQ / HK. Key j stands at j - P, P = NK - N, row i of the reads at
+i + skip, skip = N - NM, row i of the visibility of sink tokens at i + blind, blind = N - NS.
 """
 
 import triton

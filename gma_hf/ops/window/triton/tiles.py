@@ -1,6 +1,8 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
-"""What the kernels of `window_kernels` share: where tokens stand, who sees whom, and the logits of near keys, of sink tokens
-and of the memory, in base 2."""
+"""
+What the kernels of the window share: the places of tokens, which query sees which key, and the logits of near keys, of sink
+tokens and of the memory, in base 2.
+"""
 
 import triton
 import triton.language as tl
@@ -17,7 +19,7 @@ LOG_NOTHING = tl.constexpr(NATURAL_LOG_NOTHING)  # a memory that weighs less is 
 
 @triton.jit
 def locate(program, blocks, HQ, R: tl.constexpr):
-    """Block of queries, head and batch. Heads that share keys run side by side, and find them in the cache."""
+    """Block of queries, head and batch. Heads that share keys run side by side, so that the keys are in the cache."""
     block = program // R % blocks
     head = program // (R * blocks) % (HQ // R) * R + program % R
     return block, head, (program // (HQ * blocks)).to(tl.int64)
@@ -37,7 +39,7 @@ def near_keys(first, P, NK, W, T: tl.constexpr, CAUSAL: tl.constexpr):
 
 @triton.jit
 def key_places(Valid, first, count, P, T: tl.constexpr, HAS_VALID: tl.constexpr):
-    """Where keys first .. first + T stand, [T]."""
+    """The places of keys first .. first + T, [T]."""
     keys = tl.arange(0, T)
     is_seen = keys < count
     if HAS_VALID:
@@ -47,7 +49,7 @@ def key_places(Valid, first, count, P, T: tl.constexpr, HAS_VALID: tl.constexpr)
 
 @triton.jit
 def load_runs(Runs, first, count, T: tl.constexpr, HAS_RUNS: tl.constexpr):
-    """Which runs tokens first .. first + T belong to, [T]."""
+    """The runs of tokens first .. first + T, [T]."""
     tokens = tl.arange(0, T)
     if HAS_RUNS:
         runs = tl.load(Runs + first + tokens, mask=tokens < count, other=-1).to(tl.int32)
@@ -67,7 +69,7 @@ def distances(places, key_places, runs, key_runs, HAS_RUNS: tl.constexpr):
 
 @triton.jit
 def hyperbolic_tangent(x):
-    """tanh x to 6e-7 of itself."""
+    """tanh x with a relative error of 6e-7."""
     small = x * (1.0 - x * x * (0.33333333 - x * x * 0.13333333))
     power = tl.exp2(tl.abs(x) * (-2.0 * LOG2E))
     large = (1.0 - power) / (1.0 + power)
@@ -76,7 +78,7 @@ def hyperbolic_tangent(x):
 
 @triton.jit
 def scaled(logits, scale, cap, SOFTCAP: tl.constexpr):
-    """From q . k: s in base 2, and ds over what it would be without a cap."""
+    """From q . k: s in base 2, and the factor of ds that the soft cap adds."""
     if SOFTCAP:
         tangent = hyperbolic_tangent(logits * scale)
         logits = cap * tangent
@@ -89,7 +91,7 @@ def scaled(logits, scale, cap, SOFTCAP: tl.constexpr):
 
 @triton.jit
 def near_logits(logits, distance, scale, cap, W, CAUSAL: tl.constexpr, SOFTCAP: tl.constexpr):
-    """The same, -inf where the key is not near."""
+    """The same, -inf for keys that are not near."""
     logits, slope = scaled(logits, scale, cap, SOFTCAP)
     # One comparison each: negative numbers are large without a sign
     if CAUSAL:
@@ -101,7 +103,9 @@ def near_logits(logits, distance, scale, cap, W, CAUSAL: tl.constexpr, SOFTCAP: 
 
 @triton.jit
 def memory_logit(query, LogWeight, asked, stride, Bias, Slope, head, columns, D, T: tl.constexpr):
-    """m in base 2 [T] from the queries that weigh the memory, -inf where it is empty or was not asked, and u [DP]."""
+    """
+    m in base 2 [T] from the queries that weigh the memory, -inf if the memory is empty or the query has none, and u [DP].
+    """
     log_weight = tl.load(LogWeight + tl.arange(0, T) * stride, mask=asked, other=float("-inf")).to(tl.float32)
     slope = tl.load(Slope + head * D + columns, mask=columns < D, other=0.0).to(tl.float32)
     logit = tl.sum(query.to(tl.float32) * slope[None, :], 1) + tl.load(Bias + head).to(tl.float32)
@@ -110,20 +114,20 @@ def memory_logit(query, LogWeight, asked, stride, Bias, Slope, head, columns, D,
 
 @triton.jit
 def asked_queries(first, skip, N, T: tl.constexpr):
-    """Which of the queries first .. first + T the memory was asked by, [T]."""
+    """Which of the queries first .. first + T have a memory, [T]."""
     queries = first + tl.arange(0, T)
     return (queries >= skip) & (queries < N)
 
 
 @triton.jit
 def row_of(pointer, first, skip, stride):
-    """Where what query `first` read stands, among rows that begin with query `skip`."""
+    """The row of the read of query `first`, in rows that begin with query `skip`."""
     return pointer + (first - skip).to(tl.int64) * stride
 
 
 @triton.jit
 def read_tile(asked, columns, stride, num_columns, T: tl.constexpr, EVEN: tl.constexpr):
-    """Offsets and mask of what was read by queries, some of which were not asked."""
+    """Offsets and mask of the reads of queries, some of which have no memory."""
     mask = asked[:, None]
     if not EVEN:
         mask = mask & (columns < num_columns)[None, :]
@@ -136,9 +140,9 @@ def sink_logits(
     T: tl.constexpr, EVEN_D: tl.constexpr, HAS_VISIBLE: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """
-    Of the sink tokens that begin with `sink`: the keys [SINKS, DP]; s in base 2 [SINKS, T], -inf where queries
-    first .. first + T do not see them; and ds over what it would be without a cap. Sinks are rows, as there are few:
-    matrix units take 16 rows, of whatever width.
+    For the sink tokens from `sink` on: the keys [SINKS, DP]; s in base 2 [SINKS, T], -inf if queries first .. first + T do
+    not see them; and the factor of ds that the soft cap adds. Sink tokens are rows, because there are few of them, and
+    matrix units take 16 rows of any width.
     """
     key = load_tile(SinkK, sink, columns, stride, num_sinks - sink, D, SINKS, EVEN_D)
     logits, slope = scaled(product(key, tl.trans(query), PRECISION), scale, cap, SOFTCAP)
@@ -154,7 +158,7 @@ def sink_logits(
 
 @triton.jit
 def attend_more(largest, total, numerator, logits, value, PRECISION: tl.constexpr):
-    """The running maximum and sums with further keys, of logits [T, n] and values [n, DVP]."""
+    """The running maximum and sums after further keys with logits [T, n] and values [n, DVP]."""
     new_largest = tl.maximum(largest, tl.max(logits, 1))
     weights = tl.exp2(logits - new_largest[:, None])
     shrink = tl.exp2(largest - new_largest)
@@ -165,6 +169,6 @@ def attend_more(largest, total, numerator, logits, value, PRECISION: tl.constexp
 
 @triton.jit
 def finite_log_sum(LogSum, first, count, T: tl.constexpr):
-    """l in base 2; inf where nothing is seen, and for rows that do not exist: e^(s - l) is 0 there."""
+    """l in base 2; inf for rows that see nothing or do not exist, because e^(s - l) is then 0."""
     log_sum = load_row(LogSum, first, 1, count, float("inf"), T) * LOG2E
     return tl.where(log_sum == float("-inf"), float("inf"), log_sum)
