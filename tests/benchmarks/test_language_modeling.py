@@ -22,7 +22,7 @@ from benchmarks.quality.language_modeling import (
     token_nll,
     wanted_rows,
 )
-from benchmarks.quality.language_modeling_report import table
+from benchmarks.quality.language_modeling_report import plot, table
 from benchmarks.quality.tasks.language_modeling import detokenize, load, prepare, tokenizer_folder, windows
 from benchmarks.rivals.mixers import MIXERS, make_config, make_model
 
@@ -181,8 +181,9 @@ def test_every_mixer_is_trained_and_no_row_twice(run, tmp_path, monkeypatch, cap
     report = run("results.json")
     assert len(report["rows"]) == len(LANGUAGE_MIXERS)
     for row in report["rows"].values():
-        assert row["wikitext_test_detokenized_word_perplexity"] > 1
-        assert row["losses"][0][1] == pytest.approx(math.log(300), rel=0.1)
+        # After two steps a model knows next to nothing: all tokens of the vocabulary are alike, in the test as at first
+        for loss in (row["losses"][0][1], math.log(row["wikitext_test_detokenized_perplexity"])):
+            assert loss == pytest.approx(math.log(300), rel=0.1)
     sizes = [row["parameters"] for row in report["rows"].values()]
     assert max(sizes) < 1.03 * min(sizes)
     shown = capsys.readouterr().out
@@ -193,7 +194,15 @@ def test_every_mixer_is_trained_and_no_row_twice(run, tmp_path, monkeypatch, cap
     monkeypatch.setattr(language_modeling, "measure", lambda *args: pytest.fail("a row was trained again"))
     assert run("results.json") == report
     run("results.json", "--plot")
-    assert (tmp_path / "language_modeling.png").stat().st_size > 10_000
+    assert (tmp_path / "language_modeling.png").exists()
+    curves, bars = plot(report).axes
+    best = sorted(report["rows"].values(), key=lambda row: row["wikitext_test_detokenized_word_perplexity"])
+    assert [bar.get_width() for bar in bars.patches] == [
+        row["wikitext_test_detokenized_word_perplexity"] for row in best
+    ]
+    assert [list(line.get_ydata()) for line in curves.lines] == [
+        [y for _, y in row["validation_curve"]] for row in best
+    ]
 
 
 def test_accumulated_gradients_are_those_of_the_whole_step(run):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.quality.long_context_classification import CONTENDERS, accuracy, main, table
+from benchmarks.quality.long_context_classification import CONTENDERS, accuracy, main, plot, table
 from benchmarks.quality.tasks import listops
 from benchmarks.quality.tasks.classification import Examples, batches_by_length, collate, load, prepare, without_hints
 from benchmarks.rivals.mixers import equal_width, make_config, make_model, number_of_parameters
@@ -156,11 +156,15 @@ def test_the_script_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
     assert list(rows) == ["listops, softmax, seed 0", "listops, gma_gated, seed 0"]
     assert rows["listops, softmax, seed 0"] == first["listops, softmax, seed 0"]
     for row in rows.values():
-        assert 0 <= row["test_accuracy"] <= 1 and row["ms_per_step"] > 0 and row["test_examples"] == 8
+        # Of eight examples
+        assert 8 * row["test_accuracy"] in range(9) and row["ms_per_step"] > 0 and row["test_examples"] == 8
         assert row["curve"][-1][0] == row["losses"][-1][0] == 2
     assert table(rows) in shown
     # Rows of another recipe are not mixed with these
     with pytest.raises(SystemExit, match="Choose another --output"):
         call("--contenders", "softmax", "--batch_size", "4")
     call("--plot")
-    assert (tmp_path / "long_context_classification.png").stat().st_size > 0
+    assert (tmp_path / "long_context_classification.png").exists()
+    scores, times = plot(rows).axes
+    assert [bar.get_width() for bar in scores.patches] == [100 * row["test_accuracy"] for row in rows.values()]
+    assert [bar.get_width() for bar in times.patches] == [row["ms_per_step"] for row in rows.values()]

@@ -154,7 +154,12 @@ def test_rows_are_written_kept_and_shown(tmp_path, monkeypatch, capsys):
     assert max(sizes) <= 1.03 * min(sizes)
     assert "hybrid: GMA, gated block, 1 softmax of 2 layers" in shown
     call("--plot")
-    assert (tmp_path / "needle.png").stat().st_size > 0
+    assert (tmp_path / "needle.png").exists()
+    figure = recall.plot(rows)["needle"]
+    shown = [[text.get_text() for text in axis.texts] for axis in figure.axes if axis.get_visible()]
+    # A map a contender: depth by depth, the accuracy at every length
+    expected = [sorted(row["accuracy"], key=lambda cell: (cell[1], cell[0])) for row in rows.values()]
+    assert shown == [[f"{100 * accuracy:.0f}" for _, _, accuracy in cells] for cells in expected]
     assert json.loads(output.read_text())["rows"] == rows
 
 

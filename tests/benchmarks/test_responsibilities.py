@@ -12,7 +12,7 @@ import torch
 
 from benchmarks.quality import responsibilities
 from benchmarks.quality.responsibilities import largest_nmi, main
-from benchmarks.quality.responsibilities_report import ROLES, escaped, table
+from benchmarks.quality.responsibilities_report import ROLES, escaped, plot, table
 from benchmarks.quality.tasks.language_modeling import detokenize
 from gma_hf import GMAForCausalLM
 from gma_hf.analysis import normalized_mutual_information
@@ -129,4 +129,10 @@ def test_hybrids_and_grouped_heads_have_a_table_and_a_figure_too(run, folder, tm
     report = run("--max_tokens", "64", "--plot", model=tmp_path / "hybrid")
     assert [layer["layer"] for layer in report["rows"]["trained"]["layers"]] == ["0", "2"]
     assert "| 2 | queries |" in table(report)
-    assert (tmp_path / "responsibilities.png").stat().st_size > 10_000
+    assert (tmp_path / "responsibilities.png").exists()
+    # A mark a head, at the number of components that it uses, and the alignment of the same heads beside it
+    for axis, name in zip(plot(report).axes, ("usage_perplexity", "nmi"), strict=True):
+        marks = [line for line in axis.lines if line.get_linestyle() == "None"]
+        layers = report["rows"]["trained"]["layers"]
+        expected = [layer[role][name] for role in ("keys", "queries") for layer in layers]
+        assert [list(line.get_ydata()) for line in marks] == expected

@@ -90,7 +90,11 @@ def test_a_run_goes_on_where_it_was_stopped_and_draws_its_figure(tmp_path, monke
     assert len(rows) == 2 * 2 * 3
     assert all(row["ms"] > 0 and row["peak_mib"] >= 0 for row in rows.values())
     assert "| exponent |" in capsys.readouterr().out
-    assert (tmp_path / "scaling_toy.png").stat().st_size > 10_000
+    assert (tmp_path / "scaling_toy.png").exists()
+    both = [row for row in rows.values() if row["pass"] == "forward_backward"]
+    for axis, field in zip(scaling_report.plot(json.loads(output.read_text())).axes, ("ms", "peak_mib"), strict=True):
+        shown = [(x, y) for line in axis.lines for x, y in zip(*line.get_data(), strict=True)]
+        assert sorted(shown) == sorted((row["length"], row[field]) for row in both)
 
 
 @pytest.mark.quick

@@ -6,10 +6,10 @@ and for small batches on a GPU, they are what a token takes.
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import gma_hf
+from benchmarks.kernels.decoding_cpu import CountCalls
 from gma_hf.cache_argument import CACHE_NAME
 
 
@@ -18,18 +18,6 @@ SIZES = {"vocab_size": 99, "hidden_size": 64, "intermediate_size": 128, "num_att
 WANTED = {"paper": 90, "gated": 110, "gated + window": 130, "converted": 110, "converted + window": 140}
 WANTED_OF_PADDING = 12
 NUM_LAYERS = 4
-
-
-class CountCalls(TorchDispatchMode):
-    """Counts the calls into PyTorch that are made within it."""
-
-    def __init__(self):
-        super().__init__()
-        self.number = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.number += 1
-        return function(*args, **(kwargs or {}))
 
 
 def make_model(name: str):

@@ -22,7 +22,7 @@ def test_lora_trains_with_the_mixtures_and_merges(block, tokens, target_modules,
     model = peft.get_peft_model(base, settings)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     losses, frozen = [], {name: p.clone() for name, p in model.named_parameters() if not p.requires_grad}
-    for _ in range(4):
+    for _ in range(20):
         loss = model(input_ids=tokens, labels=tokens).loss
         loss.backward()
         trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -32,8 +32,8 @@ def test_lora_trains_with_the_mixtures_and_merges(block, tokens, target_modules,
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
-    # Four steps at 1e-2 on the same 36 tokens, learnt by adapters and mixtures alone
-    assert losses[0] > losses[1] > losses[2] > losses[3]
+    # Twenty steps on the same 36 tokens, learnt by adapters and mixtures alone: embeddings and head stay as they are
+    assert losses[-1] < 0.85 * losses[0]
     after = dict(model.named_parameters())
     assert all(torch.equal(after[name], p) for name, p in frozen.items())
 
