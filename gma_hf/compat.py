@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from transformers import Trainer
 
 
+LARGEST_INTEGER = torch.iinfo(torch.int64).max  # that PyTorch computes with
+
+
 class PrivateName(NamedTuple):
     """
     A private name of another library.

@@ -9,12 +9,10 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
 from ..cache_argument import CACHE_NAME
-from ..compat import share_adapter_defaults
+from ..compat import LARGEST_INTEGER, share_adapter_defaults
 from ..remote_code import add_remote_code, write_whole
 from .validation import expect_positive, expect_possible, raises_value_errors, refuse_misspelt
 
-
-LARGEST_INTEGER = 2**63 - 1  # of PyTorch
 
 # Short convolution instead of positions, learned forgetting and write weight, un-normalised read, a norm per head and a gate.
 # RoPE serves the softmax layers of hybrids only.

@@ -9,8 +9,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..compat import LARGEST_INTEGER
 
-LARGEST_INTEGER = 2**63 - 1  # of PyTorch
+
 # Named choices of options, from high quality to a small cache. The comments give the perplexity of SmolLM2-135M on
 # WikiText-103, relative to the 24.18 of the original, and the time of the whole distillation on one H200 (docs/results.md).
 RECIPES: dict[str, dict[str, Any]] = {

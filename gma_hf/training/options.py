@@ -10,10 +10,9 @@ from typing import Any, Literal
 
 from transformers import TrainingArguments
 
+from ..compat import LARGEST_INTEGER
 from .errors import TrainingInputError
 
-
-LARGEST = 2**63 - 1  # of PyTorch's integers
 
 # Numbers of `TrainingArguments` with their kinds and smallest values; Transformers accepts any
 TRAINING_NUMBERS = {
@@ -100,4 +99,4 @@ def why_no_number(value: Any, kind: type, smallest: float) -> str | None:
         return "be a whole number" if kind is int else "be a finite number"
     if value < smallest:
         return f"be at least {smallest}" if smallest else "not be negative"
-    return f"be at most {LARGEST}" if value > LARGEST else None
+    return f"be at most {LARGEST_INTEGER}" if value > LARGEST_INTEGER else None
