@@ -105,10 +105,9 @@ def cache_bytes(cache: Cache) -> int:
     """What the tensors of a cache take."""
     found = {}
     for layer in cache.layers:
-        is_converted = isinstance(layer, GMACacheLayer)
-        for tensor in layer.window_history if is_converted else (layer.keys, layer.values):
-            if tensor is not None:
-                found[tensor.data_ptr()] = tensor.nbytes
+        for x in layer.history if isinstance(layer, GMACacheLayer) else (layer.keys, layer.values):
+            if isinstance(x, torch.Tensor):
+                found[x.data_ptr()] = x.nbytes
     return sum(found.values())
 
 

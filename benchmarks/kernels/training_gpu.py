@@ -32,6 +32,7 @@ from benchmarks.lib.command import command
 from benchmarks.lib.results import Results
 from benchmarks.lib.tables import pivot
 from benchmarks.lib.timing import or_refused, softmax_by, wall_time
+from benchmarks.lib.training import compile_blocks
 from gma_hf import GMAForCausalLM
 from gma_hf.ops import available_backends
 from gma_hf.ops.dispatch import ENVIRONMENT_VARIABLE
@@ -58,9 +59,7 @@ class Training:
         self.micro_steps = tokens // (self.rows * context)
         if self.micro_steps * self.rows * context != tokens:
             raise ValueError(f"{tokens} tokens per step are no whole number of {self.rows} x {context} tokens.")
-        torch._dynamo.reset()  # every context has shapes of its own: do not compile for shapes in general
-        for module in (*model.model.layers, model.model.norm):
-            module.compile(dynamic=False)
+        compile_blocks(model, dynamic=False)
         self.head_loss = torch.compile(head_loss, dynamic=False)
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 

@@ -13,10 +13,10 @@ import torch
 from benchmarks import results_page
 from benchmarks.conversion.minilm import table as minilm_table
 from benchmarks.conversion.smollm2 import table as smollm2_table
-from benchmarks.kernels import attention_gpu, decoding_gpu, scaling, scaling_report
+from benchmarks.kernels import attention_accuracy, attention_gpu, decoding_gpu, scaling, scaling_report
 from benchmarks.lib.command import add_output_options, output_path
 from benchmarks.lib.results import Results
-from benchmarks.rivals.operators import make_inputs
+from benchmarks.rivals.operators import TOLERANCE, Shape, make_inputs, measure_error
 
 
 ROOT = Path(__file__).parents[2]
@@ -177,6 +177,28 @@ def test_speed_is_compared_with_softmax_as_users_call_it():
     assert "| GMA normalised | SDPA, default | forward and backward | 2,048 | 1.50 |" in ahead
     assert "| GMA normalised | fla chunk_linear_attn | forward | 2,048 | 2.00 |" in behind
     assert "chunk_linear_attn" not in ahead and "SDPA" not in behind
+
+
+@pytest.mark.quick
+def test_rows_have_the_names_of_the_committed_ones():
+    """A run goes on with the committed results of the operator, whose rows it finds by their names."""
+    content = json.loads((ROOT / "benchmarks" / "results" / "gpu_attention_h200.json").read_text())
+    keys = [key for part in attention_gpu.PARTS for key, _ in attention_gpu.calls(part, 0.1)]
+    names = [", ".join(map(str, key.values())) for key in keys]
+    assert len(names) == len(set(names)) and set(content["rows"]) <= set(names)
+
+
+@pytest.mark.quick
+def test_errors_are_those_of_the_operator():
+    shape = Shape(batch=2, length=48, heads=2, dim=16, components=4)
+    for variant in ("normalised", "un-normalised, decay", "correlated, decay"):
+        # Against itself in float64: three roundings to bfloat16 at most, and not none
+        assert 1e-4 < measure_error(variant, shape, "chunked", "cpu")["relative_error"] < TOLERANCE
+    for case in ("gated", "outliers, plain", "padding, correlated"):
+        found = attention_accuracy.measure_case(case, torch.bfloat16, "chunked", shape, "cpu")
+        # A backend beside itself
+        assert all(own == plain > 0 for own, plain in found["errors"].values()), case
+        assert found["worst_ratio"] <= 1
 
 
 @pytest.mark.quick
