@@ -233,6 +233,9 @@ class GMAAttention(nn.Module):
         # 3. Write and read
         normalize = self.config.normalize_read or self.window_norm is not None
         value_dtype = value_states.dtype
+        # Under autocast norms and angles give float32. Softmax gets the 16 bits of the projections, and so does the mixture:
+        # the fused kernels take one type
+        query_states, key_states = query_states.to(value_dtype), key_states.to(value_dtype)
         if not normalize and value_dtype == torch.float16:
             # A sum over many tokens may leave the range of float16 before the norm per head scales it
             value_states = value_states.float()

@@ -248,6 +248,20 @@ def test_autocast_keeps_the_state_in_float32(dtype, tokens):
 
 
 @pytest.mark.quick
+def test_autocast_gives_the_mixtures_the_16_bits_that_it_gives_softmax(block, tokens):
+    """Norms and angles make float32 of queries and keys again; kernels for 16 bits would refuse the mixed types."""
+    model = make_model(gma_hf.GMAForCausalLM, tiny_config(block))
+    seen = []
+    mixtures = [module for module in model.modules() if isinstance(module, GMAMixture)]
+    for mixture in mixtures:
+        mixture.register_forward_pre_hook(lambda module, states: seen.extend(states))
+    with torch.autocast("cpu", torch.bfloat16):
+        model(tokens, labels=tokens).loss.backward()
+    assert len(seen) == 3 * len(mixtures) and {x.dtype for x in seen} == {torch.bfloat16}
+    assert all(parameter.grad.dtype == torch.float32 for parameter in model.parameters() if parameter.grad is not None)
+
+
+@pytest.mark.quick
 def test_low_precision_models_stay_close(block, tokens):
     model = make_model(gma_hf.GMAForCausalLM, tiny_config(block))
     expected = model(tokens).logits
