@@ -296,7 +296,7 @@ def test_errors_say_what_to_do(trained, card, tmp_path, monkeypatch):
     refused("no folder", source=tmp_path / "nowhere")
     refused("no config.json", source=tmp_path)
     refused("not empty", target=card)
-    refused("stays as it is", target=trained / "inside")
+    refused("must not change", target=trained / "inside")
     refused("no folder", card=tmp_path / "nowhere")
     refused("--max_total_gb", max_total_gb=1e-6)
     monkeypatch.setattr("gma_hf.commands.publishing.contents.MAX_FILE_BYTES", 1000)
