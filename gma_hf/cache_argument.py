@@ -135,3 +135,13 @@ def unknown_cache(name: str) -> str:
         f"A cache was passed as `{name}`. The model does not know this argument: it would ignore the cache and begin a new text. With "
         f"Transformers {transformers.__version__}, pass the cache as `{CACHE_NAME}`."
     )
+
+
+def foreign_content(layer: Any, layer_idx: int) -> str:
+    """The message for a cache layer with keys and values of softmax attention, which cannot serve a GMA layer."""
+    return (
+        f"Layer {layer_idx} of the cache already holds a {type(layer).__name__} with content, but layer {layer_idx} of the model is a "
+        "GMA layer, which continues from a running state and not from keys and values. If prefix tuning (`PrefixTuningConfig`) put "
+        "learned keys and values there: use prompt tuning (`PromptTuningConfig`) or LoRA, which work with GMA layers. If another "
+        "model filled the cache: start with a new cache."
+    )

@@ -7,10 +7,7 @@ The layer replaces the recurrent layer of Transformers in a `DynamicCache` or `S
 tokens, cannot be repeated or selected along the batch, and would keep S and z in the dtype of the model.
 """
 
-import weakref
-
 import torch
-from torch import nn
 from transformers import PreTrainedConfig
 from transformers.cache_utils import (
     Cache,
@@ -21,22 +18,9 @@ from transformers.cache_utils import (
 )
 from transformers.utils import is_torchdynamo_compiling, is_tracing
 
+from ..cache_argument import foreign_content
 from ..compat import mark_static_address
-from .memory_state import KeptValues, MemoryState
-
-
-class Owner:
-    """The model that fills a cache layer. It is unknown after the model was deleted or the layer was pickled."""
-
-    def __init__(self, model: nn.Module | None = None, fingerprint: str | None = None):
-        self.model = (lambda: None) if model is None else weakref.ref(model)
-        self.fingerprint = fingerprint  # of a cache from a file, until the first call has compared it
-
-    def __deepcopy__(self, copied: dict) -> "Owner":
-        return Owner(self.model(), self.fingerprint)
-
-    def __reduce__(self):
-        return Owner, (None, self.fingerprint)
+from .memory_state import KeptValues, MemoryState, Owner
 
 
 class GMACacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
@@ -68,6 +52,7 @@ class GMACacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
         self.record_past = False
         self.cumulative_length = 0
         self.num_plain = 0
+        self.is_expected = False  # keys and values of a converted layer, see `update`
 
     @property
     def has_seen_tokens(self) -> bool:
@@ -97,6 +82,11 @@ class GMACacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
     # needs the keys and values of the current tokens. Its state advances after the attention function has computed it
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
         """Return the keys and values unchanged, and store nothing."""
+        if not self.is_expected:
+            raise ValueError(
+                "A GMA model filled this cache, which has no keys and values for softmax attention. Start with a new cache."
+            )
+        self.is_expected = False
         return key_states, value_states
 
     def advance(self, memory: MemoryState, num_tokens: int, is_plain: bool = False) -> None:
@@ -294,56 +284,118 @@ def adopt_cache(cache: Cache, config: PreTrainedConfig) -> Cache:
     return cache
 
 
-def foreign_content(layer: CacheLayerMixin, layer_idx: int) -> str:
-    """The message for a cache layer with keys and values of softmax attention, which cannot serve a GMA layer."""
-    return (
-        f"Layer {layer_idx} of the cache already holds a {type(layer).__name__} with content, but layer {layer_idx} of the model is a "
-        "GMA layer, which continues from a running state and not from keys and values. If prefix tuning (`PrefixTuningConfig`) put "
-        "learned keys and values there: use prompt tuning (`PromptTuningConfig`) or LoRA, which work with GMA layers. If another "
-        "model filled the cache: start with a new cache."
-    )
-
-
 def _static_length(cache: StaticCache) -> int:
     return max((getattr(layer, "max_cache_len", -1) for layer in cache.layers), default=-1)
 
 
 def expect_continuation(
-    cache: Cache | None, position_ids: torch.Tensor | None, padding_mask: torch.Tensor | None
+    cache: Cache | None, position_ids: torch.Tensor | None, padding_mask: torch.Tensor | None, batch_size: int
 ) -> None:
     """
-    Check that the positions of a row that has seen tokens continue. A position of 0 would start the row anew.
+    Check that the rows of a call go on from those of a cache: a position of 0, or one that the cache has passed, starts a row anew.
 
     Args:
-        cache (`Cache`, *optional*): the cache to continue from.
+        cache (`Cache`, *optional*): what the call goes on from.
         position_ids (`torch.Tensor` of shape `(batch or 1, length)`, *optional*): the positions that the user passed.
         padding_mask (`torch.BoolTensor` of shape `(batch, length)`, *optional*): `True` at the real tokens of the call.
+        batch_size (`int`): rows of the call.
 
     Raises:
-        ValueError: if the positions start anew.
+        ValueError: if a row starts anew, or the cache has other rows.
     """
-    if cache is None or position_ids is None or position_ids.ndim != 2 or is_tracing(position_ids):
+    layers = [] if cache is None else getattr(cache, "self_attention_cache", cache).layers
+    layer = next((x for x in layers if isinstance(x, GMACacheLayer) and x.has_seen_tokens), None)
+    if layer is None or is_tracing(layer.memory.state):
         return
-    layers = getattr(cache, "self_attention_cache", cache).layers
-    memory = next((x.memory for x in layers if isinstance(x, GMACacheLayer) and x.has_seen_tokens), None)
-    if memory is None:
+    if layer.batch_size != batch_size:
+        raise ValueError(
+            f"The cache has {layer.batch_size} rows, but {batch_size} rows of tokens were given. `cache.batch_select_indices` and "
+            "`cache.batch_repeat_interleave` choose and repeat rows."
+        )
+    if position_ids is None or position_ids.ndim != 2 or position_ids.shape[1] == 0:
         return
+    memory, is_plain = layer.memory, type(layer) is GMACacheLayer and layer.num_plain == layer.cumulative_length
+    # Of a cache without padding it is known how far it has come
+    lowest = layer.num_plain if is_plain else 1
     if padding_mask is None:
-        starts = position_ids[:, 0] == 0
+        starts = position_ids[:, 0] < lowest
     else:
         positions = position_ids.expand(padding_mask.shape[0], -1).to(padding_mask.device)
         first = padding_mask.to(torch.uint8).argmax(dim=1, keepdim=True)
-        starts = (positions.gather(1, first) == 0)[:, 0] & padding_mask.any(dim=1)
+        starts = (positions.gather(1, first) < lowest)[:, 0] & padding_mask.any(dim=1)
     if not bool(starts.any()):
         return
     # In some rows, all tokens may have been padding
     seen = (memory.normalizer != 0).flatten(1).any(dim=1)
     if memory.valid is not None:
         seen = seen | memory.valid.any(dim=1)
-    if bool((starts.to(seen.device) & seen).any()):
+    if is_plain or bool((starts.to(seen.device) & seen).any()):
         raise ValueError(
-            f"`position_ids` start at 0, but the cache has seen {int(cache.get_seq_length())} tokens of the same rows. `generate` with "
-            "a cache takes the whole text: the tokens in the cache, and at least one new token after them. A prompt that is no "
-            "longer than the cache starts anew. A new sequence needs a new cache. To continue the old sequence without "
-            "`generate`, leave `position_ids` out, or continue them."
+            f"`position_ids` start at {int(position_ids[:, 0].min())}, but the cache has seen {int(cache.get_seq_length())} tokens of the "
+            "same rows. `generate` with a cache takes the whole text: the tokens in the cache, and at least one new token after them. "
+            "A prompt that is no longer than the cache starts anew. A new sequence needs a new cache. To continue the old sequence "
+            "without `generate`, leave `position_ids` out, or continue them."
         )
+
+
+def up_to_current(attention_mask: torch.Tensor | None, length: int, cache: Cache | None) -> torch.Tensor | None:
+    """A 2D mask without what lies behind the current tokens, in a mask that is as long as a static cache."""
+    cache = getattr(cache, "self_attention_cache", cache)
+    if attention_mask is None or not isinstance(cache, StaticCache) or is_tracing(attention_mask):
+        return attention_mask
+    return (
+        attention_mask[:, : int(cache.get_seq_length()) + length]
+        if attention_mask.shape[1] > length
+        else attention_mask
+    )
+
+
+def select_padding_mask(
+    attention_mask: torch.Tensor | None, batch_size: int, length: int, cache: Cache | None = None
+) -> torch.Tensor | None:
+    """
+    The part of a 2D attention mask that belongs to the current tokens.
+
+    Args:
+        attention_mask (`torch.Tensor` of shape `(batch, seen + length or length)`, *optional*): nonzero at real tokens.
+        batch_size (`int`), length (`int`): of the current tokens.
+        cache (`Cache`, *optional*): what the call goes on from.
+
+    Returns:
+        `torch.BoolTensor` of shape `(batch, length)`: `True` at real tokens; `None` if no token is padding.
+
+    Raises:
+        ValueError: for a mask of another shape, and for one that takes cached tokens back.
+    """
+    if attention_mask is None:
+        return None
+    shape = tuple(attention_mask.shape)
+    if len(shape) != 2:
+        raise ValueError(
+            f"GMA layers take a 2D attention mask of shape (batch, length) that marks padding, got shape {shape}. They cannot follow "
+            "a mask per pair of tokens; for packed sequences pass `position_ids`, `seq_idx` or `cu_seq_lens_q`."
+        )
+    cache = getattr(cache, "self_attention_cache", cache)
+    is_static = isinstance(cache, StaticCache)
+    seen = 0 if cache is None or is_static else cache.get_seq_length()
+    fits = shape[1] >= length if is_static else shape[1] in (length, seen + length)
+    if shape[1] < length or (not is_tracing(attention_mask) and (shape[0] != batch_size or not fits)):
+        raise ValueError(
+            f"The attention mask has shape {shape}, but {batch_size} rows of {length} tokens were given, behind {seen} tokens in the "
+            "cache. It must cover the current tokens, or the cached and the current tokens."
+        )
+    start = shape[1] - length
+    padding_mask = attention_mask[:, start:] != 0
+    # The checks read values, so they are left out of compiled and exported graphs
+    if is_tracing(padding_mask):
+        return padding_mask
+    layers = [] if cache is None else cache.layers
+    if start > 0 and any(type(x) is GMACacheLayer and x.num_plain == seen > 0 for x in layers):
+        if bool((attention_mask != 0).all()):
+            return None
+        if not bool((attention_mask[:, :start] != 0).all()):
+            raise ValueError(
+                "The attention mask marks tokens as padding that the cache has read as text. A GMA layer cannot take tokens out of its "
+                "memory. Pass the mask together with these tokens, or a mask of the current tokens alone."
+            )
+    return None if bool(padding_mask.all()) else padding_mask

@@ -249,40 +249,6 @@ def expect_whole_sequences() -> None:
         )
 
 
-def select_padding_mask(attention_mask: Tensor | None, query_length: int) -> Tensor | None:
-    """
-    The part of a 2D attention mask that belongs to the current tokens.
-
-    Args:
-        attention_mask (`torch.Tensor` of shape `(batch, seen + query_length)`): nonzero at real tokens.
-        query_length (`int`): number of current tokens.
-
-    Returns:
-        `torch.BoolTensor` of shape `(batch, query_length)`: `True` at real tokens; `None` if no token is padding.
-
-    Raises:
-        ValueError: for a mask that does more than mark padding.
-    """
-    if attention_mask is None:
-        return None
-    if attention_mask.ndim != 2:
-        raise ValueError(
-            f"GMA layers take a 2D attention mask of shape (batch, length) that marks padding, got shape "
-            f"{tuple(attention_mask.shape)}. They cannot follow a mask per pair of tokens; for packed sequences pass "
-            "`position_ids`, `seq_idx` or `cu_seq_lens_q`."
-        )
-    if attention_mask.shape[1] < query_length:
-        raise ValueError(
-            f"The attention mask covers {attention_mask.shape[1]} tokens, but {query_length} tokens were given. It must "
-            "cover the current tokens, or the cached and the current tokens."
-        )
-    padding_mask = attention_mask[:, attention_mask.shape[1] - query_length :] != 0
-    # The check reads values, so compiled and exported graphs leave it out
-    if not is_tracing(padding_mask) and bool(padding_mask.all()):
-        return None
-    return padding_mask
-
-
 def find_sequence_ids(
     batch_size: int,
     length: int,
@@ -305,6 +271,9 @@ def find_sequence_ids(
 
     Returns:
         `torch.LongTensor` of shape `(batch, length)`: the numbers; `None` if each row is one sequence.
+
+    Raises:
+        ValueError: for boundaries that do not divide the tokens, and for a sequence that is not in one piece.
     """
     announced = next((tensor for tensor in (seq_idx, cu_seq_lens, position_ids) if tensor is not None), None)
     if announced is None or length < 2:
@@ -325,6 +294,7 @@ def find_sequence_ids(
                 f"`cu_seq_lens_q` describes sequences packed into one row, got a batch of {batch_size} rows. Flatten the "
                 "batch, or pass `seq_idx` or `position_ids`."
             )
+        _expect_boundaries(cu_seq_lens, length)
         seq_idx = torch.searchsorted(cu_seq_lens[1:].contiguous(), index[:1].to(cu_seq_lens.dtype), right=True)
 
     announced = _expand_rows(seq_idx if seq_idx is not None else position_ids, batch_size, length)
@@ -335,8 +305,11 @@ def find_sequence_ids(
         # Positions may count the padding in between or not: both continue the same sequence
         continues = (step >= 1) & (step <= index - previous)
     starts = is_real & (previous >= 0) & ~continues
-    if not is_tracing(starts) and not bool(starts.any()):
-        return None
+    if not is_tracing(starts):
+        if not bool(starts.any()):
+            return None
+        if seq_idx is not None:
+            _expect_whole_sequences(announced, is_real, starts)
     return starts.long().cumsum(dim=1)
 
 
@@ -387,6 +360,28 @@ def same_sequence_mask_function(sequence_ids: Tensor):
         return sequence_ids[batch_idx, q_idx] == sequence_ids[batch_idx, kv_idx.clamp(max=last)]
 
     return same_sequence
+
+
+def _expect_boundaries(cu_seq_lens: Tensor, length: int) -> None:
+    """Check that boundaries begin at 0, increase, and end with the last token."""
+    if is_tracing(cu_seq_lens):
+        return
+    lengths = cu_seq_lens.diff()
+    if cu_seq_lens.ndim != 1 or cu_seq_lens[0] != 0 or cu_seq_lens[-1] != length or bool((lengths < 0).any()):
+        raise ValueError(
+            f"`cu_seq_lens_q` must begin with 0, increase, and end with the number of tokens, {length}; got {cu_seq_lens.tolist()}."
+        )
+
+
+def _expect_whole_sequences(seq_idx: Tensor, is_real: Tensor, starts: Tensor) -> None:
+    """Check that no number comes back after another: its sequence would start anew."""
+    numbers = torch.where(is_real, seq_idx, seq_idx.gather(1, is_real.to(torch.uint8).argmax(dim=1, keepdim=True)))
+    num_distinct = (numbers.sort(dim=1).values.diff(dim=1) != 0).sum(dim=1) + 1
+    if bool((starts.sum(dim=1) + 1 > num_distinct).any()):
+        raise ValueError(
+            "`seq_idx` returns to the number of an earlier sequence. The tokens of a sequence must stand side by side: sort them, or "
+            "give every sequence a number of its own."
+        )
 
 
 def _expand_rows(tensor: Tensor, batch_size: int, length: int) -> Tensor:

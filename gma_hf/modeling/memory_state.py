@@ -1,9 +1,10 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
 """
-What a layer keeps between calls: a [`MemoryState`] of the tokens, and [`KeptValues`] of the parameters. The functions below
+What a layer keeps between calls: a [`MemoryState`] of the tokens, [`KeptValues`] of the parameters, their [`Owner`]. The functions below
 move tokens into a window and its memory: they join tokens with a history, shift a window by a step, and choose what to keep.
 """
 
+import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -46,6 +47,20 @@ class MemoryState(NamedTuple):
     def map(self, function: Callable[[Tensor], Tensor]) -> "MemoryState":
         """The state with `function` applied to every tensor."""
         return MemoryState(*(function(x) if isinstance(x, Tensor) else x for x in self))
+
+
+class Owner:
+    """The model that fills a cache layer. It is unknown after the model was deleted or the layer was pickled."""
+
+    def __init__(self, model: nn.Module | None = None, fingerprint: str | None = None):
+        self.model = (lambda: None) if model is None else weakref.ref(model)
+        self.fingerprint = fingerprint  # of a cache from a file, until the first call has compared it
+
+    def __deepcopy__(self, copied: dict) -> "Owner":
+        return Owner(self.model(), self.fingerprint)
+
+    def __reduce__(self):
+        return Owner, (None, self.fingerprint)
 
 
 class KeptValues:

@@ -26,14 +26,13 @@ from ..parallel.context import current_context
 from ..parallel.heads import PartOfRow
 from ..remote_code import expect_no_file
 from .attention_gma import ATTENTION_CLASSES, GMAAttention, GMARMSNorm, GMARotaryEmbedding, GMASoftmaxAttention
-from .cache_gma import GMACacheLayer, Owner, adopt_cache, expect_continuation
+from .cache_gma import GMACacheLayer, Owner, adopt_cache, expect_continuation, select_padding_mask, up_to_current
 from .layout import (
     Layout,
     count_positions,
     expect_whole_sequences,
     find_sequence_ids,
     same_sequence_mask_function,
-    select_padding_mask,
 )
 from .memory_parts import LACKING_BEFORE, GMAMixture, GMAWindow
 from .saved_cache import expect_fingerprint, fingerprint_of
@@ -243,7 +242,8 @@ class GMAModel(GMAPreTrainedModel):
         token_mask = attention_mask if masks is None else masks.get("linear_attention")
         if "linear_attention" not in self.config.layer_types and token_mask is not None and token_mask.ndim != 2:
             token_mask = None  # a mask of pairs of tokens, which softmax layers understand
-        padding_mask = select_padding_mask(token_mask, length)
+        token_mask = up_to_current(token_mask, length, cache)
+        padding_mask = select_padding_mask(token_mask, batch_size, length, cache)
         if context is not None:
             layout = context.layout_of(inputs_embeds, padding_mask, position_ids, cache, kwargs)
             sequence_ids = layout.sequence_ids
@@ -256,7 +256,7 @@ class GMAModel(GMAPreTrainedModel):
             windows = [(self.config.window_size, self.config.num_sink_tokens)] if self.config.window_size > 0 else []
             dtype = torch.promote_types(inputs_embeds.dtype, torch.float32)
             layout.complete(windows, is_causal, dtype, inputs_embeds.device, cache is not None)
-        expect_continuation(cache, position_ids, padding_mask)
+        expect_continuation(cache, position_ids, padding_mask, batch_size)
         if position_ids is None and layout.row is not None:
             position_ids = layout.row.positions(inputs_embeds.device)
             seen_tokens = layout.row.start
@@ -359,6 +359,8 @@ class GMAModel(GMAPreTrainedModel):
         last_position = None
         if not is_tracing(position_ids) and position_ids.device.type == "cpu" and position_ids.numel() > 0:
             last_position = int(position_ids.max())
+            if int(position_ids.min()) < 0:
+                raise ValueError(f"Positions begin at 0, got {int(position_ids.min())} in `position_ids`.")
         elif isinstance(seen_tokens, int) and position_ids.shape[0] == 1:
             last_position = seen_tokens + length - 1
         if last_position is not None and last_position >= maximum:

@@ -67,6 +67,7 @@ def save_cache(cache: DynamicCache, path: str | os.PathLike, model: nn.Module | 
     Raises:
         ValueError: if the cache is empty, static, quantized, or belongs to a converted model, or if its model is unknown.
     """
+    expect_path(path)
     layers = getattr(cache, "layers", None)
     # Layers that no GMA model has used yet have fewer attributes
     if not layers or not any(getattr(layer, "is_initialized", False) for layer in layers):
@@ -105,7 +106,7 @@ def save_cache(cache: DynamicCache, path: str | os.PathLike, model: nn.Module | 
                 metadata[f"layers.{layer_idx}.{name}"] = str(value)
     expect_finite(tensors, "The cache")
     metadata["fingerprint"] = fingerprint_of(base_model) or ""
-    temporary = f"{os.fspath(path)}.unfinished"
+    temporary = f"{path}.unfinished"
     try:
         save_file(tensors, temporary, metadata=metadata)
         os.replace(temporary, path)
@@ -143,6 +144,11 @@ def load_cache(
             f"`load_cache` takes a native GMA model or its `GMAConfig`, got {type(config).__name__}. Pass the model that will continue "
             "from the cache."
         )
+    expect_path(path)
+    try:
+        device = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"`device` must name a device, such as 'cpu' or 'cuda', got {device!r}.") from error
     try:
         with safe_open(path, framework="pt", device=str(device)) as file:
             metadata = file.metadata() or {}
@@ -176,6 +182,24 @@ def load_cache(
         layer.advance(MemoryState(**named), seq_length)
         layer.owner = Owner(model, fingerprint)
     return cache
+
+
+def expect_path(path: Any) -> None:
+    """
+    Check the name of a cache's file.
+
+    Raises:
+        ValueError: for anything but a file, or a new file in a folder that exists.
+    """
+    if not isinstance(path, (str, os.PathLike)) or not os.fspath(path):
+        raise ValueError(f"The path of a cache must be the name of a file, got {path!r}.")
+    if os.path.isdir(path):
+        raise ValueError(
+            f"{path} is a folder. Give the file of the cache, for example `cache.safetensors` in the folder."
+        )
+    folder = os.path.dirname(os.path.abspath(path))
+    if not os.path.isdir(folder):
+        raise ValueError(f"There is no folder {folder} for the file of the cache. Make the folder first.")
 
 
 def expect_fingerprint(model: nn.Module, fingerprint: str, what: str) -> None:

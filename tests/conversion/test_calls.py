@@ -13,7 +13,7 @@ from transformers import DynamicCache, StaticCache
 import gma_hf
 from gma_hf.cache_argument import CACHE_NAME
 from tests.conftest import make_model, tiny_config
-from tests.conversion.tiny_models import VOCAB, make_converted_model, make_inputs, output_of
+from tests.conversion.tiny_models import VOCAB, make_converted_model, make_inputs, make_softmax_model, output_of
 
 
 CLOSE = {"rtol": 1e-4, "atol": 5e-5}
@@ -219,3 +219,33 @@ def test_continuous_batching_is_refused_by_name(kind):
     for start in (model.generate_batch, model.init_continuous_batching):
         with pytest.raises(ValueError, match=r"GMA layers .* continuous batching"):
             start([[5, 6, 7]])
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2"])
+@pytest.mark.parametrize("kind", ["all", "windowed", "one layer kept"])
+def test_masks_that_contradict_the_tokens_or_the_cache_are_refused(model_type, kind, tokens):
+    options = {name: value for name, value in KINDS[kind].items() if model_type == "llama" or name != "use_forgetting"}
+    model = make_converted_model(model_type, **options)
+    for shape in ((1, 30), (1, 5), (2, 13), (1, 13, 13)):
+        with pytest.raises(ValueError, match="mask"):
+            model(tokens, attention_mask=torch.ones(shape))
+    with torch.no_grad():
+        cache = model(tokens[:, :8], use_cache=True)[CACHE_NAME]
+    hidden = torch.ones(1, 13)
+    hidden[:, 2:4] = 0
+    pairs = torch.ones(1, 1, 13, 13, dtype=torch.bool).tril()[:, :, 8:] & hidden.bool()
+    for mask in (hidden, pairs):
+        with pytest.raises(ValueError, match="mask"):
+            model(tokens[:, 8:], attention_mask=mask, **{CACHE_NAME: cache})
+    with pytest.raises(ValueError, match="start at 3, but the cache has seen 8 tokens"):
+        model(tokens[:, 8:], position_ids=torch.arange(3, 8)[None], **{CACHE_NAME: cache})
+    with pytest.raises(ValueError, match="The cache has 1 rows"):
+        model(tokens[:, 8:].expand(2, -1), **{CACHE_NAME: cache})
+
+
+@torch.no_grad()
+def test_a_softmax_model_does_not_read_the_cache_of_a_converted_one(tokens):
+    """The state has no keys and values: the model would begin a new text without a word."""
+    cache = make_converted_model("llama")(tokens, use_cache=True)[CACHE_NAME]
+    with pytest.raises(ValueError, match="no keys and values for softmax attention"):
+        make_softmax_model("llama")(tokens[:, :1], **{CACHE_NAME: cache})

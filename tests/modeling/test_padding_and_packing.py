@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from transformers import DataCollatorWithFlattening
+from transformers import DataCollatorWithFlattening, StaticCache
 
 import gma_hf
 from gma_hf.cache_argument import CACHE_NAME
@@ -194,3 +194,77 @@ def test_padding_and_continuation_together(block, real, split):
             outputs.append(result.last_hidden_state)
             cache = result[CACHE_NAME]
     torch.testing.assert_close(torch.cat(outputs, 1)[mask == 1], expected, **TOLERANCE)
+
+
+WRONG_MASKS = {
+    "too long": torch.ones(2, 30),
+    "too short": torch.ones(2, 5),
+    "of one row": torch.ones(1, 19),
+    "of other rows": torch.ones(3, 19),
+}
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("mask", WRONG_MASKS.values(), ids=list(WRONG_MASKS))
+def test_a_mask_of_another_shape_than_the_tokens_is_refused(mask, block, tokens):
+    model = make_model(gma_hf.GMAForCausalLM, tiny_config(block))
+    with pytest.raises(ValueError, match="The attention mask has shape"):
+        model(tokens[:2, :19], attention_mask=mask)
+
+
+@pytest.mark.quick
+def test_a_mask_cannot_take_back_what_the_cache_has_read(block, tokens):
+    """Nor can positions that the cache has passed, nor other rows."""
+    model = make_model(gma_hf.GMAForCausalLM, tiny_config(block))
+    cache = model(tokens[:2, :12], use_cache=True)[CACHE_NAME]
+    mask = torch.ones(2, 14)
+    mask[0, :3] = 0
+    with pytest.raises(ValueError, match="marks tokens as padding that the cache has read"):
+        model(tokens[:2, 12:14], attention_mask=mask, **{CACHE_NAME: cache})
+    with pytest.raises(ValueError, match="start at 5, but the cache has seen 12 tokens"):
+        model(tokens[:2, 12:14], position_ids=torch.tensor([[5, 6]]), **{CACHE_NAME: cache})
+    with pytest.raises(ValueError, match="The cache has 2 rows, but 1 rows of tokens"):
+        model(tokens[:1, 12:14], **{CACHE_NAME: cache})
+    # Refused calls leave the cache as it was
+    expected = model(tokens[:2, :14]).logits[:, 12:]
+    mask = torch.ones(2, 14)
+    torch.testing.assert_close(
+        model(tokens[:2, 12:14], attention_mask=mask, **{CACHE_NAME: cache}).logits, expected, **TOLERANCE
+    )
+
+
+@pytest.mark.quick
+def test_a_mask_may_be_as_long_as_a_static_cache(block, tokens):
+    model = make_model(gma_hf.GMAForCausalLM, tiny_config(block))
+    row, expected = tokens[:1, :9], model(tokens[:1, :9]).logits
+    padded = torch.cat([torch.zeros(1, 3, dtype=torch.long), row], dim=1)
+    mask = torch.zeros(1, 32, dtype=torch.long)
+    cache, outputs = StaticCache(config=model.config, max_cache_len=32), []
+    for first, last in ((0, 5), (5, 6), (6, 12)):
+        mask[:, max(first, 3) : last] = 1
+        outputs.append(model(padded[:, first:last], attention_mask=mask, **{CACHE_NAME: cache}).logits)
+    torch.testing.assert_close(torch.cat(outputs, dim=1)[:, 3:], expected, **TOLERANCE)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("boundaries", [[0, 4, 9], [3, 8, 12], [0, 8, 4, 12]])
+def test_boundaries_that_do_not_divide_the_tokens_are_refused(boundaries, block, tokens):
+    model = make_model(gma_hf.GMAForCausalLM, tiny_config(block))
+    with pytest.raises(ValueError, match="`cu_seq_lens_q` must begin with 0"):
+        model(tokens[:1, :12], cu_seq_lens_q=torch.tensor(boundaries))
+
+
+@pytest.mark.quick
+def test_a_sequence_stands_in_one_piece(block, tokens):
+    model = make_model(gma_hf.GMAForCausalLM, tiny_config(block))
+    with pytest.raises(ValueError, match="returns to the number of an earlier sequence"):
+        model(tokens[:1, :6], seq_idx=torch.tensor([[0, 0, 1, 1, 0, 0]]))
+    # Numbers may be any, and padding may have any
+    mask = torch.tensor([[0, 1, 1, 0, 1, 1]])
+    model(tokens[:1, :6], seq_idx=torch.tensor([[9, 5, 5, 9, 3, 3]]), attention_mask=mask)
+
+
+def test_positions_below_zero_are_refused_where_they_are_learned(tokens):
+    model = make_model(gma_hf.GMAForCausalLM, tiny_config("paper"))
+    with pytest.raises(ValueError, match="Positions begin at 0, got -5"):
+        model(tokens[:1, :4], position_ids=torch.arange(4)[None] - 5)

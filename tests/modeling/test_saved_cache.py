@@ -113,6 +113,22 @@ def test_files_that_are_no_cache_are_refused_by_name(model, path, tmp_path):
         gma_hf.load_cache(tmp_path / "none.safetensors", model.config)
 
 
+def test_what_cannot_be_the_file_of_a_cache_is_named(model, path, tokens, tmp_path):
+    cache = model(tokens[:, :12], use_cache=True)[CACHE_NAME]
+    for place, message in (
+        (tmp_path, "is a folder"),
+        (tmp_path / "no" / "file", "There is no folder"),
+        (3, "got 3"),
+        ("", "''"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            gma_hf.save_cache(cache, place)
+        with pytest.raises(ValueError, match=message):
+            gma_hf.load_cache(place, model)
+    with pytest.raises(ValueError, match="`device` must name a device"):
+        gma_hf.load_cache(path, model, device="nonsense")
+
+
 @torch.no_grad()
 def test_another_model_of_the_same_shapes_is_refused_in_memory_too(model, block, tokens):
     other = make_model(gma_hf.GMAForCausalLM, tiny_config(block), seed=1)

@@ -30,9 +30,15 @@ from transformers.cache_utils import Cache, DynamicLayer, EncoderDecoderCache, S
 from transformers.masking_utils import create_masks_for_generate
 from transformers.utils import is_tracing
 
-from ...cache_argument import CACHE_NAME, OLD_CACHE_NAME, expect_known_cache, keep_one_name
+from ...cache_argument import CACHE_NAME, OLD_CACHE_NAME, expect_known_cache, foreign_content, keep_one_name
 from ...compat import attention_implementation, collected_outputs, function_of_modeling_file
-from ...modeling.cache_gma import GMACacheLayer, StaticGMACacheLayer, expect_continuation, foreign_content
+from ...modeling.cache_gma import (
+    GMACacheLayer,
+    StaticGMACacheLayer,
+    expect_continuation,
+    select_padding_mask,
+    up_to_current,
+)
 from ...modeling.layout import (
     Layout,
     count_positions,
@@ -41,7 +47,7 @@ from ...modeling.layout import (
 )
 from ...ops.rotation.functional import Rotation
 from ...parallel.context import current_context
-from .masks import current_tokens, first_column, read_mask
+from .masks import read_mask
 from .parts import layout_of_part
 
 
@@ -179,6 +185,10 @@ def begin_model(
     """
     tokens = given.get("input_ids") if given.get("inputs_embeds") is None else given["inputs_embeds"]
     mask, position_ids = given.get("attention_mask"), given.get("position_ids")
+    if isinstance(mask, Tensor) and tokens is not None and mask.ndim not in (2, 4):
+        raise ValueError(
+            f"GMA layers understand attention masks of shape (batch, length) or (batch, 1, length, length), got {tuple(mask.shape)}."
+        )
     if tokens is None or tokens.ndim < 2 or not (mask is None or (isinstance(mask, Tensor) and mask.ndim == 2)):
         if current_context() is not None:
             raise ValueError(
@@ -193,11 +203,8 @@ def begin_model(
         seen_tokens = torch.tensor(seen_tokens)
     padding_mask = None
     if mask is not None:
-        mask = mask.to(device)
-        columns = first_column(mask, length, seen_tokens)
-        padding_mask = current_tokens(mask, length, columns) != 0
-        if not is_tracing(padding_mask) and bool(padding_mask.all()):
-            padding_mask = None
+        mask = up_to_current(mask.to(device), length, cache)
+        padding_mask = select_padding_mask(mask, batch_size, length, cache)
     announced = position_ids if position_ids is not None and position_ids.ndim == 2 else None
     context = current_context()
     if context is not None:
@@ -217,7 +224,7 @@ def begin_model(
     seq_idx, cu_seq_lens = given.get("seq_idx"), given.get("cu_seq_lens_q")
     sequence_ids = find_sequence_ids(batch_size, length, padding_mask, announced, seq_idx, cu_seq_lens)
     if is_causal:
-        expect_continuation(cache, announced, padding_mask)
+        expect_continuation(cache, announced, padding_mask, batch_size)
     is_told = mask is not None or seq_idx is not None or cu_seq_lens is not None
     if counts_positions and position_ids is None and is_told:
         given["position_ids"] = count_positions(batch_size, length, device, mask, sequence_ids, seen_tokens)
@@ -281,6 +288,8 @@ def begin_attention(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple
     """
     cache = next((argument for argument in (*args, *kwargs.values()) if isinstance(argument, Cache)), None)
     cache_layer = None if cache is None else converted_cache_layer(cache, module.layer_idx)
+    if cache_layer is not None:
+        cache_layer.is_expected = True
     # Some models pass `output_attentions` to their attention; others rely on the code that collects outputs
     output_attentions = bool(kwargs.get("output_attentions")) or any(
         "attentions" in name for name in collected_outputs()

@@ -124,6 +124,10 @@ def read_mask(
                 f"GMA layers understand attention masks of shape (batch, length) or (batch, 1, length, length), got "
                 f"{tuple(attention_mask.shape)}. They cannot follow a mask per head."
             )
+        if attention_mask.shape[0] not in (1, batch_size):
+            raise ValueError(
+                f"The attention mask has {attention_mask.shape[0]} rows, but {batch_size} rows of tokens were given."
+            )
         allowed = _boolean(attention_mask.to(query.device))[:, 0].expand(batch_size, -1, -1)
         rows = torch.arange(batch_size, device=query.device)[:, None]
 
@@ -133,7 +137,9 @@ def read_mask(
     real = is_allowed(index, index)
     sequence_ids = _find_sequences(is_allowed, real)
     if not isinstance(attention_mask, BlockMask) and not is_tracing(attention_mask):
-        _expect_padding_and_packing(attention_mask, allowed, real, sequence_ids, int(columns), is_causal)
+        num_plain = getattr(cache_layer, "num_plain", 0)
+        is_plain = num_plain > 0 and num_plain == cache_layer.cumulative_length
+        _expect_padding_and_packing(attention_mask, allowed, real, sequence_ids, int(columns), is_causal, is_plain)
     return _unless_trivial(real, trivial=True), sequence_ids
 
 
@@ -207,7 +213,13 @@ def _unless_trivial(tensor: Tensor, trivial: bool | int) -> Tensor | None:
 
 
 def _expect_padding_and_packing(
-    mask: Tensor, allowed: Tensor, real: Tensor, sequence_ids: Tensor | None, columns: int, is_causal: bool | None
+    mask: Tensor,
+    allowed: Tensor,
+    real: Tensor,
+    sequence_ids: Tensor | None,
+    columns: int,
+    is_causal: bool | None,
+    is_plain: bool = False,
 ) -> None:
     """
     Check that a mask consists of padding, causality, packed sequences and a window only.
@@ -219,6 +231,7 @@ def _expect_padding_and_packing(
         sequence_ids (`torch.LongTensor`, *optional*): packed sequences.
         columns (`int`): number of keys before the key of the first query.
         is_causal (`bool`, *optional*): whether the layer is causal.
+        is_plain (`bool`): whether all keys before the call are known to be real.
 
     Raises:
         ValueError: if the mask has anything else.
@@ -227,9 +240,9 @@ def _expect_padding_and_packing(
     device = allowed.device
     distance = torch.arange(length, device=device)[:, None] + columns - torch.arange(num_keys, device=device)
     seen = allowed & real[:, :, None]
-    # A key from before the call exists if a query sees it, and belongs to the first sequence of its row
+    # A key from before the call exists if a query sees it, or if the cache has read no padding, and belongs to the first sequence
     exists = torch.nn.functional.pad(real, (columns, num_keys - columns - length))
-    exists = exists | (seen.any(dim=1) & (torch.arange(num_keys, device=device) < columns))
+    exists = exists | ((seen.any(dim=1) | is_plain) & (torch.arange(num_keys, device=device) < columns))
     expected = exists[:, None, :].expand(-1, length, -1)
     if sequence_ids is not None:
         of_keys = torch.nn.functional.pad(sequence_ids, (columns, num_keys - columns - length))
