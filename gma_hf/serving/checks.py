@@ -1,5 +1,5 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
-"""What is refused, or set, when vLLM starts: before it loads a weight, and long before the first request."""
+"""Checks and settings at the start of vLLM, before it loads weights and takes requests."""
 
 from packaging.version import Version
 from transformers import PreTrainedConfig
@@ -20,7 +20,7 @@ logger = init_logger(__name__)
 
 
 def warn_of_other_version(installed: str) -> None:
-    """A line in the log if this is not the vLLM that gma_hf was tested with: its interfaces change with every release."""
+    """Log a line if the installed vLLM is not the tested version, because its interfaces change with every release."""
     if Version(installed).base_version != TESTED_VLLM:
         logger.warning(
             "gma_hf %s was tested with vLLM %s, but vLLM %s is installed. Compare some answers with `generate` before you "
@@ -54,7 +54,9 @@ class ServedModelChecks(VerifyAndUpdateConfig):
 
 
 class TransformersWayChecks(VerifyAndUpdateConfig):
-    """vLLM calls this where it would run a model through Transformers, in a way that knows no states and would answer wrongly."""
+    """
+    vLLM calls this before it would run a model through Transformers. This way has no states and would give wrong answers.
+    """
 
     @staticmethod
     def verify_and_update_model_config(model_config: ModelConfig) -> None:
@@ -67,9 +69,7 @@ class TransformersWayChecks(VerifyAndUpdateConfig):
 
 
 class GMAModelArchConfigConvertor(ModelArchConfigConvertorBase):
-    """
-    vLLM asks this for numbers from a configuration, before it asks anything else: what is not served is refused here, by name.
-    """
+    """vLLM reads numbers of a configuration from this class first, so models that are not served are refused here."""
 
     def __init__(self, hf_config: PreTrainedConfig, *args, **kwargs):
         check_architecture(hf_config)
@@ -87,8 +87,10 @@ class GMAModelArchConfigConvertor(ModelArchConfigConvertorBase):
 
 def check_architecture(config: PreTrainedConfig) -> None:
     """
+    Check that gma_hf serves the model, and that no later gma_hf has saved it.
+
     Raises:
-        ValueError: for a model that is not served, or that a later gma_hf has saved.
+        ValueError: if not.
     """
     saved_by = getattr(config, "gma_hf_version", None)
     if saved_by is not None and Version(saved_by) > Version(__version__):
@@ -109,7 +111,10 @@ def check_architecture(config: PreTrainedConfig) -> None:
 
 
 def say_which_layers_are_converted(config: PreTrainedConfig) -> None:
-    """vLLM takes a model whose layer types all say "full_attention" for one without states."""
+    """
+    Set the layer types of a converted model. vLLM would give no states to a model whose layer types are all
+    "full_attention".
+    """
     if not getattr(config, "layer_types", None):
         return
     converted = {int(name.split(".")[1]) for name in config.gma["layers"]}
@@ -123,8 +128,10 @@ def say_which_layers_are_converted(config: PreTrainedConfig) -> None:
 
 def check_model(config: PreTrainedConfig, model_config: ModelConfig) -> None:
     """
+    Check that a model, and the use of it, can be served.
+
     Raises:
-        ValueError: for a model, or a use of it, that cannot be served.
+        ValueError: if not.
     """
     if model_config.runner_type != "generate":
         raise ValueError(
@@ -148,8 +155,10 @@ def check_model(config: PreTrainedConfig, model_config: ModelConfig) -> None:
 
 def check_options(vllm_config: VllmConfig) -> None:
     """
+    Check that GMA layers can follow the options of vLLM.
+
     Raises:
-        ValueError: for an option of vLLM that GMA layers cannot follow.
+        ValueError: for an option that they cannot follow.
     """
     parallel, cache = vllm_config.parallel_config, vllm_config.cache_config
     config = vllm_config.model_config.hf_config

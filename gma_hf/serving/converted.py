@@ -1,8 +1,8 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
 """
-Converted decoders in vLLM: vLLM's own model, with its fused projections and its tensor parallelism, and in the place of the
-attention of each converted layer the `gma` child that the layer has in Transformers. Layers that were kept stay on vLLM's
-attention.
+Converted decoders in vLLM. The model is vLLM's own, with its fused projections and its tensor parallelism. In each converted
+layer, the `gma` child that the layer has in Transformers replaces the attention. The remaining softmax layers use the
+attention of vLLM.
 """
 
 import re
@@ -30,12 +30,12 @@ from .steps import StepGroup
 
 class ServedConversion(nn.Module, GMASlotLayer):
     """
-    Takes the place of vLLM's `Attention` in one attention module.
+    Replaces the `Attention` of vLLM in one attention module.
 
     Args:
-        attention (`nn.Module`): the attention module, which has its child `gma` already.
-        layout (`SlotLayout`): what the layer remembers.
-        prefix (`str`): the name that vLLM's `Attention` had.
+        attention (`nn.Module`): the attention module, which already has its child `gma`.
+        layout (`SlotLayout`): the state of the layer.
+        prefix (`str`): the name of the `Attention` in vLLM.
     """
 
     def __init__(self, attention: nn.Module, layout: SlotLayout, prefix: str):
@@ -46,7 +46,9 @@ class ServedConversion(nn.Module, GMASlotLayer):
         self.init_slots(layout, prefix)
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Queries, keys and values `(tokens, heads * dim)`, rotated as softmax wants them, to `(tokens, heads * value_dim)`."""
+        """
+        From queries, keys and values `(tokens, heads * dim)`, rotated as for softmax, to `(tokens, heads * value_dim)`.
+        """
         conversion = self.shared[0]
         query = query.unflatten(-1, (conversion.num_heads, conversion.routing_dim))
         key = key.unflatten(-1, (conversion.num_key_value_heads, conversion.routing_dim))
@@ -69,7 +71,7 @@ class ServedConversion(nn.Module, GMASlotLayer):
 
 
 class ConvertedDecoderMixin(StatesFromConfig):
-    """What a decoder of vLLM gains when its checkpoint was converted."""
+    """The part of a decoder of vLLM that a converted checkpoint needs."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "", **kwargs):
         super().__init__(vllm_config=vllm_config, prefix=prefix, **kwargs)
@@ -92,16 +94,16 @@ class ConvertedDecoderMixin(StatesFromConfig):
 
 
 class ServedGMALlamaForCausalLM(ConvertedDecoderMixin, LlamaForCausalLM):
-    """What vLLM loads for the architecture "GMALlamaForCausalLM"."""
+    """The class that vLLM loads for the architecture "GMALlamaForCausalLM"."""
 
 
 class ServedGMAMistralForCausalLM(ConvertedDecoderMixin, MistralForCausalLM):
-    """What vLLM loads for the architecture "GMAMistralForCausalLM"."""
+    """The class that vLLM loads for the architecture "GMAMistralForCausalLM"."""
 
 
 class ServedGMAQwen2ForCausalLM(ConvertedDecoderMixin, Qwen2ForCausalLM):
-    """What vLLM loads for the architecture "GMAQwen2ForCausalLM"."""
+    """The class that vLLM loads for the architecture "GMAQwen2ForCausalLM"."""
 
 
 class ServedGMAQwen3ForCausalLM(ConvertedDecoderMixin, Qwen3ForCausalLM):
-    """What vLLM loads for the architecture "GMAQwen3ForCausalLM"."""
+    """The class that vLLM loads for the architecture "GMAQwen3ForCausalLM"."""

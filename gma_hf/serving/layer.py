@@ -1,7 +1,7 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
 """
-A GMA layer behind vLLM's interface for recurrent layers: vLLM gives each running sequence a slot and says, before every step,
-which tokens belong to which sequence; the layer reads its memory from the slots and writes it back.
+A GMA layer with the interface of vLLM for recurrent layers. vLLM gives each running sequence a slot and says, before every
+step, which tokens belong to which sequence. The layer reads its memory from the slots and writes it back.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,13 +24,13 @@ from .steps import StepGroup, group_step
 
 @dataclass
 class GMAStepMetadata:
-    """What the GMA layers are told about a step, worked out once for all of them."""
+    """The description of a step for the GMA layers, computed once for all of them."""
 
     groups: list[StepGroup]
 
 
 class GMAStepMetadataBuilder(AttentionMetadataBuilder[GMAStepMetadata]):
-    """From vLLM's description of a step to its groups, by numbers that are on the host already."""
+    """From the description of a step by vLLM to its groups, with numbers that are already on the host."""
 
     # Sequences that go on by one token come first in a step, as the softmax layers of hybrids want it
     reorder_batch_threshold: int = 1
@@ -52,7 +52,7 @@ class GMAStepMetadataBuilder(AttentionMetadataBuilder[GMAStepMetadata]):
 
 
 class GMASlotBackend(AttentionBackend):
-    """Names the builder above; the layers compute their attention themselves."""
+    """Names the builder above. The layers compute their attention themselves."""
 
     @staticmethod
     def get_name() -> str:
@@ -73,18 +73,17 @@ class GMASlotBackend(AttentionBackend):
 
 class GMASlotLayer(MambaBase):
     """
-    What every GMA layer has in vLLM: slots, and a way to run the groups of a step through a function that knows batches.
-
-    Call [`GMASlotLayer.init_slots`] when the layer is built.
+    What every GMA layer in vLLM has: slots, and a way to run the groups of a step through a function for batches. Call
+    [`GMASlotLayer.init_slots`] when the layer is built.
     """
 
     def init_slots(self, layout: SlotLayout, prefix: str) -> None:
         """
-        Announces the layer to vLLM.
+        Register the layer with vLLM.
 
         Args:
-            layout (`SlotLayout`): what it remembers for one sequence.
-            prefix (`str`): the layer's name in the model.
+            layout (`SlotLayout`): the state of the layer for one sequence.
+            prefix (`str`): name of the layer in the model.
         """
         self.layout = layout
         self.prefix = prefix
@@ -108,11 +107,11 @@ class GMASlotLayer(MambaBase):
     def run_step(
         self, inputs: Sequence[Tensor], output: Tensor, attend: Callable[[list[Tensor], StepGroup, SlotMemory], Tensor]
     ) -> Tensor:
-        """One step, see [`run_step`]; a function for its groups as batches is all that a layer adds."""
+        """Run one step, see [`run_step`]. A layer only adds a function for its groups as batches."""
         return run_step(self.groups(inputs[0]), self.layout, self.kv_cache, inputs, output, attend, self.kept)
 
     def groups(self, tokens: Tensor) -> list[StepGroup]:
-        """The groups of the current step. When vLLM measures memory there are none, and all tokens are one sequence."""
+        """The groups of the current step. While vLLM measures memory there are none, and all tokens are one sequence."""
         metadata = get_forward_context().attn_metadata
         if metadata is None:
             return group_step([tokens.shape[0]], [0], None, tokens.device)
@@ -121,8 +120,8 @@ class GMASlotLayer(MambaBase):
 
 class StatesFromConfig:
     """
-    vLLM's interfaces `HasInnerState` and `IsHybrid`, which are protocols: as a base class they would stop the chain of
-    `__init__`. A model without softmax layers says so, too, by having none.
+    The interfaces `HasInnerState` and `IsHybrid` of vLLM. They are protocols, and as base classes they would stop the chain
+    of `__init__`. A model without softmax layers is marked by the absence of such layers.
     """
 
     has_inner_state = True
@@ -142,6 +141,6 @@ class StatesFromConfig:
 
 
 def configured_layout(vllm_config: VllmConfig) -> SlotLayout:
-    """The slots of the model that vLLM was started with, on one rank."""
+    """The slots of the model of this vLLM, on one rank."""
     model_config, num_ranks = vllm_config.model_config, vllm_config.parallel_config.tensor_parallel_size
     return model_layout(model_config.hf_config, model_config.dtype, num_ranks)

@@ -1,5 +1,5 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
-"""How much a model remembers for one sequence, from its configuration alone."""
+"""The size of the state of a model for one sequence, from its configuration alone."""
 
 import copy
 
@@ -16,13 +16,13 @@ def model_layout(config: PreTrainedConfig, dtype: torch.dtype, num_ranks: int = 
     The slots of the GMA layers of a model, native or converted.
 
     Args:
-        config (`PreTrainedConfig`): of the model.
-        dtype (`torch.dtype`): of its weights.
-        num_ranks (`int`): over how many processes the heads are spread.
+        config (`PreTrainedConfig`): configuration of the model.
+        dtype (`torch.dtype`): dtype of its weights.
+        num_ranks (`int`): number of processes that share the heads.
 
     Returns:
-        `SlotLayout`: what one layer keeps for one sequence on one rank; its `num_bytes` times the number of GMA layers is what
-        a stream costs.
+        `SlotLayout`: the state of one layer for one sequence on one rank. A stream costs its `num_bytes` times the number of
+        GMA layers.
 
     Raises:
         ValueError: if the layers of a converted model need slots of different shapes.
@@ -34,15 +34,15 @@ def model_layout(config: PreTrainedConfig, dtype: torch.dtype, num_ranks: int = 
 
 def stream_bytes(config: PreTrainedConfig, dtype: torch.dtype, num_tokens: int) -> int:
     """
-    What a stream of so many tokens keeps: the states of the GMA layers, and keys and values of the softmax layers.
+    The memory of a stream: the states of the GMA layers, and keys and values of the softmax layers.
 
     Args:
-        config (`PreTrainedConfig`): of the model.
-        dtype (`torch.dtype`): of its weights.
+        config (`PreTrainedConfig`): configuration of the model.
+        dtype (`torch.dtype`): dtype of its weights.
         num_tokens (`int`): length of the stream.
 
     Returns:
-        `int`: bytes. vLLM rounds up: it gives out whole blocks, and makes a block of keys and values as large as a state.
+        `int`: bytes. vLLM rounds up: it gives whole blocks, and makes a block of keys and values as large as a state.
     """
     if isinstance(config, GMAConfig):
         num_layers = config.layer_types.count("linear_attention")
@@ -102,7 +102,7 @@ def converted_layout(conversion: GMAConversionConfig, dtype: torch.dtype, num_ra
 
 
 def rank_config(config: GMAConfig, num_ranks: int) -> GMAConfig:
-    """The configuration of a block that holds one of `num_ranks` equal parts of the heads and of the MLP."""
+    """The configuration of a block with one of `num_ranks` equal parts of the heads and of the MLP."""
     local = copy.deepcopy(config)
     for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
         setattr(local, name, getattr(config, name) // num_ranks)

@@ -1,8 +1,8 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
 """
-[`GMAForCausalLM`] in vLLM. The blocks are those of `gma_hf.modeling`, built with the heads of one tensor-parallel rank, so that
-there is one place where each equation is computed. What depends on a single token (norms, MLP) runs over all tokens of a step
-at once, the attention by groups of sequences.
+[`GMAForCausalLM`] in vLLM. The blocks come from `gma_hf.modeling`, with the heads of one tensor-parallel rank, so that each
+equation is computed in one place. Everything that depends on a single token (norms, MLP) runs over all tokens of a step at
+once, and the attention runs by groups of sequences.
 """
 
 import re
@@ -47,7 +47,9 @@ class ServedGMAAttention(GMAAttention, GMASlotLayer):
         self.init_slots(native_layout(config, dtype), prefix)
 
     def forward(self, hidden_states: Tensor, positions: Tensor, rotary_emb: GMARotaryEmbedding | None) -> Tensor:
-        """`(tokens, hidden_size)` to the part of the output, of the same shape, that the heads of this rank give."""
+        """
+        From `(tokens, hidden_size)` to the part of the output, of the same shape, that comes from the heads of this rank.
+        """
         inputs = (hidden_states,)
         if rotary_emb is not None:
             inputs += tuple(x[0] for x in rotary_emb(hidden_states, positions[None]))
@@ -66,7 +68,7 @@ class ServedGMAAttention(GMAAttention, GMASlotLayer):
 
 
 class ServedSoftmaxAttention(GMASoftmaxAttention):
-    """[`GMASoftmaxAttention`] on vLLM's own attention and paged cache."""
+    """[`GMASoftmaxAttention`] with the attention and the paged cache of vLLM."""
 
     def __init__(self, config: GMAConfig, layer_idx: int, vllm_config: VllmConfig, prefix: str):
         super().__init__(config, layer_idx)
@@ -80,7 +82,7 @@ class ServedSoftmaxAttention(GMASoftmaxAttention):
         )
 
     def forward(self, hidden_states: Tensor, positions: Tensor, rotary_emb: GMARotaryEmbedding | None) -> Tensor:
-        """As [`ServedGMAAttention.forward`]."""
+        """See [`ServedGMAAttention.forward`]."""
         query, key, value = self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
         if rotary_emb is not None:
             heads = (x.unflatten(-1, (-1, self.head_dim)).transpose(0, 1)[None] for x in (query, key))
@@ -90,7 +92,7 @@ class ServedSoftmaxAttention(GMASoftmaxAttention):
 
 
 class ServedBlock(nn.Module):
-    """One block; attention and MLP each give the sum over the ranks."""
+    """One block. Attention and MLP each return the sum over the ranks."""
 
     def __init__(self, config: GMAConfig, layer_idx: int, vllm_config: VllmConfig, prefix: str):
         super().__init__()
@@ -145,7 +147,7 @@ class ServedGMAModel(nn.Module):
 
 
 class ServedGMAForCausalLM(StatesFromConfig, nn.Module):
-    """What vLLM loads for the architecture "GMAForCausalLM"."""
+    """The class that vLLM loads for the architecture "GMAForCausalLM"."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
         super().__init__()

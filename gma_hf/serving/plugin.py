@@ -1,5 +1,5 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
-"""What vLLM calls in each of its processes where gma_hf is installed."""
+"""The function that vLLM calls in each of its processes if gma_hf is installed."""
 
 # Where the classes of architectures are; vLLM imports them when it needs them
 MODELS = {
@@ -12,7 +12,7 @@ MODELS = {
 
 
 def register() -> None:
-    """Makes GMA models known to vLLM; calling it again changes nothing."""
+    """Register GMA models with vLLM. A second call changes nothing."""
     import vllm
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
     from vllm import ModelRegistry

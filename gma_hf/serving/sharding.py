@@ -1,7 +1,7 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
 """
-Tensor parallelism by heads: a mixture, a window and the gates belong to whole heads, so every rank loads those of its own heads
-and gives its part of the sum that the output projection is.
+Tensor parallelism by heads. A mixture, a window and the gates belong to whole heads. So every rank loads the parameters of
+its own heads, and returns its part of the sum of the output projection.
 """
 
 from functools import partial
@@ -20,8 +20,8 @@ WHOLE = ("input_layernorm", "post_attention_layernorm", "o_norm", "norm", "q_nor
 
 def shard_weights(layers: nn.Module, rank: int, num_ranks: int) -> None:
     """
-    Says for every parameter of the blocks which part of the checkpoint's it is, by the attribute `weight_loader` that vLLM
-    looks for.
+    Set, for every parameter of the blocks, which part of the checkpoint it gets, with the attribute `weight_loader` that
+    vLLM reads.
 
     Args:
         layers (`nn.Module`): the blocks, built with `1 / num_ranks` of the heads.
@@ -44,7 +44,7 @@ def shard_weights(layers: nn.Module, rank: int, num_ranks: int) -> None:
 
 def load_part(part, parameter: Tensor, loaded: Tensor) -> None:
     """
-    Copies a part of a loaded tensor into a parameter.
+    Copy a part of a loaded tensor into a parameter.
 
     Raises:
         ValueError: if the shapes differ.
@@ -74,7 +74,7 @@ def inputs_of_rank(loaded: Tensor, rank: int, num_ranks: int) -> Tensor:
 
 
 def once(loaded: Tensor, rank: int, num_ranks: int) -> Tensor:
-    """The bias of a sum over ranks, which one of them adds."""
+    """The bias of a sum over ranks. Only one rank adds it."""
     return loaded if rank == 0 else torch.zeros_like(loaded)
 
 

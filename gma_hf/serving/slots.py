@@ -1,8 +1,8 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
 """
-The memory of a layer in slots: what [`GMACacheLayer`] keeps for a batch, one sequence a slot, in tensors whose first dimension
-is the slot. All of it has a fixed size: S and z in float32, the history of the short convolution, and behind a window the keys
-and values that are still in it, the sink tokens, and how many tokens were summed.
+The memory of a layer in slots: the state that [`GMACacheLayer`] keeps for a batch, one sequence per slot, in tensors whose
+first dimension is the slot. Everything has a fixed size: S and z in float32, the history of the short convolution, and with
+a window the keys and values in the window, the sink tokens, and the number of summed tokens.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -34,15 +34,16 @@ class SlotField(NamedTuple):
 
 class SlotLayout(NamedTuple):
     """
-    What one layer keeps for one sequence.
+    The state of one layer for one sequence.
 
-    Attributes:
-        num_heads, num_key_value_heads, num_components, key_dim, value_dim (`int`): of the heads that this process computes.
-        window_size, num_sink_tokens (`int`): of the window; 0 for none.
-        conv_history (`tuple[int, int]`): tokens and channels that the short convolution remembers.
-        has_write_weight, has_log_decay, has_routing_keys (`bool`): whether tokens in the window wait with a write weight, a
-            decay, or a key of their own for the mixture.
-        dtype (`torch.dtype`): of keys and values.
+    Args:
+        num_heads, num_key_value_heads, num_components, key_dim, value_dim (`int`): sizes of the heads that this process
+        computes.
+        window_size, num_sink_tokens (`int`): sizes of the window; 0 for none.
+        conv_history (`tuple[int, int]`): number of tokens and channels that the short convolution remembers.
+        has_write_weight, has_log_decay, has_routing_keys (`bool`): whether tokens in the window keep a write weight, a
+        decay, or a separate key for the mixture.
+        dtype (`torch.dtype`): dtype of keys and values.
     """
 
     num_heads: int
@@ -59,7 +60,7 @@ class SlotLayout(NamedTuple):
     dtype: torch.dtype = torch.float32
 
     def fields(self) -> list[SlotField]:
-        """The tensors of a slot, those of the largest numbers first."""
+        """The tensors of a slot, from the dtype with the largest numbers to the smallest."""
         heads, window, sinks = self.num_heads, self.window_size, self.num_sink_tokens
         keys, values = ((self.num_key_value_heads, window, dim) for dim in (self.key_dim, self.value_dim))
         fields = [
@@ -95,19 +96,20 @@ class SlotLayout(NamedTuple):
 
 class SlotMemory:
     """
-    The memory of the rows of one group, in the place of a layer of a cache: read from slots when it is made, written back by
-    [`SlotMemory.store`].
+    The memory of the rows of one group, instead of a layer of a cache. It is read from slots when it is created, and
+    [`SlotMemory.store`] writes it back.
 
     Args:
-        layout (`SlotLayout`): what a slot holds.
-        tensors (`Sequence[torch.Tensor]` of shapes `(slots, ...)`): the slots, in the order of the layout's fields.
-        slots (`torch.LongTensor` of shape `(rows,)`, *optional*): which of them; `None` if nothing is to be remembered.
-        is_fresh (`bool`): whether the rows have no past. Their slots are not read then.
-        kept ([`KeptValues`], *optional*): what the layer computed of its parameters, for all steps.
+        layout (`SlotLayout`): the content of a slot.
+        tensors (`Sequence[torch.Tensor]` of shapes `(slots, ...)`): the slots, in the order of the fields of the layout.
+        slots (`torch.LongTensor` of shape `(rows,)`, *optional*): the slots of the rows; `None` if nothing has to be
+            remembered.
+        is_fresh (`bool`): whether the rows have no past. Then their slots are not read.
+        kept ([`KeptValues`], *optional*): values that the layer computed from its parameters, for all steps.
 
     Attributes:
-        history ([`MemoryState`] or `None`): what the layer goes on from.
-        new ([`MemoryState`] or `None`): what it remembers after the group.
+        history ([`MemoryState`] or `None`): the state to continue from.
+        new ([`MemoryState`] or `None`): the state after the group.
     """
 
     def __init__(
@@ -131,15 +133,15 @@ class SlotMemory:
             self.history = MemoryState(**past)
 
     def advance(self, memory: MemoryState, num_tokens: int, is_plain: bool = False) -> None:
-        """Takes the memory after the tokens of the group, in the form of [`GMACacheLayer.advance`]."""
+        """Take the state after the tokens of the group, with the arguments of [`GMACacheLayer.advance`]."""
         self.new = counted(memory)
 
     def store(self) -> None:
         """
-        Writes the new memory into the slots.
+        Write the new state into the slots.
 
         Raises:
-            RuntimeError: if a layer remembers something else than its slot has room for.
+            RuntimeError: if the state of a layer does not fit its slot.
         """
         if self.slots is None:
             return
@@ -155,7 +157,7 @@ class SlotMemory:
 
 
 class SlotCache:
-    """A cache of one layer, in the form in which [`GMAAttention`] looks for it."""
+    """A cache of one layer, in the form that [`GMAAttention`] reads."""
 
     def __init__(self, layer_idx: int, memory: SlotMemory):
         self.layers = {layer_idx: memory}
@@ -171,16 +173,17 @@ def run_step(
     kept: KeptValues | None = None,
 ) -> Tensor:
     """
-    One layer of one step.
+    Run one layer for one step.
 
     Args:
-        groups (`Iterable[StepGroup]`): of the step.
-        layout (`SlotLayout`), tensors (`Sequence[torch.Tensor]`): the slots of the layer.
-        inputs (`Sequence[torch.Tensor]` of shapes `(tokens, ...)`): what the layer needs of each token.
-        output (`torch.Tensor` of shape `(tokens, ...)`): where the results go.
-        attend (`Callable`): from the inputs `(rows, length, ...)` of a group, the group and its memory, which it updates, to the
-            results `(rows, length, ...)`.
-        kept ([`KeptValues`], *optional*): what the layer computed of its parameters, for all steps.
+        groups (`Iterable[StepGroup]`): the groups of the step.
+        layout (`SlotLayout`): the content of a slot of the layer.
+        tensors (`Sequence[torch.Tensor]`): the slots of the layer.
+        inputs (`Sequence[torch.Tensor]` of shapes `(tokens, ...)`): the inputs of the layer for each token.
+        output (`torch.Tensor` of shape `(tokens, ...)`): memory for the results.
+        attend (`Callable`): from the inputs `(rows, length, ...)` of a group, the group and its memory, which it updates, to
+            the results `(rows, length, ...)`.
+        kept ([`KeptValues`], *optional*): values that the layer computed from its parameters, for all steps.
 
     Returns:
         `torch.Tensor`: `output`.

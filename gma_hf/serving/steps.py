@@ -1,8 +1,8 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
 """
-One step of an engine with continuous batching: the tokens of many sequences lie one behind the other, each sequence has a slot
-that holds its memory, and some sequences begin with this step. Sequences of similar lengths become the rows of a group, padded
-to the longest of them; padding neither writes nor forgets, so that each row gives what the sequence alone would give.
+One step of an engine with continuous batching. The tokens of many sequences follow each other, each sequence has a slot with
+its memory, and some sequences begin with this step. Sequences of similar lengths become the rows of a group, padded to the
+longest of them. Padding neither writes nor forgets, so each row gives the result of the sequence alone.
 """
 
 from collections.abc import Sequence
@@ -19,13 +19,14 @@ class StepGroup(NamedTuple):
     """
     Sequences that run through a layer as one batch.
 
-    Attributes:
-        tokens (`torch.LongTensor` of shape `(rows, length)`): places in the step's tokens; at padding any.
-        layout ([`Layout`]): padding, which stands to the left; the layers share what they work out of it.
-        positions (`torch.LongTensor` of shape `(rows, length)`): of the tokens in their sequences; at padding any.
-        slots (`torch.LongTensor` of shape `(rows,)` or `None`): where the memory of each sequence lies; `None` if nothing is
-            to be remembered.
-        is_fresh (`bool`): whether the sequences begin here. What their slots hold is of somebody else, and is not read.
+    Args:
+        tokens (`torch.LongTensor` of shape `(rows, length)`): places among the tokens of the step; any place at padding.
+        layout ([`Layout`]): padding, which stands to the left. The layers share the values that they compute from it.
+        positions (`torch.LongTensor` of shape `(rows, length)`): positions of the tokens in their sequences; any position at
+            padding.
+        slots (`torch.LongTensor` of shape `(rows,)` or `None`): the slot of each sequence; `None` if nothing has to be
+            remembered.
+        is_fresh (`bool`): whether the sequences begin here. Their slots hold the state of other sequences, and are not read.
     """
 
     tokens: Tensor
@@ -35,11 +36,11 @@ class StepGroup(NamedTuple):
     is_fresh: bool
 
     def take(self, x: Tensor) -> Tensor:
-        """`(tokens, ...)` to `(rows, length, ...)`."""
+        """From `(tokens, ...)` to `(rows, length, ...)`."""
         return x[self.tokens]
 
     def put(self, rows: Tensor, output: Tensor) -> None:
-        """Writes the real tokens of `(rows, length, ...)` to their places in `(tokens, ...)`."""
+        """Write the real tokens of `(rows, length, ...)` to their places in `(tokens, ...)`."""
         padding_mask = self.layout.padding_mask
         if padding_mask is None:
             output[self.tokens.flatten()] = rows.flatten(0, 1).to(output.dtype)
@@ -54,14 +55,14 @@ def group_step(
     The groups of a step.
 
     Args:
-        lengths (`Sequence[int]`): tokens of each sequence in this step, in the order in which they lie there.
-        contexts (`Sequence[int]`): tokens of each sequence before this step.
+        lengths (`Sequence[int]`): number of tokens of each sequence in this step, in the order of the tokens.
+        contexts (`Sequence[int]`): number of tokens of each sequence before this step.
         slots (`torch.Tensor` of shape `(sequences,)`, *optional*): the slot of each sequence.
-        device (`torch.device` or `str`): where the tokens are.
+        device (`torch.device` or `str`): device of the tokens.
 
     Returns:
-        `list[StepGroup]`: every sequence with at least one token is a row of exactly one group. Sequences that go on by one
-        token, the usual case, are one group without padding.
+        `list[StepGroup]`: every sequence with at least one token is a row of exactly one group. Sequences that continue by
+        one token, the usual case, are one group without padding.
     """
     starts, place = [], 0
     for length in lengths:
