@@ -99,6 +99,7 @@ def main() -> None:
     with torch.device(device()):
         model = GMAForCausalLM(config).train()
     training = pretrain(model, prepared["tokens"]["train"], options)
+    model.config.use_cache = True  # which the training had switched off
     model.to(torch.bfloat16).save_pretrained(options.output_dir)
     tokenizer.save_pretrained(options.output_dir)
     # What is kept is what is measured

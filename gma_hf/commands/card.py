@@ -1,7 +1,7 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
 """Measure a language model on texts, with confidence intervals, and write its card from the measurements.
 
-    gma-hf card model_cards/gma-wikitext103 --model outputs/wikitext103 \
+    gma-hf card model_cards/gma-wikitext103 --model outputs/gma-wikitext103 \
         --evaluate "WikiText-103 test=test.txt" "WikiText-103 validation=valid.txt"
 
     gma-hf card model_cards/gma-gated-wikipedia-36m --model outputs/gma_gated-1024-64-0 \
