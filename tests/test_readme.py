@@ -42,32 +42,26 @@ def test_tables_are_the_committed_results():
     from benchmarks.kernels.attention_gpu import summary as gpu_attention
     from benchmarks.quality.language_modeling_report import summary
 
-    assert summary(committed("language_modeling")) in README
+    assert summary(committed("language_modeling_quiet")) in README
     assert gpu_attention(committed("gpu_attention_h200")) in README
     page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
     assert markdown_table(committed("cpu_attention")["rows"]) in page
 
 
-def best_of_rates(row: dict, cells: tuple[str, ...]) -> list[str]:
-    """The means over seeds at the rate that is best at the first cell."""
-
-    def mean(cell: str, rate: float) -> float:
-        values = [x for x, (used, _) in zip(row["accuracy"][cell], row["models"], strict=True) if used == rate]
-        return sum(values) / len(values)
-
-    best = max({rate for rate, _ in row["models"]}, key=lambda rate: mean(cells[0], rate))
-    return [f"{mean(cell, best):.1f} %" for cell in cells]
-
-
 def test_recall_is_the_mean_of_the_best_rate_that_was_measured():
-    rows = committed("block_search")["rows"]
-    for shown, row in {
-        "GMA, correlated": "recall, correlated, 3000 steps",
-        "Mamba-2-like": "recall, mamba2_like head_eps 1e-12, 3000 steps",
-        "linear attention, q and k of unit length": "recall, linear tie True head_eps 0.0001, 3000 steps",
-        "GMA, gated": "recall, gated, 3000 steps",
-    }.items():
-        assert f"| {shown} | {' | '.join(best_of_rates(rows[row], ('64@256', '128@512')))} |" in README, shown
+    from benchmarks.quality.recall_report import best_rows
+
+    best = {
+        title: row["accuracy"]
+        for (_, title), row in best_rows(committed("recall_equal_state")["rows"].values(), "recall").items()
+    }
+    lines = re.findall(
+        r"^\| (.+) \| ([\d.]+) % \| ([\d.]+) % \|$", README.split("**Recall.**")[1].split("**Speed.**")[0], re.M
+    )
+    assert len(lines) == len(best)
+    for shown, *cells in lines:
+        (accuracy,) = (found for title, found in best.items() if title.startswith(shown))
+        assert cells == [f"{100 * accuracy[cell]:.1f}" for cell in ((256, 64), (512, 128))], shown
 
 
 def test_no_run_of_the_readme_ends_while_it_warms_up():

@@ -51,6 +51,12 @@ def label(group: list[dict], rows: dict[str, dict]) -> str:
     return MIXERS[mixer].title_of(group[0]) + (f", {components} components" if several else "")
 
 
+def speed(group: list[dict]) -> str:
+    """Tokens per second in training, of rows that had a GPU of their own."""
+    alone = [row["tokens_per_second"] for row in group if row.get("rows_per_gpu", 1) == 1]
+    return f"{statistics.median(alone):,.0f}" if alone else ""
+
+
 def table(report: dict) -> str:
     """Markdown: quality, speed and memory of every mixer; below it, repeated pairs, and perplexity by position."""
     rows = report["rows"]
@@ -68,8 +74,8 @@ def table(report: dict) -> str:
             continue
         trained.append(group)
         names = (VALIDATION, "wikitext_valid_word_perplexity", TEST, DETOKENIZED)
-        speed, memory = statistics.median(row["tokens_per_second"] for row in group), group[0]["peak_memory_gib"]
-        cost = [f"{speed:,.0f}", "" if memory is None else f"{memory:.1f} GiB"]
+        memory = group[0]["peak_memory_gib"]
+        cost = [speed(group), "" if memory is None else f"{memory:.1f} GiB"]
         lines.append([*head, str(len(group)), *(spread_of(group, name) for name in names), *cost])
     return "\n".join([markdown(columns, lines), *pair_table(trained, rows), *extrapolation_tables(trained, rows)])
 
@@ -100,12 +106,14 @@ def summary(report: dict) -> str:
     lines = {}
     for group in groups({str(i): row for i, row in enumerate(rows)}):
         if (group[0]["context"], group[0]["components"]) == (context, fewest):
-            speed = statistics.median(row["tokens_per_second"] for row in group)
             scores = [spread_of(group, name) for name in (VALIDATION, DETOKENIZED)]
-            line = [MIXERS[group[0]["mixer"]].title_of(group[0]), str(len(group)), *scores, f"{speed:,.0f}"]
+            line = [MIXERS[group[0]["mixer"]].title_of(group[0]), str(len(group)), *scores, speed(group)]
             lines[statistics.mean(row[VALIDATION] for row in group)] = line
     columns = ["mixer", "seeds", "perplexity, Wikipedia", "perplexity per word, WikiText-103 test"]
-    return markdown([*columns, "tokens/s in training"], [lines[score] for score in sorted(lines)])
+    ordered = [lines[score] for score in sorted(lines)]
+    if not any(line[-1] for line in ordered):  # rows that shared a GPU
+        return markdown(columns, [line[:-1] for line in ordered])
+    return markdown([*columns, "tokens/s in training"], ordered)
 
 
 def extrapolation_tables(trained: list[list[dict]], rows: dict[str, dict]) -> list[str]:
