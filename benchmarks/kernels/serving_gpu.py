@@ -222,7 +222,7 @@ def run(options: argparse.Namespace) -> None:
     torch.manual_seed(0)
     shape = {"heads": options.heads, "dim": options.dim, "components": options.components}
     layer = Layer(**shape, device=options.device)
-    setting = {**shape, "dtype": str(layer.dtype), "device": options.device, "chunk": options.chunk,
+    setting = {**shape, "dtype": str(layer.dtype), "chunk": options.chunk,
                "seconds": options.seconds}  # fmt: skip
     results = Results(options.output, "kernels.serving_gpu", setting, one_device=True)
     with torch.no_grad():
