@@ -48,9 +48,7 @@ class GMARMSNorm(nn.Module):
 
 
 class GMARotaryEmbedding(nn.Module):
-    """
-    Cosines and sines of RoPE for states of dimension `dim`. Routing states and softmax heads may have different dimensions.
-    """
+    """Cosines and sines of RoPE for states of dimension `dim`. Routing states and softmax heads may differ in it."""
 
     inv_freq: torch.Tensor
 
@@ -112,8 +110,7 @@ def apply_rotary_pos_emb(
 
 class GMAAttention(nn.Module):
     """
-    Gaussian Mixture Attention: tokens write to the components of a mixture, and read from them. With a window, tokens see
-    the nearest tokens exactly, and older tokens through the mixture.
+    Gaussian Mixture Attention through the components of a mixture. With a window, tokens see the nearest tokens exactly.
     """
 
     def __init__(self, config: "GMAConfig", layer_idx: int):
@@ -279,8 +276,7 @@ class GMAAttention(nn.Module):
         self, hidden_states: torch.Tensor, kept: KeptValues | None = None
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
         """
-        The learned write weights w_t and log decays log a_t `(batch, heads, length)`. If there are both, the rate log a_t /
-        w_t `(heads, 1)` replaces the decays.
+        w_t and log a_t `(batch, heads, length)`. If both are learned, the rate log a_t / w_t `(heads, 1)` replaces log a_t.
         """
         if not (self.config.use_write_weight or self.config.use_decay):
             return None, None, None
