@@ -25,7 +25,8 @@ from ..configuration import GMAConfig
 from ..parallel.context import current_context
 from ..parallel.heads import PartOfRow
 from ..remote_code import expect_no_file
-from .attention_gma import ATTENTION_CLASSES, GMAAttention, GMARMSNorm, GMARotaryEmbedding, GMASoftmaxAttention
+from .attention_gma import GMAAttention, GMARMSNorm, GMARotaryEmbedding
+from .attention_softmax import GMASoftmaxAttention
 from .cache_gma import GMACacheLayer, Owner, adopt_cache, expect_continuation, select_padding_mask, up_to_current
 from .layout import (
     Layout,
@@ -37,6 +38,9 @@ from .layout import (
 from .memory_parts import LACKING_BEFORE, GMAMixture, GMAWindow
 from .saved_cache import expect_fingerprint, fingerprint_of
 from .short_convolution import GMAShortConvolution
+
+
+ATTENTION_CLASSES = {"linear_attention": GMAAttention, "full_attention": GMASoftmaxAttention}
 
 
 class GMAMLP(nn.Module):

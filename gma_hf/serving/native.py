@@ -23,13 +23,8 @@ from vllm.model_executor.models.utils import AutoWeightsLoader, maybe_prefix
 
 from ..cache_argument import CACHE_NAME
 from ..configuration import GMAConfig
-from ..modeling.attention_gma import (
-    GMAAttention,
-    GMARMSNorm,
-    GMARotaryEmbedding,
-    GMASoftmaxAttention,
-    apply_rotary_pos_emb,
-)
+from ..modeling.attention_gma import GMAAttention, GMARMSNorm, GMARotaryEmbedding, apply_rotary_pos_emb
+from ..modeling.attention_softmax import GMASoftmaxAttention
 from ..modeling.memory_parts import LACKING_BEFORE
 from ..modeling.modeling_gma import GMAMLP
 from .layer import GMASlotLayer, StatesFromConfig
