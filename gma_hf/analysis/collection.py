@@ -81,7 +81,8 @@ def find_mixtures(model: nn.Module) -> dict[str, GMAMixture]:
     Raises:
         AnalysisError: if the model has no mixture.
     """
-    mixtures = {name: module for name, module in model.named_modules() if isinstance(module, GMAMixture)}
+    modules = model.named_modules() if isinstance(model, nn.Module) else ()
+    mixtures = {name: module for name, module in modules if isinstance(module, GMAMixture)}
     if not mixtures:
         raise AnalysisError(
             f"{type(model).__name__} has no Gaussian mixture attention layers, so there are no responsibilities to "

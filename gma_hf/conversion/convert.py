@@ -2,7 +2,7 @@
 """`convert_to_gma` and `revert_to_softmax`."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -111,6 +111,8 @@ def convert_to_gma(
     options = with_recipe(recipe, layers is not None, {"keep_every": keep_every, **given})
     keep_every = options.pop("keep_every", None)
     check_selection(keep_every, undo_rotation, undo_rotation_beyond)
+    if example_inputs is not None and not isinstance(example_inputs, Mapping):
+        raise ValueError(f"`example_inputs` must map arguments of the base model to values, got {example_inputs!r}.")
     conversion = GMAConversionConfig(
         num_components=num_components,
         variance_floor=variance_floor,

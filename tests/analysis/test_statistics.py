@@ -295,3 +295,5 @@ def test_the_model_is_left_as_it_was():
 def test_a_model_without_mixtures_is_refused():
     with pytest.raises(AnalysisError, match="Linear has no Gaussian mixture"):
         collect_statistics(nn.Linear(2, 2), [])
+    with pytest.raises(AnalysisError, match="str has no Gaussian mixture"):
+        collect_statistics("a name", [])

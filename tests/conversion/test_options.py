@@ -10,8 +10,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from gma_hf import convert_to_gma
-from gma_hf.conversion import GMAConversion, GMAConversionConfig
+from gma_hf import convert_to_gma, gma_layers
+from gma_hf.conversion import GMAConversion, GMAConversionConfig, fit_mixtures
 from gma_hf.conversion.config import RECIPES
 from tests.conversion.tiny_models import make_converted_model, make_inputs, make_softmax_model, output_of
 
@@ -159,3 +159,26 @@ def test_every_option_reaches_the_layer():
     arguments = GMAConversionConfig.from_dict(model.config.gma).layer_arguments("layers.0.self_attn")
     assert arguments.keys() == taken.keys()
     assert (arguments["window_size"], arguments["num_sink_tokens"], arguments["num_heads"]) == (3, 1, 4)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_components": 0}, "`num_components` must be positive"),
+        ({"em_steps": -1}, "`em_steps` must not be negative"),
+        ({"lloyd_steps": 2.5}, "`lloyd_steps` must be a whole number"),
+        ({"variance_floor": math.nan}, "`variance_floor` must be a finite number"),
+    ],
+)
+def test_nonsense_in_the_fit_of_mixtures_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        fit_mixtures(torch.randn(2, 50, 4), **{"num_components": 3, **options})
+
+
+@pytest.mark.quick
+def test_what_is_no_model_and_no_example_is_refused_by_name():
+    with pytest.raises(ValueError, match="`gma_layers` takes a model, got str"):
+        gma_layers("gpt2")
+    with pytest.raises(ValueError, match="`example_inputs` must map arguments"):
+        convert_to_gma(make_softmax_model("llama"), example_inputs=3)

@@ -273,3 +273,12 @@ def test_exports_with_a_dynamic_length():
 
 def test_there_is_room_for_the_state_before_every_block_and_after_the_last():
     assert all(len(causal_blocks(length)) + 1 <= state_slots(length) for length in range(1300))
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("floor", [-1, math.nan, math.inf, "1", True])
+def test_responsibilities_refuse_an_impossible_floor_of_the_variances(floor):
+    tensors = Problem().tensors()
+    mixture = (tensors[name] for name in ("means", "raw_variances", "prior_logits"))
+    with pytest.raises(ValueError, match="variance_floor is"):
+        gaussian_mixture_responsibilities(tensors["query"], *mixture, variance_floor=floor)

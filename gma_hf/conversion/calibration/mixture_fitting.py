@@ -24,6 +24,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..config import number, whole_number
+
 
 PSEUDO_COUNTS = 1e-2  # a, in samples
 LARGEST_TABLE = 2**25  # entries of a [heads, samples, components] table that exist at the same time
@@ -86,8 +88,11 @@ def fit_mixtures(
         [`FittedMixtures`]: the mixtures, in float32.
 
     Raises:
-        ValueError: if there are fewer samples than components, or a sample is NaN or infinite.
+        ValueError: if there are fewer samples than components, a sample is NaN or infinite, or an option is impossible.
     """
+    num_components = whole_number("num_components", num_components, 1)
+    lloyd_steps, em_steps = whole_number("lloyd_steps", lloyd_steps, 0), whole_number("em_steps", em_steps, 0)
+    variance_floor = number("variance_floor", variance_floor, is_positive=True)
     if samples.ndim != 3 or samples.shape[1] < num_components:
         raise ValueError(
             f"`samples` has shape {tuple(samples.shape)}; {num_components} components need (heads, samples, dim) with at "

@@ -31,7 +31,12 @@ def gma_layers(model: nn.Module) -> dict[str, GMAConversion]:
     Returns:
         `dict[str, GMAConversion]`: from the names of the attention modules in `model` to their children `gma`, in the order
         of the model.
+
+    Raises:
+        ValueError: for anything but a module.
     """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"`gma_layers` takes a model, got {type(model).__name__}.")
     layers = {}
     for name, module in model.named_modules():
         if "gma" in dict(module.named_children()):

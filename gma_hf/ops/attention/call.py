@@ -130,17 +130,21 @@ def validate_mixture(means: Tensor, raw_variances: Tensor, prior_logits: Tensor,
     expect_shape("prior_logits", prior_logits, "[mixtures, components]", *means.shape[:2])
 
 
+def expect_constant(name: str, number: float) -> None:
+    """Check that a constant is a finite number that is not negative."""
+    if isinstance(number, bool) or not isinstance(number, int | float):
+        raise ValueError(f"{name} is {number!r}, expected a number.")
+    if not 0.0 <= number < math.inf:
+        raise ValueError(f"{name} is {number}, expected a finite number that is not negative.")
+
+
 def validate_numbers(call: AttentionCall) -> None:
     """Check the types of constants and flags, whose values are known before the computation."""
     for name in ("causal", "normalize", "output_final_state", "output_normalizer", "correlate"):
         if not isinstance(getattr(call, name), bool):
             raise ValueError(f"{name} is {getattr(call, name)!r}, expected True or False.")
     for name in ("eps", "variance_floor"):
-        number = getattr(call, name)
-        if isinstance(number, bool) or not isinstance(number, int | float):
-            raise ValueError(f"{name} is {number!r}, expected a number.")
-        if not 0.0 <= number < math.inf:
-            raise ValueError(f"{name} is {number}, expected a finite number that is not negative.")
+        expect_constant(name, getattr(call, name))
     if call.correlate and call.normalize:
         raise ValueError(
             "correlate is given with normalize=True, but the weights of correlated routes may sum to 0 or less; use "

@@ -15,6 +15,7 @@ from .call import (
     AttentionCall,
     AttentionResult,
     State,
+    expect_constant,
     expect_floating,
     has_states_per_sequence,
     run_starts,
@@ -279,6 +280,7 @@ def gaussian_mixture_responsibilities(
     if x.ndim != 4:
         raise ValueError(f"x has shape {list(x.shape)}, expected [batch, heads, length, routing_dim].")
     expect_floating("x", x)
+    expect_constant("variance_floor", variance_floor)
     validate_mixture(means, raw_variances, prior_logits, x.shape[-1])
     mixture = (("means", means), ("raw_variances", raw_variances), ("prior_logits", prior_logits))
     expect_one_device((("x", x), *mixture))
