@@ -11,8 +11,8 @@ RELEASE := .venv-release
 .PHONY: help demo demo-train test test-oldest docs test-serving test-ecosystem release lint clean
 
 help:
-	@echo "make demo           train a tiny GMA language model, let it write, reload it, plot its components (a minute)"
-	@echo "make demo-train     the same model, trained for longer (some minutes)"
+	@echo "make demo           load a trained GMA language model, let it write, reload it, report its routes (seconds)"
+	@echo "make demo-train     the same with a small model that is trained first, on source code (some minutes)"
 	@echo "make test           run the tests"
 	@echo "make test-oldest    run a quick part of the tests against the oldest supported versions"
 	@echo "make docs           build the documentation into site/, with all links checked"
@@ -65,10 +65,10 @@ $(RELEASE)/.ready: requirements/release.txt
 	@touch $@
 
 demo: $(VENV)/.ready
-	$(BIN)/python scripts/demo.py --max_steps 60
+	$(BIN)/python scripts/demo.py
 
 demo-train: $(VENV)/.ready
-	$(BIN)/python scripts/demo.py
+	$(BIN)/python scripts/demo.py --train
 
 test: $(VENV)/.ready
 	$(BIN)/python -m pytest -n auto

@@ -1,6 +1,6 @@
 #!/usr/bin/env python
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
-"""The command `gma-hf demo`: train a small model in minutes, generate text, and analyse its mixtures. See `gma_hf/commands/demo.py`."""
+"""The command `gma-hf demo`: let a trained model write, load it again, and report where its tokens are routed. See `gma_hf/commands/demo.py`."""
 
 import sys
 

@@ -1,6 +1,8 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
 """The pipelines of Transformers work on a folder with a model and its tokenizer."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -97,3 +99,11 @@ def test_token_classification_and_question_answering(tokenizer, tmp_path):
     expected = model.qa_outputs(outputs.hidden_states[-1])
     torch.testing.assert_close(torch.stack([outputs.start_logits, outputs.end_logits], dim=-1), expected)
     assert expected.shape == (1, 6, 2)
+
+
+def test_the_trained_model_of_the_repository_continues_a_text():
+    generator = pipeline(
+        "text-generation", model=str(Path(__file__).resolve().parent.parent / "pretrained" / "gma-wikipedia-7m")
+    )
+    (result,) = generator("The city is", max_new_tokens=12, do_sample=False)
+    assert result["generated_text"].startswith("The city is") and len(result["generated_text"].split()) > 6

@@ -8,10 +8,6 @@ from pathlib import Path
 import pytest
 import yaml
 
-import gma_hf
-from gma_hf.training import train_tokenizer
-from tests.conftest import tiny_config
-
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -19,17 +15,15 @@ PYTHON_BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
 
 @pytest.fixture
-def demo_model(tmp_path, monkeypatch):
-    """A stand-in for what `make demo` leaves behind: a model and its tokenizer in outputs/demo."""
-    tokenizer = train_tokenizer(["import os\n" * 20, "def read_lines(path):\n"], 300)
-    model = gma_hf.GMAForCausalLM(tiny_config("gated", vocab_size=len(tokenizer)))
-    model.save_pretrained(tmp_path / "outputs" / "demo")
-    tokenizer.save_pretrained(tmp_path / "outputs" / "demo")
+def clone(tmp_path, monkeypatch):
+    """A folder with the trained model of the repository, where the examples may write."""
+    (tmp_path / "pretrained").symlink_to(ROOT / "pretrained")
+    (tmp_path / "outputs").mkdir()
     monkeypatch.chdir(tmp_path)
 
 
 @pytest.mark.parametrize("index", range(len(PYTHON_BLOCKS)))
-def test_python_blocks_run_as_they_stand(index, demo_model):
+def test_python_blocks_run_as_they_stand(index, clone):
     exec(compile(PYTHON_BLOCKS[index], f"README.md, Python block {index + 1}", "exec"), {"__name__": "readme"})
 
 

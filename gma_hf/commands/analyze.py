@@ -1,7 +1,7 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
 """Analyse how the Gaussian mixtures of a model route the tokens of a text, and write report.html and report.json.
 
-    gma-hf analyze outputs/demo --text book.txt --output analysis
+    gma-hf analyze pretrained/gma-wikipedia-7m --text book.txt --output analysis
 
 MODEL is a folder or Hub name of a GMA model or of a converted model. `--help` lists the options.
 """

@@ -1,46 +1,46 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
 """
-Train a small gated GMA language model on the source code of Python's standard library, which every machine has. Then evaluate
-it, generate text, reload the model in a fresh process, and plot what its components specialised on.
+Load the trained language model of the repository, let it write, load it again in a fresh process, and write the report on where
+its tokens are routed.
 
-    gma-hf demo            # some minutes on two cores; `make demo` stops after 60 steps
+    gma-hf demo            # seconds; `make demo` in a clone of the repository
+    gma-hf demo --train    # trains a small model on source code first, some minutes on two cores; `make demo-train`
+
+The weights are in clones of the repository only. Without them, `gma-hf demo` trains.
 """
 
 import argparse
-import keyword
-import re
 import subprocess
 import sys
-import sysconfig
 import time
 from pathlib import Path
 
 import torch
-from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from transformers.utils import logging as transformers_logging
 
-from .. import GMAConfig
-from ..modeling import GMAMixture
-from ..training import GMATrainer, GMATrainingArguments, PackedCollator, pack_documents, train_tokenizer
+from ..analysis import analyze, write_report
 from ..training.errors import TrainingInputError
-from ..training.metrics import language_model_metrics, token_statistics
-from .shared.progress import show_progress
+from .shared.demo_training import train_small_model
 
 
-VOCAB_SIZE = 2048
-BLOCK_SIZE = 256
-NUM_FILES = 200  # about 3 MB of text
+REPOSITORY = Path(__file__).resolve().parents[2]
+PRETRAINED = REPOSITORY / "pretrained" / "gma-wikipedia-7m"
 MARK = "demo.txt"  # marks a folder that the demo wrote and may overwrite
-PROMPT = "def read_lines(path):\n"
+PROSE = ("The history of the village", "In 1912, the")
+CODE = ("def read_lines(path):\n",)
+MAX_STEPS = 280
+REPORT_TOKENS = 2048
+EXPECTED = "expected_logits.pt"
 
 RELOAD = """
 import sys, torch, gma_hf
-from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
-tokens, expected = torch.load(sys.argv[2], weights_only=True)
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32)
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
+prompt, expected = torch.load(sys.argv[2], weights_only=True)
 with torch.no_grad():
-    logits = model(tokens).logits
+    logits = model(**tokenizer(prompt, return_tensors="pt")).logits
 assert torch.equal(logits, expected), "the logits differ"
 print(f"{type(model).__name__} from a fresh process: logits identical, {tuple(logits.shape)}")
 """
@@ -50,199 +50,94 @@ def say(text: str):
     print(f"\n\033[1m{text}\033[0m" if sys.stdout.isatty() else f"\n{text}", flush=True)
 
 
-def standard_library() -> tuple[Dataset, Dataset]:
-    """Source files of the standard library as documents, with some files held out."""
-    root = Path(sysconfig.get_paths()["stdlib"])
-    left_out = {"test", "tests", "idlelib", "lib2to3", "site-packages", "__pycache__", "pydoc_data", "encodings"}
-    files = sorted(path for path in root.rglob("*.py") if not left_out & set(path.relative_to(root).parts))
-    texts = [text for path in files if len(text := path.read_text(encoding="utf-8", errors="ignore")) > 500]
-    texts = texts[:: max(1, len(texts) // NUM_FILES)][:NUM_FILES]
-    held_out = texts[::20]
-    train = [text for index, text in enumerate(texts) if index % 20 != 0]
-    return tuple(Dataset.from_dict({"text": part, "document_end": [True] * len(part)}) for part in (train, held_out))
+def source_name(folder: Path) -> Path:
+    """A folder as the user names it: relative to the current folder if it lies inside."""
+    return folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
 
 
-def category(token: str) -> str:
-    """The surface category of a token."""
-    word = token.strip(" ")
-    if not token.strip():
-        return "line break" if "\n" in token else "indentation"
-    if keyword.iskeyword(word):
-        return "keyword"
-    if re.fullmatch(r"[A-Z]\w*", word):
-        return "Capitalised"
-    if re.fullmatch(r"[^\W\d]\w*", word):
-        return "word" if token.startswith(" ") else "word part"
-    if re.fullmatch(r"\d+", word):
-        return "number"
-    if any(quote in word for quote in "\"'#"):
-        return "quote, comment"
-    return "punctuation"
+def load(arguments: argparse.Namespace):
+    """
+    The model that the demo shows, from the repository or newly trained.
+
+    Returns:
+        `tuple`: the folder of the model, the model, its tokenizer, prompts, a text for the report, and the name of the text.
+    """
+    if not arguments.train and PRETRAINED.is_dir():
+        say("1. A trained GMA language model from the repository")
+        # Many processors multiply in bfloat16, the type of the file, far slower than in float32
+        model = AutoModelForCausalLM.from_pretrained(PRETRAINED, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(PRETRAINED)
+        print(f"{source_name(PRETRAINED)}: {model.num_parameters():,} parameters, trained on Wikipedia")
+        readme = REPOSITORY / "README.md"
+        return PRETRAINED, model, tokenizer, PROSE, readme.read_text(encoding="utf-8"), readme.name
+    say("1. A gated GMA language model, trained with the Trainer on the source files of Python's standard library")
+    if not arguments.train:
+        print("The trained model is in clones of the repository only, so the demo trains a small one: some minutes.")
+    model, tokenizer, text = train_small_model(arguments.output_dir, arguments.max_steps or MAX_STEPS)
+    return arguments.output_dir, model.eval(), tokenizer, CODE, text, "held-out source files"
 
 
-def visible(token: str) -> str:
-    """A token as the plot writes it, with visible white space."""
-    for white_space, mark in ((" " * 4, "→"), (" ", "·"), ("\n", "↵"), ("\t", "→"), ("$", r"\$")):
-        token = token.replace(white_space, mark)
-    return token
+def reload_in_fresh_process(source: Path, model, tokenizer, prompt: str, expected: Path) -> subprocess.Popen:
+    """Start a process that loads the folder and compares its logits with those of the model."""
+    with torch.no_grad():
+        logits = model(**tokenizer(prompt, return_tensors="pt").to(model.device)).logits.cpu()
+    torch.save((prompt, logits), expected)
+    command = [sys.executable, "-c", RELOAD, str(source), str(expected)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-@torch.no_grad()
-def plot_specialisation(model, tokenizer, blocks: Dataset, path: Path):
-    """A heat map of the head whose components separate the categories of tokens best."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    tokens = torch.tensor([blocks[index]["input_ids"] for index in range(min(24, len(blocks) - 1))])
-    keys = {}
-    hooks = [
-        module.register_forward_pre_hook(lambda module, args, name=name: keys.update({name: (module, args[1])}))
-        for name, module in model.named_modules()
-        if isinstance(module, GMAMixture)
-    ]
-    model(tokens, use_cache=False)
-    for hook in hooks:
-        hook.remove()
-
-    strings = [tokenizer.decode([token]) for token in tokens.flatten().tolist()]
-    labels = [category(string) for string in strings]
-    names = sorted(set(labels), key=labels.count, reverse=True)
-    one_hot = torch.nn.functional.one_hot(torch.tensor([names.index(label) for label in labels])).float()
-    best = None
-    for layer, (mixture, key) in enumerate(keys.values()):
-        gamma = mixture.responsibilities(key).transpose(0, 1).flatten(1, 2)  # [heads, tokens, components]
-        joint = gamma.transpose(1, 2) @ one_hot / len(labels)  # [heads, components, categories]
-        independent = joint.sum(2, keepdim=True) * joint.sum(1, keepdim=True)
-        information = (joint * (joint / independent.clamp(min=1e-12)).clamp(min=1e-12).log2()).sum((1, 2))
-        head = int(information.argmax())
-        if best is None or information[head] > best[0]:
-            best = (information[head], layer, head, joint[head], independent[head], gamma[head])
-    information, layer, head, joint, independent, gamma = best
-
-    usage = joint.sum(1)
-    shown = usage.argsort(descending=True)[:16]
-    lift = (joint / independent.clamp(min=1e-12))[shown].clamp(min=1 / 8, max=8).log2()
-    order = lift.argmax(1).argsort(stable=True)
-    shown, lift = shown[order], lift[order]
-    ticks = []
-    for component in shown.tolist():
-        # The share of the token's writes that goes to the component, minus the component's share of all writes
-        excess: dict[str, float] = {}
-        for string, weight in zip(strings, gamma[:, component].tolist(), strict=True):
-            excess[string] = excess.get(string, 0.0) + weight - float(usage[component])
-        top = sorted(excess, key=excess.get, reverse=True)[:4]
-        top = [visible(string) for string in top]
-        ticks.append(f"{'  '.join(top)}   ({usage[component]:.0%})")
-
-    figure, axes = plt.subplots(figsize=(9, 6.5), layout="constrained")
-    image = axes.imshow(lift, cmap="RdBu_r", vmin=-3, vmax=3, aspect="auto")
-    axes.set_xticks(range(len(names)), names, rotation=30, ha="right")
-    axes.set_yticks(range(len(ticks)), ticks, family="monospace", fontsize=8)
-    axes.set_ylabel("component: its most characteristic tokens (share of all writes)")
-    axes.set_title(f"What the components of layer {layer}, head {head} specialised on ({information:.2f} bits)")
-    colorbar = figure.colorbar(image, ticks=range(-3, 4), label="how much likelier than average is the category?")
-    colorbar.ax.set_yticklabels(["÷8", "÷4", "÷2", "1", "×2", "×4", "×8"])
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+def report_routes(model, tokenizer, text: str, text_name: str, folder: Path):
+    """Write the report, and print what the components of one head prefer."""
+    report = analyze(model, tokenizer, text, max_tokens=REPORT_TOKENS, text_name=text_name)
+    layer, head = report.best_aligned()
+    usage = layer.keys.statistics.usage[head]
+    print(f"The head whose components tell kinds of tokens apart best: layer {layer.label}, head {head}.")
+    for component in usage.argsort(descending=True)[:5].tolist():
+        preferred = "  ".join(token for token, _, _ in report.top_tokens(layer, head, component, count=8))
+        print(f"  component {component:>2} ({usage[component]:.0%} of all writes) prefers  {preferred}")
+    page, _ = write_report(report, folder)
+    print(f"{page}: all heads, for a browser")
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="gma-hf demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--output_dir", type=Path, default=Path("outputs/demo"))
-    parser.add_argument("--max_steps", type=int, default=280)
+    parser.add_argument("--train", action="store_true", help="train a small model instead of loading the trained one")
+    parser.add_argument("--max_steps", type=int, help=f"steps of the training (default: {MAX_STEPS})")
+    parser.add_argument("--output_dir", type=Path, help="default: outputs/demo, and outputs/demo_train with --train")
     arguments = parser.parse_args(argv)
-    folder = arguments.output_dir
+    trains = arguments.train or not PRETRAINED.is_dir()
+    if arguments.max_steps is not None and not trains:
+        raise TrainingInputError("--max_steps is for the training of the demo. Add --train, or leave --max_steps out.")
+    if arguments.max_steps is not None and arguments.max_steps < 1:
+        raise TrainingInputError(f"--max_steps must be at least 1, got {arguments.max_steps}.")
+    folder = arguments.output_dir = arguments.output_dir or Path("outputs", "demo_train" if trains else "demo")
     if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not (folder / MARK).is_file())):
         raise TrainingInputError(f"{folder} holds something that the demo did not write. Choose another --output_dir.")
     start = time.time()
     set_seed(0)
     transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
 
-    say("1. Text: the source files of Python's standard library")
-    train_text, held_out_text = standard_library()
-    tokenizer = train_tokenizer(train_text["text"], VOCAB_SIZE)
-    train, held_out = (
-        pack_documents(text, tokenizer, tokenizer.eos_token_id, BLOCK_SIZE, name, keep_last=name != "train").blocks
-        for name, text in (("train", train_text), ("validation", held_out_text))
-    )
-    held_out = held_out.select(range(min(32, len(held_out))))
-    print(f"{len(train_text)} files, {len(train) * BLOCK_SIZE:,} tokens; {len(held_out_text)} files held out")
-
-    say("2. A gated GMA language model, trained with the Trainer")
-    config = GMAConfig.from_preset(
-        "gated",
-        vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=384,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_components=32,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    model = AutoModelForCausalLM.from_config(config)
-    print(f"{model.num_parameters():,} parameters")
-    trainer = GMATrainer(
-        model=model,
-        args=GMATrainingArguments(
-            output_dir=str(arguments.output_dir),
-            max_steps=arguments.max_steps,
-            per_device_train_batch_size=8,
-            per_device_eval_batch_size=16,
-            learning_rate=4e-3,
-            lr_scheduler_type="cosine",
-            warmup_steps=0.07,  # of the steps of the run
-            weight_decay=0.1,
-            adam_beta2=0.95,
-            logging_steps=20,
-            save_strategy="no",
-            report_to="none",
-            overwrite_output_dir=True,
-            dataloader_pin_memory=torch.cuda.is_available(),
-        ),
-        train_dataset=train,
-        eval_dataset=held_out,
-        processing_class=tokenizer,
-        data_collator=PackedCollator(tokenizer.pad_token_id),
-        compute_metrics=language_model_metrics,
-        preprocess_logits_for_metrics=token_statistics(shift_labels=True),
-    )
-    show_progress(trainer)
-    before = trainer.evaluate()["eval_perplexity"]
-    trainer.train()
-    after = trainer.evaluate()
-    print(f"perplexity on the held-out files: {before:,.0f} before, {after['eval_perplexity']:.1f} after training")
-    print(f"effective components per head: {after['eval_mixture/usage_perplexity']:.1f} of {config.num_components}")
-
-    say("3. It writes")
-    model.eval()
-    prompt = tokenizer(PROMPT, return_tensors="pt")
-    written = model.generate(**prompt, max_new_tokens=100, do_sample=True, temperature=0.6, top_k=40)
-    print(tokenizer.decode(written[0], skip_special_tokens=True))
-
+    source, model, tokenizer, prompts, text, text_name = load(arguments)
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / MARK).write_text("The demo of gma_hf writes this folder anew each time.\n", encoding="utf-8")
-    say("4. Saved, and loaded through AutoModelForCausalLM in a fresh process")
-    trainer.save_model()
-    with torch.no_grad():
-        torch.save(
-            (prompt["input_ids"], model(prompt["input_ids"]).logits), arguments.output_dir / "expected_logits.pt"
-        )
-    command = [
-        sys.executable,
-        "-c",
-        RELOAD,
-        str(arguments.output_dir),
-        str(arguments.output_dir / "expected_logits.pt"),
-    ]
-    print(subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip())
-    assert AutoTokenizer.from_pretrained(arguments.output_dir).decode(prompt["input_ids"][0]) == PROMPT
+    reloading = reload_in_fresh_process(source, model, tokenizer, prompts[0], folder / EXPECTED)
 
-    say("5. What the components specialised on")
-    plot_specialisation(model, tokenizer, held_out, arguments.output_dir / "components.png")
-    print(f"{arguments.output_dir / 'components.png'}")
-    say(f"Done in {time.time() - start:.0f} seconds. The model is in {arguments.output_dir}.")
+    say("2. It writes")
+    for prompt in prompts:
+        inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
+        options = {"do_sample": True, "temperature": 0.8, "top_k": 50, "repetition_penalty": 1.2}
+        written = model.generate(**inputs, max_new_tokens=60, **options)
+        print(f"{tokenizer.decode(written[0], skip_special_tokens=True)} ...\n")
+
+    say("3. Where its tokens are routed")
+    report_routes(model, tokenizer, text, text_name, folder)
+
+    say("4. Loaded through AutoModelForCausalLM in a fresh process")
+    output, errors = reloading.communicate()
+    if reloading.returncode != 0:
+        raise RuntimeError(f"The model does not load in a fresh process:\n{errors}")
+    print(output.strip())
+    say(f"Done in {time.time() - start:.0f} seconds. The model is in {source_name(source)}.")

@@ -18,7 +18,7 @@ def tokenizer():
 
 @pytest.fixture
 def demo_model(tokenizer, tmp_path, monkeypatch):
-    """What `make demo` leaves behind, but tiny: a model and its tokenizer in outputs/demo below the current folder."""
+    """What `make demo-train` leaves behind, but tiny: a model and its tokenizer in outputs/demo_train below the current folder."""
     model = make_model(
         gma_hf.GMAForCausalLM,
         tiny_config(
@@ -29,7 +29,7 @@ def demo_model(tokenizer, tmp_path, monkeypatch):
             eos_token_id=tokenizer.eos_token_id,
         ),
     )
-    model.save_pretrained(tmp_path / "outputs" / "demo")
-    tokenizer.save_pretrained(tmp_path / "outputs" / "demo")
+    model.save_pretrained(tmp_path / "outputs" / "demo_train")
+    tokenizer.save_pretrained(tmp_path / "outputs" / "demo_train")
     monkeypatch.chdir(tmp_path)
     return model

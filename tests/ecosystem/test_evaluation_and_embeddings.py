@@ -16,7 +16,7 @@ SENTENCES = ["import os", "def read_lines(path):\n    return path\n", "import js
 def test_likelihoods_of_the_harness_are_those_of_the_model(demo_model, tokenizer):
     models = pytest.importorskip("lm_eval.models.huggingface", reason="needs lm_eval")
     instance = pytest.importorskip("lm_eval.api.instance")
-    harness = models.HFLM(pretrained="outputs/demo", backend="causal", device="cpu", batch_size=3)
+    harness = models.HFLM(pretrained="outputs/demo_train", backend="causal", device="cpu", batch_size=3)
     # The space before a word belongs to the word's token
     requests = [("import", " os"), ("def", " read_lines(path):\n"), ("import json, math", ", sys\n")]
     found = harness.loglikelihood(

@@ -26,7 +26,7 @@ LARGEST_ERROR = {"torchao, 8 bits": 0.02, "bitsandbytes, 8 bits": 0.02, "bitsand
 @pytest.mark.parametrize("kind", LARGEST_ERROR)
 @pytest.mark.parametrize("model_kind", ["native", "converted"])
 def test_answers_are_near_and_mixtures_unchanged(kind, model_kind, demo_model, tmp_path):
-    model, folder = demo_model, tmp_path / "outputs" / "demo"
+    model, folder = demo_model, tmp_path / "outputs" / "demo_train"
     if model_kind == "converted":
         folder = tmp_path / "converted"
         model = gma_hf.convert_to_gma(make_softmax_model("llama"), num_components=6)
