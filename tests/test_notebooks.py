@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
+import gma_hf
 from gma_hf.training import train_tokenizer
+from tests.conftest import make_model, tiny_config
 
 
 FOLDER = Path(__file__).resolve().parent.parent / "notebooks"
@@ -41,8 +43,10 @@ def clone(tmp_path, monkeypatch):
 
 @pytest.fixture
 def demo_tokenizer(tmp_path, monkeypatch):
-    """A stand-in for what `make demo-train` leaves behind, of which the notebook uses the tokenizer."""
+    """A stand-in for what `make demo-train` leaves behind: a model and its tokenizer in outputs/demo_train."""
     tokenizer = train_tokenizer([Path(json.__file__).read_text(encoding="utf-8"), "def read_lines(path):\n"], 400)
+    model = make_model(gma_hf.GMAForCausalLM, tiny_config("gated", vocab_size=len(tokenizer)))
+    model.save_pretrained(tmp_path / "outputs" / "demo_train")
     tokenizer.save_pretrained(tmp_path / "outputs" / "demo_train")
     monkeypatch.chdir(tmp_path)
 
