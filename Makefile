@@ -11,7 +11,7 @@ RELEASE := .venv-release
 .PHONY: help demo demo-train test test-oldest docs test-serving test-ecosystem release lint clean
 
 help:
-	@echo "make demo           load a trained GMA language model, let it write, reload it, report its routes (seconds)"
+	@echo "make demo           load a trained GMA language model, let it write, reload it, report its routes"
 	@echo "make demo-train     the same with a small model that is trained first, on source code (some minutes)"
 	@echo "make test           run the tests"
 	@echo "make test-oldest    run a quick part of the tests against the oldest supported versions"

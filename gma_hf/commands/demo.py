@@ -3,7 +3,7 @@
 Load the trained language model of the repository, let it write, load it again in a fresh process, and write the report on where
 its tokens are routed.
 
-    gma-hf demo            # seconds; `make demo` in a clone of the repository
+    gma-hf demo            # `make demo` in a clone of the repository
     gma-hf demo --train    # trains a small model on source code first, some minutes on two cores; `make demo-train`
 
 The weights are in clones of the repository only. Without them, `gma-hf demo` trains.
