@@ -69,7 +69,7 @@ def analyze(
     ):
         if value is not None and value < smallest:
             raise AnalysisError(f"{name} must be at least {smallest}, got {value}.")
-    find_mixtures(model)
+    mixtures = find_mixtures(model)
     encoded = encode_text(tokenizer, text, max_tokens, max_token_types)
     check_vocabulary(model, encoded)
     if block_size is None:
@@ -95,6 +95,7 @@ def analyze(
                 RoleReport(statistics, align(statistics.category_counts, num_shuffles, seed))
                 for statistics in (layer.queries, layer.keys)
             ),
+            correlate=mixtures[name].correlate,
         )
         for name, layer in found.items()
     ]

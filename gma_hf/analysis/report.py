@@ -45,12 +45,14 @@ class LayerReport:
         label (`str`): short name for figures: the part of the name that differs between layers.
         queries (`RoleReport`): the queries of the layer.
         keys (`RoleReport`): the keys of the layer.
+        correlate (`bool`, *optional*, defaults to `False`): whether the layer compares routes by their correlation.
     """
 
     name: str
     label: str
     queries: RoleReport
     keys: RoleReport
+    correlate: bool = False
 
 
 @dataclass

@@ -234,6 +234,14 @@ def test_encoders_and_hybrids_of_any_dtype_are_analysed(tokenizer):
     assert Page(html_page(found)).open == []
 
 
+def test_the_page_says_what_entropy_and_margin_mean_for_correlated_routes(report, tokenizer):
+    remark = "The layers with correlated routes read only what differs from the average component"
+    config = tiny_config("correlated", vocab_size=len(tokenizer))
+    correlated = analyze(make_model(GMAForCausalLM, config), tokenizer, TEXT[:80], num_shuffles=2)
+    assert html_page(correlated).count(remark) == 2
+    assert remark not in html_page(report)
+
+
 def run_script(monkeypatch, *arguments):
     monkeypatch.setattr("sys.argv", [SCRIPT.name, *map(str, arguments)])
     runpy.run_path(str(SCRIPT), run_name="__main__")

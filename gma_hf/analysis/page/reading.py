@@ -41,6 +41,13 @@ def reading(report: RoutingReport) -> list[list[str]]:
         keys, queries = means(lambda part: getattr(part.alignment, f"{measure}_shuffled_mean"), form)
         return f"{keys if keys == queries else f'{keys} and {queries}'} (shuffled)"
 
+    # A correlation sees only the direction in which a route differs from the average component, not how far it differs
+    of_correlated = (
+        ". The layers with correlated routes read only what differs from the average component, however small: for them, "
+        "this value says little"
+        if any(layer.correlate for layer in report.layers)
+        else ""
+    )
     return [
         [
             "Components in use",
@@ -53,13 +60,13 @@ def reading(report: RoutingReport) -> list[list[str]]:
             "Entropy, of log C",
             *means(lambda part: part.statistics.entropy / math.log(max(part.statistics.usage.shape[-1], 2)), ".0%"),
             "100%",
-            "well below 100%: tokens choose. A model before training is near 100%",
+            "well below 100%: tokens choose. A model before training is near 100%" + of_correlated,
         ],
         [
             "Median margin",
             *means(lambda part: part.statistics.margin_quantile(0.5), ".2f"),
             "0",
-            "above 1: the first component is more than e = 2.7 times as responsible as the second",
+            "above 1: the first component is more than e = 2.7 times as responsible as the second" + of_correlated,
         ],
         [
             "NMI with categories",
