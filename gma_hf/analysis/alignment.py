@@ -102,10 +102,18 @@ def align(counts: Tensor, num_shuffles: int = 20, seed: int = 0) -> Alignment:
         [`Alignment`]: one number per head and measure.
 
     Raises:
-        ValueError: with less than 2 shuffles, because one shuffle has no standard deviation.
+        ValueError: with less than 2 shuffles, because one shuffle has no standard deviation; for counts of another shape,
+            or with negative numbers or NaN.
     """
-    if num_shuffles < 2:
-        raise ValueError(f"num_shuffles must be at least 2, got {num_shuffles}: one shuffle has no spread.")
+    if not isinstance(num_shuffles, int) or num_shuffles < 2:
+        raise ValueError(
+            f"num_shuffles must be a whole number of at least 2, got {num_shuffles!r}: one shuffle has no spread."
+        )
+    if counts.ndim != 3 or not (counts >= 0).all():
+        raise ValueError(
+            "counts must be numbers that are not negative, of shape (heads, components, categories), got the shape "
+            f"{tuple(counts.shape)}" + ("." if counts.ndim != 3 else " with negative numbers or NaN.")
+        )
     generator = np.random.default_rng(seed)
     shuffled = torch.stack(
         [torch.stack([shuffled_counts(table, generator) for table in counts]) for _ in range(num_shuffles)]

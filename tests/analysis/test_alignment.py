@@ -88,3 +88,15 @@ def test_components_that_are_the_categories_align_fully(one_mixture):
         assert found.nmi.item() == pytest.approx(1) and found.purity.item() == pytest.approx(1)
         assert found.nmi_shuffled_mean.item() < 0.1
         assert statistics.entropy.item() == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("counts", [torch.full((1, 2, 2), float("nan")), -torch.ones(1, 2, 2), torch.ones(2, 2)])
+def test_counts_that_are_none_are_refused(counts):
+    with pytest.raises(ValueError, match="counts must be numbers that are not negative, of shape"):
+        align(counts)
+
+
+@pytest.mark.parametrize("number", [1, 2.5, None])
+def test_a_number_of_shuffles_that_has_no_spread_is_refused(number):
+    with pytest.raises(ValueError, match="num_shuffles must be a whole number of at least 2"):
+        align(torch.ones(1, 2, 2), num_shuffles=number)

@@ -37,6 +37,10 @@ def corpus(rows=8, length=40, seed=4):
             f"token ids from 3 to {VOCAB + 7}, but .* with the tokenizer of the model",
         ),
         ([], "The calibration set is empty"),
+        (None, "must be batches or examples, got None. Give a list"),
+        (3, "must be batches or examples, got 3"),
+        ([{"input_ids": []}], r"of shape \(0,\) .*expected a list of at least one token id"),
+        ([{"input_ids": [0.5, 1.5]}], "type torch.float32; expected a list"),
     ],
 )
 def test_data_that_the_model_cannot_read_are_refused_with_what_to_do(data, message):

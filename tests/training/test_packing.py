@@ -123,3 +123,9 @@ def test_less_text_than_a_block_is_an_error(tokenizer):
         TrainingInputError, match=r"train data has \d tokens, fewer than one block of 64.*--block_size"
     ):
         pack_documents(rows, tokenizer, tokenizer.eos_token_id, 64, "train")
+
+
+@pytest.mark.parametrize("token", [None, -1, 1.5, "pad", True])
+def test_a_padding_token_that_is_none_is_refused(token):
+    with pytest.raises(ValueError, match="`pad_token_id` must be the id of a token"):
+        PackedCollator(token)

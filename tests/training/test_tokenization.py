@@ -46,6 +46,12 @@ def test_a_vocabulary_without_room_for_the_bytes_is_an_error(sentences):
         train_tokenizer(iter(sentences(5)), 258, with_mask=True)
 
 
+@pytest.mark.parametrize("size", [float("nan"), 320.5, "320", True, 2**70])
+def test_a_vocabulary_size_that_is_no_number_of_tokens_is_an_error(size, sentences):
+    with pytest.raises(TrainingInputError, match="--tokenizer_vocab_size must be a whole number"):
+        train_tokenizer(iter(sentences(10)), size)
+
+
 def test_a_missing_padding_token_is_supplied(tokenizer, tmp_path):
     tokenizer.pad_token = None
     tokenizer.save_pretrained(tmp_path)

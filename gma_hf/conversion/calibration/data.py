@@ -66,8 +66,14 @@ def model_batches(model: PreTrainedModel, data: Iterable, batch_size: int) -> It
     if isinstance(data, str | Mapping):
         advice = "tokenize the text first" if isinstance(data, str) else "put a single batch into a list, `[batch]`"
         raise ValueError(f"The data must be batches or examples, got a {type(data).__name__}: {advice}.")
+    try:
+        items = iter(data)
+    except TypeError as error:
+        raise ValueError(
+            f"The data must be batches or examples, got {data!r}. Give a list, a data set or a data loader."
+        ) from error
     examples: list[Mapping] = []
-    for item in data:
+    for item in items:
         if isinstance(item, Tensor):
             item = {model.main_input_name: item if item.ndim > 1 else item[None]}
         if not isinstance(item, Mapping):
@@ -96,7 +102,14 @@ def model_batches(model: PreTrainedModel, data: Iterable, batch_size: int) -> It
 
 def padded(model: PreTrainedModel, examples: list[Mapping]) -> dict[str, Tensor]:
     """One batch of token lists, padded on the right."""
-    rows = [torch.as_tensor(example[model.main_input_name], dtype=torch.long) for example in examples]
+    rows = [torch.as_tensor(example[model.main_input_name]) for example in examples]
+    for row in rows:
+        if row.ndim != 1 or len(row) == 0 or row.is_floating_point() or row.is_complex() or row.dtype == torch.bool:
+            raise ValueError(
+                f"An example of the data has {model.main_input_name!r} of shape {tuple(row.shape)} and type {row.dtype}; "
+                "expected a list of at least one token id. Tokenize the texts first, and leave out empty ones."
+            )
+    rows = [row.long() for row in rows]
     lengths = torch.tensor([len(row) for row in rows])
     tokens = nn.utils.rnn.pad_sequence(rows, batch_first=True)
     mask = (torch.arange(tokens.shape[1]) < lengths[:, None]).long()

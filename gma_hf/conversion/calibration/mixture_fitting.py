@@ -93,6 +93,8 @@ def fit_mixtures(
     num_components = whole_number("num_components", num_components, 1)
     lloyd_steps, em_steps = whole_number("lloyd_steps", lloyd_steps, 0), whole_number("em_steps", em_steps, 0)
     variance_floor = number("variance_floor", variance_floor, is_positive=True)
+    if not isinstance(samples, Tensor):
+        raise ValueError(f"`samples` must be a tensor of shape (heads, samples, dim), got a {type(samples).__name__}.")
     if samples.ndim != 3 or samples.shape[1] < num_components:
         raise ValueError(
             f"`samples` has shape {tuple(samples.shape)}; {num_components} components need (heads, samples, dim) with at "

@@ -1,7 +1,7 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
 """Which layers can do without softmax: how much the outputs change when one layer alone is converted."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -62,7 +62,7 @@ def rank_layers(
     Raises:
         ValueError: see [`convert_to_gma`] and [`calibrate`]; also if `data` can be read only once.
     """
-    if iter(data) is data:
+    if isinstance(data, Iterator):
         raise ValueError("`data` can be gone through only once, and this needs it twice. Give a list or a data set.")
     whole_number("max_tokens", max_tokens, 1)
     expect_bool("progress", progress)

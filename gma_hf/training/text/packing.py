@@ -219,9 +219,19 @@ class PackedCollator:
 
     Args:
         pad_token_id (`int`): id of the padding token.
+
+    Raises:
+        ValueError: if `pad_token_id` is no id of a token.
     """
 
     pad_token_id: int
+
+    def __post_init__(self):
+        if isinstance(self.pad_token_id, bool) or not isinstance(self.pad_token_id, int) or self.pad_token_id < 0:
+            raise ValueError(
+                f"`pad_token_id` must be the id of a token, got {self.pad_token_id!r}. Give `tokenizer.pad_token_id`; a "
+                "tokenizer without a padding token can take its end of text: `tokenizer.pad_token = tokenizer.eos_token`."
+            )
 
     def __call__(self, examples: list[dict]) -> dict[str, torch.Tensor]:
         length = max(len(example["input_ids"]) for example in examples)

@@ -14,6 +14,7 @@ from ..errors import TrainingInputError, why_not_loaded
 logger = logging.getLogger(__name__)
 
 END_OF_TEXT, PAD, MASK = "<|endoftext|>", "<|pad|>", "<|mask|>"
+LARGEST_VOCABULARY = 2**24
 
 
 def train_tokenizer(texts: Iterator[str], vocab_size: int, with_mask: bool = False) -> PreTrainedTokenizerFast:
@@ -30,15 +31,16 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int, with_mask: bool = Fal
         requested. It returns `input_ids` and `attention_mask`.
 
     Raises:
-        TrainingInputError: if `vocab_size` is smaller than the number of bytes (256) and special tokens.
+        TrainingInputError: if `vocab_size` is no whole number, or smaller than the number of bytes (256) and special tokens.
     """
     special_tokens = [END_OF_TEXT, PAD] + ([MASK] if with_mask else [])
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     smallest = len(alphabet) + len(special_tokens)
-    if vocab_size < smallest:
+    is_number = isinstance(vocab_size, int) and not isinstance(vocab_size, bool)
+    if not is_number or not smallest <= vocab_size <= LARGEST_VOCABULARY:
         raise TrainingInputError(
-            f"--tokenizer_vocab_size must be at least {smallest} ({len(alphabet)} bytes and {len(special_tokens)} "
-            f"special tokens), got {vocab_size}."
+            f"--tokenizer_vocab_size must be a whole number of at least {smallest} ({len(alphabet)} bytes and "
+            f"{len(special_tokens)} special tokens) and at most {LARGEST_VOCABULARY}, got {vocab_size!r}."
         )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
