@@ -19,7 +19,7 @@ VERBS = {
     "analyze": ("analyze", "show where the mixtures of a model route tokens, as a page"),
     "card": ("card", "measure a language model with confidence intervals, and write its model card"),
     "publish": ("publish", "check a trained model and upload it to the Hub"),
-    "demo": ("demo", "let a trained model write, load it again, and report where its tokens are routed"),
+    "demo": ("demo", "let a trained model write, and report where its tokens are routed"),
 }
 
 

@@ -28,10 +28,11 @@ def test_the_affinity_of_two_tokens_is_the_correlation_of_their_routes():
     mixture.register_forward_pre_hook(lambda module, args: routed.update(query=args[0], key=args[1]))
     affinity = model(tokens, output_attentions=True, use_cache=False).attentions[0]
     deviations = [mixture.responsibilities(routed[name]) - 1 / config.num_components for name in ("query", "key")]
-    query, key = (x / x.norm(dim=-1, keepdim=True) for x in deviations)
+    # Pearson's r but for the 1e-8 of the definition, which counts where a route hardly differs from the average
+    spread = 1e-8 / config.num_components
+    query, key = (x / (x.square().sum(dim=-1, keepdim=True) + spread).sqrt() for x in deviations)
     expected = (query @ key.transpose(-1, -2)).tril()
-    # The 1e-8 beside the squared norm of a deviation of some 0.1
-    torch.testing.assert_close(affinity.double(), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(affinity.double(), expected, rtol=0, atol=1e-6)
     assert affinity.min() < -0.1, "an affinity that is never negative is no correlation"
 
 
