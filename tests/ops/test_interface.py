@@ -71,6 +71,11 @@ WRONG = {
     "lengths": ({"query": torch.zeros(2, 2, 7, 4)}, "query length 7 and key length 20"),
     "state": ({"initial_state": (torch.zeros(2, 2, 5, 4), torch.zeros(2, 2, 5))}, "initial_state S has shape"),
     "state z": ({"initial_state": (torch.zeros(2, 2, 5, 3), torch.zeros(2, 2))}, "initial_state z has shape"),
+    "state that is no pair": (
+        {"initial_state": torch.zeros(2, 2, 5, 3)},
+        "initial_state is Tensor, expected the pair",
+    ),
+    "state without z": ({"initial_state": (torch.zeros(2, 2, 5, 3), None)}, "z of initial_state is NoneType"),
     "state parts": ({"initial_state": (torch.zeros(2, 2, 5, 3),)}, "1 parts, expected the pair"),
     "normaliser": (
         {"output_normalizer": True, "normalize": False},

@@ -5,6 +5,9 @@ import pytest
 import torch
 
 from gma_hf.ops import gaussian_mixture_attention, gaussian_mixture_attention_in_slots
+from gma_hf.ops.attention import functional
+from gma_hf.ops.attention import slots as in_slots
+from gma_hf.ops.attention.call import validate_call
 
 from .kernels import DEVICE
 from .problems import Problem
@@ -115,12 +118,39 @@ def test_what_does_not_fit_is_an_error():
         call(states=(S.bfloat16(), z))
     with pytest.raises(ValueError, match="z of states has shape"):
         call(states=(S, z[:, :, :2]))
-    with pytest.raises(ValueError, match="must be the pair"):
+    with pytest.raises(ValueError, match="states has 1 parts, expected the pair"):
         call(states=(S,))
+    for states in (S, None, {"S": S, "z": z}):
+        with pytest.raises(ValueError, match=r"states is \w+, expected the pair"):
+            call(states=states)
+    with pytest.raises(ValueError, match="z of states is NoneType, expected a tensor"):
+        call(states=(S, None))
+    with pytest.raises(ValueError, match="S of states has shape"):
+        call(states=(torch.tensor(0.0), z))
+    with pytest.raises(ValueError, match="slots is list, expected a tensor"):
+        call(slots=SLOTS)
+    with pytest.raises(ValueError, match=r"z of states is on meta"):
+        call(states=(S, z.to("meta")))
     with pytest.raises(ValueError, match="needs gradients, but the states are overwritten"):
         call(query=tensors["query"].requires_grad_())
     with torch.no_grad(), pytest.raises(ValueError, match="3 rows beside sequence_ids, expected 1"):
         call(sequence_ids=torch.zeros(3, 1, dtype=torch.long))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("length", [1, 40])
+def test_a_call_is_checked_once(length, monkeypatch):
+    checked = []
+    for module in (functional, in_slots):
+        monkeypatch.setattr(module, "validate_call", lambda call, ids: checked.append(validate_call(call, ids)))
+    problem = Problem(batch=3, length=length)
+    states = pool(problem, torch.float64)
+    gaussian_mixture_attention_in_slots(
+        **{name: x.to(DEVICE) for name, x in problem.tensors().items()},
+        states=states,
+        slots=torch.tensor(SLOTS, device=DEVICE),
+    )
+    assert len(checked) == 1
 
 
 @torch.no_grad()

@@ -111,6 +111,17 @@ def expect_shape(name: str, x: Tensor, layout: str, *sizes: int, advice: str = "
         raise ValueError(f"{name} has shape {list(x.shape)}, expected {layout} = {list(sizes)}. {advice}".rstrip())
 
 
+def expect_pair(name: str, state: Any) -> None:
+    """Check that a state is a pair of tensors."""
+    if not isinstance(state, tuple | list):
+        raise ValueError(f"{name} is {type(state).__name__}, expected the pair (S, z).")
+    if len(state) != 2:
+        raise ValueError(f"{name} has {len(state)} parts, expected the pair (S, z).")
+    for part, x in zip("Sz", state, strict=True):
+        if not isinstance(x, Tensor):
+            raise ValueError(f"{part} of {name} is {type(x).__name__}, expected a tensor.")
+
+
 def expect_floating(name: str, x: Tensor) -> None:
     """Check that `x` is a floating point tensor."""
     if not x.is_floating_point():
@@ -193,8 +204,7 @@ def validate_call(call: AttentionCall, sequence_ids: Tensor | None) -> None:
                 )
             expect_shape(name, x, "[batch, h, key_length]", batch, x.shape[1], key_length)
     if call.initial_state is not None:
-        if len(call.initial_state) != 2:
-            raise ValueError(f"initial_state has {len(call.initial_state)} parts, expected the pair (S, z).")
+        expect_pair("initial_state", call.initial_state)
         S, z = call.initial_state
         tensors |= {"initial_state S": S, "initial_state z": z}
         layout, sizes, advice = "[batch, mixtures, components", (batch, mixtures), "Was it written by another model?"

@@ -151,6 +151,13 @@ def attend(
         ValueError: if a shape or a combination of arguments does not fit, or the named backend cannot run the call.
     """
     validate_call(call, sequence_ids)
+    return compute(call, sequence_ids, backend)
+
+
+def compute(
+    call: AttentionCall, sequence_ids: Tensor | None = None, backend: str = "auto"
+) -> Tensor | tuple[Tensor, State] | tuple[Tensor, Tensor] | tuple[Tensor, Tensor, State]:
+    """Compute a call that was checked, see [`attend`]."""
     call = with_mixture_heads(call)
     with without_autocast(call.query.device.type):
         if has_states_per_sequence(call):

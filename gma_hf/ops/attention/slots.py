@@ -14,8 +14,9 @@ query [B, Hq, N, d], key [B, Hk, N, d], value [B, Hk, N, dv], slots [B], S [slot
 import torch
 from torch import Tensor
 
-from .call import WAYS, AttentionCall, State, expect_shape, validate_call
-from .functional import attend, with_mixture_heads, without_autocast
+from ..dispatch import expect_one_device
+from .call import WAYS, AttentionCall, State, expect_pair, expect_shape, validate_call
+from .functional import compute, with_mixture_heads, without_autocast
 from .fused import is_step
 
 
@@ -101,7 +102,7 @@ def gaussian_mixture_attention_in_slots(
     before = tuple(part.index_select(0, slots) for part in states)
     if sequence_ids is not None:
         before = tuple(part[None] for part in before)
-    output, after = attend(call._replace(initial_state=before), sequence_ids, backend)
+    output, after = compute(call._replace(initial_state=before), sequence_ids, backend)
     for part, new in zip(states, after, strict=True):
         part.index_copy_(0, slots, new.flatten(0, new.ndim - part.ndim).to(part.dtype))
     return output
@@ -117,24 +118,21 @@ def runs_in_place(call: AttentionCall, states: State, backend: str) -> bool:
 
 def validate_slots(call: AttentionCall, states: State, slots: Tensor, sequence_ids: Tensor | None) -> None:
     """Check that states and slots fit the tokens, and that nothing needs a gradient, because the states are overwritten."""
-    if call.needs_gradients or (torch.is_grad_enabled() and any(part.requires_grad for part in states)):
-        raise ValueError(
-            "A tensor needs gradients, but the states are overwritten; use torch.no_grad(), or "
-            "gaussian_mixture_attention with initial_state for training."
-        )
-    if not isinstance(states, tuple | list) or len(states) != 2:
-        raise ValueError("states must be the pair (S, z).")
+    expect_pair("states", states)
+    if not isinstance(slots, Tensor):
+        raise ValueError(f"slots is {type(slots).__name__}, expected a tensor of integers.")
     S, z = states
     mixtures, components = call.prior_logits.shape
-    layout = "[slots, mixtures, components"
-    expect_shape("S of states", S, f"{layout}, value_dim]", S.shape[0], mixtures, components, call.value.shape[3])
-    expect_shape("z of states", z, f"{layout}]", S.shape[0], mixtures, components)
+    layout, number = "[slots, mixtures, components", S.shape[0] if S.ndim > 0 else 1
+    expect_shape("S of states", S, f"{layout}, value_dim]", number, mixtures, components, call.value.shape[3])
+    expect_shape("z of states", z, f"{layout}]", number, mixtures, components)
     for name, part in (("S", S), ("z", z)):
         if part.dtype != call.state_dtype:
             raise ValueError(
                 f"{name} of states has dtype {part.dtype}, expected {call.state_dtype}: sums lose tokens in fewer bits."
             )
-    if slots.is_floating_point() or slots.dtype == torch.bool or slots.ndim != 1:
+    expect_one_device((("query", call.query), ("S of states", S), ("z of states", z), ("slots", slots)))
+    if slots.is_floating_point() or slots.is_complex() or slots.dtype == torch.bool or slots.ndim != 1:
         raise ValueError(f"slots has dtype {slots.dtype} and shape {list(slots.shape)}, expected a row of integers.")
     batch = call.query.shape[0]
     if sequence_ids is None:
@@ -142,4 +140,9 @@ def validate_slots(call: AttentionCall, states: State, slots: Tensor, sequence_i
     elif batch != 1:
         raise ValueError(
             f"query has {batch} rows beside sequence_ids, expected 1: the sequences of one row have slots."
+        )
+    if call.needs_gradients or (torch.is_grad_enabled() and any(part.requires_grad for part in states)):
+        raise ValueError(
+            "A tensor needs gradients, but the states are overwritten; use torch.no_grad(), or "
+            "gaussian_mixture_attention with initial_state for training."
         )
