@@ -6,15 +6,17 @@
 16 heads of 64 dimensions, 64 components, bfloat16, write weights and forgetting, un-normalised read (the gated block). Many
 streams are alive at once, each with a context of some length behind it:
 
-- `decode`: one token a stream. GMA `in slots` advances states where they lie; GMA `copied` copies them out of their slots and
-  back, as the plugin for vLLM does. Softmax reads a contiguous cache of keys and values; a paged one is not faster.
+- `decode`: one token a stream. GMA `in slots` advances states where they lie, as the plugin for vLLM does; GMA `copied` copies
+  them out of their slots and back. Softmax reads a contiguous cache of keys and values; a paged one is not faster.
 - `prefill`: a chunk of new tokens a stream, all streams packed into one row. GMA starts from the state of each stream and leaves
-  the next one. `ragged`: the same number of tokens, in streams of different lengths, which PyTorch's softmax does not offer.
+  the next one: `in slots` with lengths that are known on the host, as the plugin does; `packed` by sequence ids, for which the
+  host waits for the device. `ragged`: the same number of tokens, in streams of different lengths; softmax has PyTorch's
+  `varlen_attn` for that.
 
-Softmax is PyTorch's `scaled_dot_product_attention` without a mask, which may take its fastest kernel then; within the chunk it
-computes a little more than causal attention would. `shared keys` has 4 heads of keys and values for 16 of queries. GMA costs the
-same at every length, and so has one row. Steps of decoding are replayed as CUDA graphs, as engines do; `eager` is the same call
-from Python. Before anything is timed, GMA is compared with its definition in float64.
+Otherwise softmax is PyTorch's `scaled_dot_product_attention` without a mask, which may take its fastest kernel then; within the
+chunk it computes a little more than causal attention would. `shared keys` has 4 heads of keys and values for 16 of queries. GMA
+costs the same at every length, and so has one row. Everything that can be is replayed as CUDA graphs, as engines do; `eager` is
+the same call from Python, and `packed` has that alone. Before anything is timed, GMA is compared with its definition in float64.
 """
 
 import argparse
@@ -38,10 +40,17 @@ from benchmarks.lib.results import Results
 from benchmarks.lib.tables import pivot
 from benchmarks.lib.timing import free_memory, median_time, or_refused, wall_time
 from gma_hf.ops import gaussian_mixture_attention, gaussian_mixture_attention_in_slots
+from gma_hf.ops.attention.call import AttentionCall
+from gma_hf.ops.attention.packed import PackedSequences
+from gma_hf.ops.attention.slots import attend_in_slots
 
 
 SOFTMAX = {"softmax": 1, "softmax, shared keys": 4}  # heads of queries a head of keys
-GMA = {"decode": ("GMA in slots", "GMA copied"), "prefill": ("GMA packed", "GMA packed, ragged")}
+RAGGED_SOFTMAX = "softmax, ragged"
+GMA = {
+    "decode": ("GMA in slots", "GMA copied"),
+    "prefill": ("GMA in slots", "GMA in slots, ragged", "GMA packed", "GMA packed, ragged"),
+}
 # The plain evaluation in bfloat16 is off by about 4e-3: its inputs and outputs are rounded by as much
 LARGEST_ERROR = {torch.bfloat16: 1e-2, torch.float32: 1e-4}
 
@@ -104,6 +113,12 @@ def prefill(layer: Layer, tokens: dict, ids: Tensor, states: tuple) -> tuple[Ten
     )
 
 
+def prefill_in_slots(layer: Layer, tokens: dict, sequences: PackedSequences, slots: Tensor, states: tuple) -> Tensor:
+    """A packed prefill that advances the states where they lie, with the lengths that all layers of a step share."""
+    call = AttentionCall(**tokens, **layer.mixture, normalize=False, output_final_state=True)
+    return attend_in_slots(call, sequences, states, slots)
+
+
 def decode_copied(layer: Layer, tokens: dict, slots: Tensor, states: tuple) -> Tensor:
     """A step that copies the states out of their slots and back."""
     before = tuple(part[slots] for part in states)
@@ -134,17 +149,26 @@ def definition(layer: Layer, tokens: dict, states: tuple) -> tuple[Tensor, tuple
 
 
 def compare_with_the_definition(layer: Layer) -> dict:
-    """The largest relative error of outputs and states: a ragged prefill of 6 streams, and steps of both kinds."""
+    """The largest relative error of outputs and states: a ragged prefill of 6 streams, and steps, each of both kinds."""
     lengths = [70, 1, 33, 64, 5, 90]
     tokens, states = layer.tokens(1, sum(lengths)), layer.states(len(lengths))
-    output, after = prefill(layer, tokens, packed_ids(lengths, layer.device), states)
+    pool, slots = tuple(part.clone() for part in states), torch.tensor([3, 0, 5, 1, 4, 2], device=layer.device)
+    for part, before in zip(pool, states, strict=True):
+        part[slots] = before
+    sequences = PackedSequences([lengths], slots.device)
+    in_slots = prefill_in_slots(layer, tokens, sequences, slots, pool), tuple(part[slots][None] for part in pool)
+    results = {
+        "prefill in slots": in_slots,
+        "prefill packed": prefill(layer, tokens, packed_ids(lengths, layer.device), states),
+    }
     errors, first = {}, 0
     for i, length in enumerate(lengths):
         part = {name: x[:, :, first : first + length] for name, x in tokens.items()}
         expected, last = definition(layer, part, tuple(x[i : i + 1] for x in states))
-        found = [relative_error(output[:, :, first : first + length], expected)]
-        found += [relative_error(x[:, i], y) for x, y in zip(after, last, strict=True)]
-        errors["prefill"] = max(errors.get("prefill", 0.0), *found)
+        for name, (output, after) in results.items():
+            found = [relative_error(output[:, :, first : first + length], expected)]
+            found += [relative_error(x[:, i], y) for x, y in zip(after, last, strict=True)]
+            errors[name] = max(errors.get(name, 0.0), *found)
         first += length
     slots = torch.tensor([4, 0, 5], device=layer.device)
     tokens = layer.tokens(len(slots), 1)
@@ -188,14 +212,23 @@ def measure_gma(layer: Layer, work: str, name: str, streams: int, chunk: int, se
         step = decode_in_slots if name == "GMA in slots" else decode_copied
         return row | time_call(lambda: step(layer, tokens, slots, states), seconds, layer.device, graph=True)
     lengths = ragged_lengths(streams, chunk) if "ragged" in name else [chunk] * streams
-    tokens, ids = layer.tokens(1, streams * chunk), packed_ids(lengths, layer.device)
+    tokens = layer.tokens(1, streams * chunk)
+    if "slots" in name:
+        # A replayed step advances the states again and again, which forgetting keeps finite
+        sequences, slots = (
+            PackedSequences([lengths], torch.device(layer.device)),
+            torch.randperm(streams, device=layer.device),
+        )
+        step = partial(prefill_in_slots, layer, tokens, sequences, slots, states)
+        return row | time_call(step, seconds, layer.device, graph=True)
+    ids = packed_ids(lengths, layer.device)
     return row | time_call(lambda: prefill(layer, tokens, ids, states), seconds, layer.device, graph=False)
 
 
 @torch.no_grad()
 def measure_softmax(layer: Layer, work: str, name: str, streams: int, chunk: int, length: int, seconds: float) -> dict:
     """A row of softmax: new tokens that read a cache in which they stand already."""
-    new, shared = (1 if work == "decode" else chunk), SOFTMAX[name]
+    new, shared = (1 if work == "decode" else chunk), SOFTMAX.get(name, 1)
     shape = (streams, layer.heads // shared, length, layer.dim)
     row = {"mib": 2 * torch.Size(shape).numel() * layer.dtype.itemsize / 2**20}
     if layer.device == "cuda":
@@ -204,12 +237,38 @@ def measure_softmax(layer: Layer, work: str, name: str, streams: int, chunk: int
         if row["mib"] > 0.9 * free:
             return row | {"refused": f"keys and values need {row['mib']:,.0f} MiB, {free:,.0f} MiB are free"}
 
+    if name == RAGGED_SOFTMAX:
+        return row | or_refused(partial(time_ragged_softmax, layer, streams, chunk, length, seconds), Exception)
+
     def timed() -> dict:
         key, value, query = (layer.normal(*x) for x in (shape, shape, (streams, layer.heads, new, layer.dim)))
         attend = partial(F.scaled_dot_product_attention, query, key, value, enable_gqa=shared > 1)
-        return time_call(attend, seconds, layer.device, graph=work == "decode")
+        return time_call(attend, seconds, layer.device, graph=True)
 
     return row | or_refused(timed)
+
+
+def time_ragged_softmax(layer: Layer, streams: int, chunk: int, length: int, seconds: float) -> dict:
+    """Streams of different numbers of new tokens, each behind as many cached tokens as give `length`, in one kernel."""
+    lengths = ragged_lengths(streams, chunk)
+    key, value = (layer.normal(streams * length, layer.heads, layer.dim) for _ in range(2))
+    query = layer.normal(streams * chunk, layer.heads, layer.dim)
+    if layer.device != "cuda":
+
+        def attend() -> None:
+            for i, part in enumerate(query.split(lengths)):
+                rows = (
+                    x.transpose(0, 1)[None] for x in (part, *(y[i * length : (i + 1) * length] for y in (key, value)))
+                )
+                F.scaled_dot_product_attention(*rows)
+
+        return time_call(attend, seconds, layer.device, graph=False)
+    from torch.nn.attention.varlen import varlen_attn
+
+    ends = F.pad(torch.tensor(lengths).cumsum(0), (1, 0)).to(layer.device, torch.int32)
+    cached = torch.arange(0, (streams + 1) * length, length, dtype=torch.int32, device=layer.device)
+    attend = partial(varlen_attn, query, key, value, ends, cached, max(lengths), length)
+    return time_call(attend, seconds, layer.device, graph=True)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -231,7 +290,8 @@ def run(options: argparse.Namespace) -> None:
         for name in GMA[work]:
             key = {"work": work, "layer": name, "streams": streams}
             results.measure(key, measure_gma, layer, work, name, streams, options.chunk, options.seconds)
-        for name, length in itertools.product(SOFTMAX, options.lengths):
+        rivals = SOFTMAX if work == "decode" else (*SOFTMAX, RAGGED_SOFTMAX)
+        for name, length in itertools.product(rivals, options.lengths):
             key = {"work": work, "layer": name, "streams": streams, "length": length}
             results.measure(key, measure_softmax, layer, work, name, streams, options.chunk, length, options.seconds)
 
@@ -246,7 +306,7 @@ def tables(content: dict) -> str:
         names = {kind: kind[0] if kind[1] is None else f"{kind[0]}, {kind[1]:,} tokens" for kind in kinds}
         cells = {
             ((row["layer"], row.get("length")), row["streams"]):
-            f"{row['ms']:.3f} ({row['mib']:,.0f})" if "ms" in row else "no memory"
+            f"{row['ms']:.3f} ({row['mib']:,.0f})" if "ms" in row else "refused"
             for row in mine
         }  # fmt: skip
         title = f"{work}: ms of one layer (MiB of states or keys and values) by streams"
@@ -264,7 +324,7 @@ def add_options(add: Callable) -> None:
     add("--heads", type=int, default=16)
     add("--dim", type=int, default=64)
     add("--components", type=int, default=64)
-    add("--seconds", type=float, default=0.2, help="per measurement")
+    add("--seconds", type=float, default=0.2, help="per measurement; from Python, and as a graph")
 
 
 def main() -> None:

@@ -26,9 +26,10 @@ def test_it_runs_on_a_processor_and_says_what_it_measured(tmp_path):
     assert content["command"].startswith("python benchmarks/kernels/serving_gpu.py --device cpu")
     assert {"date", "device", "versions"} <= content.keys() and "torch" in content["versions"]
     errors = content["rows"].pop("comparison with the definition")["relative_errors"]
-    assert set(errors) == {"prefill", "decode in slots", "decode copied"} and max(errors.values()) < 1e-4
-    # Two kinds of work, two numbers of streams: two rows of GMA, two of softmax at two lengths
-    assert len(content["rows"]) == 2 * 2 * (2 + 2 * 2)
+    expected = {f"{kind} {way}" for kind, way in (("prefill", "packed"), ("decode", "copied"))}
+    assert set(errors) == expected | {"prefill in slots", "decode in slots"} and max(errors.values()) < 1e-4
+    # At two numbers of streams: rows of GMA, and of softmax at two lengths
+    assert len(content["rows"]) == 2 * ((2 + 2 * 2) + (4 + 3 * 2))
     assert all(row["ms"] > 0 and row["mib"] > 0 for row in content["rows"].values())
     assert "decode: ms of one layer" in done.stdout and "softmax, shared keys, 40 tokens" in done.stdout
 

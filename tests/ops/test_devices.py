@@ -103,6 +103,9 @@ def recorded_calls(monkeypatch) -> dict:
             step = {name: x.float() for name, x in Problem(length=1).tensors().items()}
             states = torch.zeros(4, 1, 5, 3), torch.zeros(4, 1, 5)
             gaussian_mixture_attention_in_slots(**step, states=states, slots=torch.tensor([2, 0]))
+            row = {name: x.float() for name, x in Problem(length=5, batch=1).tensors().items()}
+            slots = torch.tensor([2, 0])
+            gaussian_mixture_attention_in_slots(**row, sequence_lengths=[3, 2], states=states, slots=slots)
         monkeypatch.delenv("GMA_HF_BACKEND")
         return recorder.calls | with_kernels.calls
     return recorder.calls

@@ -5,10 +5,11 @@ import pytest
 import torch
 from hypothesis import given
 
-from gma_hf.ops import gaussian_mixture_attention
+from gma_hf.ops import dispatch, gaussian_mixture_attention
+from gma_hf.ops.attention import packed
 from gma_hf.ops.attention.packed import similar_lengths
 
-from .kernels import KernelProblem
+from .kernels import KernelProblem, RoundedProblem
 from .problems import EPS, QKV, Problem, assert_close, few_examples, problems
 
 
@@ -99,6 +100,47 @@ def test_the_kernels_give_what_each_sequence_gives_alone(features):
     assert_close(
         SeparateProblem(**options).results(), KernelProblem(**options).results(torch.float32, backend="triton"), 5e-5
     )
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("features", [name for name in FEATURES if name != "bidirectional"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_without_gradients_one_launch_gives_what_each_sequence_gives_alone(features, dtype, monkeypatch):
+    """Lengths around the chunks of the kernel, two rows, states without a sequence. Rounding: see `test_triton`."""
+    pytest.importorskip("triton", reason="Triton has no wheel for this platform")
+    options = {**EACH, "length": 150, **FEATURES[features]}
+    problem = RoundedProblem(dtype=dtype, **options)
+    tensors = problem.tensors()
+    expected = SeparateProblem(**options).run(tensors)
+    monkeypatch.setattr(packed, "attend_in_batches", None)
+    given = {name: x.to(dtype if name in QKV else torch.float32) for name, x in tensors.items()}
+    actual = problem.run(given, backend="triton")
+    again = problem.run(given, backend="triton")
+    assert all(torch.equal(x, again[name]) for name, x in actual.items())
+    tolerance = 5e-5 if dtype == torch.float32 else 1e-2 if problem.correlate else 4e-3
+    assert_close(expected, actual, tolerance)
+    assert all(torch.equal(given[name], x.to(given[name].dtype)) for name, x in tensors.items())  # states, too
+
+
+@torch.no_grad()
+def test_what_the_kernel_for_packed_sequences_cannot_run_is_run_in_batches(caplog):
+    """A state that does not fit a tile, gradients, a very long sequence; the log says why."""
+    pytest.importorskip("triton", reason="Triton has no wheel for this platform")
+    calls = []
+    for options in ({"components": 70, "value_dim": 70}, {}):
+        problem = KernelProblem(**{**EACH, "length": 30, **options})
+        tensors = {name: x.float() for name, x in problem.tensors().items()}
+        with caplog.at_level("INFO", logger="gma_hf.ops.dispatch"), torch.set_grad_enabled(not options):
+            dispatch._EXPLAINED.clear()
+            if not options:
+                tensors["query"].requires_grad_()
+            calls.append(problem.run(tensors, backend="triton"))
+        exact = {name: x.detach().double() for name, x in tensors.items()}
+        assert_close(
+            SeparateProblem(**vars(problem)).run(exact), {name: x.detach() for name, x in calls[-1].items()}, 5e-5
+        )
+    assert "The kernel for packed sequences cannot run this call: the state of a mixture does not fit" in caplog.text
+    assert "it keeps nothing for a backward pass" in caplog.text
 
 
 def test_gradients_are_those_of_finite_differences():

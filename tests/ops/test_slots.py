@@ -10,7 +10,7 @@ from gma_hf.ops.attention import slots as in_slots
 from gma_hf.ops.attention.call import validate_call
 
 from .kernels import DEVICE
-from .problems import Problem
+from .problems import MIXTURE, Problem
 
 
 pytestmark = pytest.mark.quick
@@ -101,6 +101,85 @@ def test_a_packed_prefill_and_then_steps_are_one_text():
         )
 
 
+@pytest.mark.parametrize("features", [name for name in FEATURES if name != "many values"])
+@pytest.mark.parametrize("backend", ["triton", "auto"])
+@pytest.mark.parametrize("given", ["ids", "lengths"])
+@torch.no_grad()
+def test_packed_sequences_advance_their_slots_as_each_would_alone(features, backend, given):
+    """Three streams in one row, by their ids or their lengths; other slots are not touched."""
+    if backend == "triton":
+        pytest.importorskip("triton", reason="Triton has no wheel for this platform")
+    lengths = [37, 1, 22]
+    problem = Problem(batch=1, length=sum(lengths), **FEATURES[features])
+    dtype = torch.float32 if backend == "triton" else torch.float64
+    tensors = {name: x.to(DEVICE, dtype) for name, x in problem.tensors().items()}
+    options = {"normalize": problem.normalize, "correlate": problem.correlate}
+    S, z = pool(problem, dtype)
+    exact, expected, after, first = {name: x.double() for name, x in tensors.items()}, [], [], 0
+    for slot, length in zip(SLOTS, lengths, strict=True):
+        by_token = [name for name in exact if name not in MIXTURE]
+        part = exact | {name: exact[name][:, :, first : first + length] for name in by_token}
+        output, *normalizer, state = gaussian_mixture_attention(
+            **part, **options, initial_state=(S[[slot]].double(), z[[slot]].double()), output_final_state=True,
+            output_normalizer=problem.normalize, backend="reference",
+        )  # fmt: skip
+        expected.append((output, *normalizer))
+        after.append(state)
+        first += length
+    sequences = {"sequence_lengths": lengths}
+    if given == "ids":
+        sequences = {"sequence_ids": torch.repeat_interleave(torch.arange(3), torch.tensor(lengths))[None].to(DEVICE)}
+    found = gaussian_mixture_attention_in_slots(
+        **tensors, **options, **sequences, states=(S, z), slots=torch.tensor(SLOTS, device=DEVICE),
+        output_normalizer=problem.normalize, backend=backend,
+    )  # fmt: skip
+    tolerance = {"rtol": 1e-4, "atol": 1e-5} if backend == "triton" else {"rtol": 1e-9, "atol": 1e-11}
+    for x, parts in zip(found if problem.normalize else (found,), zip(*expected, strict=True), strict=True):
+        torch.testing.assert_close(x.double(), torch.cat(parts, dim=2), **tolerance)
+    for x, parts in zip((S, z), zip(*after, strict=True), strict=True):
+        torch.testing.assert_close(x[SLOTS].double(), torch.cat(parts), **tolerance)
+    others = [slot for slot in range(7) if slot not in SLOTS]
+    assert S[others].isnan().all() and z[others].isnan().all()
+
+
+@pytest.mark.parametrize("backend", ["triton", "auto"])
+@torch.no_grad()
+def test_a_step_returns_its_normaliser(backend):
+    if backend == "triton":
+        pytest.importorskip("triton", reason="Triton has no wheel for this platform")
+    problem = Problem(batch=3, length=1, weights=True)
+    tensors = {name: x.to(DEVICE, torch.float32) for name, x in problem.tensors().items()}
+    S, z = pool(problem, torch.float32)
+    before = S[SLOTS].double(), z[SLOTS].double()
+    slots = torch.tensor(SLOTS, device=DEVICE)
+    found = gaussian_mixture_attention_in_slots(
+        **tensors, states=(S, z), slots=slots, output_normalizer=True, backend=backend
+    )
+    exact = {name: x.double() for name, x in tensors.items()}
+    expected = gaussian_mixture_attention(**exact, initial_state=before, output_normalizer=True, backend="reference")
+    for x, y in zip(found, expected, strict=True):
+        torch.testing.assert_close(x.double(), y, rtol=1e-4, atol=1e-5)
+
+
+def test_lengths_that_are_not_those_of_the_row_are_an_error():
+    problem = Problem(batch=1, length=6)
+    tensors, (S, z) = problem.tensors(), pool(problem, torch.float64)
+    S, z = S.cpu(), z.cpu()
+
+    def call(**changes):
+        given = {**tensors, "states": (S, z), "slots": torch.tensor(SLOTS), **changes}
+        return gaussian_mixture_attention_in_slots(**given)
+
+    with pytest.raises(ValueError, match="add up to 7, but the row has 6 tokens"):
+        call(sequence_lengths=[3, 3, 1])
+    with pytest.raises(ValueError, match="sequence_lengths has -1, expected integers"):
+        call(sequence_lengths=[3, 4, -1])
+    with pytest.raises(ValueError, match=r"slots has shape \[3\], expected \[sequences\] = \[2\]"):
+        call(sequence_lengths=[3, 3])
+    with pytest.raises(ValueError, match="pass one"):
+        call(sequence_lengths=[3, 2, 1], sequence_ids=torch.zeros(1, 6, dtype=torch.long))
+
+
 def test_what_does_not_fit_is_an_error():
     problem = Problem(batch=3, length=1)
     tensors, (S, z) = problem.tensors(), pool(problem, torch.float64)
@@ -133,7 +212,7 @@ def test_what_does_not_fit_is_an_error():
         call(states=(S, z.to("meta")))
     with pytest.raises(ValueError, match="needs gradients, but the states are overwritten"):
         call(query=tensors["query"].requires_grad_())
-    with torch.no_grad(), pytest.raises(ValueError, match="3 rows beside sequence_ids, expected 1"):
+    with torch.no_grad(), pytest.raises(ValueError, match="3 rows beside packed sequences, expected 1"):
         call(sequence_ids=torch.zeros(3, 1, dtype=torch.long))
 
 

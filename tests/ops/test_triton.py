@@ -435,6 +435,9 @@ def hopper_case(components: str, dtype: str) -> None:
     with torch.no_grad():
         problem = KernelProblem(length=1, correlate=True, weights=True, decay=True, state=True, **sizes)
         problem.run({name: x.to(getattr(torch, dtype)) for name, x in problem.tensors().items()})
+        for features in ({"correlate": True, "weights": True, "decay": True}, {"normalizer": True}):
+            problem = KernelProblem(length=300, state=True, packed=True, states=True, **features, **sizes)
+            problem.run({name: x.to(getattr(torch, dtype)) for name, x in problem.tensors().items()})
 
 
 @pytest.mark.parametrize(
@@ -456,4 +459,12 @@ def test_kernels_compile_for_a_gpu_that_is_not_there(components, dtype, forward,
     assert run.returncode == 0, run.stderr
     backward = ["responsibilities_kernel", "states_kernel", "scan_kernel", "states_kernel", "gradient_kernel"]
     backward += ["logit_gradients_kernel", "coefficients_backward_kernel"]
-    assert run.stdout.split() == ["coefficients_kernel", *forward, *backward, "decode_kernel"]
+    # Packed sequences with a state each: one launch, or batches
+    found, last = run.stdout.split(), len(backward) + len(forward) + 2
+    assert found[:last] == ["coefficients_kernel", *forward, *backward, "decode_kernel"]
+    if "fused_read_kernel" in forward:
+        assert found[last:] == ["coefficients_kernel", "fused_read_kernel"] * 2
+    else:
+        assert (
+            {"states_kernel", "read_kernel"} <= set(found[last:]) <= {"coefficients_kernel", *forward, "decode_kernel"}
+        )

@@ -4,26 +4,34 @@ Packed sequences, each with its own state: sequence s of a row starts from S_0[s
 
     S_t = a_t S_{t-1} + w_t gamma(k_t) v_t^T,   z_t likewise with v_t = 1        S_{start of s - 1} = S_0[s]
 
-Sequences of similar lengths become the rows of a batch with one state per row, which every backend can run. Padding stands
-after the shorter sequences. It does not write (w = 0) and does not forget (a = 1), so the states after the padding are the
-states after the last tokens. The lengths have to be known on the host, which waits for the device once. `torch.compile`
-breaks its graph there.
+On a GPU, one launch of a kernel runs all sequences without gradients, where the state of a mixture fits a tile. For any other
+call, sequences of similar lengths become the rows of a batch with one state per row, which every backend can run. Padding
+stands after the shorter sequences. It does not write (w = 0) and does not forget (a = 1), so the states after the padding are
+the states after the last tokens.
 
-query [B, Hq, N, d], key [B, Hk, N, d], value [B, Hk, N, dv], sequence_ids [B, N], S_0 [B, s, M, C, dv], z_0 [B, s, M, C]
+The lengths have to be known on the host. If the caller gives `sequence_ids`, the host waits for the device once.
+`torch.compile` breaks its graph there.
+
+query [B, Hq, N, d], key [B, Hk, N, d], value [B, Hk, N, dv], S_0 [B, s, M, C, dv], z_0 [B, s, M, C]
 -> output [B, Hq, N, dv], S [B, s, M, C, dv], z [B, s, M, C], D [B, Hq, N].
 """
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..dispatch import Way
-from .call import PACKED, WAYS, AttentionCall, AttentionResult, run_starts
+from ..dispatch import Way, explain
+from .call import PACKED, WAYS, AttentionCall, AttentionResult, State, run_starts
+from .fused import needs_gradients
 
 
 # The largest padding of a row in tokens, and as a share of the longest row; rows with more padding go to another batch
 FREE_PADDING, PADDED_SHARE = 16, 0.25
+# The kernel runs a sequence chunk by chunk. Sequences that are longer than this run as rows, in segments at the same time
+LONGEST = 16384
 
 
 def similar_lengths(lengths: Sequence[int], kind: Callable[[int], tuple] = lambda sequence: ()) -> list[list[int]]:
@@ -52,70 +60,180 @@ def similar_lengths(lengths: Sequence[int], kind: Callable[[int], tuple] = lambd
     return batches
 
 
-def lengths_of_sequences(sequence_ids: Tensor, num_states: int) -> list[list[int]]:
+class PackedBatch(NamedTuple):
     """
-    Number of tokens of every sequence, `num_states` numbers per row; 0 after the last sequence of a row.
+    Sequences of similar lengths as the rows of a batch.
 
-    Raises:
-        ValueError: if a row has more sequences than states.
+    Args:
+        sequences (`torch.LongTensor` of shape `(rows,)`): numbers of the sequences, counted through all rows of the call.
+        tokens (`torch.LongTensor` of shape `(rows, longest)`): places of the tokens among the tokens of all rows of the
+            call. Padding repeats the last token.
+        is_real (`torch.BoolTensor` of shape `(rows, longest)`, *optional*): `False` at padding; `None` without padding.
+        real (`torch.LongTensor` of shape `(real tokens,)`): places of the real tokens in the batch.
     """
-    run = run_starts(sequence_ids).long().cumsum(dim=-1)
-    counts = run.new_zeros(run.shape[0], num_states + 1)
-    counts.scatter_add_(1, run.clamp(max=num_states), torch.ones_like(run))
-    counts = counts.tolist()
-    for row, lengths in enumerate(counts):
-        if lengths.pop() > 0:
-            raise ValueError(
-                f"Row {row} of sequence_ids has more than {num_states} sequences, but initial_state has {num_states} states "
-                "a row; expected a state for each."
+
+    sequences: Tensor
+    tokens: Tensor
+    is_real: Tensor | None
+    real: Tensor
+
+
+class PackedSequences:
+    """
+    The lengths of packed sequences, and what follows from them. Everything is computed once: an engine makes one for a step,
+    and all layers use it.
+
+    Args:
+        lengths (`Sequence[Sequence[int]]`): number of tokens of each sequence, a list per row. All rows have as many
+            sequences; a sequence may have no tokens.
+        device (`torch.device`): device of the tokens.
+    """
+
+    def __init__(self, lengths: Sequence[Sequence[int]], device: torch.device):
+        self.lengths = [list(row) for row in lengths]
+        self.device = device
+
+    @classmethod
+    def of_ids(cls, sequence_ids: Tensor, num_states: int) -> "PackedSequences":
+        """
+        The sequences of `sequence_ids`, `num_states` per row, of which the last have no tokens. The host waits for the device.
+
+        Raises:
+            ValueError: if a row has more sequences than states.
+        """
+        run = run_starts(sequence_ids).long().cumsum(dim=-1)
+        counts = run.new_zeros(run.shape[0], num_states + 1)
+        counts.scatter_add_(1, run.clamp(max=num_states), torch.ones_like(run))
+        counts = counts.tolist()
+        for row, lengths in enumerate(counts):
+            if lengths.pop() > 0:
+                raise ValueError(
+                    f"Row {row} of sequence_ids has more than {num_states} sequences, but initial_state has {num_states} "
+                    "states a row; expected a state for each."
+                )
+        return cls(counts, sequence_ids.device)
+
+    @property
+    def longest(self) -> int:
+        return max((length for row in self.lengths for length in row), default=0)
+
+    @cached_property
+    def starts(self) -> Tensor:
+        """`(batch, sequences + 1)` in int32: the first token of each sequence in its row, and the end of the row."""
+        lengths = torch.tensor(self.lengths, dtype=torch.int32)
+        starts = torch.nn.functional.pad(lengths.cumsum(dim=1, dtype=torch.int32), (1, 0))
+        return starts.to(self.device, non_blocking=True)
+
+    @cached_property
+    def batches(self) -> tuple[PackedBatch, ...]:
+        """The sequences as the rows of batches."""
+        starts, lengths = [], []
+        place = 0
+        for row in self.lengths:
+            for length in row:
+                starts.append(place)
+                lengths.append(length)
+                place += length
+        first, batches = torch.tensor(starts), []
+        for members in similar_lengths(lengths):
+            rows = torch.tensor(members)
+            counts = torch.tensor([lengths[sequence] for sequence in members])
+            within = torch.arange(int(counts[0]))  # the longest is the first
+            is_real = within < counts[:, None]
+            tokens = first[rows][:, None] + torch.minimum(
+                within, counts[:, None] - 1
+            )  # padding repeats the last token
+            real = is_real.flatten().nonzero().flatten()
+            padding = is_real if real.numel() < is_real.numel() else None
+            batch = (
+                None if x is None else x.to(self.device, non_blocking=True) for x in (rows, tokens, padding, real)
             )
-    return counts
+            batches.append(PackedBatch(*batch))
+        return tuple(batches)
+
+    @cached_property
+    def order(self) -> Tensor:
+        """Where each token of the call is among the real tokens of all batches, one batch after the other."""
+        place = torch.cat([batch.tokens.flatten()[batch.real] for batch in self.batches])
+        order = torch.empty_like(place)
+        order[place] = torch.arange(len(place), device=self.device)
+        return order
 
 
-def attend_packed(call: AttentionCall, sequence_ids: Tensor, backend: str) -> AttentionResult:
+def cannot_run_packed(call: AttentionCall, sequences: PackedSequences, backend: str) -> str | None:
+    """Why the kernel for packed sequences cannot run a call for which the kernels are chosen, or `None`."""
+    from .triton.packed import is_small_enough
+
+    if needs_gradients(call):
+        return "it keeps nothing for a backward pass."
+    if not call.causal or call.strict:
+        return "it is causal, and position i reads what positions j <= i wrote."
+    if sequences.longest > LONGEST:
+        return f"a sequence has more than {LONGEST} tokens."
+    if not is_small_enough(call.query, call.value, call.means):
+        return "the state of a mixture does not fit a tile (64 components and dimensions)."
+    return None
+
+
+def runs_packed(call: AttentionCall, sequences: PackedSequences, backend: str) -> bool:
+    """Whether the kernel for packed sequences takes a call."""
+    if WAYS.choose(call, backend=backend).name != "triton":
+        return False
+    reason = cannot_run_packed(call, sequences, backend)
+    if reason is not None:
+        explain(
+            f"The kernel for packed sequences cannot run this call: {reason} Batches of sequences of similar lengths run it."
+        )
+    return reason is None
+
+
+def advance_packed(
+    call: AttentionCall, sequences: PackedSequences, states: State, slots: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Run the kernel for packed sequences: output and normaliser. The states change in place."""
+    from .triton import packed  # noqa: F401 (it defines the operator)
+
+    output, normalizer = torch.ops.gma_hf.fused_packed_attention(
+        *call[:6], call.write_weight, call.log_decay, *states, sequences.starts, slots,
+        call.eps if call.normalize else None, call.variance_floor, call.output_normalizer, call.correlate,
+    )  # fmt: skip
+    return output, normalizer if call.output_normalizer else None
+
+
+def attend_packed(call: AttentionCall, sequence_ids: Tensor | PackedSequences, backend: str) -> AttentionResult:
+    """Compute the call by one launch of the kernel, or in batches of sequences of similar lengths."""
+    sequences, state = sequence_ids, call.initial_state
+    if isinstance(sequence_ids, Tensor):
+        sequences = PackedSequences.of_ids(sequence_ids, state[0].shape[1])
+    if not runs_packed(call, sequences, backend):
+        return attend_in_batches(call, sequences, backend)
+    sizes = state[0].shape[:2]
+    state = tuple(part.to(call.state_dtype, copy=True).contiguous().flatten(0, 1) for part in state)
+    output, normalizer = advance_packed(call, sequences, state, None)
+    return AttentionResult(output, tuple(part.unflatten(0, sizes) for part in state), normalizer)
+
+
+def attend_in_batches(call: AttentionCall, sequences: PackedSequences, backend: str) -> AttentionResult:
     """Compute the call in batches of sequences of similar lengths, each batch by the backend that suits it."""
-    (batch, length), (S, z) = sequence_ids.shape, call.initial_state
-    num_states = S.shape[1]
-    S, z = S.flatten(0, 1), z.flatten(0, 1)
-    starts, lengths = [], []
-    for row, counts in enumerate(lengths_of_sequences(sequence_ids, num_states)):
-        place = row * length
-        for count in counts:
-            starts.append(place)
-            lengths.append(count)
-            place += count
-
-    device, first = call.query.device, torch.tensor(starts)
-    places, sequences, results = [], [], []
-    for members in similar_lengths(lengths):
-        rows = torch.tensor(members)
-        counts = torch.tensor([lengths[sequence] for sequence in members])
-        within = torch.arange(int(counts[0]))  # the longest is the first
-        is_real = within < counts[:, None]
-        tokens = first[rows][:, None] + torch.minimum(within, counts[:, None] - 1)  # padding repeats the last token
-        real = is_real.flatten().nonzero().flatten()
-        places.append(tokens.flatten()[real].to(device))
-        sequences.append(rows.to(device))
-        is_padded = real.numel() < is_real.numel()
-        before = S.index_select(0, sequences[-1]), z.index_select(0, sequences[-1])
-        padding = is_real.to(device) if is_padded else None
-        results.append(attend_batch(call, tokens.to(device), padding, real.to(device), before, backend))
-    if not results:  # no tokens: an empty output, and every state as it was
+    (batch, num_states), length = call.initial_state[0].shape[:2], call.query.shape[2]
+    if not sequences.batches:  # no tokens: an empty output, and every state as it was
         empty = call._replace(initial_state=None)
         result = AttentionResult(*WAYS.choose(empty, backend=backend).run(empty))
         return result._replace(state=tuple(part.to(call.state_dtype) for part in call.initial_state))
-
-    place = torch.cat(places)
-    order = torch.empty_like(place)
-    order[place] = torch.arange(len(place), device=device)
-    output = torch.cat([result.output for result in results])[order]
+    S, z = (part.flatten(0, 1) for part in call.initial_state)
+    results = []
+    for members in sequences.batches:
+        before = S.index_select(0, members.sequences), z.index_select(0, members.sequences)
+        results.append(attend_batch(call, members, before, backend))
+    output = torch.cat([result.output for result in results])[sequences.order]
     normalizer = None
     if call.output_normalizer:
-        normalizer = torch.cat([result.normalizer for result in results])[order]
+        normalizer = torch.cat([result.normalizer for result in results])[sequences.order]
         normalizer = normalizer.unflatten(0, (batch, length)).transpose(1, 2)
-    state, sequence = None, torch.cat(sequences)
+    state = None
     if call.output_final_state:
         # States without a sequence do not change
+        sequence = torch.cat([members.sequences for members in sequences.batches])
         S, z = (
             before.to(call.state_dtype).index_copy(0, sequence, torch.cat([result.state[i] for result in results]))
             for i, before in enumerate((S, z))
@@ -124,27 +242,23 @@ def attend_packed(call: AttentionCall, sequence_ids: Tensor, backend: str) -> At
     return AttentionResult(output.unflatten(0, (batch, length)).transpose(1, 2), state, normalizer)
 
 
-def attend_batch(
-    call: AttentionCall, tokens: Tensor, is_real: Tensor | None, real: Tensor, state: tuple, backend: str
-) -> AttentionResult:
+def attend_batch(call: AttentionCall, members: PackedBatch, state: State, backend: str) -> AttentionResult:
     """
     Compute the sequences of one batch.
 
     Args:
         call (`AttentionCall`): the call of all sequences.
-        tokens (`torch.LongTensor` of shape `(rows, longest)`): places of the tokens among the tokens of all rows of the
-            call.
-        is_real (`torch.BoolTensor` of shape `(rows, longest)`, *optional*): `False` at padding; `None` without padding.
-        real (`torch.LongTensor` of shape `(real tokens,)`): places of the real tokens in the batch.
+        members (`PackedBatch`): the sequences.
         state (`tuple[torch.Tensor, torch.Tensor]`): S and z before each sequence.
         backend (`str`): `"auto"` or the name of a backend.
 
     Returns:
         `AttentionResult`: output `(real tokens, heads, value_dim)`, states of the rows, normaliser `(real tokens, heads)`.
     """
+    is_real = members.is_real
 
     def rows_of(x: Tensor | None) -> Tensor | None:
-        return None if x is None else x.transpose(1, 2).flatten(0, 1)[tokens].transpose(1, 2)
+        return None if x is None else x.transpose(1, 2).flatten(0, 1)[members.tokens].transpose(1, 2)
 
     query, key, value, write_weight, log_decay = map(
         rows_of, (call.query, call.key, call.value, call.write_weight, call.log_decay)
@@ -163,7 +277,8 @@ def attend_batch(
     )  # fmt: skip
     result = AttentionResult(*WAYS.choose(rows, backend=backend).run(rows))
     output, normalizer = (
-        None if x is None else x.transpose(1, 2).flatten(0, 1)[real] for x in (result.output, result.normalizer)
+        None if x is None else x.transpose(1, 2).flatten(0, 1)[members.real]
+        for x in (result.output, result.normalizer)
     )
     return AttentionResult(output, result.state, normalizer)
 

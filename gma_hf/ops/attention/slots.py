@@ -4,20 +4,24 @@ Serving: the states of many streams are in slots. A call advances some of these 
 
     S, z = S[slots[b]], z[slots[b]]      the recurrence over the tokens of row b      S[slots[b]], z[slots[b]] = S, z
 
-On a GPU, a few tokens per row take one launch of the decoding kernel, which reads and writes the slots directly. Any other
-call copies the slots, uses the public function, and writes the final states back.
+On a GPU, a few tokens per row take one launch of the decoding kernel, and packed sequences one launch of the kernel for packed
+sequences. Both read and write the slots directly. Any other call copies the slots, uses the public function, and writes the
+final states back.
 
 query [B, Hq, N, d], key [B, Hk, N, d], value [B, Hk, N, dv], slots [B], S [slots, M, C, dv], z [slots, M, C]
 -> output [B, Hq, N, dv].
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from ..dispatch import expect_one_device
-from .call import WAYS, AttentionCall, State, expect_pair, expect_shape, validate_call
-from .functional import compute, with_mixture_heads, without_autocast
+from .call import WAYS, AttentionCall, AttentionResult, State, expect_pair, expect_shape, validate_call
+from .functional import with_mixture_heads, without_autocast
 from .fused import is_step
+from .packed import PackedSequences, advance_packed, attend_in_batches, runs_packed
 
 
 def gaussian_mixture_attention_in_slots(
@@ -33,12 +37,14 @@ def gaussian_mixture_attention_in_slots(
     write_weight: Tensor | None = None,
     log_decay: Tensor | None = None,
     sequence_ids: Tensor | None = None,
+    sequence_lengths: Sequence[int] | None = None,
     normalize: bool = True,
     eps: float = 1e-6,
     variance_floor: float = 1e-4,
+    output_normalizer: bool = False,
     correlate: bool = False,
     backend: str = "auto",
-) -> Tensor:
+) -> Tensor | tuple[Tensor, Tensor]:
     """
     Causal attention of streams whose states are in slots, for inference. The call advances the slots in place.
 
@@ -54,19 +60,23 @@ def gaussian_mixture_attention_in_slots(
             `(slots, mixtures, components)`, in float32 (float64 if an input is float64). The call changes them. The slot of
             a new stream has to hold zeros.
         slots (`torch.Tensor` of shape `(batch,)` or `(sequences,)`): different integers: the slot of each row or, with
-            `sequence_ids`, of each sequence of the one row.
+            `sequence_ids` or `sequence_lengths`, of each sequence of the one row.
         write_weight (`torch.Tensor` of shape `(batch, h, length)`, *optional*): see [`gaussian_mixture_attention`].
         log_decay (`torch.Tensor` of shape `(batch, h, length)`, *optional*): see [`gaussian_mixture_attention`].
         sequence_ids (`torch.Tensor` of shape `(1, length)`, *optional*): integers: the tokens of many streams are in one
-            row, one stream after the other.
+            row, one stream after the other. The host waits for the device to read the lengths.
+        sequence_lengths (`Sequence[int]`, *optional*): instead of `sequence_ids`, the number of tokens of each stream. Nothing
+            waits for the device.
         normalize (`bool`, *optional*, defaults to `True`): whether to divide by the accumulated weight.
         eps (`float`, *optional*, defaults to `1e-6`): constant added to the accumulated weight before the division.
         variance_floor (`float`, *optional*, defaults to `1e-4`): smallest variance.
+        output_normalizer (`bool`, *optional*, defaults to `False`): see [`gaussian_mixture_attention`].
         correlate (`bool`, *optional*, defaults to `False`): see [`gaussian_mixture_attention`].
         backend (`str`, *optional*, defaults to `"auto"`): see [`gaussian_mixture_attention`].
 
     Returns:
-        `torch.Tensor` of shape `(batch, query_heads, length, value_dim)`: the output, in `value.dtype`.
+        `torch.Tensor` of shape `(batch, query_heads, length, value_dim)`: the output, in `value.dtype`. With
+        `output_normalizer`, a pair of the output and the normaliser `(batch, query_heads, length)`.
 
     Raises:
         ValueError: if a shape or a combination of arguments does not fit, an input needs gradients, or the named backend
@@ -85,38 +95,86 @@ def gaussian_mixture_attention_in_slots(
         eps=eps,
         variance_floor=variance_floor,
         output_final_state=True,
+        output_normalizer=output_normalizer,
         correlate=correlate,
     )
-    validate_call(call, sequence_ids)
-    validate_slots(call, states, slots, sequence_ids)
-    if sequence_ids is None and runs_in_place(call, states, backend):
+    sequences = sequence_ids
+    if sequence_lengths is not None:
+        if sequence_ids is not None:
+            raise ValueError(
+                "sequence_ids and sequence_lengths are given, and both say where sequences end; pass one."
+            )
+        sequences = PackedSequences([sequence_lengths], query.device)
+    return attend_in_slots(call, sequences, states, slots, backend)
+
+
+def attend_in_slots(
+    call: AttentionCall,
+    sequences: Tensor | PackedSequences | None,
+    states: State,
+    slots: Tensor,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """
+    Check a call and compute it: [`gaussian_mixture_attention_in_slots`] for callers that keep values between calls.
+
+    Args:
+        call (`AttentionCall`): the call without initial state, not checked yet.
+        sequences (`torch.Tensor` or `PackedSequences`, *optional*): the packed sequences, as their ids or as their lengths.
+        states (`tuple[torch.Tensor, torch.Tensor]`): see [`gaussian_mixture_attention_in_slots`].
+        slots (`torch.Tensor`): see [`gaussian_mixture_attention_in_slots`].
+        backend (`str`, *optional*, defaults to `"auto"`): see [`gaussian_mixture_attention`].
+
+    Returns:
+        `torch.Tensor` or `tuple`: see [`gaussian_mixture_attention_in_slots`].
+
+    Raises:
+        ValueError: if a shape or a combination of arguments does not fit, or the named backend cannot run the call.
+    """
+    validate_call(call, sequences if isinstance(sequences, Tensor) else None)
+    validate_slots(call, states, slots, sequences)
+    if isinstance(sequences, Tensor):
+        sequences = PackedSequences.of_ids(sequences, len(slots))
+    call = with_mixture_heads(call)
+    with without_autocast(call.query.device.type):
+        output, normalizer = advance(call, sequences, states, slots, backend)
+    return (output, normalizer) if call.output_normalizer else output
+
+
+def advance(
+    call: AttentionCall, sequences: PackedSequences | None, states: State, slots: Tensor, backend: str
+) -> tuple[Tensor, Tensor | None]:
+    """Advance the slots: output and normaliser."""
+    lie_together = all(part.dtype == torch.float32 and part[:1].is_contiguous() for part in states)
+    if lie_together and sequences is not None and runs_packed(call, sequences, backend):
+        return advance_packed(call, sequences, states, slots)
+    if lie_together and sequences is None and is_step(call) and WAYS.choose(call, backend=backend).name == "triton":
         from .triton import decoding  # noqa: F401 (it defines the operator)
 
-        call = with_mixture_heads(call)
-        with without_autocast(query.device.type):
-            return torch.ops.gma_hf.fused_decoding_in_slots(
-                *call[:6], call.write_weight, call.log_decay, *states, slots, eps if normalize else None,
-                variance_floor, correlate,
-            )  # fmt: skip
+        output, normalizer = torch.ops.gma_hf.fused_decoding_in_slots(
+            *call[:6], call.write_weight, call.log_decay, *states, slots, call.eps if call.normalize else None,
+            call.variance_floor, call.output_normalizer, call.correlate,
+        )  # fmt: skip
+        return output, normalizer
     slots = slots.long()
     before = tuple(part.index_select(0, slots) for part in states)
-    if sequence_ids is not None:
+    if sequences is None:
+        call = call._replace(initial_state=before)
+        result = AttentionResult(*WAYS.choose(call, backend=backend).run(call))
+    else:
         before = tuple(part[None] for part in before)
-    output, after = compute(call._replace(initial_state=before), sequence_ids, backend)
-    for part, new in zip(states, after, strict=True):
-        part.index_copy_(0, slots, new.flatten(0, new.ndim - part.ndim).to(part.dtype))
-    return output
+        result = attend_in_batches(call._replace(initial_state=before), sequences, backend)
+    S, z = states
+    after_S, after_z = result.state
+    S.index_copy_(0, slots, after_S.flatten(0, after_S.ndim - S.ndim).to(S.dtype))
+    if not call.correlate:  # correlated routes have no z
+        z.index_copy_(0, slots, after_z.flatten(0, after_z.ndim - z.ndim).to(z.dtype))
+    return result.output, result.normalizer
 
 
-def runs_in_place(call: AttentionCall, states: State, backend: str) -> bool:
-    """Whether the decoding kernel takes the call: a few tokens, a device with kernels, and contiguous slots."""
-    if not is_step(call) or any(part.dtype != torch.float32 for part in states):
-        return False
-    lies_together = all(part[:1].is_contiguous() for part in states)
-    return lies_together and WAYS.choose(call, backend=backend).name == "triton"
-
-
-def validate_slots(call: AttentionCall, states: State, slots: Tensor, sequence_ids: Tensor | None) -> None:
+def validate_slots(
+    call: AttentionCall, states: State, slots: Tensor, sequences: Tensor | PackedSequences | None
+) -> None:
     """Check that states and slots fit the tokens, and that nothing needs a gradient, because the states are overwritten."""
     expect_pair("states", states)
     if not isinstance(slots, Tensor):
@@ -134,15 +192,27 @@ def validate_slots(call: AttentionCall, states: State, slots: Tensor, sequence_i
     expect_one_device((("query", call.query), ("S of states", S), ("z of states", z), ("slots", slots)))
     if slots.is_floating_point() or slots.is_complex() or slots.dtype == torch.bool or slots.ndim != 1:
         raise ValueError(f"slots has dtype {slots.dtype} and shape {list(slots.shape)}, expected a row of integers.")
-    batch = call.query.shape[0]
-    if sequence_ids is None:
+    batch, length = call.query.shape[0], call.query.shape[2]
+    if sequences is None:
         expect_shape("slots", slots, "[batch]", batch)
     elif batch != 1:
         raise ValueError(
-            f"query has {batch} rows beside sequence_ids, expected 1: the sequences of one row have slots."
+            f"query has {batch} rows beside packed sequences, expected 1: the sequences of one row have slots."
         )
+    elif isinstance(sequences, PackedSequences):
+        validate_lengths(sequences.lengths[0], length)
+        expect_shape("slots", slots, "[sequences]", len(sequences.lengths[0]))
     if call.needs_gradients or (torch.is_grad_enabled() and any(part.requires_grad for part in states)):
         raise ValueError(
             "A tensor needs gradients, but the states are overwritten; use torch.no_grad(), or "
             "gaussian_mixture_attention with initial_state for training."
         )
+
+
+def validate_lengths(lengths: list, length: int) -> None:
+    """Check that the lengths of the sequences of a row are those of the row."""
+    wrong = [x for x in lengths if isinstance(x, bool) or not isinstance(x, int) or x < 0]
+    if wrong:
+        raise ValueError(f"sequence_lengths has {wrong[0]!r}, expected integers that are not negative.")
+    if sum(lengths) != length:
+        raise ValueError(f"sequence_lengths add up to {sum(lengths)}, but the row has {length} tokens.")

@@ -198,7 +198,8 @@ vmapped_by_loops("fused_decoding")
 
 torch.library.define(
     "gma_hf::fused_decoding_in_slots",
-    f"({INPUTS}, Tensor(a!) S, Tensor(b!) z, Tensor slots, float? eps, float variance_floor, bool correlate) -> Tensor",
+    f"({INPUTS}, Tensor(a!) S, Tensor(b!) z, Tensor slots, float? eps, float variance_floor, "
+    "bool output_normalizer, bool correlate) -> (Tensor, Tensor)",
     tags=torch.Tag.pt2_compliant_tag,
 )
 
@@ -208,24 +209,28 @@ torch.library.define(
 @on_its_device
 def fused_decoding_in_slots(
     query, key, value, means, raw_variances, prior_logits, write_weight, log_decay, S, z, slots, eps, variance_floor,
-    correlate,
+    output_normalizer, correlate,
 ):  # fmt: skip
-    """The output. S and z of the slots are written in place. The numbers of one slot are contiguous."""
+    """
+    Output, D (of size 0 unless output_normalizer). S and z of the slots are written in place. The numbers of one slot are
+    contiguous.
+    """
     output, slots = empty_output(query, value), slots.contiguous()
+    normalizer = empty_normalizer(query, output_normalizer)
     new_z = z.new_empty(len(slots), *z.shape[1:])
     launch(
-        query, key, value, means, raw_variances, prior_logits, write_weight, log_decay, S, z, slots, output, None, S,
-        new_z, eps, variance_floor, correlate,
+        query, key, value, means, raw_variances, prior_logits, write_weight, log_decay, S, z, slots, output,
+        normalizer if output_normalizer else None, S, new_z, eps, variance_floor, correlate,
     )  # fmt: skip
     if not correlate:  # correlated routes have no z
         z.index_copy_(0, slots.long(), new_z)
-    return output
+    return output, normalizer
 
 
 @torch.library.register_fake("gma_hf::fused_decoding_in_slots")
 @on_one_device
 def _(
     query, key, value, means, raw_variances, prior_logits, write_weight, log_decay, S, z, slots, eps, variance_floor,
-    correlate,
+    output_normalizer, correlate,
 ):  # fmt: skip
-    return empty_output(query, value)
+    return empty_output(query, value), empty_normalizer(query, output_normalizer)

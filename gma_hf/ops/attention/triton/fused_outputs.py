@@ -6,6 +6,10 @@ One kernel computes what `responsibilities`, `states` and `outputs` compute. If 
 the chip, the state is carried from chunk to chunk of a segment, and a segment is a whole sequence (ONE_PASS). Otherwise
 `write_kernel` first computes the writes of every segment, and `scan_kernel` the states before the segments.
 
+PACKED: a row has many sequences, one after the other, each with its own state. Sequence s of row b has the tokens Starts[b, s]
+to Starts[b, s + 1]. It starts from S[slot], z[slot], and its last state replaces them; the slot is Slots[b, s], or the number
+of the sequence. Nothing is copied: the kernel reads tokens and states where they are.
+
 Q [B, HQ, N, D], K [B, HK, N, D], V [B, HK, N, DV] -> O [B, HQ, N, DV], if requested D_i [B, HQ, N]. For the backward pass
 the same tensors as from `outputs` and `states`: 1 / D_i, S and z before every chunk, the largest value of every chunk.
 """
@@ -136,24 +140,46 @@ def add_written(
     return S, z
 
 
-@triton.jit(do_not_specialize=["N", "M", "segments", "chunks_per_segment", "kv_groups"])
+@triton.jit(do_not_specialize=["N", "M", "segments", "chunks_per_segment", "kv_groups", "sequences"])
 def fused_read_kernel(
     Q, K, V, Output, Normalizer, RD, W, LA, Coefficients, Bias, States, Last,
-    LargestV, ChunkStates, ChunkNorms, ChunkScales,
+    LargestV, ChunkStates, ChunkNorms, ChunkScales, Starts, Slots, Norms,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     stride_ob, stride_oh, stride_on, stride_wb, stride_wh, stride_wn, stride_ab, stride_ah, stride_an,
-    stride_state, N, C, D, DV, M, segments, chunks_per_segment, kv_groups, eps,
+    stride_state, stride_norm, N, C, D, DV, M, segments, chunks_per_segment, kv_groups, sequences, eps,
     R: tl.constexpr, T: tl.constexpr, CP: tl.constexpr, DP: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
     EVEN_D: tl.constexpr, EVEN_V: tl.constexpr,
     CAUSAL: tl.constexpr, ONE_PASS: tl.constexpr, LAST: tl.constexpr, HAS_STATE: tl.constexpr, STRICT: tl.constexpr, CORRELATE: tl.constexpr,
     HAS_WEIGHT: tl.constexpr, HAS_DECAY: tl.constexpr, HAS_Z: tl.constexpr, NORMALIZE: tl.constexpr,
-    OUTPUT_NORMALIZER: tl.constexpr, SAVE: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
+    OUTPUT_NORMALIZER: tl.constexpr, SAVE: tl.constexpr, PACKED: tl.constexpr, HAS_SLOTS: tl.constexpr,
+    EXACT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Outputs of one segment, for the R query heads of a mixture."""
     program = tl.program_id(0)
     segment = program % segments
     bm = program // segments
     batch, mixture, slab = (bm // M).to(tl.int64), bm % M, bm.to(tl.int64)
+    row_length = N
+    if PACKED:
+        slot = batch
+        if HAS_SLOTS:
+            slot = tl.load(Slots + batch).to(tl.int64)
+        place = batch + batch // sequences
+        batch = batch // sequences
+        start = tl.load(Starts + place)
+        N = tl.load(Starts + place + 1) - start
+        chunks_per_segment = tl.cdiv(N, T)
+        start = start.to(tl.int64)
+        Q += start * stride_qn
+        K += start * stride_kn
+        V += start * stride_vn
+        Output += start * stride_on
+        if HAS_WEIGHT:
+            W += start * stride_wn
+        if HAS_DECAY:
+            LA += start * stride_an
+        if OUTPUT_NORMALIZER:
+            Normalizer += start
     chunks = tl.cdiv(N, T)
     parts: tl.constexpr = 2 if EXACT else 4
     Coefficients += mixture.to(tl.int64) * parts * CP * DP
@@ -171,7 +197,16 @@ def fused_read_kernel(
 
     of_state = tl.arange(0, CP)[:, None] * BV + tl.arange(0, BV)[None, :]
     of_norm = tl.arange(0, CP)
-    if HAS_STATE:
+    if PACKED:
+        States += slot * stride_state + mixture.to(tl.int64) * C * DV
+        Norms += slot * stride_norm + mixture.to(tl.int64) * C
+        of_packed_state = tl.arange(0, CP)[:, None] * DV + columns[None, :]
+        has_component = of_norm < C
+        in_state = has_component[:, None] & (columns < DV)[None, :]
+        S = tl.load(States + of_packed_state, mask=in_state, other=0.0)
+        z = tl.load(Norms + of_norm, mask=has_component, other=0.0)
+        largest_state = tl.max(tl.max(tl.abs(S), 1), 0)
+    elif HAS_STATE:
         States += slab * stride_state + (segment.to(tl.int64) * CP * (BV + 1) if CAUSAL else 0)
         S = tl.load(States + of_state)
         z = tl.load(States + CP * BV + of_norm)
@@ -238,7 +273,7 @@ def fused_read_kernel(
                 linear, quadratic, linear_rest, quadratic_rest, T, CP, DP, BD, EVEN_D, EXACT, PRECISION,
             )  # fmt: skip
             gamma_query = route(logits, C, CP, CORRELATE)
-            token = (batch * M * R + head).to(tl.int64) * N
+            token = (batch * M * R + head).to(tl.int64) * row_length
             if NORMALIZE:
                 denominator = tl.sum(gamma_query * z_before[None, :], 1) * (1.0 / UNIT)
                 if HAS_DECAY:
@@ -272,7 +307,11 @@ def fused_read_kernel(
                 Output + batch * stride_ob + head.to(tl.int64) * stride_oh, read,
                 first, columns, stride_on, count, DV, T, EVEN_V,
             )  # fmt: skip
-    if LAST:
+    if PACKED:
+        tl.store(States + of_packed_state, S, mask=in_state)
+        if HAS_Z:
+            tl.store(Norms + of_norm, z, mask=has_component)
+    elif LAST:
         Last += slab * CP * (BV + 1)
         tl.store(Last + of_state, S)
         tl.store(Last + CP * BV + of_norm, z)

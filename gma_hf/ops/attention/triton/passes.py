@@ -185,11 +185,7 @@ def read_fused(
     if save and causal:
         kept = new(slabs, chunks, plan.CP, plan.BV, dtype=plan.gamma_dtype)
         norms, scales = new(slabs if has_z else 0, chunks, plan.CP), new(slabs, 1, chunks)
-    constants = {
-        "T": plan.T, "CP": plan.CP, "DP": plan.DP, "BD": plan.BD, "BV": plan.BV, "EVEN_D": dim == plan.DP,
-        "EVEN_V": value_dim == plan.BV, "HAS_WEIGHT": write_weight is not None, "HAS_DECAY": log_decay is not None,
-        "HAS_Z": has_z, "CORRELATE": correlate, "EXACT": plan.exact, "PRECISION": PRECISION, **plan.fused_launch,
-    }  # fmt: skip
+    constants = fused_constants(plan, dim, value_dim, write_weight, log_decay, has_z, correlate)
     states, per_segment = first, chunks
     if not one_pass:
         per_key_segment = segment_length(plan, slabs, key_chunks, query.device)
@@ -206,12 +202,21 @@ def read_fused(
     segments = cdiv(chunks, per_segment)
     fused_read_kernel[(slabs * segments,)](
         query, key, value, output, normalizer, rd, write_weight, log_decay, weights, bias, states, last,
-        largest, kept, norms, scales,
+        largest, kept, norms, scales, None, None, None,
         *strides(query), *strides(key), *strides(value), *strides(output), *strides(write_weight), *strides(log_decay),
-        0 if states is None else states.stride(0), length, components, dim, value_dim, mixtures, segments, per_segment,
-        mixtures // key.shape[1], eps or 0.0,
+        0 if states is None else states.stride(0), 0, length, components, dim, value_dim, mixtures, segments, per_segment,
+        mixtures // key.shape[1], 1, eps or 0.0,
         R=query_heads // mixtures, CAUSAL=causal, ONE_PASS=one_pass, LAST=one_pass and final_state,
         HAS_STATE=states is not None, STRICT=strict, NORMALIZE=normalize,
-        OUTPUT_NORMALIZER=normalizer is not None, SAVE=save, **constants,
+        OUTPUT_NORMALIZER=normalizer is not None, SAVE=save, PACKED=False, HAS_SLOTS=False, **constants,
     )  # fmt: skip
     return States(kept, norms, scales, largest, None, last)
+
+
+def fused_constants(plan, dim, value_dim, write_weight, log_decay, has_z: bool, correlate: bool) -> dict:
+    """The constants of `write_kernel` and `fused_read_kernel`."""
+    return {
+        "T": plan.T, "CP": plan.CP, "DP": plan.DP, "BD": plan.BD, "BV": plan.BV, "EVEN_D": dim == plan.DP,
+        "EVEN_V": value_dim == plan.BV, "HAS_WEIGHT": write_weight is not None, "HAS_DECAY": log_decay is not None,
+        "HAS_Z": has_z, "CORRELATE": correlate, "EXACT": plan.exact, "PRECISION": PRECISION, **plan.fused_launch,
+    }  # fmt: skip
