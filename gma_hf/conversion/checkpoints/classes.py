@@ -42,6 +42,9 @@ from ...modeling.heads_common import (
     adds_nothing_without_labels,
     adds_up_to_a_step,
     as_part_of_step,
+    is_other_label,
+    loss_type_of,
+    trains_whole_steps,
 )
 from ...modeling.memory_parts import LACKING_BEFORE
 from ...parallel.heads import PartOfRow
@@ -59,6 +62,8 @@ TYPE_PREFIX = "gma_"
 # the attention. Modules between them that were sharded (norms of queries and keys) are whole again.
 GATHERED_STYLES = {"colwise": "colwise_gather_output", "rowwise": "rowwise_split_input"}
 ATTENTION_NAMES = ("attn", "attention")
+# Arguments of heads that compute a loss without labels
+LOSS_ARGUMENTS = ("return_loss", "bool_masked_pos", "mask_time_indices", "future_values")
 
 
 class ConvertedConfigMixin:
@@ -148,10 +153,7 @@ class ConvertedModelMixin(PartOfRow):
 
     @property
     def loss_type(self) -> str | None:
-        # `Trainer` reads here that labels are shifted. Transformers finds no kind of loss in names such as GPT2LMHeadModel
-        found = vars(self).get("loss_type")
-        is_causal = type(self).__name__.endswith(("LMHeadModel", "DoubleHeadsModel"))
-        return "ForCausalLM" if found is None and is_causal else found
+        return loss_type_of(self.softmax_class, vars(self).get("loss_type"))
 
     @loss_type.setter
     def loss_type(self, value: str | None):
@@ -263,6 +265,8 @@ def converted_model_class(
         }
     elif "start_positions" in names and "end_positions" in names:
         members["forward"] = adds_nothing_without_labels(model_class.forward)
+    elif any(name in LOSS_ARGUMENTS or is_other_label(name) for name in names):
+        members["forward"] = trains_whole_steps(model_class.forward)
     if CACHE_NAME == "cache" and CACHE_NAME in names:
         # Of a cache under each of two names, Transformers ignores one
         members["forward"] = takes_cache(members.get("forward", model_class.forward))
