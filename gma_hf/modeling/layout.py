@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers.utils import is_tracing
 
 from ..compat import sequences_are_sharded
+from ..ops.attention.packed import PackedSequences
 from ..ops.window.plan import WindowPlan, padding_first, plan_window, spread_index
 
 
@@ -33,6 +34,8 @@ class Layout:
             over the real tokens; `None` if each row is one sequence.
         has_gaps (`bool`, *optional*): whether padding may stand between real tokens; by default the padding mask decides.
         row (`gma_hf.parallel.row.Row`, *optional*): the whole rows, if these tokens are the part of one process.
+        sequences (`PackedSequences`, *optional*): instead of `sequence_ids`, the lengths of the packed sequences of one row,
+            each of which continues a history of its own. Layers with a window do not take them.
 
     Attributes:
         ends_at_last (`bool`): whether padding stands to the left of all real tokens, perhaps after [`Layout.sort`].
@@ -46,12 +49,14 @@ class Layout:
         sequence_ids: Tensor | None = None,
         has_gaps: bool | None = None,
         row: Any = None,
+        sequences: PackedSequences | None = None,
     ):
         self.batch_size = batch_size
         self.length = length
         self.padding_mask = padding_mask
         self.sequence_ids = sequence_ids
         self.row = row
+        self.sequences = sequences
         self.has_gaps = padding_mask is not None and (may_have_gaps(padding_mask) if has_gaps is None else has_gaps)
         # In `order`, padding stands to the left
         self.ends_at_last = self.has_gaps or (padding_mask is not None and bool(padding_mask[:, -1:].all()))
@@ -86,7 +91,7 @@ class Layout:
     @property
     def is_plain(self) -> bool:
         """Whether all tokens are real and each row is one sequence."""
-        return self.padding_mask is None and self.sequence_ids is None
+        return self.padding_mask is None and self.sequence_ids is None and self.sequences is None
 
     def once(self, name: Any, compute: Callable[[], Any]) -> Any:
         """The result of `compute()` under a name. It is computed the first time only."""

@@ -174,7 +174,8 @@ class GMAMemory(nn.Module):
             )
         result = mixture(
             routing_query, routing_keys, tokens.values, causal=causal, write_weight=write_weight, log_decay=log_decay,
-            sequence_ids=layout.sequence_ids, normalize=normalize, initial_state=initial_state,
+            sequence_ids=layout.sequence_ids if layout.sequences is None else layout.sequences, normalize=normalize,
+            initial_state=initial_state, slots=None if history is None else history.slots,
             output_final_state=output_history, kept=kept, writes_all=layout.padding_mask is None,
         )  # fmt: skip
         return (result[0], MemoryState(*result[1])) if output_history else (result, None)
@@ -285,7 +286,10 @@ class GMAMemory(nn.Module):
                     mixture, given.keys, given.values, write_weight, log_decay, plan.written_runs,
                     causal=True, is_last=plan.is_last, link=link,
                 )  # fmt: skip
-            recurrence.update(log_decay=log_decay, initial_state=initial_state, output_final_state=output_history)
+            slots = None if history is None else history.slots
+            recurrence.update(
+                log_decay=log_decay, initial_state=initial_state, slots=slots, output_final_state=output_history
+            )
         read, normalizer, *state = mixture(
             routing_query.narrow(2, routing_query.shape[2] - asked, asked), given.keys, given.values, causal=causal,
             eps=EMPTY, output_normalizer=True, **recurrence,
@@ -334,8 +338,8 @@ class GMAMemory(nn.Module):
         with without_autocast(query.device.type):
             read, normalizer, state = mixture(
                 routing_query, oldest[0].to(routing_query.dtype), oldest[1], causal=True, write_weight=write_weight,
-                log_decay=log_decay, initial_state=history[:2], output_final_state=True, eps=EMPTY, output_normalizer=True,
-                kept=kept, writes_all=is_written is None,
+                log_decay=log_decay, initial_state=history[:2], slots=history.slots, output_final_state=True, eps=EMPTY,
+                output_normalizer=True, kept=kept, writes_all=is_written is None,
             )  # fmt: skip
             keys, values = (
                 shifted(old, new, in_front)

@@ -39,8 +39,10 @@ import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from ..ops.attention.call import AttentionCall
+from ..ops.attention.call import AttentionCall, State
 from ..ops.attention.functional import attend, gaussian_mixture_affinity, gaussian_mixture_responsibilities
+from ..ops.attention.packed import PackedSequences
+from ..ops.attention.slots import attend_in_slots
 from ..ops.window.functional import EMPTY, LOG_NOTHING, SinkTokens, attend_step, window_softmax
 
 
@@ -107,7 +109,9 @@ class GMAMixture(nn.Module):
         value: torch.Tensor,
         *,
         eps: float | None = None,
-        sequence_ids: Tensor | None = None,
+        sequence_ids: Tensor | PackedSequences | None = None,
+        initial_state: State | None = None,
+        slots: Tensor | None = None,
         backend: str = "auto",
         kept: Any = None,
         writes_all: bool = False,
@@ -120,7 +124,12 @@ class GMAMixture(nn.Module):
             query, key, value (`torch.Tensor`): see [`gaussian_mixture_attention`]. A forward pre-hook on this module sees
             queries and keys exactly as they are routed.
             eps (`float`, *optional*): constant added to the normaliser of the read; by default `eps` of the mixture.
-            sequence_ids (`torch.Tensor`, *optional*): see [`gaussian_mixture_attention`].
+            sequence_ids (`torch.Tensor` or `PackedSequences`, *optional*): see [`gaussian_mixture_attention`]. With slots,
+                packed sequences are given by their lengths.
+            initial_state (`tuple[torch.Tensor, torch.Tensor]`, *optional*): see [`gaussian_mixture_attention`].
+            slots (`torch.Tensor`, *optional*): the slots of the rows or of the packed sequences. The first dimension of
+                `initial_state` is then the slot, and the call advances the slots in place, see
+                [`gaussian_mixture_attention_in_slots`].
             backend (`str`, *optional*, defaults to `"auto"`): see [`gaussian_mixture_attention`].
             kept ([`KeptValues`], *optional*): keeps the values of parameters that a decoding step needs.
             writes_all (`bool`, *optional*, defaults to `False`): whether no write weight is zero.
@@ -139,11 +148,15 @@ class GMAMixture(nn.Module):
             eps=self.eps if eps is None else eps,
             variance_floor=self.variance_floor,
             correlate=self.correlate,
+            initial_state=initial_state if slots is None else None,
             kept=kept,
             writes_all=writes_all,
             **kwargs,
         )
-        return attend(call, sequence_ids, backend)
+        if slots is None:
+            return attend(call, sequence_ids, backend)
+        result = attend_in_slots(call, sequence_ids, initial_state, slots, backend)
+        return (*result, initial_state) if call.output_normalizer else (result, initial_state)
 
     def write(
         self, key: torch.Tensor, value: torch.Tensor, write_weight: torch.Tensor | None = None

@@ -43,6 +43,8 @@ class MemoryState(NamedTuple):
     # number: how many tokens have left the window and the sinks, below zero while there is room
     count: Tensor | int | None = None
     convolution: Tensor | None = None  # [batch, kernel_size - 1, channels], the last inputs of the short convolution
+    # [batch] or [sequences], if S and z have a slot as first dimension: the slots, which a call advances in place
+    slots: Tensor | None = None
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "MemoryState":
         """The state with `function` applied to every tensor."""

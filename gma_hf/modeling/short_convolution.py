@@ -52,6 +52,8 @@ class GMAShortConvolution(nn.Conv1d):
             `tuple[torch.Tensor, torch.Tensor or None]`: the outputs `(batch, length, channels)`, zero at padding, and the
             new history.
         """
+        if layout is not None and layout.sequences is not None:
+            return self._continue_packed(hidden_states, layout, history, kept)
         batch_size, _, num_channels = hidden_states.shape
         width = self.kernel_size[0]
         before = width - 1 if causal else width // 2
@@ -114,3 +116,15 @@ class GMAShortConvolution(nn.Conv1d):
         if padding_mask is not None:
             outputs = outputs.masked_fill(layout.is_missing(2), 0)
         return outputs, new_history
+
+    def _continue_packed(
+        self, hidden_states: torch.Tensor, layout: Layout, history: torch.Tensor, kept: KeptValues | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Convolve packed sequences, each behind its history, `(sequences, kernel_size - 1, channels)` in total."""
+        before = self.kernel_size[0] - 1
+        places = layout.sequences.behind_histories(before)
+        inputs = torch.cat([history.flatten(0, 1).to(hidden_states.dtype), hidden_states[0]])[places.joined]
+        taps = None if kept is None else partial(kept.get, "convolution", (self.weight,), rows_of)
+        # Outputs at the history read two sequences, and nobody reads them
+        outputs = short_convolution(inputs[None], self.weight, None, before, before, taps)
+        return outputs[:, places.tokens - before], inputs[places.last]

@@ -39,6 +39,7 @@ class GMAStepMetadataBuilder(AttentionMetadataBuilder[GMAStepMetadata]):
         self, kv_cache_spec: KVCacheSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
     ):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        self.packed = configured_layout(vllm_config).window_size == 0
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
@@ -48,7 +49,8 @@ class GMAStepMetadataBuilder(AttentionMetadataBuilder[GMAStepMetadata]):
         seen = metadata.seq_lens_cpu_upper_bound[: metadata.num_reqs]
         # One slot a sequence, the first of its blocks
         slots = metadata.block_table_tensor[: metadata.num_reqs, 0]
-        return GMAStepMetadata(group_step(lengths.tolist(), (seen - lengths).tolist(), slots, self.device))
+        contexts = (seen - lengths).tolist()
+        return GMAStepMetadata(group_step(lengths.tolist(), contexts, slots, self.device, self.packed))
 
 
 class GMASlotBackend(AttentionBackend):

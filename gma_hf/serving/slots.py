@@ -17,6 +17,7 @@ from ..modeling.memory_state import KeptValues, MemoryState
 from .steps import StepGroup
 
 
+IN_PLACE = ("state", "normalizer")  # what the operator advances in the slots
 ALIGNMENT = 16  # bytes; every number of a slot lies at a multiple of its own size
 
 
@@ -96,15 +97,13 @@ class SlotLayout(NamedTuple):
 
 class SlotMemory:
     """
-    The memory of the rows of one group, instead of a layer of a cache. It is read from slots when it is created, and
-    [`SlotMemory.store`] writes it back.
+    The memory of the sequences of one group, instead of a layer of a cache. S and z stay in their slots, where the operator
+    advances them. Everything else is read from the slots when this object is created, and [`SlotMemory.store`] writes it back.
 
     Args:
         layout (`SlotLayout`): the content of a slot.
         tensors (`Sequence[torch.Tensor]` of shapes `(slots, ...)`): the slots, in the order of the fields of the layout.
-        slots (`torch.LongTensor` of shape `(rows,)`, *optional*): the slots of the rows; `None` if nothing has to be
-            remembered.
-        is_fresh (`bool`): whether the rows have no past. Then their slots are not read.
+        group ([`StepGroup`]): the sequences. The slots of those that begin here are not read, or emptied before.
         kept ([`KeptValues`], *optional*): values that the layer computed from its parameters, for all steps.
 
     Attributes:
@@ -116,21 +115,26 @@ class SlotMemory:
         self,
         layout: SlotLayout,
         tensors: Sequence[Tensor],
-        slots: Tensor | None,
-        is_fresh: bool,
+        group: StepGroup,
         kept: KeptValues | None = None,
     ):
         self.layout = layout
-        self.tensors = tensors
-        self.slots = slots
+        self.tensors = dict(zip((field.name for field in layout.fields()), tensors, strict=True)) if tensors else {}
+        self.slots = slots = group.slots
         self.kept = KeptValues() if kept is None else kept
         self.history = self.new = None
-        if not is_fresh:
-            past = {field.name: tensor[slots] for field, tensor in zip(layout.fields(), tensors, strict=True)}
-            past.pop("unused", None)
+        if group.fresh_slots is not None:
+            for tensor in self.tensors.values():
+                tensor.index_fill_(0, group.fresh_slots, 0)
+        if not group.is_fresh:
+            past = {
+                name: tensor if name in IN_PLACE else tensor[slots]
+                for name, tensor in self.tensors.items()
+                if name != "unused"
+            }
             if "count" in past:
                 past["count"] = past["count"][:, 0].long()
-            self.history = MemoryState(**past)
+            self.history = MemoryState(**past, slots=slots)
 
     def advance(self, memory: MemoryState, num_tokens: int, is_plain: bool = False) -> None:
         """Take the state after the tokens of the group, with the arguments of [`GMACacheLayer.advance`]."""
@@ -145,14 +149,15 @@ class SlotMemory:
         """
         if self.slots is None:
             return
-        new = {name: value for name, value in self.new._asdict().items() if value is not None}
+        new = {name: value for name, value in self.new._asdict().items() if value is not None and name != "slots"}
         expected = {field.name for field in self.layout.fields()} - {"unused"}
         if new.keys() != expected:
             raise RuntimeError(
                 f"A layer remembers {sorted(new)}, but its slots hold {sorted(expected)}. This is a fault of gma_hf."
             )
-        for field, tensor in zip(self.layout.fields(), self.tensors, strict=True):
-            if field.name != "unused":
+        for field in self.layout.fields():
+            tensor = self.tensors[field.name]
+            if field.name != "unused" and new[field.name] is not tensor:
                 tensor[self.slots] = new[field.name].reshape(len(self.slots), *field.shape).to(field.dtype)
 
 
@@ -189,7 +194,7 @@ def run_step(
         `torch.Tensor`: `output`.
     """
     for group in groups:
-        memory = SlotMemory(layout, tensors, group.slots, group.is_fresh, kept)
+        memory = SlotMemory(layout, tensors, group, kept)
         rows = attend([group.take(x) for x in inputs], group, memory)
         memory.store()
         group.put(rows, output)

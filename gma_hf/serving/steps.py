@@ -1,8 +1,11 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
 """
 One step of an engine with continuous batching. The tokens of many sequences follow each other, each sequence has a slot with
-its memory, and some sequences begin with this step. Sequences of similar lengths become the rows of a group, padded to the
-longest of them. Padding neither writes nor forgets, so each row gives the result of the sequence alone.
+its memory, and some sequences begin with this step.
+
+Sequences that continue by one token are the rows of one group. All other sequences are packed: they follow each other in the one
+row of a second group, as the operator takes them. Layers with a window take rows: sequences of similar lengths become the rows
+of a group, padded to the longest of them. Padding neither writes nor forgets, so each row gives the result of the sequence alone.
 """
 
 from collections.abc import Sequence
@@ -12,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..modeling.layout import Layout
-from ..ops.attention.packed import similar_lengths
+from ..ops.attention.packed import PackedSequences, similar_lengths
 
 
 class StepGroup(NamedTuple):
@@ -21,12 +24,15 @@ class StepGroup(NamedTuple):
 
     Args:
         tokens (`torch.LongTensor` of shape `(rows, length)`): places among the tokens of the step; any place at padding.
-        layout ([`Layout`]): padding, which stands to the left. The layers share the values that they compute from it.
+        layout ([`Layout`]): padding, which stands to the left, or packed sequences. The layers share the values that they
+            compute from it.
         positions (`torch.LongTensor` of shape `(rows, length)`): positions of the tokens in their sequences; any position at
             padding.
-        slots (`torch.LongTensor` of shape `(rows,)` or `None`): the slot of each sequence; `None` if nothing has to be
+        slots (`torch.LongTensor` of shape `(sequences,)` or `None`): the slot of each sequence; `None` if nothing has to be
             remembered.
-        is_fresh (`bool`): whether the sequences begin here. Their slots hold the state of other sequences, and are not read.
+        is_fresh (`bool`): whether the rows begin here. Their slots hold the state of other sequences, and are not read.
+        fresh_slots (`torch.LongTensor`, *optional*): among packed sequences, the slots of those that begin here. They have to be
+            empty before they are read.
     """
 
     tokens: Tensor
@@ -34,6 +40,7 @@ class StepGroup(NamedTuple):
     positions: Tensor
     slots: Tensor | None
     is_fresh: bool
+    fresh_slots: Tensor | None = None
 
     def take(self, x: Tensor) -> Tensor:
         """From `(tokens, ...)` to `(rows, length, ...)`."""
@@ -49,7 +56,11 @@ class StepGroup(NamedTuple):
 
 
 def group_step(
-    lengths: Sequence[int], contexts: Sequence[int], slots: Tensor | None, device: torch.device | str = "cpu"
+    lengths: Sequence[int],
+    contexts: Sequence[int],
+    slots: Tensor | None,
+    device: torch.device | str = "cpu",
+    packed: bool = False,
 ) -> list[StepGroup]:
     """
     The groups of a step.
@@ -59,10 +70,12 @@ def group_step(
         contexts (`Sequence[int]`): number of tokens of each sequence before this step.
         slots (`torch.Tensor` of shape `(sequences,)`, *optional*): the slot of each sequence.
         device (`torch.device` or `str`): device of the tokens.
+        packed (`bool`, *optional*, defaults to `False`): whether the layers take packed sequences, which layers with a window
+            do not.
 
     Returns:
-        `list[StepGroup]`: every sequence with at least one token is a row of exactly one group. Sequences that continue by
-        one token, the usual case, are one group without padding.
+        `list[StepGroup]`: every sequence with at least one token is in exactly one group. Sequences that continue by one
+        token, the usual case, are one group without padding.
     """
     starts, place = [], 0
     for length in lengths:
@@ -72,6 +85,12 @@ def group_step(
     def kind(sequence: int) -> tuple[bool, bool]:
         return contexts[sequence] == 0, lengths[sequence] == 1
 
+    if packed and slots is not None:
+        present = [i for i, length in enumerate(lengths) if length > 0]
+        alone = [i for i in present if kind(i) == (False, True)]
+        others = [i for i in present if kind(i) != (False, True)]
+        made = [(members, make) for members, make in ((alone, make_group), (others, pack_group)) if members]
+        return [make(members, starts, lengths, contexts, slots, device) for members, make in made]
     members = similar_lengths(lengths, kind)
     return [make_group(sequences, starts, lengths, contexts, slots, device) for sequences in members]
 
@@ -97,3 +116,28 @@ def make_group(
         slots = slots[torch.tensor(sequences).to(slots.device, non_blocking=True)].long()
     layout = Layout(len(sequences), longest, padding_mask, has_gaps=False)
     return StepGroup(tokens, layout, positions, slots, contexts[sequences[0]] == 0)
+
+
+def pack_group(
+    sequences: list[int],
+    starts: Sequence[int],
+    lengths: Sequence[int],
+    contexts: Sequence[int],
+    slots: Tensor,
+    device: torch.device | str,
+) -> StepGroup:
+    """The group of some sequences, packed into one row."""
+    counts = [lengths[sequence] for sequence in sequences]
+    places = [
+        torch.arange(first[sequence], first[sequence] + lengths[sequence])
+        for first in (starts, contexts)
+        for sequence in sequences
+    ]
+    tokens, positions = (
+        torch.cat(part)[None].to(device, non_blocking=True) for part in (places[: len(counts)], places[len(counts) :])
+    )
+    slots = slots[torch.tensor(sequences).to(slots.device, non_blocking=True)].long()
+    fresh = [i for i, sequence in enumerate(sequences) if contexts[sequence] == 0]
+    fresh_slots = slots[torch.tensor(fresh).to(slots.device, non_blocking=True)] if fresh else None
+    layout = Layout(1, tokens.shape[1], sequences=PackedSequences([counts], tokens.device))
+    return StepGroup(tokens, layout, positions, slots, False, fresh_slots)

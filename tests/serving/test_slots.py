@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from gma_hf.cache_argument import CACHE_NAME
-from gma_hf.modeling import GMACacheLayer
+from gma_hf.modeling import GMACacheLayer, memory_parts
 from gma_hf.modeling.attention_gma import GMAAttention
 from gma_hf.modeling.cache_gma import counted
+from gma_hf.ops.attention import slots as slots_of_operator
 from gma_hf.ops.attention.packed import FREE_PADDING, PADDED_SHARE
 from gma_hf.ops.rotation.functional import Rotation
 from gma_hf.serving.layouts import model_layout, stream_bytes
@@ -54,7 +55,8 @@ def run_streams(sequences: list[tuple[torch.Tensor, ...]], layout, attend, width
         ]
         if not chosen:
             continue
-        groups = group_step(lengths, contexts, torch.tensor([running[index] for index in chosen]))
+        slots = torch.tensor([running[index] for index in chosen])
+        groups = group_step(lengths, contexts, slots, packed=layout.window_size == 0)
         steps = list(zip(chosen, contexts, lengths, strict=True))
         inputs = [
             torch.cat([sequences[index][part][context : context + length] for index, context, length in steps])
@@ -145,26 +147,75 @@ def test_streams_of_a_converted_layer_equal_their_sequences_alone(kind):
     expect_equal(run_streams(sequences, layout, attend, width, random.Random(2)), expected)
 
 
-@given(st.lists(st.tuples(st.integers(0, 90), st.integers(0, 3)), min_size=1, max_size=20))
-def test_every_token_of_a_step_is_in_one_group_and_padding_is_bounded(sequences):
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["gated", "llama", "window and sinks"])
+def test_the_attention_of_a_step_is_one_packed_prefill_and_one_step_in_slots(kind, monkeypatch):
+    """Both by the operator, which advances the states in their slots; layers with a window decode in slots, too."""
+    calls = []
+
+    def attend_in_slots(call, sequences, states, slots, backend):
+        calls.append((None if sequences is None else sequences.lengths[0], states[0].shape[0]))
+        return slots_of_operator.attend_in_slots(call, sequences, states, slots, backend)
+
+    monkeypatch.setattr(memory_parts, "attend_in_slots", attend_in_slots)
+    model = make_model(kind)
+    layout = model_layout(model.config, torch.float32)
+    tensors = [torch.zeros(NUM_SLOTS, *field.shape, dtype=field.dtype) for field in layout.fields()]
+    layer = model.model.layers[0].self_attn
+    width, packed = model.config.hidden_size, layout.window_size == 0
+    lengths, contexts, slots = [1, 5, 1, 40, 1], [7, 3, 9, 0, 0], torch.tensor([3, 0, 6, 1, 5])
+
+    def attend(inputs, group, memory):
+        if kind == "llama":
+            query = inputs[0].unflatten(-1, (4, 16)).transpose(1, 2)
+            key = value = query[:, :2]
+            cos, sin = model.model.rotary_emb(inputs[0], group.positions)
+            rotation = Rotation(apply_rotary_pos_emb, cos, sin)
+            output, _ = layer.gma(query, key, value, group.layout, rotation=rotation, cache_layer=memory)
+            return output.transpose(1, 2).flatten(2)
+        rotation = None
+        if "linear_attention" in model.model.rotary_embs:
+            rotation = model.model.rotary_embs["linear_attention"](inputs[0], group.positions)
+        cache = {CACHE_NAME: SlotCache(0, memory)}
+        return GMAAttention.forward(layer, inputs[0], layout=group.layout, position_embeddings=rotation, **cache)[0]
+
+    groups = group_step(lengths, contexts, slots, packed=packed)
+    run_step(groups, layout, tensors, [torch.randn(sum(lengths), width)], torch.zeros(sum(lengths), width), attend)
+    if packed:
+        assert calls == [(None, NUM_SLOTS), ([5, 40, 1], NUM_SLOTS)]
+    else:  # two rows by one token, one row by five; the other two begin, so nothing is read from their slots
+        assert calls == [(None, NUM_SLOTS)] * 2
+
+
+@given(st.lists(st.tuples(st.integers(0, 90), st.integers(0, 3)), min_size=1, max_size=20), st.booleans())
+def test_every_token_of_a_step_is_in_one_group_and_padding_is_bounded(sequences, packed):
     lengths, contexts = zip(*sequences, strict=True)
     slots = torch.arange(len(lengths)) + 100
-    seen, rows = [], []
-    for group in group_step(lengths, contexts, slots):
+    seen, members = [], []
+    groups = group_step(lengths, contexts, slots, packed=packed)
+    for group in groups:
         mask = group.layout.padding_mask
         mask = torch.ones_like(group.tokens, dtype=torch.bool) if mask is None else mask
         seen += group.tokens[mask].tolist()
-        rows += group.slots.tolist()
-        longest = group.tokens.shape[1]
-        assert int((~mask).sum(dim=1).max()) <= max(FREE_PADDING, PADDED_SHARE * longest)
-        for row, slot in enumerate(group.slots.tolist()):
+        members += group.slots.tolist()
+        if group.layout.sequences is None:
+            tokens, positions = ([x[row][mask[row]] for row in range(len(x))] for x in (group.tokens, group.positions))
+            longest = group.tokens.shape[1]
+            assert int((~mask).sum(dim=1).max()) <= max(FREE_PADDING, PADDED_SHARE * longest)
+        else:
+            counts = group.layout.sequences.lengths[0]
+            tokens, positions = (x[0].split(counts) for x in (group.tokens, group.positions))
+        fresh = [] if group.fresh_slots is None else group.fresh_slots.tolist()
+        for slot, places, numbers in zip(group.slots.tolist(), tokens, positions, strict=True):
             length, context = lengths[slot - 100], contexts[slot - 100]
-            assert group.is_fresh == (context == 0)
-            assert group.positions[row][mask[row]].tolist() == list(range(context, context + length))
+            assert group.is_fresh or (slot in fresh) == (context == 0)
+            assert not group.is_fresh or context == 0
+            assert numbers.tolist() == list(range(context, context + length))
             start = sum(lengths[: slot - 100])
-            assert group.tokens[row][mask[row]].tolist() == list(range(start, start + length))
+            assert places.tolist() == list(range(start, start + length))
     assert sorted(seen) == list(range(sum(lengths)))
-    assert sorted(rows) == [slot for slot, length in zip(slots.tolist(), lengths, strict=True) if length > 0]
+    assert sorted(members) == [slot for slot, length in zip(slots.tolist(), lengths, strict=True) if length > 0]
+    assert not packed or len(groups) <= 2
 
 
 @pytest.mark.parametrize("kind", [*NATIVE, *CONVERTED])

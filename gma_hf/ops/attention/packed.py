@@ -78,6 +78,22 @@ class PackedBatch(NamedTuple):
     real: Tensor
 
 
+class PackedHistories(NamedTuple):
+    """
+    Packed sequences of one row, each behind the last tokens of its history. All fields are places of tokens.
+
+    Args:
+        joined (`torch.LongTensor` of shape `(joined tokens,)`): the joined row, among the tokens of all histories (one
+            sequence after the other) and then the tokens of the call.
+        tokens (`torch.LongTensor` of shape `(tokens,)`): the tokens of the call, among the joined row.
+        last (`torch.LongTensor` of shape `(sequences, number)`): the new histories, among the joined row.
+    """
+
+    joined: Tensor
+    tokens: Tensor
+    last: Tensor
+
+
 class PackedSequences:
     """
     The lengths of packed sequences, and what follows from them. Everything is computed once: an engine makes one for a step,
@@ -92,6 +108,7 @@ class PackedSequences:
     def __init__(self, lengths: Sequence[Sequence[int]], device: torch.device):
         self.lengths = [list(row) for row in lengths]
         self.device = device
+        self._histories: dict[int, PackedHistories] = {}
 
     @classmethod
     def of_ids(cls, sequence_ids: Tensor, num_states: int) -> "PackedSequences":
@@ -150,6 +167,22 @@ class PackedSequences:
             )
             batches.append(PackedBatch(*batch))
         return tuple(batches)
+
+    def behind_histories(self, number: int) -> PackedHistories:
+        """The tokens of the one row, each sequence behind `number` tokens of its history."""
+        if number not in self._histories:
+            lengths = torch.tensor(self.lengths[0])
+            num_sequences, ends = len(lengths), lengths.cumsum(0)
+            of_token = torch.arange(num_sequences).repeat_interleave(lengths)
+            tokens = torch.arange(len(of_token)) + (of_token + 1) * number
+            last = (ends + torch.arange(1, num_sequences + 1) * number)[:, None] - torch.arange(number, 0, -1)
+            histories = (ends - lengths + torch.arange(num_sequences) * number)[:, None] + torch.arange(number)
+            joined = torch.empty(len(tokens) + num_sequences * number, dtype=torch.long)
+            joined[histories.flatten()] = torch.arange(num_sequences * number)
+            joined[tokens] = torch.arange(num_sequences * number, len(joined))
+            places = (x.to(self.device, non_blocking=True) for x in (joined, tokens, last))
+            self._histories[number] = PackedHistories(*places)
+        return self._histories[number]
 
     @cached_property
     def order(self) -> Tensor:
