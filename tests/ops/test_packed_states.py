@@ -202,6 +202,15 @@ def test_continued_step_by_step_it_is_one_sequence():
 
 
 @pytest.mark.quick
+def test_where_a_batch_costs_more_than_padding_there_are_fewer_batches():
+    lengths = [200, 1, 0, 150, 90, 64, 17]
+    assert similar_lengths(lengths) == [[0, 3], [4], [5], [6, 1]]
+    assert similar_lengths(lengths, free_tokens=300) == [[0, 3, 4, 5], [6, 1]]
+    assert similar_lengths(lengths, free_tokens=8192) == [[0, 3, 4, 5, 6, 1]]
+    assert similar_lengths(lengths, lambda i: (i < 4,), free_tokens=8192) == [[4, 5, 6], [0, 3, 1]]
+
+
+@pytest.mark.quick
 def test_what_does_not_fit_is_an_error():
     problem = Problem(length=6, batch=1)
     tensors, ids = problem.tensors(), torch.tensor([[0, 0, 1, 1, 2, 2]])

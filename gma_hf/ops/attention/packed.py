@@ -30,17 +30,22 @@ from .fused import needs_gradients
 
 # The largest padding of a row in tokens, and as a share of the longest row; rows with more padding go to another batch
 FREE_PADDING, PADDED_SHARE = 16, 0.25
+# Padding in all rows of a batch that costs a GPU less time than the launches of one more batch
+FREE_TOKENS = 8192
 # The kernel runs a sequence chunk by chunk. Sequences that are longer than this run as rows, in segments at the same time
 LONGEST = 16384
 
 
-def similar_lengths(lengths: Sequence[int], kind: Callable[[int], tuple] = lambda sequence: ()) -> list[list[int]]:
+def similar_lengths(
+    lengths: Sequence[int], kind: Callable[[int], tuple] = lambda sequence: (), free_tokens: int = 0
+) -> list[list[int]]:
     """
     Group sequences that run as the rows of one batch.
 
     Args:
         lengths (`Sequence[int]`): number of tokens of each sequence.
         kind (`Callable`, *optional*): the kind of a sequence by its number. All rows of a batch are of one kind.
+        free_tokens (`int`, *optional*, defaults to `0`): padding of all rows of a batch together that is allowed in any case.
 
     Returns:
         `list[list[int]]`: numbers of sequences, one list per batch, the longest sequences first. Sequences without tokens
@@ -49,15 +54,23 @@ def similar_lengths(lengths: Sequence[int], kind: Callable[[int], tuple] = lambd
     order = [sequence for sequence, length in enumerate(lengths) if length > 0]
     order.sort(key=lambda sequence: (kind(sequence), -lengths[sequence]))
     batches: list[list[int]] = []
+    padding = 0
     for sequence in order:
-        if batches:
-            first = batches[-1][0]
-            free = max(FREE_PADDING, PADDED_SHARE * lengths[first])
-            if kind(sequence) == kind(first) and lengths[first] - lengths[sequence] <= free:
+        if batches and kind(sequence) == kind(batches[-1][0]):
+            longest = lengths[batches[-1][0]]
+            missing = longest - lengths[sequence]
+            if missing <= max(FREE_PADDING, PADDED_SHARE * longest) or padding + missing <= free_tokens:
+                padding += missing
                 batches[-1].append(sequence)
                 continue
+        padding = 0
         batches.append([sequence])
     return batches
+
+
+def free_tokens(device: torch.device | str) -> int:
+    """`free_tokens` of [`similar_lengths`] on a device."""
+    return FREE_TOKENS if torch.device(device).type == "cuda" else 0
 
 
 class PackedBatch(NamedTuple):
@@ -152,7 +165,7 @@ class PackedSequences:
                 lengths.append(length)
                 place += length
         first, batches = torch.tensor(starts), []
-        for members in similar_lengths(lengths):
+        for members in similar_lengths(lengths, free_tokens=free_tokens(self.device)):
             rows = torch.tensor(members)
             counts = torch.tensor([lengths[sequence] for sequence in members])
             within = torch.arange(int(counts[0]))  # the longest is the first
