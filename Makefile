@@ -83,7 +83,7 @@ test-serving: $(SERVING)/.ready
 	$(SERVING)/bin/python -m pytest tests/serving
 
 test-ecosystem: $(ECOSYSTEM)/.ready
-	$(ECOSYSTEM)/bin/python -m pytest tests/ecosystem
+	$(ECOSYSTEM)/bin/python -m pytest -n auto tests/ecosystem
 
 # With the packages of requirements/release.txt, not with those that the build would download: the same files each time
 release: $(RELEASE)/.ready

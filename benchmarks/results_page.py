@@ -1,15 +1,17 @@
 #!/usr/bin/env python
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
 """
-docs/results.md: every table and figure that was measured, with the command that makes it.
+docs/results.md: every table and figure that was measured, with the command that makes it; and the measured tables of other pages.
 
-    python benchmarks/results_page.py            # write the page anew
-    python benchmarks/results_page.py --check    # exit with 1 if the page is not what the results say
+    python benchmarks/results_page.py            # write the page and the tables anew
+    python benchmarks/results_page.py --check    # exit with 1 if a page is not what the results say
 
 The text is in results_page.md. Under the title of each section stand the pattern of its results in `benchmarks/results`, and what
 makes its tables: `table` (Markdown) or `text` (in a block), as module:function of the file's content, or [field] of it. `command`
 is what makes all of a file that several runs have added to, `{rows}` being the names of its rows; by default the page shows what
 the file says. Sections without results are left out.
+
+On other pages, a table stands between `<!-- measured: name of the file, module:function -->` and `<!-- end -->`.
 """
 
 import argparse
@@ -27,6 +29,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # so that `benchmarks` can be imported
 TEXT = Path(__file__).with_suffix(".md")
 PAGE = ROOT / "docs" / "results.md"
+RESULTS = ROOT / "benchmarks" / "results"
+OTHER_PAGES = [ROOT / "README.md", *sorted(page for page in (ROOT / "docs").glob("*.md") if page != PAGE)]
+MEASURED = re.compile(r"(<!-- measured: (\w+), (\S+) -->\n\n).*?(\n\n<!-- end -->)", re.DOTALL)
 VERSIONS = ("torch", "triton", "transformers", "flash-linear-attention", "mamba-ssm")
 
 
@@ -97,7 +102,7 @@ def circumstances(content: dict, command: list[str]) -> str:
     return f"```bash\n{commands}\n```\n\nMeasured on {'; '.join(facts)}."
 
 
-def page(results: Path = ROOT / "benchmarks" / "results", figures: Path = ROOT / "docs" / "figures") -> str:
+def page(results: Path = RESULTS, figures: Path = ROOT / "docs" / "figures") -> str:
     """The text of the page, of the JSON files in one folder and the figures, found by their names, in the other."""
     head, sections = parts()
     found = [head]
@@ -127,17 +132,36 @@ def figures_of(stem: str, files: list[Path], figures: Path) -> Iterator[Path]:
             yield path
 
 
+def with_tables(text: str, results: Path = RESULTS) -> str:
+    """The text of another page with its measured tables as the JSON files say."""
+
+    def table(found: re.Match) -> str:
+        start, name, source, end = found.groups()
+        return start + shown("table", source, json.loads((results / f"{name}.json").read_text(encoding="utf-8"))) + end
+
+    return MEASURED.sub(table, text)
+
+
+def stale_pages() -> dict[Path, str]:
+    """The pages that are not what the results say, and their text as the results say."""
+    found = {PAGE: page(), **{path: with_tables(path.read_text(encoding="utf-8")) for path in OTHER_PAGES}}
+    return {
+        path: text for path, text in found.items() if not path.is_file() or path.read_text(encoding="utf-8") != text
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if the page is out of date")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if a page is out of date")
     options = parser.parse_args()
-    text = page()
-    if options.check:
-        if not PAGE.is_file() or PAGE.read_text(encoding="utf-8") != text:
-            sys.exit(f"error: {PAGE} is not what the results say; run python benchmarks/results_page.py")
-        return
-    PAGE.write_text(text, encoding="utf-8")
-    print(PAGE)
+    stale = stale_pages()
+    names = ", ".join(str(path.relative_to(ROOT)) for path in stale)
+    if options.check and stale:
+        sys.exit(f"error: {names}: not what the results say; run python benchmarks/results_page.py")
+    if not options.check:
+        for path, text in stale.items():
+            path.write_text(text, encoding="utf-8")
+        print(f"written: {names or 'nothing, all pages are what the results say'}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
-"""The README tells the truth: its Python runs, its numbers are those of the committed results."""
+"""The README tells the truth: its Python runs, and what it names exists."""
 
-import json
 import re
 from pathlib import Path
 
@@ -25,37 +24,6 @@ def clone(tmp_path, monkeypatch):
 @pytest.mark.parametrize("index", range(len(PYTHON_BLOCKS)))
 def test_python_blocks_run_as_they_stand(index, clone):
     exec(compile(PYTHON_BLOCKS[index], f"README.md, Python block {index + 1}", "exec"), {"__name__": "readme"})
-
-
-def committed(name: str) -> dict:
-    return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
-
-
-def test_tables_are_the_committed_results():
-    from benchmarks.kernels.attention_cpu import markdown_table
-    from benchmarks.kernels.attention_gpu import summary as gpu_attention
-    from benchmarks.quality.language_modeling_report import summary
-
-    assert summary(committed("language_modeling_quiet")) in README
-    assert gpu_attention(committed("gpu_attention_h200")) in README
-    page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
-    assert markdown_table(committed("cpu_attention")["rows"]) in page
-
-
-def test_recall_is_the_mean_of_the_best_rate_that_was_measured():
-    from benchmarks.quality.recall_report import best_rows
-
-    best = {
-        title: row["accuracy"]
-        for (_, title), row in best_rows(committed("recall_equal_state")["rows"].values(), "recall").items()
-    }
-    lines = re.findall(
-        r"^\| (.+) \| ([\d.]+) % \| ([\d.]+) % \|$", README.split("**Recall.**")[1].split("**Speed.**")[0], re.M
-    )
-    assert len(lines) == len(best)
-    for shown, *cells in lines:
-        (accuracy,) = (found for title, found in best.items() if title.startswith(shown))
-        assert cells == [f"{100 * accuracy[cell]:.1f}" for cell in ((256, 64), (512, 128))], shown
 
 
 def test_no_run_of_the_readme_ends_while_it_warms_up():

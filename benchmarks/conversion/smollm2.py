@@ -69,6 +69,11 @@ TITLES = {
     "finetune": "all layers, window + GMA, then fine-tuned",
     "finetune_original": "original, fine-tuned in the same way",
 }
+SUMMARY = {
+    "keep": "7 of 30 layers stay softmax, the others GMA behind a window of 128 tokens and one sink token",
+    "window": "all layers GMA behind a window of 128 tokens and one sink token",
+    "no_window": "all layers GMA with forgetting, no softmax at all",
+}
 TRANSFER_SHARE = 0.2  # of the time
 
 
@@ -263,6 +268,18 @@ def table(content: dict) -> str:
         parts.append("Perplexity by position, in windows of the whole length:")
         parts.append(markdown(["model", *columns], [[k, *(f"{x[c]:.1f}" for c in columns)] for k, x in along.items()]))
     return "\n\n".join(filter(None, parts))
+
+
+def summary(content: dict) -> str:
+    """The original and the models of the three recipes after distillation, as the README shows them."""
+    rows = content["rows"]
+    original = rows["original"]["scores"]["original"]["perplexity"]
+    lines = [["original", "", f"{original:.1f}", ""]]
+    for name, title in SUMMARY.items():
+        perplexity = rows[name]["scores"]["after distillation"]["perplexity"]
+        minutes = sum(stage["seconds"] for stage in rows[name]["stages"]) / 60
+        lines.append([title, f"{round(2 * minutes) / 2:g}", f"{perplexity:.1f}", f"{perplexity / original:.2f}"])
+    return markdown(["", "minutes", "perplexity", "of the original's"], lines)
 
 
 def add_options(add) -> None:

@@ -32,11 +32,11 @@ import torch
 from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import Cache
 
-from benchmarks.kernels.models import MODELS, NO_MASK, make_model
+from benchmarks.kernels.models import MODELS, NO_MASK, SOFTMAX, make_model
 from benchmarks.kernels.models import SIZES as MODEL_SIZES
 from benchmarks.lib.command import command
 from benchmarks.lib.results import Results
-from benchmarks.lib.tables import pivot
+from benchmarks.lib.tables import markdown, pivot
 from benchmarks.lib.timing import free_memory, or_refused, wall_time
 from gma_hf import GMAConfig, GMAForCausalLM
 from gma_hf.cache_argument import CACHE_NAME
@@ -46,6 +46,12 @@ from gma_hf.modeling import GMACacheLayer
 SIZES = {**MODEL_SIZES, "vocab_size": 32000, "max_position_embeddings": 131072}
 MODES = ("compiled", "eager")
 POSITIONS = (1024, 8192, 32768, 131072)
+SUMMARY = {
+    SOFTMAX: f"{SOFTMAX}, KV cache",
+    "GMA paper": "GMA, paper block",
+    "GMA gated": "GMA, gated block",
+    "GMA correlated": "GMA, correlated block",
+}
 STEPS = 32
 PROMPT = 64
 LEAST_ROUNDS = 3
@@ -166,6 +172,19 @@ def tables(content: dict) -> str:
         cells = {((row["model"], row["mode"]), row["position"]): shown(row) for row in rows if row["batch"] == batch}
         found += pivot(f"batch {batch}: ms per token (tokens per second) at position", positions, names, cells)
     return "\n\n".join(found)
+
+
+def summary(content: dict) -> str:
+    """Milliseconds per token of one compiled sequence, as the README shows them."""
+    rows = [row for row in Results.of(content).rows.values() if (row["batch"], row["mode"]) == (1, "compiled")]
+    times = {(row["model"], row["position"]): row["ms_per_token"] for row in rows if "refused" not in row}
+    positions = sorted({position for _, position in times})
+    lines = [
+        [SUMMARY[name], *(f"{times[name, position]:.2f}" for position in positions)]
+        for name in SUMMARY
+        if (name, positions[0]) in times
+    ]
+    return markdown(["", *(f"{position:,} tokens" for position in positions)], lines)
 
 
 def run(options: argparse.Namespace) -> None:

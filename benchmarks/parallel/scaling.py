@@ -37,6 +37,7 @@ from gma_hf.parallel import collectives
 
 
 MODES = ("one", "ddp", "fsdp2", "context")
+NAMES = {"ddp": "DDP", "fsdp2": "FSDP2", "context": "context parallelism"}
 SIZES = {**models.SIZES, "vocab_size": 8192}
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_components": 4, "vocab_size": 256}
 LAYERS = {"gma": "GMA gated", "softmax": models.SOFTMAX}
@@ -150,6 +151,26 @@ def table(content: dict) -> str:
         for row in content["rows"].values()
     ]  # fmt: skip
     return markdown([*columns, "peak memory, GB"], lines, left=7)
+
+
+def summary(content: dict) -> str:
+    """
+    Tokens per second of several processes beside those of one, and beside the ideal, which is that number times the number of
+    processes. One process has the same layers, the same checkpointing, and the rows of one process or the whole row.
+    """
+    rows = list(content["rows"].values())
+    single = {(row["layers"], row["checkpointing"]): row for row in rows if row["processes"] == 1}
+    lines = []
+    for row in rows:
+        one = single.get((row["layers"], row["checkpointing"]))
+        if row["processes"] > 1 and one is not None:
+            work = f"{row['rows']} x {row['length']:,}"
+            speeds = one["tokens_per_second"], row["tokens_per_second"]
+            share = speeds[1] / (row["processes"] * speeds[0])
+            base = f"{speeds[0]:,.0f} ({one['rows']} x {one['length']:,})"
+            lines.append([NAMES[row["mode"]], work, str(row["processes"]), base, f"{speeds[1]:,.0f}", f"{share:.2f}"])
+    columns = ["", "rows x tokens", "GPUs", "tokens/s of one GPU (rows x tokens)", "tokens/s of all", "of the ideal"]
+    return markdown(columns, lines)
 
 
 def main(argv: list[str] | None = None) -> None:

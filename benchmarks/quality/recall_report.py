@@ -9,6 +9,7 @@ from benchmarks.lib.tables import markdown, of_best_rate, pyplot
 
 
 RECALLED = 0.9  # the accuracy from which something counts as recalled
+SUMMARY = ((256, 64), (512, 128))  # tokens and pairs
 COLUMNS = ["width", "mixer", "parameters", "state", "state per layer", "seeds x rates"]
 
 
@@ -77,6 +78,16 @@ def tables(rows: dict[str, dict]) -> str:
         )
         lines += [title, "", by_mixer(best, [f"{length:,}" for length in lengths], depths), ""]
     return "\n".join(lines)
+
+
+def summary(rows: dict[str, dict]) -> str:
+    """Recall of every block at the two sizes that the README shows, the best first."""
+    best = {title: row["accuracy"] for (_, title), row in best_rows(rows.values(), "recall").items()}
+    lines = [
+        [title.removesuffix(", 2 layers"), *(f"{100 * accuracy[segment]:.1f} %" for segment in SUMMARY)]
+        for title, accuracy in sorted(best.items(), key=lambda item: -item[1][SUMMARY[0]])
+    ]
+    return markdown(["block", *(f"{pairs} pairs in {length} tokens" for length, pairs in SUMMARY)], lines)
 
 
 def recall_cell(row: dict, segment: tuple) -> str:

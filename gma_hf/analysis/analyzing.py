@@ -101,6 +101,10 @@ def analyze(
     ]
     room = max(1, block_size - len(encoded.prefix) - len(encoded.suffix))
     excerpt_ids = encoded.token_ids[: min(excerpt_length, room)].tolist()
+    excerpt = look_closely(model, tokenizer, encoded.prefix + excerpt_ids + encoded.suffix)
+    with_next = encoded.prefix + encoded.token_ids[: len(excerpt_ids) + 1].tolist()
+    if token_categories(tokenizer, with_next)[-1] == "continuation":
+        excerpt.cut_word = len(encoded.prefix) + len(excerpt_ids) - 1
     return RoutingReport(
         model_name=model_name or Path(model.name_or_path).name or type(model).__name__,
         model_type=model.config.model_type,
@@ -111,7 +115,7 @@ def analyze(
         seed=seed,
         layers=layers,
         token_names=[visible(surface) for surface in token_surfaces(tokenizer, encoded.type_ids)],
-        excerpt=look_closely(model, tokenizer, encoded.prefix + excerpt_ids + encoded.suffix),
+        excerpt=excerpt,
     )
 
 

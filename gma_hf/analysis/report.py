@@ -87,6 +87,7 @@ class Excerpt:
         labels (`dict[str, str]`): short names of the layers, by module name.
         responsibilities (`dict[str, LayerResponsibilities]`): by module name, tensors `(1, heads, length, components)`.
         affinity (`dict[str, torch.Tensor]`): by module name, the implied attention matrices `(1, heads, length, length)`.
+        cut_word (`int`, *optional*): the position of the last token of the text, if its word goes on behind the excerpt.
     """
 
     tokens: list[str]
@@ -94,6 +95,7 @@ class Excerpt:
     labels: dict[str, str]
     responsibilities: dict[str, LayerResponsibilities]
     affinity: dict[str, Tensor]
+    cut_word: int | None = None
 
     def shown_position(self) -> int:
         """
@@ -109,7 +111,9 @@ class Excerpt:
         whole = [
             index
             for index in begins
-            if behind[index] != "continuation" and sum(char.isalpha() for char in self.tokens[index]) >= 3
+            if behind[index] != "continuation"
+            and index != self.cut_word
+            and sum(char.isalpha() for char in self.tokens[index]) >= 3
         ]
         of_content = [index for index in whole if self.categories[index] != "function word"]
         return (of_content or whole or begins or [len(self.tokens) - 1])[-1]

@@ -32,6 +32,7 @@ from gma_hf.analysis import (
     write_report,
 )
 from gma_hf.analysis.analyzing import layer_labels
+from gma_hf.analysis.surface import token_categories
 from tests.conftest import make_model, tiny_config
 
 from .conftest import TEXT
@@ -174,6 +175,17 @@ def test_the_route_of_a_token_is_its_largest_responsibilities(report, model, tok
     assert report.excerpt.categories[report.excerpt.route().position] in ("word", "capitalised", "function word")
     with pytest.raises(AnalysisError, match="no token 60"):
         report.excerpt.route(60)
+
+
+def test_the_token_that_the_page_shows_is_a_whole_word_where_the_excerpt_ends_inside_of_a_word(model, tokenizer):
+    ids = tokenizer(TEXT)["input_ids"]
+    categories = token_categories(tokenizer, ids)
+    begins = ("word", "capitalised")
+    length = next(n for n in range(59, 8, -1) if categories[n - 1] in begins and categories[n] == "continuation")
+    excerpt = analyze(model, tokenizer, TEXT, excerpt_length=length, max_tokens=256).excerpt
+    shown = excerpt.shown_position()
+    assert len(excerpt.tokens) == length and shown < length - 1
+    assert categories[shown] in begins and categories[shown + 1] != "continuation"
 
 
 def test_plots_are_figures_for_notebooks(report):

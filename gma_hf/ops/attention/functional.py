@@ -22,7 +22,7 @@ from .call import (
     validate_call,
     validate_mixture,
 )
-from .mixture import mixture_coefficients, repeat_heads, responsibilities
+from .mixture import mixture_coefficients, plus_eps, repeat_heads, responsibilities
 
 
 def gaussian_mixture_attention(
@@ -355,6 +355,7 @@ def packed_bidirectional(call: AttentionCall, sequence_ids: Tensor, backend: str
     output = way.run(forwards)[0] + way.run(backwards)[0].flip(2)
     normalizer = None
     if call.normalize:
-        normalizer = output[..., -1] + call.eps
-        output = output[..., :-1] / normalizer.unsqueeze(-1)
+        normalizer = plus_eps(output[..., -1:], call.eps)
+        output = output[..., :-1] / normalizer
+        normalizer = normalizer.squeeze(-1)
     return AttentionResult(output.to(call.value.dtype), None, normalizer)

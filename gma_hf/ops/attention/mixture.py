@@ -27,6 +27,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ...compat import is_exporting_to_onnx
+
 
 # Coordinates further than this from the mixture's centre are clipped, so that their squares (times precisions up to
 # 1e12) stay finite in float32: an arbitrarily large key then has a one-hot responsibility, never NaN.
@@ -91,6 +93,17 @@ class Route(NamedTuple):
     gamma: Tensor
 
 
+def plus_eps(total: Tensor, eps: float) -> Tensor:
+    """
+    total + eps, `(..., 1)`. The optimizer of ONNX programs takes constants below 1e-8 for 0 and drops their addition, but the
+    eps of a memory behind a window is 1e-19, and the eps of correlations is 1e-8 / C. So a program for ONNX puts eps beside
+    each total, and sums both.
+    """
+    if is_exporting_to_onnx():
+        return F.pad(total, (0, 1), value=eps).sum(dim=-1, keepdim=True)
+    return total + eps
+
+
 def correlated(gamma: Tensor) -> Tensor:
     """
     The route relative to the average component, with unit length. The product of two such routes is their correlation.
@@ -105,7 +118,7 @@ def correlated(gamma: Tensor) -> Tensor:
 
 def inverse_length(delta: Tensor) -> Tensor:
     """sqrt(C) / sqrt(C |delta|^2 + CORRELATION_EPS), [..., C] -> [..., 1]."""
-    return (delta.square().sum(dim=-1, keepdim=True) + CORRELATION_EPS / delta.shape[-1]).rsqrt()
+    return plus_eps(delta.square().sum(dim=-1, keepdim=True), CORRELATION_EPS / delta.shape[-1]).rsqrt()
 
 
 def route(x: Tensor, coefficients: MixtureCoefficients, correlate: bool) -> Route:

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ...compat import is_exporting_to_onnx
 from ..dispatch import Way
 from .call import WAYS, AttentionCall, AttentionResult, State
 from .mixture import (
@@ -222,10 +223,11 @@ def cannot_run(call: AttentionCall) -> str | None:
 
 
 def suits(call: AttentionCall) -> bool:
-    """Whether "auto" takes the recurrence: for a few tokens of a causal call."""
+    """Whether "auto" takes the recurrence: for a few tokens of a causal call. A program for ONNX takes the definition."""
     # A length that is still open (torch.export) is no int, and must not be decided on
     length = call.key.shape[2]
-    return isinstance(length, int) and length <= SHORT and call.causal and not call.strict
+    is_short = isinstance(length, int) and length <= SHORT
+    return is_short and call.causal and not call.strict and not is_exporting_to_onnx()
 
 
 WAYS.register(Way("recurrent", cannot_run, suits, recurrent_attention))

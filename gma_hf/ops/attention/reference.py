@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..dispatch import Way
 from .call import AFFINITY, WAYS, AttentionCall, AttentionResult
-from .mixture import repeat_heads, responsibilities, unwritten_as_zero
+from .mixture import plus_eps, repeat_heads, responsibilities, unwritten_as_zero
 
 
 def segment_sums(x: Tensor) -> Tensor:
@@ -100,7 +100,7 @@ def reference_attention(call: AttentionCall) -> AttentionResult:
         denominator = denominator + gamma_query @ z_0[:, :, None, :, None]
         S = S + S_0 * remaining
         z = z + (z_0.unsqueeze(-1) * remaining).squeeze(-1)
-    denominator = denominator + call.eps
+    denominator = plus_eps(denominator, call.eps)
     output = numerator / denominator if call.normalize else numerator
     normalizer = denominator.flatten(1, 2).squeeze(-1) if call.output_normalizer else None
     return AttentionResult(output.flatten(1, 2).to(call.value.dtype), (S, z), normalizer)
@@ -124,7 +124,7 @@ def standard_attention(call: AttentionCall) -> AttentionResult:
     output = gamma_query @ S.unsqueeze(2)  # [B, M, Hq / M, Nq, dv]
     normalizer = None
     if call.normalize:
-        denominator = gamma_query @ z[:, :, None, :, None] + call.eps
+        denominator = plus_eps(gamma_query @ z[:, :, None, :, None], call.eps)
         output = output / denominator
         normalizer = denominator.flatten(1, 2).squeeze(-1) if call.output_normalizer else None
     return AttentionResult(output.flatten(1, 2).to(call.value.dtype), (S, z), normalizer)
