@@ -7,6 +7,8 @@ SERVING := .venv-serving
 DOCS := .venv-docs
 ECOSYSTEM := .venv-ecosystem
 RELEASE := .venv-release
+# Python compiles the files that it imports; to compile all of them takes most of the time of an installation
+INSTALL := pip install --quiet --no-compile
 
 .PHONY: help demo demo-train test test-oldest docs test-serving test-ecosystem release lint clean
 
@@ -24,44 +26,44 @@ help:
 
 $(VENV)/.ready: pyproject.toml requirements/tested.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet -r requirements/tested.txt
-	$(BIN)/python -m pip install --quiet --no-deps --editable .
+	$(BIN)/python -m $(INSTALL) --upgrade pip
+	$(BIN)/python -m $(INSTALL) -r requirements/tested.txt
+	$(BIN)/python -m $(INSTALL) --no-deps --editable .
 	@touch $@
 
 $(OLDEST)/.ready: pyproject.toml requirements/oldest.txt
 	$(PYTHON) -m venv $(OLDEST)
-	$(OLDEST)/bin/python -m pip install --quiet --upgrade pip
-	$(OLDEST)/bin/python -m pip install --quiet -r requirements/oldest.txt
-	$(OLDEST)/bin/python -m pip install --quiet --no-deps --editable .
+	$(OLDEST)/bin/python -m $(INSTALL) --upgrade pip
+	$(OLDEST)/bin/python -m $(INSTALL) -r requirements/oldest.txt
+	$(OLDEST)/bin/python -m $(INSTALL) --no-deps --editable .
 	@touch $@
 
 $(DOCS)/.ready: requirements/docs.txt
 	$(PYTHON) -m venv $(DOCS)
-	$(DOCS)/bin/python -m pip install --quiet --upgrade pip
-	$(DOCS)/bin/python -m pip install --quiet -r requirements/docs.txt
+	$(DOCS)/bin/python -m $(INSTALL) --upgrade pip
+	$(DOCS)/bin/python -m $(INSTALL) -r requirements/docs.txt
 	@touch $@
 
 $(SERVING)/.ready: pyproject.toml requirements/serving.txt
 	$(PYTHON) -m venv $(SERVING)
-	$(SERVING)/bin/python -m pip install --quiet --upgrade pip
-	$(SERVING)/bin/python -m pip install --quiet "$$(grep '^torch==' requirements/serving.txt)"
-	$(SERVING)/bin/python -m pip install --quiet --no-deps -r requirements/serving.txt
-	$(SERVING)/bin/python -m pip install --quiet --no-deps --editable .
+	$(SERVING)/bin/python -m $(INSTALL) --upgrade pip
+	$(SERVING)/bin/python -m $(INSTALL) "$$(grep '^torch==' requirements/serving.txt)"
+	$(SERVING)/bin/python -m $(INSTALL) --no-deps -r requirements/serving.txt
+	$(SERVING)/bin/python -m $(INSTALL) --no-deps --editable .
 	@touch $@
 
 $(ECOSYSTEM)/.ready: pyproject.toml requirements/ecosystem.txt
 	$(PYTHON) -m venv $(ECOSYSTEM)
-	$(ECOSYSTEM)/bin/python -m pip install --quiet --upgrade pip
-	$(ECOSYSTEM)/bin/python -m pip install --quiet "$$(grep '^torch==' requirements/ecosystem.txt)"
-	$(ECOSYSTEM)/bin/python -m pip install --quiet --no-deps -r requirements/ecosystem.txt
-	$(ECOSYSTEM)/bin/python -m pip install --quiet --no-deps --editable .
+	$(ECOSYSTEM)/bin/python -m $(INSTALL) --upgrade pip
+	$(ECOSYSTEM)/bin/python -m $(INSTALL) "$$(grep '^torch==' requirements/ecosystem.txt)"
+	$(ECOSYSTEM)/bin/python -m $(INSTALL) --no-deps -r requirements/ecosystem.txt
+	$(ECOSYSTEM)/bin/python -m $(INSTALL) --no-deps --editable .
 	@touch $@
 
 $(RELEASE)/.ready: requirements/release.txt
 	$(PYTHON) -m venv $(RELEASE)
-	$(RELEASE)/bin/python -m pip install --quiet --upgrade pip
-	$(RELEASE)/bin/python -m pip install --quiet -r requirements/release.txt
+	$(RELEASE)/bin/python -m $(INSTALL) --upgrade pip
+	$(RELEASE)/bin/python -m $(INSTALL) -r requirements/release.txt
 	@touch $@
 
 demo: $(VENV)/.ready
@@ -83,7 +85,7 @@ test-serving: $(SERVING)/.ready
 	$(SERVING)/bin/python -m pytest tests/serving
 
 test-ecosystem: $(ECOSYSTEM)/.ready
-	$(ECOSYSTEM)/bin/python -m pytest -n auto tests/ecosystem
+	$(ECOSYSTEM)/bin/python -m pytest -n auto -rs tests/ecosystem
 
 # With the packages of requirements/release.txt, not with those that the build would download: the same files each time
 release: $(RELEASE)/.ready

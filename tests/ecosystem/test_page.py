@@ -1,6 +1,7 @@
 # Copyright 2026 The gma_hf authors. Licensed under the Apache License, Version 2.0.
 """The blocks of docs/ecosystem.md run as they stand: Python, and what the page gives to the command line."""
 
+import importlib.util
 import os
 import re
 import subprocess
@@ -18,6 +19,15 @@ BLOCKS = [
     for number, block in enumerate(re.findall(r"```python\n(.*?)```", section, flags=re.DOTALL))
 ]
 LIBRARIES = ("bitsandbytes", "lm_eval", "onnxruntime", "peft", "sentence_transformers", "torchao", "trl")
+
+
+def test_no_library_of_the_page_is_missing_where_the_others_are():
+    # The environment of the other tests has PEFT alone. In the environment of these tests, nothing may be skipped
+    libraries = ("onnxscript", *(name for name in LIBRARIES if name != "peft"))
+    missing = [name for name in libraries if importlib.util.find_spec(name) is None]
+    if len(missing) == len(libraries):
+        pytest.skip("the libraries of docs/ecosystem.md are not installed; make test-ecosystem installs them")
+    assert missing == []
 
 
 def run_block(block: str) -> dict:
