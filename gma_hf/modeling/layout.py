@@ -238,6 +238,19 @@ def may_have_gaps(padding_mask: Tensor) -> bool:
     return bool((begins.sum(dim=1) + padding_mask[:, 0] > 1).any())
 
 
+def expect_tokens(tokens: Tensor, num_dims: int) -> None:
+    """
+    Check the number of dimensions of the tokens of a call, and that there are tokens.
+
+    Raises:
+        ValueError: if the shape does not fit.
+    """
+    if tokens.ndim != num_dims or (not is_tracing(tokens) and 0 in tokens.shape[:2]):
+        raise ValueError(
+            f"The tokens have shape {tuple(tokens.shape)}, expected {num_dims} dimensions (batch, length, ...), none of them 0."
+        )
+
+
 def expect_whole_sequences() -> None:
     """
     Refuse processes that have a part of every sequence each. The memory would start anew with each part, and outputs and

@@ -4,6 +4,7 @@ What a layer keeps between calls: a [`MemoryState`] of the tokens, [`KeptValues`
 move tokens into a window and its memory: they join tokens with a history, shift a window by a step, and choose what to keep.
 """
 
+import hashlib
 import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -16,6 +17,10 @@ from transformers.utils import is_tracing
 from ..compat import version_of
 from ..ops.window.plan import WindowPlan, first_tokens, last_tokens, take_tokens, token_dim
 from .layout import Layout
+
+
+SAMPLES = 256  # numbers of each parameter that enter the fingerprint
+NATIVE = "a native model"  # the kind of an [`Owner`]
 
 
 class MemoryState(NamedTuple):
@@ -52,17 +57,85 @@ class MemoryState(NamedTuple):
 
 
 class Owner:
-    """The model that fills a cache layer. It is unknown after the model was deleted or the layer was pickled."""
+    """
+    What fills a cache layer: a native model, or the attention module of a converted model. It is unknown after it was deleted or the
+    layer was pickled; its kind is known.
+    """
 
-    def __init__(self, model: nn.Module | None = None, fingerprint: str | None = None):
+    def __init__(self, model: nn.Module | None = None, fingerprint: str | None = None, kind: str | None = None):
         self.model = (lambda: None) if model is None else weakref.ref(model)
         self.fingerprint = fingerprint  # of a cache from a file, until the first call has compared it
+        self.kind = kind  # in words
 
     def __deepcopy__(self, copied: dict) -> "Owner":
-        return Owner(self.model(), self.fingerprint)
+        return Owner(self.model(), self.fingerprint, self.kind)
 
     def __reduce__(self):
-        return Owner, (None, self.fingerprint)
+        return Owner, (None, self.fingerprint, self.kind)
+
+
+def take_over(layers: list[Any], model: nn.Module, kind: str) -> None:
+    """
+    Record in layers of a cache what fills them. Layers that a file or another model has filled must come from the same weights. Of a
+    pickled cache, and after the model that filled a cache was deleted, the weights are unknown, and only the kinds are compared.
+
+    Args:
+        layers (`list[GMACacheLayer]`): the layers of a cache, filled by one owner.
+        model (`nn.Module`): the native model, or the converted attention module.
+        kind (`str`): what it is, in words.
+
+    Raises:
+        ValueError: if a model of another kind or of other weights filled the layers.
+    """
+    layers = [layer for layer in layers if layer.owner.model() is not model]
+    if not layers:
+        return
+    owner, has_seen_tokens = layers[0].owner, layers[0].has_seen_tokens
+    if has_seen_tokens and owner.kind not in (None, kind):
+        raise ValueError(
+            f"The cache does not fit the model: {owner.kind} filled it, and {kind} got it. Start with a new cache."
+        )
+    fingerprint, filler = owner.fingerprint, owner.model()
+    if fingerprint is None and filler is not None and has_seen_tokens:
+        fingerprint = fingerprint_of(filler)
+    if fingerprint is not None:
+        expect_fingerprint(model, fingerprint, "The cache")
+    for layer in layers:
+        layer.owner = Owner(model, kind=kind)
+
+
+def fingerprint_of(model: nn.Module) -> str | None:
+    """
+    A fingerprint of the weights: models share it only if their weights are the same. It covers the name, the shape, the
+    dtype and up to 256 numbers of every parameter.
+
+    Returns:
+        `str` or `None`: the fingerprint; `None` if weights are not in memory (offloaded models).
+    """
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        if parameter.is_meta:
+            return None
+        values = parameter.detach().flatten()
+        values = values[:: max(1, values.numel() // SAMPLES)][:SAMPLES].cpu()
+        digest.update(f"{name} {tuple(parameter.shape)} {values.dtype}".encode())
+        digest.update(values.contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def expect_fingerprint(model: nn.Module, fingerprint: str, what: str) -> None:
+    """
+    Check that a cache belongs to the weights of a model.
+
+    Raises:
+        ValueError: if other weights filled the cache.
+    """
+    found = fingerprint_of(model)
+    if found is not None and found != fingerprint:
+        raise ValueError(
+            f"{what} does not fit the model: other weights, or weights of another dtype, filled the cache. Load the checkpoint that "
+            "wrote it, in the same dtype, or process the prompt again."
+        )
 
 
 class KeptValues:

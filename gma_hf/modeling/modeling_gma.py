@@ -27,16 +27,17 @@ from ..parallel.heads import PartOfRow
 from ..remote_code import expect_no_file
 from .attention_gma import GMAAttention, GMARMSNorm, GMARotaryEmbedding
 from .attention_softmax import GMASoftmaxAttention
-from .cache_gma import GMACacheLayer, Owner, adopt_cache, expect_continuation, select_padding_mask, up_to_current
+from .cache_gma import GMACacheLayer, adopt_cache, expect_continuation, select_padding_mask, up_to_current
 from .layout import (
     Layout,
     count_positions,
+    expect_tokens,
     expect_whole_sequences,
     find_sequence_ids,
     same_sequence_mask_function,
 )
 from .memory_parts import LACKING_BEFORE, GMAMixture, GMAWindow
-from .saved_cache import expect_fingerprint, fingerprint_of
+from .memory_state import NATIVE, take_over
 from .short_convolution import GMAShortConvolution
 
 
@@ -215,14 +216,16 @@ class GMAModel(GMAPreTrainedModel):
             `BaseModelOutputWithPast`: `last_hidden_state` of shape `(batch, length, hidden_size)`, `cache`.
 
         Raises:
-            ValueError: if both or neither of `input_ids` and `inputs_embeds` are passed, if a bidirectional model gets a
+            ValueError: if both or neither of `input_ids` and `inputs_embeds` are passed, if they hold no token, if a bidirectional model gets a
                 cache, or if the mask, the positions and the cache do not fit each other.
         """
         expect_known_cache(cache, kwargs)
         if (input_ids is None) ^ (inputs_embeds is not None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         if inputs_embeds is None:
+            expect_tokens(input_ids, 2)
             inputs_embeds = self.embed_tokens(input_ids)
+        expect_tokens(inputs_embeds, 3)
         batch_size, length = inputs_embeds.shape[:2]
         context = current_context()
         if context is None and "linear_attention" in self.config.layer_types:
@@ -238,7 +241,7 @@ class GMAModel(GMAPreTrainedModel):
         if cache is not None:
             adopt_cache(cache, self.config)
             if not is_tracing(inputs_embeds):
-                self._own(cache)
+                take_over([layer for layer in cache.layers if isinstance(layer, GMACacheLayer)], self, NATIVE)
         seen_tokens = cache.get_seq_length() if cache is not None else 0
 
         # `generate` makes the masks of compiled decoding itself, one per type of layer
@@ -301,25 +304,6 @@ class GMAModel(GMAPreTrainedModel):
             )
         hidden_states = self.norm(hidden_states)
         return BaseModelOutputWithPast(last_hidden_state=hidden_states, **{CACHE_NAME: cache})
-
-    def _own(self, cache: Cache) -> None:
-        """
-        Record in a cache which model fills it. A cache that a file or another model has filled must come from the same
-        weights. Of a pickled cache, and after the model that filled a cache was deleted, the model is unknown, and nothing
-        is compared.
-        """
-        layers = [
-            layer for layer in cache.layers if isinstance(layer, GMACacheLayer) and layer.owner.model() is not self
-        ]
-        if not layers:
-            return
-        owner, fingerprint = layers[0].owner.model(), layers[0].owner.fingerprint
-        if fingerprint is None and owner is not None and layers[0].has_seen_tokens:
-            fingerprint = fingerprint_of(owner)
-        if fingerprint is not None:
-            expect_fingerprint(self, fingerprint, "The cache")
-        for layer in layers:
-            layer.owner = Owner(self)
 
     def _softmax_mask(
         self,

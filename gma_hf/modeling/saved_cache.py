@@ -4,7 +4,6 @@ The state of a model in a file: read a long prompt once, and continue it many ti
 layer and a fingerprint of the weights, so every other model is refused.
 """
 
-import hashlib
 import os
 from typing import Any
 
@@ -16,31 +15,11 @@ from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer
 
 from ..configuration import GMAConfig
-from .cache_gma import GMACacheLayer, Owner, adopt_cache
-from .memory_state import MemoryState
+from .cache_gma import GMACacheLayer, adopt_cache
+from .memory_state import NATIVE, MemoryState, Owner, expect_fingerprint, fingerprint_of
 
 
 FORMAT = "gma_hf.cache"
-SAMPLES = 256  # numbers of each parameter that enter the fingerprint
-
-
-def fingerprint_of(model: nn.Module) -> str | None:
-    """
-    A fingerprint of the weights: models share it only if their weights are the same. It covers the name, the shape, the
-    dtype and up to 256 numbers of every parameter.
-
-    Returns:
-        `str` or `None`: the fingerprint; `None` if weights are not in memory (offloaded models).
-    """
-    digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
-        if parameter.is_meta:
-            return None
-        values = parameter.detach().flatten()
-        values = values[:: max(1, values.numel() // SAMPLES)][:SAMPLES].cpu()
-        digest.update(f"{name} {tuple(parameter.shape)} {values.dtype}".encode())
-        digest.update(values.contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def base_model_of(model: Any) -> nn.Module:
@@ -180,7 +159,7 @@ def load_cache(
         if f"{prefix}count" in metadata:
             named["count"] = number_in(metadata, f"{prefix}count", path, lowest=-(2**62))
         layer.advance(MemoryState(**named), seq_length)
-        layer.owner = Owner(model, fingerprint)
+        layer.owner = Owner(model, fingerprint, NATIVE)
     return cache
 
 
@@ -200,21 +179,6 @@ def expect_path(path: Any) -> None:
     folder = os.path.dirname(os.path.abspath(path))
     if not os.path.isdir(folder):
         raise ValueError(f"There is no folder {folder} for the file of the cache. Make the folder first.")
-
-
-def expect_fingerprint(model: nn.Module, fingerprint: str, what: str) -> None:
-    """
-    Check that a cache belongs to the weights of a model.
-
-    Raises:
-        ValueError: if other weights filled the cache.
-    """
-    found = fingerprint_of(model)
-    if found is not None and found != fingerprint:
-        raise ValueError(
-            f"{what} does not fit the model: other weights, or weights of another dtype, filled the cache. Load the checkpoint that "
-            "wrote it, in the same dtype, or process the prompt again."
-        )
 
 
 def number_in(metadata: dict[str, str], name: str, path: Any, lowest: int = 0) -> int:

@@ -6,6 +6,7 @@ import torch
 
 import gma_hf
 from tests.conftest import TINY, make_model, tiny_config
+from tests.conversion.tiny_models import make_converted_model
 
 
 @pytest.fixture(params=[True, False], ids=["causal", "bidirectional"])
@@ -77,3 +78,16 @@ def test_five_thousand_tokens_forward_and_backward(block, is_causal):
     loss.backward()
     assert loss.isfinite()
     assert_gradients_are_finite(model)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("kind", ["native", "converted"])
+@torch.no_grad()
+def test_no_row_and_no_token_are_refused_by_name(kind):
+    model = language_model("gated", True) if kind == "native" else make_converted_model("llama")
+    tokens = torch.randint(3, 99, (2, 7))
+    for empty in (tokens[:0], tokens[:, :0]):
+        with pytest.raises(ValueError, match=r"The tokens have shape \(\d, \d\).*none of them 0"):
+            model(empty)
+        with pytest.raises(ValueError, match=r"The tokens have shape \(\d, \d, 32\).*none of them 0"):
+            model(inputs_embeds=model.get_input_embeddings()(empty))

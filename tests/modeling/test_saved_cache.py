@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 import gma_hf
 from gma_hf.cache_argument import CACHE_NAME
 from tests.conftest import make_model, tiny_config
+from tests.conversion.tiny_models import make_converted_model
 
 
 pytestmark = pytest.mark.quick
@@ -170,3 +171,32 @@ def test_a_failed_save_leaves_the_older_file(model, path, tokens):
     with pytest.raises(ValueError, match="NaN or infinite"):
         gma_hf.save_cache(cache, path)
     assert path.read_bytes() == before and [other.name for other in path.parent.iterdir()] == [path.name]
+
+
+@torch.no_grad()
+def test_native_and_converted_models_do_not_read_each_others_caches(tokens, tmp_path):
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    native = make_model(gma_hf.GMAForCausalLM, tiny_config("paper", **sizes, head_dim=8, routing_dim=8))
+    converted = make_converted_model("llama")
+    other = make_converted_model("llama", seed=1)
+    # The states have the same shapes
+    caches = [model(tokens[:, :12], use_cache=True)[CACHE_NAME] for model in (native, converted)]
+    assert len({tuple(cache.layers[0].memory.state.shape) for cache in caches}) == 1
+    for cache in (caches[0], pickle.loads(pickle.dumps(caches[0])), copy.deepcopy(caches[0])):
+        with pytest.raises(
+            ValueError, match="a native model filled it, and a converted model with LlamaAttention got it"
+        ):
+            converted(tokens[:, 12:], **{CACHE_NAME: cache})
+    for cache in (caches[1], pickle.loads(pickle.dumps(caches[1])), copy.deepcopy(caches[1])):
+        with pytest.raises(
+            ValueError, match="a converted model with LlamaAttention filled it, and a native model got it"
+        ):
+            native(tokens[:, 12:], **{CACHE_NAME: cache})
+    gma_hf.save_cache(caches[0], tmp_path / "cache.safetensors")
+    with pytest.raises(ValueError, match="a native model filled it"):
+        converted(tokens[:, 12:], **{CACHE_NAME: gma_hf.load_cache(tmp_path / "cache.safetensors", native)})
+    with pytest.raises(ValueError, match="The cache does not fit the model: other weights"):
+        other(tokens[:, 12:], **{CACHE_NAME: copy.deepcopy(caches[1])})
+    for filled in (pickle.loads(pickle.dumps(caches[1])), caches[1]):
+        logits = copy.deepcopy(converted)(tokens[:, 12:], **{CACHE_NAME: filled}).logits
+        torch.testing.assert_close(logits, converted(tokens).logits[:, 12:], **CLOSE)

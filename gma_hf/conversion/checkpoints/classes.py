@@ -185,6 +185,21 @@ class ConvertedModelMixin(PartOfRow):
         self._keys_to_ignore_on_load_missing = {*(self._keys_to_ignore_on_load_missing or ()), LACKING_BEFORE}
         use_linear_masks(self)
 
+    def _apply(self, fn, recurse=True):
+        # A cast must not round the frequencies of rotary positions, as `from_pretrained(dtype=...)` does not
+        frequencies = [
+            (module, name, buffer)
+            for module in self.modules()
+            for name, buffer in module.named_buffers(recurse=False)
+            if name.endswith("inv_freq")
+        ]
+        super()._apply(fn, recurse)
+        for module, name, buffer in frequencies:
+            applied = getattr(module, name)
+            if applied.dtype != buffer.dtype:
+                setattr(module, name, buffer.to(applied.device))
+        return self
+
     def initialize_weights(self):
         # `_init_weights` of models inside of this one does not know mixtures
         initialize_layers(module for module in self.modules() if isinstance(module, GMAConversion))

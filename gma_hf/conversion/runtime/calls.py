@@ -42,9 +42,11 @@ from ...modeling.cache_gma import (
 from ...modeling.layout import (
     Layout,
     count_positions,
+    expect_tokens,
     find_sequence_ids,
     same_sequence_mask_function,
 )
+from ...modeling.memory_state import take_over
 from ...ops.rotation.functional import Rotation
 from ...parallel.context import current_context
 from .masks import read_mask
@@ -195,6 +197,7 @@ def begin_model(
                 "Under context parallelism a converted model takes tokens and a 2D attention mask of shape (batch, length)."
             )
         return {**given, "gma_layout": CallLayout(None)}
+    expect_tokens(tokens, tokens.ndim)  # choices of one text are a further dimension
     (batch_size, length), device = tokens.shape[:2], tokens.device
     cache = cache_of(given)
     seen_tokens = cache.get_seq_length() if cache is not None else 0
@@ -289,6 +292,8 @@ def begin_attention(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple
     cache = next((argument for argument in (*args, *kwargs.values()) if isinstance(argument, Cache)), None)
     cache_layer = None if cache is None else converted_cache_layer(cache, module.layer_idx)
     if cache_layer is not None:
+        if not is_tracing():
+            take_over([cache_layer], module, f"a converted model with {type(module).__name__}")
         cache_layer.is_expected = True
     # Some models pass `output_attentions` to their attention; others rely on the code that collects outputs
     output_attentions = bool(kwargs.get("output_attentions")) or any(
