@@ -16,7 +16,6 @@ from torch import Tensor
 from transformers.utils import is_tracing
 
 from ..compat import sequences_are_sharded
-from ..ops.attention.packed import PackedSequences
 from ..ops.window.plan import WindowPlan, padding_first, plan_window, spread_index
 
 
@@ -49,7 +48,7 @@ class Layout:
         sequence_ids: Tensor | None = None,
         has_gaps: bool | None = None,
         row: Any = None,
-        sequences: PackedSequences | None = None,
+        sequences: Any = None,
     ):
         self.batch_size = batch_size
         self.length = length

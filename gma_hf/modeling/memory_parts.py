@@ -33,7 +33,7 @@ a memory, these tokens would lose weight as the text grows. So the first s token
 """
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -41,10 +41,12 @@ from transformers import initialization as init
 
 from ..ops.attention.call import AttentionCall, State
 from ..ops.attention.functional import attend, gaussian_mixture_affinity, gaussian_mixture_responsibilities
-from ..ops.attention.packed import PackedSequences
-from ..ops.attention.slots import attend_in_slots
 from ..ops.window.functional import EMPTY, LOG_NOTHING, SinkTokens, attend_step, window_softmax
 
+
+if TYPE_CHECKING:
+    from ..ops.attention.packed import PackedSequences
+    from ..ops.attention.slots import Slots
 
 # Older checkpoints have no `memory_dilution`. It starts at 0, which is their meaning
 LACKING_BEFORE = r"\.window_norm\.memory_dilution$"
@@ -109,9 +111,9 @@ class GMAMixture(nn.Module):
         value: torch.Tensor,
         *,
         eps: float | None = None,
-        sequence_ids: Tensor | PackedSequences | None = None,
+        sequence_ids: "Tensor | PackedSequences | None" = None,
         initial_state: State | None = None,
-        slots: Tensor | None = None,
+        slots: "Slots | None" = None,
         backend: str = "auto",
         kept: Any = None,
         writes_all: bool = False,
@@ -127,7 +129,7 @@ class GMAMixture(nn.Module):
             sequence_ids (`torch.Tensor` or `PackedSequences`, *optional*): see [`gaussian_mixture_attention`]. With slots,
                 packed sequences are given by their lengths.
             initial_state (`tuple[torch.Tensor, torch.Tensor]`, *optional*): see [`gaussian_mixture_attention`].
-            slots (`torch.Tensor`, *optional*): the slots of the rows or of the packed sequences. The first dimension of
+            slots (`Slots`, *optional*): the slots of the rows or of the packed sequences. The first dimension of
                 `initial_state` is then the slot, and the call advances the slots in place, see
                 [`gaussian_mixture_attention_in_slots`].
             backend (`str`, *optional*, defaults to `"auto"`): see [`gaussian_mixture_attention`].
@@ -155,7 +157,7 @@ class GMAMixture(nn.Module):
         )
         if slots is None:
             return attend(call, sequence_ids, backend)
-        result = attend_in_slots(call, sequence_ids, initial_state, slots, backend)
+        result = slots.attend(call, sequence_ids, initial_state, backend)
         return (*result, initial_state) if call.output_normalizer else (result, initial_state)
 
     def write(

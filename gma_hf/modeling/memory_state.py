@@ -7,7 +7,7 @@ move tokens into a window and its memory: they join tokens with a history, shift
 import hashlib
 import weakref
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,9 @@ from ..compat import version_of
 from ..ops.window.plan import WindowPlan, first_tokens, last_tokens, take_tokens, token_dim
 from .layout import Layout
 
+
+if TYPE_CHECKING:
+    from ..ops.attention.slots import Slots
 
 SAMPLES = 256  # numbers of each parameter that enter the fingerprint
 NATIVE = "a native model"  # the kind of an [`Owner`]
@@ -48,8 +51,8 @@ class MemoryState(NamedTuple):
     # number: how many tokens have left the window and the sinks, below zero while there is room
     count: Tensor | int | None = None
     convolution: Tensor | None = None  # [batch, kernel_size - 1, channels], the last inputs of the short convolution
-    # [batch] or [sequences], if S and z have a slot as first dimension: the slots, which a call advances in place
-    slots: Tensor | None = None
+    # If the first dimension of S and z is a slot: the slots of the rows or packed sequences, which a call advances in place
+    slots: "Slots | None" = None
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "MemoryState":
         """The state with `function` applied to every tensor."""

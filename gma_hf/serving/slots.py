@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..modeling.cache_gma import counted
 from ..modeling.memory_state import KeptValues, MemoryState
+from ..ops.attention.slots import Slots
 from .steps import StepGroup
 
 
@@ -134,7 +135,7 @@ class SlotMemory:
             }
             if "count" in past:
                 past["count"] = past["count"][:, 0].long()
-            self.history = MemoryState(**past, slots=slots)
+            self.history = MemoryState(**past, slots=Slots(slots))
 
     def advance(self, memory: MemoryState, num_tokens: int, is_plain: bool = False) -> None:
         """Take the state after the tokens of the group, with the arguments of [`GMACacheLayer.advance`]."""

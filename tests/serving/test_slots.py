@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from gma_hf.cache_argument import CACHE_NAME
-from gma_hf.modeling import GMACacheLayer, memory_parts
+from gma_hf.modeling import GMACacheLayer
 from gma_hf.modeling.attention_gma import GMAAttention
 from gma_hf.modeling.cache_gma import counted
 from gma_hf.ops.attention import slots as slots_of_operator
@@ -153,11 +153,13 @@ def test_the_attention_of_a_step_is_one_packed_prefill_and_one_step_in_slots(kin
     """Both by the operator, which advances the states in their slots; layers with a window decode in slots, too."""
     calls = []
 
+    in_slots = slots_of_operator.attend_in_slots
+
     def attend_in_slots(call, sequences, states, slots, backend):
         calls.append((None if sequences is None else sequences.lengths[0], states[0].shape[0]))
-        return slots_of_operator.attend_in_slots(call, sequences, states, slots, backend)
+        return in_slots(call, sequences, states, slots, backend)
 
-    monkeypatch.setattr(memory_parts, "attend_in_slots", attend_in_slots)
+    monkeypatch.setattr(slots_of_operator, "attend_in_slots", attend_in_slots)
     model = make_model(kind)
     layout = model_layout(model.config, torch.float32)
     tensors = [torch.zeros(NUM_SLOTS, *field.shape, dtype=field.dtype) for field in layout.fields()]

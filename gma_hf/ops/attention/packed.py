@@ -208,7 +208,7 @@ class PackedSequences:
 
 def cannot_run_packed(call: AttentionCall, sequences: PackedSequences, backend: str) -> str | None:
     """Why the kernel for packed sequences cannot run a call for which the kernels are chosen, or `None`."""
-    from .triton.packed import is_small_enough
+    from .triton.decoding import is_small_enough
 
     if needs_gradients(call):
         return "it keeps nothing for a backward pass."
@@ -237,7 +237,7 @@ def advance_packed(
     call: AttentionCall, sequences: PackedSequences, states: State, slots: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     """Run the kernel for packed sequences: output and normaliser. The states change in place."""
-    from .triton import packed  # noqa: F401 (it defines the operator)
+    from .triton import decoding  # noqa: F401 (it defines the operator)
 
     output, normalizer = torch.ops.gma_hf.fused_packed_attention(
         *call[:6], call.write_weight, call.log_decay, *states, sequences.starts, slots,

@@ -108,6 +108,24 @@ def gaussian_mixture_attention_in_slots(
     return attend_in_slots(call, sequences, states, slots, backend)
 
 
+class Slots:
+    """
+    The slots of the rows or packed sequences of a call, for layers that keep their states in slots.
+
+    Args:
+        index (`torch.Tensor` of shape `(batch,)` or `(sequences,)`): the slot of each.
+    """
+
+    def __init__(self, index: Tensor):
+        self.index = index
+
+    def attend(
+        self, call: AttentionCall, sequences: Tensor | PackedSequences | None, states: State, backend: str = "auto"
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Advance the slots of `states` by a call, see [`attend_in_slots`]."""
+        return attend_in_slots(call, sequences, states, self.index, backend)
+
+
 def attend_in_slots(
     call: AttentionCall,
     sequences: Tensor | PackedSequences | None,
