@@ -69,10 +69,11 @@ def damage_of(checkpoint: str | os.PathLike) -> str | None:
         # torch.save writes a zip archive, whose table of contents stands at the end
         if not zipfile.is_zipfile(path):
             return path.name
-    try:
-        json.loads((folder / STATE_FILE).read_text("utf-8"))
-    except (ValueError, OSError):
-        return STATE_FILE
+    for path in sorted({folder / STATE_FILE, *folder.glob("*.json")}):
+        try:
+            json.loads(path.read_text("utf-8"))
+        except (ValueError, OSError):
+            return path.name
     return None
 
 

@@ -37,11 +37,17 @@ class RunFolder:
         is_main (`bool`): whether this process writes. Other processes only check.
 
     Raises:
-        TrainingInputError: if the folder is a file, or has something else than this run.
+        TrainingInputError: if the folder is a file, a link to nothing, or has something else than this run.
     """
 
     def __init__(self, folder: str | Path, run: dict[str, Any], overwrite: bool = False, is_main: bool = True):
         self.folder = Path(folder).expanduser()
+        if self.folder.is_symlink():  # the results belong where the link points to
+            if not self.folder.exists():
+                raise TrainingInputError(
+                    f"{folder} is a link to {self.folder.resolve()}, which does not exist. Make this folder first."
+                )
+            self.folder = self.folder.resolve()
         self.run = run
         self.is_main = is_main
         self.temporary: list[Path] = []

@@ -165,7 +165,27 @@ def test_after_ctrl_c_the_same_command_goes_on_as_if_nothing_had_happened(
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json"])
+@pytest.mark.parametrize("name", NAMES)
+def test_the_output_folder_may_be_a_link(run_script, commands, tmp_path, name):
+    """With spaces and letters of other languages in the name of the folder. A link to nothing is refused."""
+    target, link = tmp_path / "große Platte" / "Modell é", tmp_path / "mein Ordner"
+    link.symlink_to(target, target_is_directory=True)
+    with pytest.raises(SystemExit, match=r"is a link to .*Modell é, which does not exist"):
+        run_script(name, *commands[name](link))
+    assert not target.parent.exists()
+    target.mkdir(parents=True)
+    run_script(name, *commands[name](link))
+    assert link.is_symlink() and json.loads((target / "run.json").read_text())["finished"]
+    before = contents(target)
+    run_script(name, *commands[name](link))
+    assert contents(target) == before and len(before) > 2
+    assert [path.name for path in target.parent.iterdir()] == [target.name]
+
+
+@pytest.mark.parametrize(
+    "file",
+    ["model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "config.json"],
+)
 def test_a_truncated_checkpoint_falls_back_to_the_one_before(run_script, tiny_run, tmp_path, interrupt, caplog, file):
     run = {**tiny_run, "max_steps": 6, "save_steps": 2}
     run_script("train_clm", *command_line(run, output_dir=tmp_path / "whole"))
