@@ -18,6 +18,9 @@ def on_page_content(content: str, **kwargs) -> str:
     def formula(match: re.Match) -> str:
         inline = match["inline"]
         source = html.unescape(match["display"] if inline is None else inline).replace(r"\operatorname", r"\mathrm")
-        return convert(source, display="block" if inline is None else "inline")
+        if inline is not None:
+            return convert(source, display="inline")
+        # A formula that is wider than the screen scrolls, and the page does not
+        return f'<div style="overflow-x: auto; overflow-y: hidden">{convert(source, display="block")}</div>'
 
     return FORMULA.sub(formula, content)
