@@ -52,7 +52,7 @@ MODELS = {
     "causal, correlated": lambda: native(gma_hf.GMAForCausalLM, preset="correlated"),
     "causal with a window": lambda: native(gma_hf.GMAForCausalLM, preset="gated", window_size=8),
     "causal with a window and sink tokens": lambda: native(
-        gma_hf.GMAForCausalLM, preset="gated", num_hidden_layers=2, window_size=8, num_sink_tokens=2
+        gma_hf.GMAForCausalLM, preset="gated", window_size=8, num_sink_tokens=2
     ),
     "converted causal": lambda: converted("llama"),
     "converted causal with a window": lambda: converted("llama", window_size=8),
@@ -91,7 +91,7 @@ def assert_same(session, model: nn.Module, inputs: dict[str, torch.Tensor]) -> N
     with torch.no_grad():
         expected = model(**inputs)
     actual = torch.from_numpy(session.run(None, {name: x.numpy() for name, x in inputs.items()})[0])
-    # float32 rounds at 6e-8; two layers and sums over some tens of numbers amplify it
+    # float32 rounds at 6e-8; a layer and sums over some tens of numbers amplify it
     is_real = inputs["attention_mask"].bool()
     torch.testing.assert_close(actual[is_real], expected[is_real], atol=2e-5, rtol=2e-5)
     # Tokens that are not real mean nothing, but NaN would spread to whatever sums over them
@@ -104,6 +104,7 @@ def export(model: nn.Module, path, inputs: dict[str, torch.Tensor], **options):
     return onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
 
 
+@pytest.mark.timeout(1500)  # the exporter takes half a minute of one processor for a model with open lengths
 @pytest.mark.parametrize("name", MODELS)
 def test_an_exported_model_computes_the_same_for_every_batch_and_length(name, tmp_path):
     model, inputs = Called(MODELS[name]()).eval(), batch(2, 40, seed=0)
