@@ -176,6 +176,7 @@ def run(options: argparse.Namespace) -> None:
         row = results.measure("load", measure_load, server, options.streams, options.seconds)
     finally:
         server.stop()
+    server.log.unlink()
     if not row["growth"] < LARGEST_GROWTH:
         sys.exit(
             f"error: memory grew by {row['growth']:.1%} in the second half, expected less than {LARGEST_GROWTH:.0%}."
