@@ -2,6 +2,7 @@
 """Checkpoints that programs without `import gma_hf` load with `trust_remote_code=True`."""
 
 import os
+import threading
 from pathlib import Path
 
 from transformers import PreTrainedConfig
@@ -10,6 +11,7 @@ from . import __version__
 
 
 REMOTE_CODE_MODULE = "gma_remote"
+_loading = threading.RLock()
 
 # The package comes from the repository. No package index has a gma_hf of this project. Anyone could register the name there,
 # and run code on the machines of users who install it from there.
@@ -28,6 +30,22 @@ except ModuleNotFoundError as error:
         raise
     raise ImportError("This checkpoint needs the package gma_hf: {how_to_install}.") from error
 """
+
+
+class LoadsAlone:
+    """
+    Loads one model at a time, whichever threads load. It stands before the model among the bases.
+
+    While Transformers loads a model, it turns the tying of weights off for the whole process. Two threads that load at the same time
+    would get models without output embeddings, and the tying would stay off.
+    """
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        """Load a model. See [`PreTrainedModel.from_pretrained`] for the arguments."""
+        with _loading:
+            return super().from_pretrained(*args, **kwargs)
+
 
 AUTO_CLASSES = {
     "AutoConfig": "GMAConfig",

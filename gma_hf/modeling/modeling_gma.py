@@ -24,7 +24,7 @@ from ..compat import attention_implementation
 from ..configuration import GMAConfig
 from ..parallel.context import current_context
 from ..parallel.heads import PartOfRow
-from ..remote_code import expect_no_file
+from ..remote_code import LoadsAlone, expect_no_file
 from .attention_gma import GMAAttention, GMARMSNorm, GMARotaryEmbedding
 from .attention_softmax import GMASoftmaxAttention
 from .cache_gma import GMACacheLayer, adopt_cache, expect_continuation, select_padding_mask, up_to_current
@@ -77,7 +77,7 @@ class GMADecoderLayer(GradientCheckpointingLayer):
         return hidden_states
 
 
-class GMAPreTrainedModel(PartOfRow, PreTrainedModel):
+class GMAPreTrainedModel(PartOfRow, LoadsAlone, PreTrainedModel):
     """
     The base class of all GMA models: initialises weights, and tells Transformers what GMA models support.
 

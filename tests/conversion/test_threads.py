@@ -8,7 +8,9 @@ import pytest
 import torch
 import transformers
 
+import gma_hf
 from gma_hf import convert_to_gma, revert_to_softmax
+from tests.conftest import make_model, tiny_config
 from tests.conversion.tiny_models import SIZES, make_inputs, make_softmax_model, output_of
 
 
@@ -83,3 +85,24 @@ def test_a_teacher_answers_as_ever_while_a_student_with_the_same_configuration_i
 
     outputs, _ = in_threads([teach, convert])
     assert all(torch.equal(output, expected) for output in outputs)
+
+
+def test_threads_that_load_get_every_weight(tmp_path):
+    """Transformers turns the tying of weights off for the whole process while it loads a model."""
+    models = [
+        make_model(gma_hf.GMAForCausalLM, tiny_config("gated")),
+        make_model(gma_hf.GMAForCausalLM, tiny_config("windowed")),
+        convert_to_gma(make_softmax_model("gpt2"), num_components=4),
+        convert_to_gma(make_softmax_model("llama", tie_word_embeddings=True), num_components=4),
+    ]
+    for i, model in enumerate(models):
+        model.save_pretrained(tmp_path / str(i))
+
+    def load(i):
+        return lambda: [transformers.AutoModelForCausalLM.from_pretrained(tmp_path / str(i)) for _ in range(3)]
+
+    for model, copies in zip(models, in_threads([load(i) for i in range(4)]), strict=True):
+        for copy in copies:
+            assert copy.get_output_embeddings().weight is copy.get_input_embeddings().weight
+            for name, value in model.state_dict().items():
+                assert torch.equal(copy.state_dict()[name], value), name

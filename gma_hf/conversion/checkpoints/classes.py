@@ -48,7 +48,7 @@ from ...modeling.heads_common import (
 )
 from ...modeling.memory_parts import LACKING_BEFORE
 from ...parallel.heads import PartOfRow
-from ...remote_code import add_remote_code, expect_no_file, write_whole
+from ...remote_code import LoadsAlone, add_remote_code, expect_no_file, write_whole
 from ..config import GMAConversionConfig
 from ..runtime.attention import IMPLEMENTATION
 from ..runtime.layer import GMAConversion
@@ -140,7 +140,7 @@ class ConvertedConfigMixin:
             )
 
 
-class ConvertedModelMixin(PartOfRow):
+class ConvertedModelMixin(PartOfRow, LoadsAlone):
     """The part of the class of a converted model that the original does not have."""
 
     # The context parallelism of PyTorch, which Transformers would use, does not pass the memory on; `gma_hf.context_parallel`
