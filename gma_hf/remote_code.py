@@ -104,9 +104,11 @@ def expect_no_file(save_directory: str | os.PathLike) -> Path:
     The folder that a checkpoint is to be saved to. Transformers only logs that it is a file, and saves nothing.
 
     Raises:
-        ValueError: if it is a file.
+        ValueError: if it is a file, or a link to a folder that does not exist.
     """
     folder = Path(save_directory)
+    if folder.is_symlink() and not folder.exists():
+        raise ValueError(f"{folder} is a link to {folder.resolve()}, which does not exist. Make this folder first.")
     if folder.is_file():
         raise ValueError(f"{folder} is a file. Give a folder to save the checkpoint to.")
     return folder

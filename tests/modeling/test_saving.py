@@ -58,6 +58,15 @@ def test_a_file_is_no_folder(any_model, tmp_path):
     assert file.read_text() == "mine"
 
 
+def test_a_link_to_nothing_is_no_folder(any_model, tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "nothing", target_is_directory=True)
+    with pytest.raises(ValueError, match=r"link is a link to .*nothing, which does not exist"):
+        any_model.save_pretrained(tmp_path / "link")
+    (tmp_path / "nothing").mkdir()
+    any_model.save_pretrained(tmp_path / "link")
+    assert (tmp_path / "nothing" / "model.safetensors").is_file()
+
+
 def test_a_damaged_configuration_in_the_way_is_named(tmp_path):
     model = MODELS["converted"]()
     (tmp_path / "config.json").write_text('{"model_type": "lla')
