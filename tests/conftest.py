@@ -44,6 +44,7 @@ BLOCKS = {
     "gated": {"preset": "gated"},
     "gated-gqa": {"preset": "gated", "num_key_value_heads": 2, "routing_dim": 6, "normalize_read": True},
     "correlated": {"preset": "correlated", "num_key_value_heads": 2, "routing_dim": 12},
+    "delta": {"preset": "delta", "num_key_value_heads": 2},
     "windowed": {"preset": "gated", "num_key_value_heads": 2, "window_size": 5, "num_sink_tokens": 2},
     "hybrid": {"preset": "gated", "layer_types": HYBRID_LAYERS},
 }

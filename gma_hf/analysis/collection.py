@@ -19,10 +19,10 @@ from .errors import AnalysisError
 
 # The positional arguments of a memory, and the keyword arguments that change its implied attention matrix
 MEMORY_ARGUMENTS = ("mixture", "window", "query", "key", "value")
-AFFINITY_ARGUMENTS = ("causal", "write_weight", "log_decay", "sequence_ids", "normalize")
+AFFINITY_ARGUMENTS = ("causal", "write_weight", "log_decay", "sequence_ids", "normalize", "delta_strength")
 MEMORY_AFFINITY_ARGUMENTS = (
     *("layout", "causal", "normalize", "scaling", "routing_query", "routing_key", "weigh_by_routing"),
-    *("write_weight", "log_decay", "decay_rate", "softcap", "sinks"),
+    *("write_weight", "log_decay", "decay_rate", "delta_strength", "softcap", "sinks"),
 )
 
 

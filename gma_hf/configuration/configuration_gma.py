@@ -28,24 +28,30 @@ GATED_BLOCK: dict[str, Any] = {
     "prior_init": "balanced",
 }
 
+# Correlated routes. With wide variances, the gradient of the responsibilities does not vanish. Orthogonal means compare routes
+# as the cosine compares tokens at first. With small first outputs, the mixer does not drown the embeddings.
+CORRELATED_BLOCK: dict[str, Any] = {
+    **GATED_BLOCK,
+    "correlate": True,
+    "use_qk_norm": True,
+    "variance_init": 10.0,
+    "mean_init": "orthogonal",
+    "head_norm_eps": 1e-4,
+    "tie_qk_init": True,
+    "scale_output_init": True,
+}
+
 # The documented blocks. Options that a preset does not set keep the default of `GMAConfig`.
 GMA_PRESETS: dict[str, dict[str, Any]] = {
     # The block of the paper: normalised read, every token writes with weight one, nothing is forgotten, learned
     # absolute positions. These are the defaults of `GMAConfig`, so the entry is empty.
     "paper": {},
-    # The block for low perplexity.
+    # The block that was tuned first, and trains fastest with windows.
     "gated": GATED_BLOCK,
-    # The gated block with correlated routes, for recall. With wide variances, the gradient of the responsibilities does not
-    # vanish. With small first outputs, the mixer does not drown the embeddings.
-    "correlated": {
-        **GATED_BLOCK,
-        "correlate": True,
-        "use_qk_norm": True,
-        "variance_init": 10.0,
-        "head_norm_eps": 1e-4,
-        "tie_qk_init": True,
-        "scale_output_init": True,
-    },
+    # The gated block with correlated routes: the same speed, lower perplexity, and recall.
+    "correlated": CORRELATED_BLOCK,
+    # Tokens write only what the memory does not say yet: the most recall, at a slower training.
+    "delta": {**CORRELATED_BLOCK, "use_delta_rule": True, "use_write_weight": False},
 }
 
 
@@ -54,8 +60,8 @@ GMA_PRESETS: dict[str, dict[str, Any]] = {
 class GMAConfig(PreTrainedConfig):
     """
     Configuration of a Gaussian Mixture Attention model (Huang and Raza, arXiv:2606.18283). `GMAConfig()` is the paper's
-    block. `GMAConfig.from_preset("gated")` is the block for low perplexity, `GMAConfig.from_preset("correlated")` the block
-    for recall.
+    block. `GMAConfig.from_preset("correlated")` is the block for language models, `GMAConfig.from_preset("delta")` the block for
+    recall, and `GMAConfig.from_preset("gated")` the block that takes windows.
 
     Args:
         vocab_size (`int`, *optional*, defaults to `32000`): size of the vocabulary.
@@ -88,6 +94,9 @@ class GMAConfig(PreTrainedConfig):
         correlate (`bool`, *optional*, defaults to `False`): whether tokens write and read by the correlation of their routes
             instead of by responsibilities, see [`gaussian_mixture_attention`]. Needs `normalize_read=False`, at least two
             components, and no window.
+        use_delta_rule (`bool`, *optional*, defaults to `False`): whether a token writes only what the memory does not say yet
+            for its key, with a learned strength per token and head (the delta rule), see [`gaussian_mixture_attention`].
+            Needs `is_causal`, `normalize_read=False`, `use_write_weight=False`, and no window.
         use_qk_norm (`bool`, *optional*, defaults to `False`): RMS norms on the queries and keys of GMA layers, after the
             short convolution.
         conv_kernel_size (`int`, *optional*, defaults to `0`): width of the depthwise short convolution (with SiLU) on
@@ -108,6 +117,9 @@ class GMAConfig(PreTrainedConfig):
             `rms_norm_eps`.
         read_eps (`float`, *optional*, defaults to `1e-06`): constant that keeps the normaliser of the read away from zero.
         variance_floor (`float`, *optional*, defaults to `0.0001`): smallest variance of a component in any dimension.
+        mean_init (`str`, *optional*, defaults to `"normal"`): initial means of the components: `"normal"`, or `"orthogonal"`,
+            vectors of the same typical length in orthogonal directions. With wide variances, the correlation of two routes
+            then is nearly the cosine between the two tokens at first.
         mean_init_std (`float`, *optional*, defaults to `1.0`): standard deviation of the initial means of the components.
         variance_init (`float`, *optional*, defaults to `0.6931472`): initial variance of the components; must exceed
             `variance_floor`. The default is softplus(0), as in the paper. With it, one component is responsible for nearly
@@ -186,6 +198,7 @@ class GMAConfig(PreTrainedConfig):
     max_position_embeddings: int = 2048
     normalize_read: bool = True
     correlate: bool = False
+    use_delta_rule: bool = False
     use_qk_norm: bool = False
     conv_kernel_size: int = 0
     window_size: int = 0
@@ -196,6 +209,7 @@ class GMAConfig(PreTrainedConfig):
     head_norm_eps: float | int | None = None
     read_eps: float | int = 1e-6
     variance_floor: float | int = 1e-4
+    mean_init: str = "normal"
     mean_init_std: float | int = 1.0
     variance_init: float | int = 0.6931472
     prior_init: str = "uniform"
@@ -254,8 +268,8 @@ class GMAConfig(PreTrainedConfig):
         The configuration of one of the documented blocks.
 
         Args:
-            preset (`str`): `"paper"`, `"gated"` or `"correlated"`. A bidirectional gated block has no decay, because
-                forgetting needs an order.
+            preset (`str`): `"paper"`, `"gated"`, `"correlated"` or `"delta"`. Bidirectional, the presets do without
+                decay and delta rule, which need an order, and `"delta"` is `"correlated"`.
             overrides (`Any`, *optional*): fields of the configuration. They override the preset.
 
         Returns:
@@ -266,8 +280,9 @@ class GMAConfig(PreTrainedConfig):
         """
         if preset not in GMA_PRESETS:
             raise ValueError(f"There is no preset {preset!r}. Choose one of {sorted(GMA_PRESETS)}.")
-        values = dict(GMA_PRESETS[preset])
-        if not overrides.get("is_causal", True):
+        is_causal = overrides.get("is_causal", True)
+        values = dict(GMA_PRESETS["correlated" if preset == "delta" and not is_causal else preset])
+        if not is_causal:
             values.pop("use_decay", None)
         return cls(**{**values, **overrides})
 

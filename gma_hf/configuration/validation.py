@@ -15,6 +15,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 POSITION_EMBEDDING_TYPES = ("learned", "rope", "none")
 PRIOR_INITS = ("uniform", "balanced")
+MEAN_INITS = ("normal", "orthogonal")
 LAYER_TYPES = ("linear_attention", "full_attention")
 
 
@@ -116,6 +117,8 @@ def expect_possible(config: PreTrainedConfig) -> None:
         )
     if config.prior_init not in PRIOR_INITS:
         raise ValueError(f"`prior_init` must be one of {list(PRIOR_INITS)}, got {config.prior_init!r}.")
+    if config.mean_init not in MEAN_INITS:
+        raise ValueError(f"`mean_init` must be one of {list(MEAN_INITS)}, got {config.mean_init!r}.")
     if config.hidden_act not in ACT2FN:
         raise ValueError(f"`hidden_act` must be one of {sorted(ACT2FN)}, got {config.hidden_act!r}.")
     unknown_layer_types = sorted(set(config.layer_types) - set(LAYER_TYPES))
@@ -166,6 +169,15 @@ def expect_possible(config: PreTrainedConfig) -> None:
             "weights of correlated routes have signs, so their sum cannot be a divisor. Got "
             f"normalize_read={config.normalize_read}, num_components={config.num_components}, "
             f"window_size={config.window_size}."
+        )
+    if config.use_delta_rule and (
+        not config.is_causal or config.normalize_read or config.use_write_weight or config.window_size > 0
+    ):
+        raise ValueError(
+            "`use_delta_rule=True` needs `is_causal=True`, `normalize_read=False`, `use_write_weight=False` and `window_size=0`: "
+            "a token corrects the plain sum that the tokens before it wrote, and its own strength says how much it writes. Got "
+            f"is_causal={config.is_causal}, normalize_read={config.normalize_read}, "
+            f"use_write_weight={config.use_write_weight}, window_size={config.window_size}."
         )
     if config.head_norm_eps is not None:
         expect_positive(config, "head_norm_eps")

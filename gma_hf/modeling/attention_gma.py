@@ -25,6 +25,10 @@ if TYPE_CHECKING:
     from ..configuration import GMAConfig
 
 
+# A token first writes a twentieth of the difference: a memory that writes everything at once drowns what it holds
+DELTA_BIAS_INIT = -3.0
+
+
 class GMARMSNorm(nn.Module):
     """Root mean square norm over the last dimension, computed in float32."""
 
@@ -149,6 +153,9 @@ class GMAAttention(nn.Module):
         if config.use_decay:
             # Mamba-2's A_log; "bias" in the name keeps every Trainer's weight decay away from it
             self.A_log_bias = nn.Parameter(torch.empty(num_heads))
+        if config.use_delta_rule:
+            self.beta_proj = nn.Linear(config.hidden_size, num_heads, bias=False)
+            self.beta_bias = nn.Parameter(torch.empty(num_heads))
         if config.use_output_gate:
             self.g_proj = nn.Linear(config.hidden_size, num_heads * self.head_dim, bias=False)
         self.o_norm = None
@@ -175,6 +182,8 @@ class GMAAttention(nn.Module):
         if config.use_decay:
             rate = torch.empty_like(self.A_log_bias, dtype=torch.float32).uniform_(*config.decay_rate_range)
             init.copy_(self.A_log_bias, rate.log())
+        if config.use_delta_rule:
+            init.constant_(self.beta_bias, DELTA_BIAS_INIT)
 
     @takes_cache
     def forward(
@@ -223,6 +232,9 @@ class GMAAttention(nn.Module):
 
         # 2. How much each token writes, and how much of the past it keeps
         write_weight, log_decay, decay_rate = self.write_and_forget(hidden_states, kept)
+        delta_strength = None
+        if self.config.use_delta_rule:
+            delta_strength = (self.beta_proj(hidden_states).float() + self.beta_bias.float()).sigmoid().transpose(1, 2)
 
         # 3. Write and read
         normalize = self.config.normalize_read or self.window_norm is not None
@@ -245,6 +257,7 @@ class GMAAttention(nn.Module):
             write_weight=write_weight,
             log_decay=log_decay,
             decay_rate=decay_rate,
+            delta_strength=delta_strength,
             history=history,
             output_history=cache_layer is not None,
             output_affinity=output_attentions,

@@ -65,6 +65,7 @@ class GMAMemory(nn.Module):
         write_weight: Tensor | None = None,
         log_decay: Tensor | None = None,
         decay_rate: Tensor | None = None,
+        delta_strength: Tensor | None = None,
         softcap: float | None = None,
         sinks: Tensor | None = None,
         history: MemoryState | None = None,
@@ -94,6 +95,8 @@ class GMAMemory(nn.Module):
             write_weight, log_decay (`torch.Tensor` of shape `(batch, h, length)`, *optional*): see
             [`gaussian_mixture_attention`]. Values at padding do not count.
             decay_rate (`torch.Tensor` of shape `(h, 1)`, *optional*): log a / w, instead of `log_decay`.
+            delta_strength (`torch.Tensor` of shape `(batch, h, length)`, *optional*): see [`gaussian_mixture_attention`];
+                without a window only.
             softcap (`float`, *optional*): c: the logits s of the window become c tanh(s / c).
             sinks (`torch.Tensor` of shape `(num_heads,)`, *optional*): logits that join the normaliser of the window only.
             history ([`MemoryState`], *optional*): the state that an earlier call returned; causal only.
@@ -120,7 +123,7 @@ class GMAMemory(nn.Module):
             output, history = self._read(
                 mixture, query if routing_query is None else routing_query,
                 Tokens(key, value, routing_key, write_weight, log_decay), layout, causal, normalize, history, output_history,
-                kept, decay_rate,
+                kept, decay_rate, delta_strength,
             )  # fmt: skip
         else:
             scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -149,8 +152,14 @@ class GMAMemory(nn.Module):
     def _read(
         self, mixture: nn.Module, routing_query: Tensor, tokens: Tokens, layout: Layout, causal: bool, normalize: bool,
         history: MemoryState | None, output_history: bool, kept: KeptValues | None, decay_rate: Tensor | None,
+        delta_strength: Tensor | None,
     ) -> tuple[Tensor, MemoryState | None]:  # fmt: skip
         """Read without a window."""
+        if delta_strength is not None and layout.row is not None:
+            raise ValueError(
+                "Processes cannot share a sequence of a model with `use_delta_rule=True`: what a token writes depends on the "
+                "memory before it. Leave `context_parallel`, or train with data parallelism."
+            )
         write_weight, log_decay = tokens.write_weight, tokens.log_decay
         if layout.padding_mask is not None:
             if write_weight is None:
@@ -177,6 +186,7 @@ class GMAMemory(nn.Module):
             sequence_ids=layout.sequence_ids if layout.sequences is None else layout.sequences, normalize=normalize,
             initial_state=initial_state, slots=None if history is None else history.slots,
             output_final_state=output_history, kept=kept, writes_all=layout.padding_mask is None,
+            delta_strength=delta_strength,
         )  # fmt: skip
         return (result[0], MemoryState(*result[1])) if output_history else (result, None)
 

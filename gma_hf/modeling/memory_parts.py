@@ -91,13 +91,22 @@ class GMAMixture(nn.Module):
         self.raw_variances = nn.Parameter(torch.empty(num_heads, num_components, routing_dim))
         self.prior_logits = nn.Parameter(torch.empty(num_heads, num_components))
 
-    def reset_parameters(self, mean_std: float, variance: float, balanced_priors: bool):
+    def reset_parameters(
+        self, mean_std: float, variance: float, balanced_priors: bool, orthogonal_means: bool = False
+    ):
         """
-        Initialise means ~ N(0, `mean_std`^2), equal variances `variance`, and priors. Balanced priors make all components
+        Initialise means ~ N(0, `mean_std`^2), equal variances `variance`, and priors. Orthogonal means have the length that
+        `routing_dim` normal numbers typically have; no component then looks where another looks. Balanced priors make all components
         equally responsible for x = 0; otherwise the priors are equal. Queries and keys start near zero. With equal priors,
         the component with the shortest mean would then take nearly all tokens.
         """
-        init.normal_(self.means, mean=0.0, std=mean_std)
+        if orthogonal_means:
+            # Of more components than dimensions, the dimensions are orthogonal
+            length = mean_std * math.sqrt(max(self.means.shape[1:]))
+            heads = [nn.init.orthogonal_(torch.empty_like(head, dtype=torch.float32)) for head in self.means]
+            init.copy_(self.means, length * torch.stack(heads))
+        else:
+            init.normal_(self.means, mean=0.0, std=mean_std)
         init.constant_(self.raw_variances, math.log(math.expm1(variance - self.variance_floor)))
         if balanced_priors:
             init.copy_(self.prior_logits, 0.5 * self.means.float().square().sum(-1) / variance)

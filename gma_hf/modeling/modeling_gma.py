@@ -137,7 +137,10 @@ class GMAPreTrainedModel(PartOfRow, LoadsAlone, PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, GMAMixture):
             module.reset_parameters(
-                self.config.mean_init_std, self.config.variance_init, self.config.prior_init == "balanced"
+                self.config.mean_init_std,
+                self.config.variance_init,
+                self.config.prior_init == "balanced",
+                self.config.mean_init == "orthogonal",
             )
         elif isinstance(module, (GMAAttention, GMAWindow)):
             module.reset_parameters()

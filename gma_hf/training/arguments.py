@@ -30,10 +30,11 @@ class ModelArguments:
     model_name_or_path: str | None = field(
         default=None, metadata={"help": "Checkpoint (folder or hub name) to continue from. Leave out to start fresh."}
     )
-    preset: Literal["gated", "correlated", "paper"] = field(
+    preset: Literal["gated", "correlated", "delta", "paper"] = field(
         default="gated",
         metadata={
-            "help": "From scratch: the block to train for perplexity (gated), for recall (correlated), or the paper's."
+            "help": "From scratch: the block to train: for language models (correlated), for recall (delta), with windows (gated), or "
+            "the paper's."
         },
     )
     config_name: str | None = field(

@@ -375,7 +375,8 @@ def test_variants_of_the_search_differ_from_their_block_as_their_names_say():
         assert torch.equal(module.q_proj.weight, module.k_proj.weight) == (index % 2 == 1)
         assert module.o_proj.weight.std().item() == pytest.approx(0.01, rel=0.1)
     attention = {name: model.model.layers[0].self_attn for name, model in made.items()}
-    tied = {"correlated_loud", "correlated_raw", "correlated_narrow", "linear_quiet"}
+    correlated = {"correlated_normal", "correlated_weight_one", "delta_normal"}
+    tied = {"correlated_loud", "correlated_raw", "correlated_narrow", "linear_quiet", *correlated}
     loud = {"correlated_loud", "gated_eps"}
     for name, module in attention.items():
         assert torch.equal(module.q_proj.weight, module.k_proj.weight) == (name in tied), name

@@ -39,7 +39,7 @@ def test_the_correlated_preset_is_the_gated_block_that_correlates():
     config, gated = GMAConfig.from_preset("correlated"), GMAConfig.from_preset("gated")
     changed = {name for name, value in gated.to_dict().items() if config.to_dict()[name] != value}
     assert changed == {
-        "correlate", "use_qk_norm", "variance_init", "head_norm_eps", "tie_qk_init", "scale_output_init"
+        "correlate", "use_qk_norm", "variance_init", "mean_init", "head_norm_eps", "tie_qk_init", "scale_output_init"
     }  # fmt: skip
     assert config.correlate and config.variance_init == 10.0 and config.head_norm_eps == 1e-4
 
@@ -87,7 +87,7 @@ def test_impossible_values_are_refused_with_the_valid_choice(values, message):
 
 
 def test_an_unknown_preset_names_the_known_ones():
-    with pytest.raises(ValueError, match=r"\['correlated', 'gated', 'paper'\]"):
+    with pytest.raises(ValueError, match=r"\['correlated', 'delta', 'gated', 'paper'\]"):
         GMAConfig.from_preset("mamba")
 
 

@@ -32,6 +32,7 @@ def test_every_field_has_a_kind():
         "position_embedding_type",
         "rope_parameters",
         "prior_init",
+        "mean_init",
         "hidden_act",
         "decay_rate_range",
         "head_norm_eps",

@@ -37,6 +37,7 @@ class Problem:
     correlate: bool = False  # which is not normalised
     weights: bool = False
     decay: bool = False
+    delta: bool = False  # the delta rule, of causal calls that are not normalised
     state: bool = False
     packed: bool = False
     states: bool = False  # of every packed sequence, and a spare one a row; with `state` and `packed`
@@ -44,7 +45,8 @@ class Problem:
     seed: int = 0
 
     def __post_init__(self):
-        self.normalize = self.normalize and not self.correlate
+        self.delta = self.delta and self.causal
+        self.normalize = self.normalize and not (self.correlate or self.delta)
 
     @property
     def mixtures(self) -> int:
@@ -73,6 +75,8 @@ class Problem:
             log_decay[..., 3::17] = -torch.inf
             log_decay[..., 9::23] = -1e4
             tensors["log_decay"] = log_decay
+        if self.delta:
+            tensors["delta_strength"] = torch.rand(batch, mixtures, length, generator=generator, dtype=torch.float64)
         if self.state:
             rows = (batch, self.num_sequences() + 1) if self.states else (batch,)
             tensors["S"] = normal(*rows, mixtures, self.components, self.value_dim)
@@ -167,6 +171,7 @@ def problems(max_length: int = 150, allow_correlated: bool = True, **fixed) -> s
         "normalizer": st.booleans(),
         "weights": st.booleans(),
         "decay": st.booleans(),
+        "delta": st.booleans(),
         "state": st.booleans(),
         "packed": st.booleans(),
         "seed": st.integers(0, 1000),

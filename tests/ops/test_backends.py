@@ -80,7 +80,7 @@ def test_split_anywhere_and_resume(problem, data):
     split = data.draw(st.integers(0, problem.length))
     backends = [data.draw(st.sampled_from(["reference", "chunked", "recurrent"])) for _ in range(2)]
     whole = problem.run(problem.tensors(), backend="reference")
-    sliced = ("query", "key", "value", "write_weight", "log_decay")
+    sliced = ("query", "key", "value", "write_weight", "log_decay", "delta_strength")
     tensors = problem.tensors()
     first = {name: x[:, :, :split] if name in sliced else x for name, x in tensors.items()}
     second = {name: x[:, :, split:] if name in sliced else x for name, x in tensors.items()}

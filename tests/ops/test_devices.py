@@ -28,6 +28,7 @@ CALLS = {
     "causal": {},
     "one token": {"length": 1, **EVERYTHING},
     "everything": EVERYTHING,
+    "delta rule": {**EVERYTHING, "delta": True},
     "bidirectional": {"causal": False, "weights": True, "state": True},
     "packed bidirectional": {"causal": False, "packed": True},
 }
@@ -85,7 +86,7 @@ def recorded_calls(monkeypatch) -> dict:
     tokens = torch.randint(3, 90, (2, 12), generator=torch.Generator().manual_seed(0))
     monkeypatch.delenv("GMA_HF_BACKEND", raising=False)
     with Recorder() as recorder:
-        for block in ("paper", "gated", "windowed"):
+        for block in ("paper", "gated", "windowed", "delta"):
             make_model(GMAForCausalLM, tiny_config(block))(tokens, labels=tokens).loss.backward()
         encoder = make_model(GMAForMaskedLM, tiny_config("gated", is_causal=False, use_decay=False))
         encoder(tokens, labels=tokens).loss.backward()

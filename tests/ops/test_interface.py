@@ -251,7 +251,7 @@ def test_decoding_compiles_once():
     problem = Problem(length=6, weights=True, decay=True, state=True)
     tensors = problem.tensors()
     state = (tensors.pop("S"), tensors.pop("z"))
-    sliced = ("query", "key", "value", "write_weight", "log_decay")
+    sliced = ("query", "key", "value", "write_weight", "log_decay", "delta_strength")
     outputs = []
     for t in range(6):
         token = {name: x[:, :, t : t + 1].clone() if name in sliced else x for name, x in tensors.items()}

@@ -81,7 +81,7 @@ def test_affinity_times_values_is_the_output(problem):
     )
     heads = output.shape[1] // value.shape[1]
     torch.testing.assert_close(affinity @ value.repeat_interleave(heads, dim=1), output, rtol=1e-9, atol=1e-11)
-    assert problem.correlate or (affinity >= 0).all()
+    assert problem.correlate or problem.delta or (affinity >= 0).all()
     assert (affinity.triu(1) == 0).all()
 
 
@@ -208,7 +208,7 @@ def test_packed_equals_separate(causal, backend):
     bounds = [0, 1, 50, 64, 90, 130]
     ids = torch.cat([torch.full((stop - start,), i) for i, (start, stop) in enumerate(itertools.pairwise(bounds))])
     packed = attend(tensors, causal=causal, sequence_ids=ids.unsqueeze(0), backend=backend)
-    sliced = (*QKV, "write_weight", "log_decay")
+    sliced = (*QKV, "write_weight", "log_decay", "delta_strength")
     separate = [
         attend({name: x[:, :, a:b] if name in sliced else x for name, x in tensors.items()}, causal=causal)
         for a, b in itertools.pairwise(bounds)

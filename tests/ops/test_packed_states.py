@@ -15,7 +15,7 @@ from .problems import EPS, QKV, Problem, assert_close, few_examples, problems
 
 EACH = {"packed": True, "state": True, "states": True}
 BACKENDS = ["reference", "chunked", "recurrent", "auto"]
-SLICED = (*QKV, "write_weight", "log_decay")
+SLICED = (*QKV, "write_weight", "log_decay", "delta_strength")
 FEATURES = {
     "paper": {},
     "normaliser": {"normalizer": True, "weights": True},

@@ -20,10 +20,12 @@ from .mixture import MixtureCoefficients, mixture_coefficients
 WAYS = Ways("call", BACKENDS)
 # The matrix that a call without values implies, by its definition only
 AFFINITY = Ways("affinity", ("reference",))
+# The delta rule, as the call that computes the same without it
+DELTA_RULE = Ways("call with the delta rule", ("corrections",))
 # Packed sequences with their own states: batches of sequences, each batch by one of the backends above
 PACKED = Ways("packed call", ("rows",))
-TENSORS = ("query", "key", "value", "means", "raw_variances", "prior_logits", "write_weight", "log_decay")
-OPTIONAL = ("write_weight", "log_decay", "sequence_ids")
+GIVEN = ("query", "key", "value", "means", "raw_variances", "prior_logits")
+OPTIONAL = ("write_weight", "log_decay", "delta_strength")  # [batch, h, key_length]
 State = tuple[Tensor, Tensor]  # S [batch, mixtures, components, value_dim], z [batch, mixtures, components]
 
 
@@ -55,6 +57,7 @@ class AttentionCall(NamedTuple):
     kept: Any = (
         None  # keeps what depends on the mixture alone between decoding steps: `get(name, parameters, compute)`
     )
+    delta_strength: Tensor | None = None  # [batch, 1 or mixtures, key_length]; a backend gets calls without it
     strict: bool = False  # position i reads j < i instead of j <= i; only in causal calls with log_decay
 
     @property
@@ -71,7 +74,7 @@ class AttentionCall(NamedTuple):
             return False
         if is_transformed():
             return True
-        tensors = (*self[:6], self.write_weight, self.log_decay, *(self.initial_state or ()))
+        tensors = (*self[:6], self.write_weight, self.log_decay, self.delta_strength, *(self.initial_state or ()))
         return any(x is not None and x.requires_grad for x in tensors)
 
     def coefficients(self) -> MixtureCoefficients:
@@ -167,9 +170,9 @@ def validate_call(call: AttentionCall, sequence_ids: Tensor | None) -> None:
     """Check that every argument has the shape, dtype and device that the other arguments imply."""
     query, key, value = call.query, call.key, call.value
     validate_numbers(call)
-    tensors = {name: getattr(call, name) for name in TENSORS} | {"sequence_ids": sequence_ids}
+    tensors = {name: getattr(call, name) for name in (*GIVEN, *OPTIONAL)} | {"sequence_ids": sequence_ids}
     for name, x in tensors.items():
-        if not isinstance(x, Tensor) and (x is not None or name not in OPTIONAL):
+        if not isinstance(x, Tensor) and (x is not None or name in GIVEN):
             raise ValueError(f"{name} is {type(x).__name__}, expected a tensor.")
     for name, x in (("query", query), ("key", key), ("value", value)):
         if x.ndim != 4:
@@ -194,7 +197,8 @@ def validate_call(call: AttentionCall, sequence_ids: Tensor | None) -> None:
         raise ValueError(
             "correlate is given with one component, beside which no token can prefer anything; use 2 or more."
         )
-    for name, x in (("write_weight", call.write_weight), ("log_decay", call.log_decay)):
+    for name in OPTIONAL:
+        x = getattr(call, name)
         if x is not None:
             expect_floating(name, x)
             if x.ndim != 3 or mixtures % x.shape[1] != 0:
@@ -238,6 +242,11 @@ def validate_mode(call: AttentionCall, sequence_ids: Tensor | None) -> None:
         expect_shape("sequence_ids", sequence_ids, "[batch, length]", batch, key_length)
         if sequence_ids.is_floating_point() or sequence_ids.dtype == torch.bool:
             raise ValueError(f"sequence_ids has dtype {sequence_ids.dtype}, expected integers.")
+    if call.delta_strength is not None and (call.normalize or not call.causal):
+        raise ValueError(
+            "delta_strength is given with normalize=True or causal=False. The delta rule corrects a plain sum in the order of "
+            "the tokens; use normalize=False and causal=True."
+        )
     if not call.causal:
         if call.log_decay is not None:
             raise ValueError("log_decay is given with causal=False, but forgetting has a direction; use causal=True.")

@@ -10,6 +10,8 @@ from torch.nn import functional as F
 from ..dispatch import expect_one_device
 from .call import (
     AFFINITY,
+    DELTA_RULE,
+    OPTIONAL,
     PACKED,
     WAYS,
     AttentionCall,
@@ -44,6 +46,7 @@ def gaussian_mixture_attention(
     output_final_state: bool = False,
     output_normalizer: bool = False,
     correlate: bool = False,
+    delta_strength: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, State] | tuple[Tensor, Tensor] | tuple[Tensor, Tensor, State]:
     """
@@ -63,8 +66,12 @@ def gaussian_mixture_attention(
     component. Two tokens with the same route have an affinity of +1, unrelated routes have 0, and opposite routes have -1.
     So a query reads what was written along its own route, and everything else cancels out instead of adding up.
 
-    Source: Y. Huang and H. Raza, "Gaussian Mixture Attention", arXiv:2606.18283. `write_weight` w, `log_decay` log a and
-    `correlate` are the generalisation of this package (1, 0 and `False` in the paper).
+    With `delta_strength` beta, a token writes what the memory does not say yet for its key (the delta rule): u replaces v in S,
+
+        u_t = beta_t (v_t - a_t gamma(k_t) S_{t-1})        and with `correlate` rho(k_t) instead of gamma(k_t)
+
+    Source: Y. Huang and H. Raza, "Gaussian Mixture Attention", arXiv:2606.18283. `write_weight` w, `log_decay` log a,
+    `correlate` and `delta_strength` are the generalisation of this package (1, 0, `False` and none in the paper).
 
     Args:
         query (`torch.Tensor` of shape `(batch, query_heads, query_length, routing_dim)`): queries, with any floating dtype
@@ -101,6 +108,9 @@ def gaussian_mixture_attention(
             gamma(q_t) z_t + eps`; only with `normalize`.
         correlate (`bool`, *optional*, defaults to `False`): whether tokens write and read by the correlation of routes; only
             with `normalize=False` and at least two components. z is not needed, and stays 0.
+        delta_strength (`torch.Tensor` of shape `(batch, h, length)`, *optional*): strengths from 0 to 1, causal and with
+            `normalize=False` only; h divides `mixtures`. A token with the strength 1 replaces what the memory says for its
+            key, and a token with the strength 0 writes nothing. By default, values are written as they are.
         backend (`str`, *optional*, defaults to `"auto"`): `"auto"`, or a name of [`available_backends`].
 
     Returns:
@@ -129,6 +139,7 @@ def gaussian_mixture_attention(
         output_final_state=output_final_state,
         output_normalizer=output_normalizer,
         correlate=correlate,
+        delta_strength=delta_strength,
     )
     return attend(call, sequence_ids, backend)
 
@@ -166,6 +177,8 @@ def compute(
             result = packed_bidirectional(call, sequence_ids, backend)
         else:
             call = with_resets(call, sequence_ids)
+            if call.delta_strength is not None:
+                call = DELTA_RULE.last.run(call)
             result = AttentionResult(*WAYS.choose(call, backend=backend).run(call))
     if call.correlate and result.state is not None:
         S, z = result.state
@@ -203,6 +216,7 @@ def gaussian_mixture_affinity(
     eps: float = 1e-6,
     variance_floor: float = 1e-4,
     correlate: bool = False,
+    delta_strength: Tensor | None = None,
 ) -> Tensor:
     """
     The matrix A with A @ value = output, for the analysis of short sequences: its cost is quadratic in the length.
@@ -227,6 +241,8 @@ def gaussian_mixture_affinity(
         eps (`float`, *optional*, defaults to `1e-6`): constant added to the accumulated weight before the division.
         variance_floor (`float`, *optional*, defaults to `1e-4`): smallest variance.
         correlate (`bool`, *optional*, defaults to `False`): see [`gaussian_mixture_attention`].
+        delta_strength (`torch.Tensor` of shape `(batch, h, length)`, *optional*): see [`gaussian_mixture_attention`]. A token
+            then also counts against later tokens of its route, so entries may have any sign.
 
     Returns:
         `torch.Tensor` of shape `(batch, query_heads, query_length, key_length)`: A, in float32 (float64 if an input is
@@ -235,10 +251,15 @@ def gaussian_mixture_affinity(
     Raises:
         ValueError: if a shape or a combination of arguments does not fit.
     """
+    values = key[..., :0]
+    if delta_strength is not None:
+        # The corrections are linear in the values, so the matrix is what the identity as values gives
+        identity = torch.eye(key.shape[2], dtype=torch.promote_types(key.dtype, torch.float32), device=key.device)
+        values = identity.expand(*key.shape[:2], -1, -1)
     call = AttentionCall(
         query,
         key,
-        key[..., :0],
+        values,
         means,
         raw_variances,
         prior_logits,
@@ -249,7 +270,10 @@ def gaussian_mixture_affinity(
         eps=eps,
         variance_floor=variance_floor,
         correlate=correlate,
+        delta_strength=delta_strength,
     )
+    if delta_strength is not None:
+        return attend(call, sequence_ids, "reference")
     validate_call(call, sequence_ids)
     with without_autocast(query.device.type):
         call = with_mixture_heads(call)
@@ -314,9 +338,9 @@ def without_autocast(device_type: str) -> AbstractContextManager:
 
 
 def with_mixture_heads(call: AttentionCall) -> AttentionCall:
-    """The call with write_weight and log_decay of shape [batch, 1 or mixtures, length]."""
+    """The call with write_weight, log_decay and delta_strength of shape [batch, 1 or mixtures, length]."""
     mixtures = call.means.shape[0]
-    given = {"write_weight": call.write_weight, "log_decay": call.log_decay}
+    given = {name: getattr(call, name) for name in OPTIONAL}
     narrow = {name: x for name, x in given.items() if x is not None and x.shape[1] not in (1, mixtures)}
     return call._replace(**{name: repeat_heads(x, mixtures) for name, x in narrow.items()}) if narrow else call
 

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from ..dispatch import Way, explain
-from .call import PACKED, WAYS, AttentionCall, AttentionResult, State, run_starts
+from .call import DELTA_RULE, PACKED, WAYS, AttentionCall, AttentionResult, State, run_starts
 from .fused import needs_gradients
 
 
@@ -212,6 +212,8 @@ def cannot_run_packed(call: AttentionCall, sequences: PackedSequences, backend: 
 
     if needs_gradients(call):
         return "it keeps nothing for a backward pass."
+    if call.delta_strength is not None:
+        return "the delta rule needs the state of each sequence first."
     if not call.causal or call.strict:
         return "it is causal, and position i reads what positions j <= i wrote."
     if sequences.longest > LONGEST:
@@ -306,8 +308,8 @@ def attend_batch(call: AttentionCall, members: PackedBatch, state: State, backen
     def rows_of(x: Tensor | None) -> Tensor | None:
         return None if x is None else x.transpose(1, 2).flatten(0, 1)[members.tokens].transpose(1, 2)
 
-    query, key, value, write_weight, log_decay = map(
-        rows_of, (call.query, call.key, call.value, call.write_weight, call.log_decay)
+    query, key, value, write_weight, log_decay, delta_strength = map(
+        rows_of, (call.query, call.key, call.value, call.write_weight, call.log_decay, call.delta_strength)
     )
     if is_real is not None:
         is_padding = ~is_real[:, None]
@@ -319,8 +321,10 @@ def attend_batch(call: AttentionCall, members: PackedBatch, state: State, backen
             log_decay = log_decay.masked_fill(is_padding, 0.0)
     rows = call._replace(
         query=query, key=key, value=value, write_weight=write_weight, log_decay=log_decay, initial_state=state,
-        writes_all=call.writes_all and is_real is None,
+        delta_strength=delta_strength, writes_all=call.writes_all and is_real is None,
     )  # fmt: skip
+    if rows.delta_strength is not None:
+        rows = DELTA_RULE.last.run(rows)
     result = AttentionResult(*WAYS.choose(rows, backend=backend).run(rows))
     output, normalizer = (
         None if x is None else x.transpose(1, 2).flatten(0, 1)[members.real]
