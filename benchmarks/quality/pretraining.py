@@ -93,6 +93,7 @@ def main() -> None:
         options.preset, vocab_size=prepared["vocab_size"], hidden_size=options.hidden_size,
         intermediate_size=options.intermediate_size, num_hidden_layers=options.layers, num_attention_heads=options.heads,
         num_components=options.components, max_position_embeddings=options.context,
+        mean_init="normal",  # as the model of this repository was trained, before the preset had orthogonal means
         **{f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")},
     )  # fmt: skip
     torch.manual_seed(options.seed)

@@ -87,6 +87,7 @@ SOFTMAX = Mixer("softmax + RoPE", "gated", lambda n: {"layer_types": ["full_atte
 GMA_PAPER = Mixer("GMA, paper block", "paper", state=state_by_components)
 GMA_GATED = Mixer("GMA, gated block", "gated", state=state_by_components)
 GMA_CORRELATED = Mixer("GMA, correlated block", "correlated", state=state_by_components)
+GMA_DELTA = Mixer("GMA, delta block", "delta", state=state_by_components, only="causal")
 UNIT_LINEAR = Mixer(
     "linear attention, q and k of unit length, decay, gated block",
     "gated", memory=memories.UnitLinearMemory, state=state_by_dimension, program=PLAIN,
@@ -123,6 +124,9 @@ def variant(mixer: Mixer, name: str, **overrides) -> Mixer:
     )
 
 
+# The preset before its means were orthogonal
+CORRELATED_NORMAL = variant(GMA_CORRELATED, "means drawn independently", mean_init="normal")
+
 MIXERS: dict[str, Mixer] = {
     "softmax": SOFTMAX,
     "softmax_gated": GATED_SOFTMAX,
@@ -133,6 +137,7 @@ MIXERS: dict[str, Mixer] = {
     ),
     "gma_gated": GMA_GATED,
     "gma_correlated": GMA_CORRELATED,
+    "gma_delta": GMA_DELTA,
     "elu": Mixer(
         "linear attention, elu + 1", "paper", memory=memories.EluMemory, program=PLAIN,
         state=lambda config: config.num_attention_heads * config.head_dim * (config.head_dim + 1),
@@ -148,10 +153,13 @@ MIXERS: dict[str, Mixer] = {
     "hybrid": Mixer(
         "hybrid: 1 softmax layer in 4, others GMA gated", "gated", lambda n: {"layer_types": hybrid_layers(n)}
     ),
-    "correlated_loud": variant(GMA_CORRELATED, "output not scaled", scale_output_init=False),
-    "correlated_untied": variant(GMA_CORRELATED, "q and k not tied", tie_qk_init=False),
-    "correlated_raw": variant(GMA_CORRELATED, "without qk-norm", use_qk_norm=False),
-    "correlated_narrow": variant(GMA_CORRELATED, "variance 3", variance_init=3.0),
+    "correlated_normal": CORRELATED_NORMAL,
+    "delta_normal": variant(GMA_DELTA, "means drawn independently", mean_init="normal"),
+    "correlated_weight_one": variant(GMA_CORRELATED, "write weight one", use_write_weight=False),
+    "correlated_loud": variant(CORRELATED_NORMAL, "output not scaled", scale_output_init=False),
+    "correlated_untied": variant(CORRELATED_NORMAL, "q and k not tied", tie_qk_init=False),
+    "correlated_raw": variant(CORRELATED_NORMAL, "without qk-norm", use_qk_norm=False),
+    "correlated_narrow": variant(CORRELATED_NORMAL, "variance 3", variance_init=3.0),
     "gated_eps": variant(GMA_GATED, "norm per head with epsilon 1e-5", head_norm_eps=1e-5),
     "gated_quiet": variant(GMA_GATED, "output scaled", **QUIET),
     "linear_quiet": variant(UNIT_LINEAR, "output scaled, q and k tied", head_norm_eps=1e-4, tie_qk_init=True, **QUIET),
