@@ -56,7 +56,7 @@ def test_bidirectional_is_permutation_equivariant(backend):
 
 
 @few_examples
-@given(problems(normalize=True, allow_correlated=False, state=False, packed=False))
+@given(problems(normalize=True, allow_correlated=False, delta=False, state=False, packed=False))
 def test_normalised_read_stays_inside_the_range_of_the_values(problem):
     """o is a convex combination of values, shrunk towards 0 by d / (d + eps)."""
     tensors = problem.tensors()
