@@ -254,12 +254,12 @@ def expect_whole_step(model: Any, outputs: Any, given: dict[str, Any]) -> None:
     if not model.training or loss is None or loss.ndim > 0 or has_sum_or_mean_over_rows(model):
         return
     is_last = GradientState().sync_gradients
-    per_row = labels_per_row(given)
     earlier = _per_row.pop(model, None)
     if earlier is not None and all(parameter.grad is None for parameter in model.parameters()):
         earlier = None  # of a step that was interrupted
     if is_last and earlier is None:
         return
+    per_row = labels_per_row(given)
     if not per_row or len({*per_row, *([] if earlier is None else [earlier])}) > 1:
         what = (
             "does not add up over batches"
@@ -276,8 +276,10 @@ def expect_whole_step(model: Any, outputs: Any, given: dict[str, Any]) -> None:
 
 
 def labels_per_row(given: dict[str, Any]) -> list[int]:
-    """How many masked patches, or objects, each row has; empty for losses of other kinds."""
-    masked, labels = given.get("bool_masked_pos"), given.get("labels")
+    """How many masked patches, objects, or ends of an answer in the text each row has; empty for losses of other kinds."""
+    masked, labels, ends = given.get("bool_masked_pos"), given.get("labels"), given.get("ends_in_text")
+    if isinstance(ends, torch.Tensor):
+        return ends.sum(dim=0).tolist()
     if isinstance(masked, torch.Tensor):
         return masked.sum(dim=tuple(range(1, masked.ndim))).tolist()
     if isinstance(labels, list) and all(isinstance(row, Mapping) and "class_labels" in row for row in labels):
@@ -330,7 +332,10 @@ def adds_nothing_without_labels(forward: Callable) -> Callable:
         if is_span:
             # Positions behind the text are ignored, see `ForQuestionAnsweringLoss`
             length = outputs[1].shape[1]
-            exists = torch.stack([(x < length).any() for x in given]).all()
+            ends_in_text = torch.stack([x.reshape(len(x), -1)[:, 0] < length for x in given])
+            # `Trainer` does not count them
+            expect_whole_step(self, outputs, {"ends_in_text": ends_in_text})
+            exists = ends_in_text.any(dim=1).all()
         else:
             exists = count_labels(self, *given, kwargs.get("shift_labels")) > 0
         return with_loss(outputs, zero_unless(exists, outputs[0]))
