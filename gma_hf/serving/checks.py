@@ -103,25 +103,10 @@ def check_architecture(config: PreTrainedConfig) -> None:
         raise ValueError(
             f"gma_hf does not serve {', '.join(refused)} on vLLM. It serves {', '.join(MODELS)}. Run this model with Transformers."
         )
-    check_delta_rule(config)
     if getattr(config, "is_causal", True) is False:
         raise ValueError(
             "A bidirectional GMA model generates nothing: vLLM serves those with `is_causal=True`. Run this model with "
             "Transformers."
-        )
-
-
-def check_delta_rule(config: PreTrainedConfig) -> None:
-    """
-    Check that the model writes values as they are.
-
-    Raises:
-        ValueError: for the delta rule.
-    """
-    if getattr(config, "use_delta_rule", False):
-        raise ValueError(
-            "gma_hf does not serve models with `use_delta_rule=True` (the preset 'delta') on vLLM. Run this model with "
-            "Transformers, or train the preset 'correlated'."
         )
 
 

@@ -19,6 +19,7 @@ FEATURES = {
     "gated": {"weights": True, "decay": True, "normalize": False},
     "grouped heads": {"decay": True, "key_heads": 2, "mixtures_per_key_head": 2, "queries_per_mixture": 2},
     "correlated": {"correlate": True, "weights": True, "decay": True},
+    "delta rule": {"delta": True, "correlate": True, "decay": True, "key_heads": 2},
     "many values": {"components": 20, "value_dim": 70, "weights": True},  # several programs read one z
 }
 SLOTS = [5, 0, 3]

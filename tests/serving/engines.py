@@ -33,7 +33,8 @@ ENGINE = {
 # Logarithms of probabilities, after three layers in float32 whose sums are taken in another order
 TOLERANCE = 1e-4
 # The correlated block rounds thirty times as much as the gated one: its routes are what is left after most of them has cancelled
-TOLERANCES = {"correlated": 1e-3}
+# With the delta rule, a rounding also changes what later tokens write; the float32 of `generate` is up to 7e-4 from float64 there
+TOLERANCES = {"correlated": 1e-3, "delta": 3e-3}
 
 
 @contextlib.contextmanager

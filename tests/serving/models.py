@@ -29,6 +29,7 @@ NATIVE = {
     "paper": ("paper", {}),
     "gated": ("gated", {}),
     "correlated": ("correlated", {}),
+    "delta": ("delta", {}),
     "window and sinks": ("paper", {"position_embedding_type": "rope", "window_size": 8, "num_sink_tokens": 2}),
     "gated window": ("gated", {"window_size": 16, "num_sink_tokens": 3, "routing_dim": 24}),
     "hybrid": ("gated", {"layer_types": HYBRID, "head_dim": 64, "window_size": 8}),

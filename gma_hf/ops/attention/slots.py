@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..dispatch import expect_one_device
-from .call import WAYS, AttentionCall, AttentionResult, State, expect_pair, expect_shape, validate_call
+from .call import DELTA_RULE, WAYS, AttentionCall, AttentionResult, State, expect_pair, expect_shape, validate_call
 from .functional import with_mixture_heads, without_autocast
 from .fused import is_step
 from .packed import PackedSequences, advance_packed, attend_in_batches, runs_packed
@@ -43,6 +43,7 @@ def gaussian_mixture_attention_in_slots(
     variance_floor: float = 1e-4,
     output_normalizer: bool = False,
     correlate: bool = False,
+    delta_strength: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """
@@ -72,6 +73,7 @@ def gaussian_mixture_attention_in_slots(
         variance_floor (`float`, *optional*, defaults to `1e-4`): smallest variance.
         output_normalizer (`bool`, *optional*, defaults to `False`): see [`gaussian_mixture_attention`].
         correlate (`bool`, *optional*, defaults to `False`): see [`gaussian_mixture_attention`].
+        delta_strength (`torch.Tensor` of shape `(batch, h, length)`, *optional*): see [`gaussian_mixture_attention`].
         backend (`str`, *optional*, defaults to `"auto"`): see [`gaussian_mixture_attention`].
 
     Returns:
@@ -97,6 +99,7 @@ def gaussian_mixture_attention_in_slots(
         output_final_state=True,
         output_normalizer=output_normalizer,
         correlate=correlate,
+        delta_strength=delta_strength,
     )
     sequences = sequence_ids
     if sequence_lengths is not None:
@@ -163,6 +166,9 @@ def advance(
     call: AttentionCall, sequences: PackedSequences | None, states: State, slots: Tensor, backend: str
 ) -> tuple[Tensor, Tensor | None]:
     """Advance the slots: output and normaliser."""
+    if call.delta_strength is not None and sequences is None:
+        before = tuple(part.index_select(0, slots.long()) for part in states)
+        call = DELTA_RULE.last.run(call._replace(initial_state=before))._replace(initial_state=None)
     lie_together = all(part.dtype == torch.float32 and part[:1].is_contiguous() for part in states)
     if lie_together and sequences is not None and runs_packed(call, sequences, backend):
         return advance_packed(call, sequences, states, slots)
