@@ -237,16 +237,15 @@ def may_have_gaps(padding_mask: Tensor) -> bool:
     return bool((begins.sum(dim=1) + padding_mask[:, 0] > 1).any())
 
 
-def expect_tokens(tokens: Tensor, num_dims: int) -> None:
-    """
-    Check the number of dimensions of the tokens of a call, and that there are tokens.
-
-    Raises:
-        ValueError: if the shape does not fit.
-    """
+def expect_tokens(tokens: Tensor, num_dims: int, cache: Any = None) -> None:
+    """Check the number of dimensions of the tokens of a call, and that there are tokens; otherwise a `ValueError`."""
     if tokens.ndim != num_dims or (not is_tracing(tokens) and 0 in tokens.shape[:2]):
+        behind = "" if cache is None else (
+            f" The cache has seen {cache.get_seq_length()} tokens, and `generate` takes the whole text: these, and at least one new token."
+        )  # fmt: skip
+        shape = tuple(tokens.shape)
         raise ValueError(
-            f"The tokens have shape {tuple(tokens.shape)}, expected {num_dims} dimensions (batch, length, ...), none of them 0."
+            f"The tokens have shape {shape}, expected {num_dims} dimensions (batch, length, ...), none of them 0.{behind}"
         )
 
 

@@ -225,12 +225,12 @@ class GMAModel(GMAPreTrainedModel):
         expect_known_cache(cache, kwargs)
         if (input_ids is None) ^ (inputs_embeds is not None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
-        if inputs_embeds is None:
-            expect_tokens(input_ids, 2)
-            inputs_embeds = self.embed_tokens(input_ids)
-        expect_tokens(inputs_embeds, 3)
-        batch_size, length = inputs_embeds.shape[:2]
         context = current_context()
+        if context is None:  # the part of a process may have no tokens
+            expect_tokens(*((input_ids, 2) if inputs_embeds is None else (inputs_embeds, 3)), cache)
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        batch_size, length = inputs_embeds.shape[:2]
         if context is None and "linear_attention" in self.config.layer_types:
             expect_whole_sequences()
 

@@ -59,6 +59,9 @@ def test_every_parameter_learns(model_class, block, tokens):
     without_gradient = [
         name for name, parameter in model.named_parameters() if parameter.grad is None or not parameter.grad.any()
     ]
+    if model_class is gma_hf.GMAForQuestionAnswering and "qa_outputs.bias" in without_gradient:
+        # The softmax over positions does not see what is added at all of them: only rounding gives this bias a gradient
+        without_gradient.remove("qa_outputs.bias")
     assert torch.isfinite(loss) and without_gradient == []
 
 

@@ -197,9 +197,10 @@ def begin_model(
                 "Under context parallelism a converted model takes tokens and a 2D attention mask of shape (batch, length)."
             )
         return {**given, "gma_layout": CallLayout(None)}
-    expect_tokens(tokens, tokens.ndim)  # choices of one text are a further dimension
-    (batch_size, length), device = tokens.shape[:2], tokens.device
     cache = cache_of(given)
+    if current_context() is None:  # the part of a process may have no tokens
+        expect_tokens(tokens, tokens.ndim, cache)  # choices of one text are a further dimension
+    (batch_size, length), device = tokens.shape[:2], tokens.device
     seen_tokens = cache.get_seq_length() if cache is not None else 0
     if isinstance(getattr(cache, "self_attention_cache", cache), StaticCache) and not isinstance(seen_tokens, Tensor):
         # Masks may be as long as the cache
