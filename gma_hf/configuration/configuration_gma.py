@@ -46,7 +46,7 @@ GMA_PRESETS: dict[str, dict[str, Any]] = {
     # The block of the paper: normalised read, every token writes with weight one, nothing is forgotten, learned
     # absolute positions. These are the defaults of `GMAConfig`, so the entry is empty.
     "paper": {},
-    # The block that was tuned first, and trains fastest with windows.
+    # The block that takes windows.
     "gated": GATED_BLOCK,
     # The gated block with correlated routes: the same speed, lower perplexity, and recall.
     "correlated": CORRELATED_BLOCK,

@@ -241,7 +241,7 @@ def expect_tokens(tokens: Tensor, num_dims: int, cache: Any = None) -> None:
     """Check the number of dimensions of the tokens of a call, and that there are tokens; otherwise a `ValueError`."""
     if tokens.ndim != num_dims or (not is_tracing(tokens) and 0 in tokens.shape[:2]):
         behind = "" if cache is None else (
-            f" The cache has seen {cache.get_seq_length()} tokens, and `generate` takes the whole text: these, and at least one new token."
+            f" The cache has seen {int(cache.get_seq_length())} tokens, and `generate` takes the whole text: these, and at least one new token."
         )  # fmt: skip
         shape = tuple(tokens.shape)
         raise ValueError(

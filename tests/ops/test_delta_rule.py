@@ -160,8 +160,11 @@ def test_it_compiles_without_a_break_and_vmaps():
     given_ = tensors["delta_strength"], tensors["value"]
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(*given_), run(*given_), rtol=EXACT, atol=EXACT)
+
     # A derivative by torch.func equals that of autograd
-    loss = lambda *x: run(*x).square().sum()  # noqa: E731
+    def loss(*given):
+        return run(*given).square().sum()
+
     expected = torch.autograd.grad(loss(*(x.requires_grad_() for x in given_)), given_)
     found = torch.func.grad(loss, argnums=(0, 1))(*(x.detach() for x in given_))
     torch.testing.assert_close(found, expected, rtol=EXACT, atol=EXACT)

@@ -99,6 +99,11 @@ def has_states_per_sequence(call: AttentionCall) -> bool:
     return call.initial_state is not None and call.initial_state[0].ndim == 5
 
 
+def without_delta_rule(call: AttentionCall) -> AttentionCall:
+    """The call that computes the same with plain writes, for the backends."""
+    return call if call.delta_strength is None else DELTA_RULE.last.run(call)
+
+
 def run_starts(sequence_ids: Tensor) -> Tensor:
     """`True` where a new run of equal ids begins, [batch, length]; `False` at position 0, which continues a state."""
     changes = sequence_ids[:, 1:] != sequence_ids[:, :-1]

@@ -139,21 +139,21 @@ class ChunkTerms(NamedTuple):
         return kept.to(dtype), lost.to(dtype), (self.write * self.to_end).to(dtype)
 
 
+def in_chunks(x: Tensor) -> Tensor:
+    """[B, M, N, ...] -> [B, M, n, T, ...]. The last chunk is filled up with tokens that write nothing."""
+    length = x.shape[2]
+    size = max(1, min(CHUNK_SIZE, length))
+    return F.pad(x, (0, 0, 0, -length % size)).unflatten(2, (-1, size))
+
+
 def chunk_terms(route: Tensor, value: Tensor, strength: Tensor, weight: Tensor, log_decay: Tensor) -> ChunkTerms:
     """The equations at the top, but the last."""
-    length = route.shape[2]
-    size = max(1, min(CHUNK_SIZE, length))
-
-    def in_chunks(x: Tensor) -> Tensor:
-        """The last chunk is filled up with tokens that write nothing."""
-        return F.pad(x, (0, 0, 0, -length % size)).unflatten(2, (-1, size))
-
     route, value = in_chunks(route), in_chunks(value.to(route.dtype))
     strength, weight, log_decay = (in_chunks(x.unsqueeze(-1)) for x in (strength, weight, log_decay))
     write, from_start = route * weight, log_decay.cumsum(dim=-2).exp()
     left = segment_sums(log_decay.squeeze(-1)).exp()
     lower = (strength * left * (route @ write.mT)).tril(-1)
-    system = lower + torch.eye(size, dtype=lower.dtype, device=lower.device)
+    system = lower + torch.eye(lower.shape[-1], dtype=lower.dtype, device=lower.device)
     known = torch.cat([strength * value, strength * from_start * route], dim=-1)
     solved = torch.linalg.solve_triangular(system, known, upper=False, unitriangular=True)
     return ChunkTerms(route, write, value, strength, weight, left, from_start, system, solved)
@@ -189,11 +189,6 @@ def corrections_gradients(
     """
     states = states[:, :, :-1]
     terms, dtype, length = chunk_terms(route, value, strength, weight, log_decay), value.dtype, value.shape[2]
-    size = terms.route.shape[3]
-
-    def in_chunks(x: Tensor) -> Tensor:
-        return F.pad(x, (0, 0, 0, -length % size)).unflatten(2, (-1, size))
-
     grad, corrections = in_chunks(grad), in_chunks(corrections)
     _, lost, added = terms.for_states(dtype)
     whole, grad_S = terms.whole[..., None, None], torch.zeros_like(states[:, :, 0])

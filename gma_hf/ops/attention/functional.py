@@ -10,7 +10,6 @@ from torch.nn import functional as F
 from ..dispatch import expect_one_device
 from .call import (
     AFFINITY,
-    DELTA_RULE,
     OPTIONAL,
     PACKED,
     WAYS,
@@ -23,6 +22,7 @@ from .call import (
     run_starts,
     validate_call,
     validate_mixture,
+    without_delta_rule,
 )
 from .mixture import mixture_coefficients, plus_eps, repeat_heads, responsibilities
 
@@ -176,9 +176,7 @@ def compute(
         elif sequence_ids is not None and not call.causal:
             result = packed_bidirectional(call, sequence_ids, backend)
         else:
-            call = with_resets(call, sequence_ids)
-            if call.delta_strength is not None:
-                call = DELTA_RULE.last.run(call)
+            call = without_delta_rule(with_resets(call, sequence_ids))
             result = AttentionResult(*WAYS.choose(call, backend=backend).run(call))
     if call.correlate and result.state is not None:
         S, z = result.state

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from ..dispatch import Way, explain
-from .call import DELTA_RULE, PACKED, WAYS, AttentionCall, AttentionResult, State, run_starts
+from .call import PACKED, WAYS, AttentionCall, AttentionResult, State, run_starts, without_delta_rule
 from .fused import needs_gradients
 
 
@@ -323,8 +323,7 @@ def attend_batch(call: AttentionCall, members: PackedBatch, state: State, backen
         query=query, key=key, value=value, write_weight=write_weight, log_decay=log_decay, initial_state=state,
         delta_strength=delta_strength, writes_all=call.writes_all and is_real is None,
     )  # fmt: skip
-    if rows.delta_strength is not None:
-        rows = DELTA_RULE.last.run(rows)
+    rows = without_delta_rule(rows)
     result = AttentionResult(*WAYS.choose(rows, backend=backend).run(rows))
     output, normalizer = (
         None if x is None else x.transpose(1, 2).flatten(0, 1)[members.real]

@@ -18,7 +18,16 @@ import torch
 from torch import Tensor
 
 from ..dispatch import expect_one_device
-from .call import DELTA_RULE, WAYS, AttentionCall, AttentionResult, State, expect_pair, expect_shape, validate_call
+from .call import (
+    WAYS,
+    AttentionCall,
+    AttentionResult,
+    State,
+    expect_pair,
+    expect_shape,
+    validate_call,
+    without_delta_rule,
+)
 from .functional import with_mixture_heads, without_autocast
 from .fused import is_step
 from .packed import PackedSequences, advance_packed, attend_in_batches, runs_packed
@@ -168,7 +177,7 @@ def advance(
     """Advance the slots: output and normaliser."""
     if call.delta_strength is not None and sequences is None:
         before = tuple(part.index_select(0, slots.long()) for part in states)
-        call = DELTA_RULE.last.run(call._replace(initial_state=before))._replace(initial_state=None)
+        call = without_delta_rule(call._replace(initial_state=before))._replace(initial_state=None)
     lie_together = all(part.dtype == torch.float32 and part[:1].is_contiguous() for part in states)
     if lie_together and sequences is not None and runs_packed(call, sequences, backend):
         return advance_packed(call, sequences, states, slots)
